@@ -1,0 +1,40 @@
+"""What acts on x̂_0 while sampling: thresholding."""
+
+from torch import Tensor
+
+
+class StaticThreshold:
+    """Clamps x̂_0 to [−limit, limit] (Ho et al. 2020, the published sampler).
+
+    Args:
+        limit: > 0; 1 is the range of the images.
+    """
+
+    def __init__(self, limit: float = 1.0) -> None:
+        if limit <= 0:
+            raise ValueError(f"clip static needs limit > 0, not limit={limit}")
+        self.limit = limit
+
+    def __call__(self, x0: Tensor) -> Tensor:
+        return x0.clamp(-self.limit, self.limit)
+
+
+class DynamicThreshold:
+    """Clamps each image to its own quantile s of |x̂_0|, s ≥ 1, and divides by s (Saharia et al. 2022, section 2.3).
+
+    Args:
+        quantile: in (0, 1]; the published value is 0.995.
+        maximum: an upper bound for s, or None.
+    """
+
+    def __init__(self, quantile: float = 0.995, maximum: float | None = None) -> None:
+        if not 0 < quantile <= 1:
+            raise ValueError(f"clip dynamic needs a quantile in (0, 1], not {quantile}: the published value is 0.995")
+        if maximum is not None and maximum < 1:
+            raise ValueError(f"clip dynamic needs maximum >= 1, not {maximum}: images lie in [-1, 1]")
+        self.quantile, self.maximum = quantile, maximum
+
+    def __call__(self, x0: Tensor) -> Tensor:
+        s = x0.abs().flatten(1).float().quantile(self.quantile, dim=1).clamp(1, self.maximum).to(x0.dtype)
+        s = s.reshape(-1, *[1] * (x0.ndim - 1))
+        return x0.clamp(-s, s) / s

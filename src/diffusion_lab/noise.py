@@ -1,0 +1,116 @@
+"""Keyed noise: every random number of training and sampling is a function of a key, not of a stream.
+
+The number that image i gets in its k-th draw depends on (seed, stream, i, k) alone: not on the batch size, not on how many
+processes share the work, not on what was drawn before. A counter-based generator does this: Philox4x32-10 (Salmon et al.,
+"Parallel random numbers: as easy as 1, 2, 3", SC 2011), here as vectorised integer operations that run on any device.
+
+Layout: the 128-bit counter is (block, draw, index, stream | high bits of index), the 64-bit key is the seed. One block is
+four words of 32 bits.
+"""
+
+import math
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_M0, _M1 = 0xD2511F53, 0xCD9E8D57  # multipliers and Weyl increments of Philox4x32
+_W0, _W1 = 0x9E3779B9, 0xBB67AE85
+
+
+class Stream(IntEnum):
+    """What a number is for. Two streams never share a number."""
+
+    SAMPLE = 0  # sampling: x_T is draw 0, the noise of step i is draw i + 1
+    NOISE = 1  # training: ε
+    TIME = 2  # training: t
+    LABEL = 3  # training: label dropout
+    FLIP = 4  # data: horizontal flips
+    SHUFFLE = 5  # data: the order of an epoch
+    SPLIT = 6  # data: train/val/test
+    SELF = 7  # training: self-conditioning on or off
+
+
+def _mul(a: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of a·m for a < 2³², m < 2³², by halves so that no product leaves int64."""
+    low, high = a * (m & 0xFFFF), a * (m >> 16)
+    return (high + (low >> 16)) >> 16, (low + ((high & 0xFFFF) << 16)) & _MASK
+
+
+def philox(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10: four int64 tensors that hold 32-bit words → four such tensors (Salmon et al. 2011, section 3.3)."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        high0, low0 = _mul(c0, _M0)
+        high1, low1 = _mul(c2, _M1)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
+    return c0, c1, c2, c3
+
+
+def words(count: int, *, seed: int, index: Tensor, draw: int = 0, stream: Stream = Stream.SAMPLE) -> Tensor:
+    """32-bit words for each key.
+
+    Args:
+        count: words for each index.
+        seed: any integer in [0, 2⁶⁴).
+        index: int64 (B,), each in [0, 2⁵⁶): the image, or the position in the global batch.
+        draw: in [0, 2³²): which draw of that image, or the training step.
+        stream: what the numbers are for.
+
+    Returns:
+        int64 (B, count) in [0, 2³²), on the device of `index`.
+
+    Raises:
+        ValueError: `seed` or `draw` out of range.
+    """
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed={seed} is outside [0, 2^64): give a non-negative integer")
+    if not 0 <= draw < 2**32:
+        raise ValueError(f"draw={draw} is outside [0, 2^32)")
+    blocks = torch.arange(-(-count // 4), device=index.device)[None, :]
+    high = (index >> 32 << 8 | int(stream))[:, None]
+    zeros = torch.zeros_like(high * blocks)
+    out = philox(
+        (zeros + blocks, zeros + draw, zeros + (index & _MASK)[:, None], zeros + high), (seed & _MASK, seed >> 32)
+    )
+    return torch.stack(out, dim=-1).flatten(1)[:, :count]
+
+
+def uniform(
+    shape: tuple[int, ...], *, seed: int, index: Tensor, draw: int = 0, stream: Stream = Stream.SAMPLE
+) -> Tensor:
+    """Uniform numbers in the open interval (0, 1), float64 (B, *shape). Arguments as in `words`."""
+    bits = words(math.prod(shape), seed=seed, index=index, draw=draw, stream=stream)
+    return ((bits.double() + 0.5) * 2.0**-32).reshape(len(index), *shape)
+
+
+def normal(
+    shape: tuple[int, ...],
+    *,
+    seed: int,
+    index: Tensor,
+    draw: int = 0,
+    stream: Stream = Stream.SAMPLE,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Standard normal numbers (B, *shape) by Box and Muller's transform of pairs of words; |z| < 6.77.
+
+    The transform runs in float64 and is rounded once, so that float32 results do not depend on how a kernel was vectorised,
+    that is on the batch size. Arguments as in `words`; `dtype` is that of the result.
+    """
+    count = math.prod(shape)
+    u = uniform((-(-count // 2) * 2,), seed=seed, index=index, draw=draw, stream=stream)
+    radius, angle = (-2 * u[:, 0::2].log()).sqrt(), (2 * math.pi) * u[:, 1::2]
+    z = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1).flatten(1)[:, :count]
+    return z.to(dtype).reshape(len(index), *shape)
+
+
+def permutation(n: int, *, seed: int, draw: int = 0, stream: Stream = Stream.SHUFFLE) -> Tensor:
+    """A random order of 0 … n − 1 that depends on (seed, draw) alone, int64 (n,): the indices sorted by 62 random bits each."""
+    bits = words(2, seed=seed, index=torch.arange(n), draw=draw, stream=stream)
+    return torch.argsort((bits[:, 0] << 30) | (bits[:, 1] >> 2), stable=True)

@@ -1,0 +1,146 @@
+"""The one signature of all samplers, and what they share: the grid, keyed noise, counting, the callback."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from diffusion_lab.denoiser import Denoiser, Prediction
+from diffusion_lab.noise import normal
+from diffusion_lab.samplers import grids
+
+Callback = Callable[[int, float, Tensor, Prediction], None]
+
+
+class Model:
+    """A denoiser during one run of a sampler: carries the condition and the x̂_0 before, counts, and watches for NaN."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        condition: Mapping[str, Tensor],
+        callback: Callback | None,
+        noise: Callable[[int], Tensor],
+    ) -> None:
+        self.denoiser, self.schedule, self.condition = denoiser, denoiser.schedule, condition
+        self.callback, self.noise, self.nfe = callback, noise, 0
+        self._previous: Tensor | None = None
+        self._times: list[float] = []
+        self._finite: list[Tensor] = []
+
+    def __call__(self, x: Tensor, t: Tensor) -> Prediction:
+        """One network evaluation at state x (B, …) and time t, 0-d on the CPU."""
+        prediction = self.denoiser(x, t, previous=self._previous, **self.condition)
+        self._previous = prediction.x0
+        self.nfe += 1
+        self._times.append(float(t))
+        self._finite.append(prediction.x0.isfinite().all())  # stays on the device; read once, at the end
+        return prediction
+
+    def report(self, i: int, t: Tensor, x: Tensor, prediction: Prediction) -> None:
+        """Tell the callback of step i: its time, the state there, what the network said of it."""
+        if self.callback is not None:
+            self.callback(i, float(t), x, prediction)
+
+    def refuse_nan(self) -> None:
+        """Raise ValueError where an evaluation was not finite, naming the first."""
+        bad = (~torch.stack(self._finite)).nonzero()
+        if len(bad):
+            i = int(bad[0])
+            raise ValueError(
+                f"the network gave NaN or infinity at evaluation {i + 1} of {self.nfe}, t={self._times[i]:.4g}: "
+                "sample in float32, or take a checkpoint from before the training diverged"
+            )
+
+
+class Sampler(ABC):
+    """An integrator from `start` to `stop` over a grid of times. What a new one must give: `integrate`.
+
+    Args:
+        steps: how many; None means every step of a discrete schedule.
+        grid: the name of a time grid (see grids.py).
+
+    Attributes:
+        nfe: network evaluations of the last call.
+    """
+
+    def __init__(self, steps: int | None, grid: str) -> None:
+        if grid not in grids.NAMES:
+            raise ValueError(f"unknown time grid {grid!r}: write one of {', '.join(grids.NAMES)}")
+        if steps is not None and steps < 1:
+            raise ValueError(f"a sampler needs steps >= 1, not steps={steps}")
+        self.steps, self.grid, self.nfe = steps, grid, 0
+
+    @abstractmethod
+    def integrate(self, x: Tensor, times: Tensor, model: Model, steps: Iterable[int]) -> Tensor:
+        """From the state x at times[0] to the state at times[-1].
+
+        Args:
+            x: (B, C, H, W).
+            times: float64 (N + 1,) on the CPU, so that coefficients cost no device synchronisation.
+            model: the denoiser; also `model.noise(i)`, the noise of step i, and `model.report`.
+            steps: 0 … N − 1, with a progress bar if one was asked for.
+        """
+
+    def times(self, denoiser: Denoiser, start: float = 1.0, stop: float = 0.0) -> Tensor:
+        """The grid between two times, float64 (N + 1,). Raises ValueError as grids.times does."""
+        return grids.times(self.grid, denoiser.schedule, self.steps, start, stop)
+
+    def check(self, denoiser: Denoiser) -> None:
+        """Raise ValueError where this sampler cannot work with that denoiser."""
+        self.times(denoiser)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        denoiser: Denoiser,
+        x_T: Tensor,
+        *,
+        seed: int = 0,
+        index: Tensor | None = None,
+        condition: Mapping[str, Tensor] | None = None,
+        start: float = 1.0,
+        stop: float = 0.0,
+        callback: Callback | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """Integrate from `start` to `stop`.
+
+        Args:
+            denoiser: what predicts (x̂_0, ε̂).
+            x_T: the state at time `start`, float (B, C, H, W); at 1 that is σ(1) · noise.
+            seed: with `index` the key of all noise.
+            index: int64 (B,), which image each row is; default 0 … B − 1.
+            condition: keyword arguments for the network, each with B rows.
+            start: the time of x_T, in [0, 1].
+            stop: the time of the result, in [0, 1]; start < stop runs a deterministic sampler the other way.
+            callback: callback(i, t, x, prediction) at every step, before it is taken.
+            progress: show a bar.
+
+        Returns:
+            The state at `stop`, in x_T's shape and dtype.
+
+        Raises:
+            ValueError: a grid that cannot be, a stochastic sampler with start < stop, NaN from the network.
+        """
+        times = self.times(denoiser, start, stop)
+        key = torch.arange(len(x_T), device=x_T.device) if index is None else index.to(x_T.device)
+
+        def noise(i: int) -> Tensor:
+            return normal(tuple(x_T.shape[1:]), seed=seed, index=key, draw=i + 1, dtype=x_T.dtype)
+
+        model = Model(denoiser, condition or {}, callback, noise)
+        x = self.integrate(x_T, times, model, _bar(len(times) - 1, progress))
+        self.nfe = model.nfe
+        model.refuse_nan()
+        return x
+
+
+def _bar(n: int, progress: bool) -> Iterable[int]:
+    if not progress:
+        return range(n)
+    from tqdm import tqdm
+
+    bar: Iterable[int] = tqdm(range(n), desc="sampling", unit="step", leave=False)
+    return bar

@@ -1,0 +1,107 @@
+"""Time grids: where a sampler stops on its way from `start` to `stop`.
+
+A grid maps (schedule, steps, start, stop) to steps + 1 strictly decreasing times, float64 on the CPU, the last of them `stop`.
+On a table the times are nodes i/T, rounded and never truncated, but for uniform λ, which is read between the nodes as well.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from diffusion_lab.schedules import Schedule
+
+FINEST = 1000  # cells that a curve without steps counts as, where a grid needs the smallest time above data
+
+
+def leading(n: int, cells: float) -> Tensor:
+    """1 + k·⌊cells/n⌋, k = n − 1 … 0: every ⌊T/n⌋-th step counted from data. Does not begin at `start` (DDIM's code)."""
+    return 1 + torch.arange(n - 1, -1, -1, dtype=torch.float64) * (cells // n)
+
+
+def trailing(n: int, cells: float) -> Tensor:
+    """cells·(1 − k/n), k = 0 … n − 1: equal strides that begin at `start` (Lin et al. 2023, table 2)."""
+    return cells - torch.arange(n, dtype=torch.float64) * cells / n
+
+
+def linspace(n: int, cells: float) -> Tensor:
+    """n times from `start` down to the first node, ends included (improved DDPM's strided chain)."""
+    return torch.linspace(cells, 1, n, dtype=torch.float64)
+
+
+def quadratic(n: int, cells: float) -> Tensor:
+    """cells·(k/n)², k = n … 1: dense near data (Song et al. 2021, DDIM, appendix D.2)."""
+    return cells * (torch.arange(n, 0, -1, dtype=torch.float64) / n).square()
+
+
+GRIDS: dict[str, Callable[[int, float], Tensor]] = {
+    "leading": leading,
+    "trailing": trailing,
+    "linspace": linspace,
+    "quadratic": quadratic,
+}
+NAMES = (*GRIDS, "uniform_lambda")
+
+
+def times(name: str, schedule: Schedule, steps: int | None, start: float = 1.0, stop: float = 0.0) -> Tensor:
+    """The grid `name` between `start` and `stop`, float64 (steps + 1,); reversed if start < stop.
+
+    Args:
+        name: one of `NAMES`.
+        schedule: the curve; a table's nodes are where the times lie.
+        steps: how many; None for every step of a table.
+        start: the first time, in [0, 1].
+        stop: the last time, in [0, 1].
+
+    Raises:
+        ValueError: unknown name, more steps than nodes, no steps on a continuous curve, or uniform λ towards α = 0.
+    """
+    if name not in NAMES:
+        raise ValueError(f"unknown time grid {name!r}: write one of {', '.join(NAMES)}")
+    if not (0 <= start <= 1 and 0 <= stop <= 1 and start != stop):
+        raise ValueError(f"a sampler runs between two different times in [0, 1], not from {start} to {stop}")
+    if start < stop:
+        return times(name, schedule, steps, stop, start).flip(0)
+    count = schedule.steps or FINEST
+    cells = round((start - stop) * count, 6)
+    if steps is None and schedule.steps is None:
+        raise ValueError(
+            "this schedule is a continuous curve: give the sampler a number of steps, e.g. sampler.steps=50"
+        )
+    n = max(round(cells), 1) if steps is None else steps
+    if n < 1:
+        raise ValueError(f"a sampler needs steps >= 1, not steps={n}")
+    end = torch.tensor([stop], dtype=torch.float64)
+    if name == "uniform_lambda":
+        return torch.cat([_uniform_lambda(n, schedule, start, stop, 1 / count), end])
+    if schedule.steps is not None and n > cells:
+        raise ValueError(
+            f"steps={n} exceeds the {cells:g} steps of the schedule between t={start} and t={stop}: ask for fewer"
+        )
+    offsets = GRIDS[name](n, cells)
+    if schedule.steps is not None:
+        first = offsets[0]
+        offsets = _distinct(offsets.round())
+        if first == cells:
+            offsets[0] = cells  # `start` itself, also where it is no node
+    return torch.cat([stop + offsets / count, end])
+
+
+def _distinct(nodes: Tensor) -> Tensor:
+    """Decreasing whole numbers, pushed up where rounding made two of them meet, so that the k-th from below is at least k."""
+    up = nodes.flip(0)
+    rank = torch.arange(1, len(nodes) + 1, dtype=nodes.dtype)
+    return (torch.cummax(torch.maximum(up, rank) - rank, 0).values + rank).flip(0)
+
+
+def _uniform_lambda(n: int, schedule: Schedule, start: float, stop: float, least: float) -> Tensor:
+    """n times from `start` on at equal distances in λ; the (n + 1)-st is `stop`, or data after the first node."""
+    if start == 1 and schedule.ends_in_noise:
+        raise ValueError(
+            "grid uniform_lambda needs a finite λ at its start, but this schedule ends in alpha = 0: write grid=trailing"
+        )
+    ends = schedule.lam(torch.tensor([start, stop or least], dtype=torch.float64))
+    lam = torch.linspace(float(ends[0]), float(ends[1]), n + 1 if stop else max(n, 2), dtype=torch.float64)[:n]
+    grid = schedule.time(lam)
+    grid[0] = start  # as given, not through λ and back
+    return grid

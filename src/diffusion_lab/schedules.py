@@ -1,0 +1,281 @@
+"""Noise schedules: curves (α_t, σ_t) for t ∈ [0, 1], so that x_t = α_t x_0 + σ_t ε; t = 0 is data.
+
+A discrete schedule is a table of T steps: t = i/T is exact on the grid and interpolated in λ = ln(α/σ) off it. All arithmetic
+is float64, because σ recomputed from a rounded ᾱ = α² vanishes for the first steps; results come back in the dtype of t,
+float32 at least.
+"""
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Times = Float[Tensor, "*shape"]
+
+NODE_TOLERANCE = 1e-3  # a time within this fraction of a cell of a node is that node: float32 cannot say i/T exactly
+
+
+def like(value: Tensor, t: Tensor) -> Tensor:
+    """`value` in t's dtype, float32 at least."""
+    return value.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def match(value: Tensor, x: Tensor) -> Tensor:
+    """A per-example value (0-d or (B,)) in the dtype of x, shaped to multiply x (B, …). The one broadcast of the package."""
+    value = value.to(x.dtype)
+    return value if value.ndim == 0 else value.to(x.device).reshape(-1, *[1] * (x.ndim - 1))
+
+
+class Schedule(ABC):
+    """A curve (α_t, σ_t) with λ(t) = ln(α/σ) strictly decreasing. What a new curve must give: the first three methods."""
+
+    steps: int | None = None  # T of a table; None for a continuous curve
+
+    @abstractmethod
+    def alpha_sigma(self, t: Times) -> tuple[Times, Times]:
+        """(α, σ) at times t ∈ [0, 1] of any shape, in t's dtype or float32, whichever is wider. t = 0 is (1, 0)."""
+
+    @abstractmethod
+    def derivatives(self, t: Times) -> tuple[Times, Times]:
+        """(dα/dt, dσ/dt), same shapes. Drift and diffusion of the forward SDE follow: f = α̇/α, g² = 2σσ̇ − 2fσ²."""
+
+    @abstractmethod
+    def time(self, lam: Times) -> Times:
+        """The inverse of λ: the time t ∈ [0, 1] at which ln(α/σ) = lam; beyond the curve's ends, the end."""
+
+    @abstractmethod
+    def conditioning(self, t: Times) -> Times:
+        """What the network is told of the time."""
+
+    def lam(self, t: Times) -> Times:
+        """λ = ln(α/σ) = ½ ln SNR; +∞ at t = 0, −∞ where α = 0."""
+        alpha, sigma = self.alpha_sigma(t.double())
+        return like(alpha.log() - sigma.log(), t)
+
+    @property
+    def ends_in_noise(self) -> bool:
+        """Whether α(1) = 0 exactly (zero terminal SNR, flow): then ε says nothing of x_0 at t = 1."""
+        return bool(self.alpha_sigma(torch.ones((), dtype=torch.float64))[0] == 0)
+
+
+class Table(Schedule):
+    """A discrete schedule from its ln ᾱ_i, i = 1 … T. The subclasses below are formulas for β_i.
+
+    Between the nodes λ is linear in t; in (0, 1/T) σ² is; in a last cell that ends in α = 0, α is.
+
+    Args:
+        log_alpha_bar: float64 (T,), ln Π(1 − β_i), strictly decreasing and negative.
+        zero_terminal_snr: shift and scale √ᾱ so that ᾱ_T = 0 and ᾱ_1 stays (Lin et al. 2023, algorithm 1).
+
+    Raises:
+        ValueError: fewer than two steps, or a table that does not decrease.
+    """
+
+    steps: int
+
+    def __init__(self, log_alpha_bar: Float[Tensor, " T"], zero_terminal_snr: bool = False) -> None:
+        alpha = (log_alpha_bar.double() / 2).exp()
+        sigma = (-torch.expm1(log_alpha_bar.double())).sqrt()
+        if len(alpha) < 2 or not bool((alpha.diff() < 0).all() and 0 < alpha[0] < 1):
+            raise ValueError("a schedule's table needs at least 2 steps with ᾱ strictly decreasing inside (0, 1)")
+        if zero_terminal_snr:
+            alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
+            sigma = torch.cat([sigma[:1], ((1 - alpha[1:]) * (1 + alpha[1:])).sqrt()])
+        self.steps = len(alpha)
+        start = torch.tensor([1.0, 0.0], dtype=torch.float64)
+        self._alpha, self._sigma = torch.cat([start[:1], alpha]), torch.cat([start[1:], sigma])
+        self._lam = self._alpha.log() - self._sigma.log()  # +∞ at i = 0
+        self._into_zero = bool(alpha[-1] == 0)
+        self._finite = self.steps - self._into_zero  # the last node with a finite λ
+        self._on: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def _tables(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """α, σ, λ at i = 0 … T on the given device; copied there once."""
+        if device not in self._on:
+            self._on[device] = (self._alpha.to(device), self._sigma.to(device), self._lam.to(device))
+        return self._on[device]
+
+    def _position(self, t: Tensor) -> Tensor:
+        """T·t in float64, snapped to the node where t means one."""
+        position = t.double() * self.steps
+        node = position.round()
+        return torch.where((position - node).abs() <= NODE_TOLERANCE, node, position)
+
+    @property
+    def ends_in_noise(self) -> bool:
+        return self._into_zero
+
+    def _cell(self, position: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The cell (i, i + 1] that holds each position: i, whether it is the first, whether it ends in α = 0, and the nearest
+        cell with a finite λ at both ends, whose interpolation is computed everywhere and used where neither holds."""
+        lower = (position.ceil().long() - 1).clamp(0, self.steps - 1)
+        into_zero = (lower == self.steps - 1) & self._into_zero
+        return lower, lower == 0, into_zero, lower.clamp(1, self._finite - 1)
+
+    def alpha_sigma(self, t: Times) -> tuple[Times, Times]:
+        position = self._position(t)
+        alphas, sigmas, lams = self._tables(t.device)
+        lower, first, into_zero, inner = self._cell(position)
+        fraction = position - lower
+        lam = lams[inner] + fraction * (lams[inner + 1] - lams[inner])
+        first_sigma = sigmas[1] * fraction.clamp(0, 1).sqrt()
+        last_alpha = alphas[-2] * (1 - fraction)
+        alpha = torch.where(first, (1 - first_sigma.square()).sqrt(), torch.sigmoid(2 * lam).sqrt())
+        sigma = torch.where(first, first_sigma, torch.sigmoid(-2 * lam).sqrt())
+        alpha = torch.where(into_zero, last_alpha, alpha)
+        sigma = torch.where(into_zero, ((1 - last_alpha) * (1 + last_alpha)).sqrt(), sigma)
+        node = position.round().long()
+        exact = position == node
+        return like(torch.where(exact, alphas[node], alpha), t), like(torch.where(exact, sigmas[node], sigma), t)
+
+    def derivatives(self, t: Times) -> tuple[Times, Times]:
+        """(dα/dt, dσ/dt) of the interpolation; at a node, of the cell below it. dσ/dt is infinite at t = 0."""
+        position = self._position(t)
+        alphas, sigmas, lams = self._tables(t.device)
+        _, first, into_zero, inner = self._cell(position)
+        alpha, sigma = self.alpha_sigma(position / self.steps)
+        rate = (lams[inner + 1] - lams[inner]) * self.steps  # dλ/dt; α̇ = ασ²λ̇, σ̇ = −σα²λ̇ because α² + σ² = 1
+        half = 0.5 * sigmas[1].square() * self.steps  # ½ dσ²/dt in the first cell
+        d_alpha = torch.where(first, -half / alpha, alpha * sigma.square() * rate)
+        d_sigma = torch.where(first, half / sigma, -sigma * alpha.square() * rate)
+        slope = -alphas[-2] * self.steps
+        d_alpha = torch.where(into_zero, slope, d_alpha)
+        d_sigma = torch.where(into_zero, -alpha * slope / sigma, d_sigma)
+        return like(d_alpha, t), like(d_sigma, t)
+
+    def time(self, lam: Times) -> Times:
+        wide = lam.double()
+        alphas, sigmas, lams = self._tables(lam.device)
+        upper = (
+            torch.searchsorted(-lams[1:], -wide.contiguous()).clamp(max=self.steps - 1) + 1
+        )  # λ[upper − 1] > lam ≥ λ[upper]
+        inner = upper.clamp(2, self._finite)
+        position = inner - 1 + ((wide - lams[inner - 1]) / (lams[inner] - lams[inner - 1])).clamp(0, 1)
+        first = torch.sigmoid(-2 * wide) / sigmas[1].square()
+        position = torch.where(upper == 1, first.clamp(max=1), position)
+        if self._into_zero:
+            last = self.steps - (torch.sigmoid(2 * wide).sqrt() / alphas[-2]).clamp(max=1)
+            position = torch.where(upper == self.steps, last, position)
+        return like(position / self.steps, lam)
+
+    def conditioning(self, t: Times) -> Times:
+        """max(T·t − 1, 0): the index from 0 that DDPM's networks are told."""
+        return like((self._position(t) - 1).clamp(min=0), t)
+
+
+class Linear(Table):
+    """β linear from `beta_start` to `beta_end` (Ho et al. 2020, section 4), stated for T = 1000.
+
+    For another T both ends scale by 1000/T (Nichol & Dhariwal 2021), which keeps ᾱ(t) nearly the same curve.
+
+    Args:
+        steps: T ≥ 21 with the default ends, since β_T = 20/T must stay below 1.
+        beta_start: β_1 at T = 1000.
+        beta_end: β_T at T = 1000.
+        zero_terminal_snr: see `Table`.
+
+    Raises:
+        ValueError: β_T ≥ 1, or ends that do not ascend.
+    """
+
+    def __init__(
+        self, steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, zero_terminal_snr: bool = False
+    ) -> None:
+        first, last = _scaled_ends("linear", steps, beta_start, beta_end)
+        beta = torch.linspace(first, last, steps, dtype=torch.float64)
+        super().__init__(torch.log1p(-beta).cumsum(0), zero_terminal_snr)
+
+
+class ScaledLinear(Table):
+    """√β linear (Rombach et al. 2022, the latent-diffusion code): β_i = linspace(√β_1, √β_T)². Arguments as `Linear`."""
+
+    def __init__(
+        self, steps: int = 1000, beta_start: float = 8.5e-4, beta_end: float = 0.012, zero_terminal_snr: bool = False
+    ) -> None:
+        first, last = _scaled_ends("scaled_linear", steps, beta_start, beta_end)
+        beta = torch.linspace(math.sqrt(first), math.sqrt(last), steps, dtype=torch.float64).square()
+        super().__init__(torch.log1p(-beta).cumsum(0), zero_terminal_snr)
+
+
+class Cosine(Table):
+    """ᾱ = f(t)/f(0), f(t) = cos²((t + s)/(1 + s)·π/2), with β ≤ `beta_max` (Nichol & Dhariwal 2021, eq. 17).
+
+    Args:
+        steps: T ≥ 2.
+        offset: s, which keeps β_1 from vanishing.
+        beta_max: the clip of β, which acts on the last step.
+        zero_terminal_snr: see `Table`.
+
+    Raises:
+        ValueError: fewer than 2 steps, or `beta_max` outside (0, 1).
+    """
+
+    def __init__(
+        self, steps: int = 1000, offset: float = 0.008, beta_max: float = 0.999, zero_terminal_snr: bool = False
+    ) -> None:
+        t = _nodes("cosine", steps)
+        alpha_bar = ((t + offset) / (1 + offset) * (math.pi / 2)).cos().square()
+        super().__init__(_clip_beta(alpha_bar / alpha_bar[0], beta_max), zero_terminal_snr)
+
+
+class Sigmoid(Table):
+    """ᾱ from a sigmoid between `start` and `end`, normalised to [0, 1] (Jabri et al. 2022; Chen 2023, algorithm 1).
+
+    ᾱ(t) = (S(end) − S(start + t(end − start))) / (S(end) − S(start)), S(u) = sigmoid(u/τ); then β ≤ `beta_max`.
+    Another library gives this name to a sigmoid in β.
+
+    Args:
+        steps: T ≥ 2.
+        start: where the sigmoid begins, at t = 0.
+        end: where it ends, at t = 1; start < end.
+        tau: the temperature τ > 0.
+        beta_max: the clip of β, which acts on the last step.
+        zero_terminal_snr: see `Table`.
+
+    Raises:
+        ValueError: fewer than 2 steps, or an argument outside its range.
+    """
+
+    def __init__(
+        self,
+        steps: int = 1000,
+        start: float = -3.0,
+        end: float = 3.0,
+        tau: float = 1.0,
+        beta_max: float = 0.999,
+        zero_terminal_snr: bool = False,
+    ) -> None:
+        if not (start < end and tau > 0):
+            raise ValueError(f"schedule sigmoid needs start < end and tau > 0, not start={start}, end={end}, tau={tau}")
+        s = torch.sigmoid((start + _nodes("sigmoid", steps) * (end - start)) / tau)
+        super().__init__(_clip_beta((s[-1] - s) / (s[-1] - s[0]), beta_max), zero_terminal_snr)
+
+
+def _nodes(name: str, steps: int) -> Tensor:
+    """i/T for i = 0 … T in float64."""
+    if steps < 2:
+        raise ValueError(f"schedule {name} needs steps >= 2, not steps={steps}")
+    return torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+
+
+def _scaled_ends(name: str, steps: int, beta_start: float, beta_end: float) -> tuple[float, float]:
+    """β_1 and β_T, stated for 1000 steps, for `steps` of them."""
+    _nodes(name, steps)
+    if not 0 < beta_start <= beta_end:
+        raise ValueError(f"schedule {name} needs 0 < beta_start <= beta_end, not {beta_start} and {beta_end}")
+    if beta_end * 1000 / steps >= 1:
+        least = math.floor(beta_end * 1000) + 1
+        raise ValueError(
+            f"schedule {name} with steps={steps} has beta >= 1, because beta_end={beta_end} is stated for 1000 steps and "
+            f"scales by 1000/steps: write schedule.steps={least} or more, or schedule=cosine"
+        )
+    return beta_start * 1000 / steps, beta_end * 1000 / steps
+
+
+def _clip_beta(alpha_bar: Tensor, beta_max: float) -> Tensor:
+    """ln ᾱ_i, i = 1 … T, after clipping β_i = 1 − ᾱ_i/ᾱ_{i−1} at beta_max; alpha_bar has T + 1 entries from ᾱ_0 = 1."""
+    if not 0 < beta_max < 1:
+        raise ValueError(f"beta_max={beta_max} is outside (0, 1): the published value is 0.999")
+    return torch.log1p(-(1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=beta_max)).cumsum(0)
