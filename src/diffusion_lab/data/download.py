@@ -1,0 +1,65 @@
+"""Files from the network: verified by checksum, written to a temporary name, renamed."""
+
+import hashlib
+import os
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+
+from tqdm import tqdm
+
+TIMEOUT = 30  # seconds without a byte
+CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A file, the addresses that serve it (tried in order) and its MD5 checksum."""
+
+    name: str
+    urls: tuple[str, ...]
+    md5: str
+
+
+def fetch(folder: Path, missing: Sequence[Remote], *, download: bool) -> None:
+    """Downloads `missing` into `folder`, each with a progress bar.
+
+    Raises:
+        ValueError: `download` is false, no address serves the file with the right checksum, or the folder cannot be
+            written; the line names the folder and the files to put there.
+    """
+    if not download:
+        names = ", ".join(file.name for file in missing)
+        raise ValueError(f"{folder.absolute()} lacks {names}: put them there, or write data.download=true")
+    for i, file in enumerate(missing):
+        reason = "no address"
+        for url in file.urls:
+            try:
+                _retrieve(url, folder / file.name, file.md5)
+                break
+            except (OSError, HTTPException) as error:  # OSError includes refused, timed out, unresolved, unwritable
+                reason = " ".join(f"{url}: {error}".split())
+        else:
+            names = ", ".join(file.name for file in missing[i:])
+            raise ValueError(f"cannot download {file.name} ({reason}): put {names} into {folder.absolute()}")
+
+
+def _retrieve(url: str, path: Path, md5: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    digest = hashlib.md5(usedforsecurity=False)
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as response, open(part, "wb") as file:
+            total = int(response.headers.get("Content-Length") or 0) or None
+            with tqdm(total=total, unit="B", unit_scale=True, desc=path.name) as bar:
+                while chunk := response.read(CHUNK):
+                    file.write(chunk)
+                    digest.update(chunk)
+                    bar.update(len(chunk))
+        if digest.hexdigest() != md5:
+            raise OSError(f"checksum {digest.hexdigest()}, expected {md5}")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,78 @@
+"""Images as arrays: bytes to [-1, 1] (and back: `pictures.to_uint8`), and a set of examples read a batch at a time."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Index = NDArray[np.int64]
+
+
+def to_float(images: NDArray[np.uint8] | Tensor) -> Tensor:
+    """uint8 of any shape → float32 in [-1, 1]: level k becomes k/127.5 - 1.
+
+    Written (2k - 255)/255, which rounds once: every level is the nearest float32, and k and 255 - k are exact negatives.
+    """
+    return torch.as_tensor(images).to(torch.float32).mul_(2).sub_(255).div_(255)
+
+
+class Rows:
+    """Some rows of an array, copied only when asked for: of a memory map, `array[index]` would read them all at once.
+
+    Has `shape`, `dtype`, `len`, and indexing by an integer, a slice or an integer array; `np.asarray` copies all.
+    """
+
+    def __init__(self, array: NDArray[np.uint8], index: Index) -> None:
+        self.array, self.index = array, index
+        self.shape, self.dtype = (len(index), *array.shape[1:]), array.dtype
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, key: Any) -> NDArray[np.uint8]:
+        return self.array[self.index[key]]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        return np.asarray(self.array[self.index], dtype)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Images with what is known of each.
+
+    images: uint8 (N, C, H, W), an array or `Rows` of one.
+    labels: int64 (N,), or None.
+    attributes: int8 (N, A) of -1 (no) and 1 (yes), or None.
+    """
+
+    images: NDArray[np.uint8] | Rows
+    labels: Index | None = None
+    attributes: NDArray[np.int8] | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def select(self, index: Index) -> "Examples":
+        """The examples of `index`, int64 (n,), in its order; images stay where they are."""
+        images = self.images
+        rows = Rows(images.array, images.index[index]) if isinstance(images, Rows) else Rows(images, index)
+        labels = None if self.labels is None else self.labels[index]
+        return Examples(rows, labels, None if self.attributes is None else self.attributes[index])
+
+    def take(self, index: Index, flip: NDArray[np.bool_] | None = None) -> dict[str, Tensor]:
+        """One batch: "image" float32 (n, C, H, W) in [-1, 1]; where known, "label" int64 (n,), "attributes" float32 (n, A) of ±1.
+
+        `flip`, bool (n,), says which images are mirrored left to right.
+        """
+        images = self.images[index]
+        if flip is not None:
+            images[flip] = images[flip, ..., ::-1]
+        batch = {"image": to_float(images)}
+        if self.labels is not None:
+            batch["label"] = torch.from_numpy(self.labels[index])
+        if self.attributes is not None:
+            batch["attributes"] = torch.from_numpy(self.attributes[index]).float()
+        return batch

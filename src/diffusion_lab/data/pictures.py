@@ -1,0 +1,75 @@
+"""From tensors to PNG: the one conversion to bytes, and sheets of captioned grids."""
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Float images in [−1, 1] → uint8 of the same shape: x·127.5 + 128 truncated, which rounds k/127.5 − 1 to k exactly."""
+    return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+
+def save_png(path: Path, pixels: np.ndarray) -> None:
+    """Writes uint8 (H, W), (H, W, 1) or (H, W, 3) under a temporary name and renames it; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    squeezed = pixels[..., 0] if pixels.ndim == 3 and pixels.shape[-1] == 1 else pixels
+    Image.fromarray(squeezed).save(partial, format="PNG")
+    os.replace(partial, path)
+
+
+class Panel(NamedTuple):
+    """One grid of a sheet."""
+
+    caption: str
+    images: Tensor  # float (N, C, H, W) in [−1, 1], C = 1 or 3
+    columns: int | None = None  # None: as square as it gets
+
+
+_GAP, _MARGIN, _PAPER, _INK = 2, 14, 246, (40, 40, 40)
+
+
+def grid(images: Tensor, columns: int | None = None, least: int = 40) -> np.ndarray:
+    """Images (N, C, H, W) in [−1, 1] as one uint8 picture (H', W', 3), small ones enlarged to about `least` pixels a side."""
+    n, _, height, width = images.shape
+    columns = columns or math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    zoom = max(1, math.ceil(least / max(height, width)))
+    pixels = to_uint8(images).expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
+    tiles = pixels.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2).cpu().numpy()
+    height, width = height * zoom, width * zoom
+    out = np.full((rows * (height + _GAP) - _GAP, columns * (width + _GAP) - _GAP, 3), _PAPER, np.uint8)
+    for i, tile in enumerate(tiles):
+        y, x = (i // columns) * (height + _GAP), (i % columns) * (width + _GAP)
+        out[y : y + height, x : x + width] = tile
+    return out
+
+
+def save_sheet(path: Path, panels: Sequence[Panel]) -> None:
+    """Panels with captions on one sheet: those with free columns side by side, the others (strips) below, one a row."""
+    font = ImageFont.load_default(13)
+    top = [(panel.caption, grid(panel.images)) for panel in panels if panel.columns is None]
+    below = [(panel.caption, grid(panel.images, panel.columns)) for panel in panels if panel.columns is not None]
+    line = 20
+    rows = ([top] if top else []) + [[strip] for strip in below]
+    width = max(sum(p.shape[1] for _, p in row) + _MARGIN * (len(row) + 1) for row in rows)
+    height = sum(max(p.shape[0] for _, p in row) + line + _MARGIN for row in rows) + _MARGIN
+    sheet = Image.new("RGB", (width, height), (_PAPER,) * 3)
+    draw = ImageDraw.Draw(sheet)
+    y = _MARGIN // 2
+    for row in rows:
+        x = _MARGIN
+        for caption, picture in row:
+            draw.text((x, y), caption, fill=_INK, font=font)
+            sheet.paste(Image.fromarray(picture), (x, y + line))
+            x += picture.shape[1] + _MARGIN
+        y += max(p.shape[0] for _, p in row) + line + _MARGIN
+    save_png(path, np.asarray(sheet))

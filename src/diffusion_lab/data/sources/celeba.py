@@ -1,0 +1,97 @@
+"""CelebA: 202,599 aligned faces of 178×218 with 40 attributes, in torchvision's layout `ROOT/celeba`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from diffusion_lab.data.cache import cache_folder, decoded
+from diffusion_lab.data.decode import Decoder, Files
+from diffusion_lab.data.images import Examples
+from diffusion_lab.data.sources.base import Dataset, Source
+
+FOLDER, IMAGES = "celeba", "img_align_celeba"
+ATTRIBUTES, PARTITION = "list_attr_celeba.txt", "list_eval_partition.txt"
+PARTS = {"val": 1, "test": 2}  # train is 0
+
+
+class CelebA(Source):
+    """CelebA (Liu et al. 2015) with its official train, val and test parts.
+
+    Families of papers cut the face differently, and their FIDs do not compare:
+    crop=140, the central square (score SDE); crop=178, the whole width; crop=[57,25,128,128], the box around column 89,
+    row 121 (DDIM, Analytic-DPM).
+
+    Args:
+        crop: a central square of so many pixels, or [top, left, height, width]; it is resized to the image size.
+        filter: Pillow's, antialiased: bilinear, bicubic, lanczos, box, hamming or nearest.
+        cache: the folder for decoded images; None is `ROOT/celeba/.cache`, or the user's cache folder if that is read-only.
+
+    Raises:
+        ValueError: an option that is none of these.
+    """
+
+    def __init__(self, crop: int | Sequence[int] = 140, filter: str = "bilinear", cache: str | None = None) -> None:
+        self.crop = crop if isinstance(crop, int) else tuple(crop)
+        self.filter, self.cache = filter, cache
+        self._decoder((3, 1, 1))  # refuses wrong options now
+
+    def _decoder(self, shape: tuple[int, int, int]) -> Decoder:
+        return Decoder(shape, box=self.crop, resize="exact", centre=False, filter=self.filter)
+
+    def load(self, root: Path, shape: tuple[int, int, int], *, download: bool) -> Dataset:
+        """See `Source.load`."""
+        folder = root / FOLDER
+        _require(folder, download)
+        attribute_names, attributes = _read_table(folder / ATTRIBUTES, skip=2)  # a count, the names, then 1 or -1
+        _, partition = _read_table(folder / PARTITION, skip=0)
+        images = folder / IMAGES
+        files = Files(images if images.is_dir() else images.with_suffix(".zip"))
+        if not len(files.names) == len(partition) == len(attributes):
+            raise ValueError(
+                f"{folder.absolute()} holds {len(files.names)} images, {len(partition)} lines of {PARTITION} and "
+                f"{len(attributes)} of {ATTRIBUTES}: unpack the missing ones, or put {IMAGES}.zip in place of {IMAGES}"
+            )
+        faces = decoded(files, self._decoder(shape), cache_folder(self.cache, folder))
+        official = {part: np.flatnonzero(partition[:, 0] == number) for part, number in PARTS.items()}
+        return Dataset(
+            Examples(faces, attributes=attributes.astype(np.int8)), attribute_names=attribute_names, official=official
+        )
+
+
+def _require(folder: Path, download: bool) -> None:
+    """Makes sure of the three files. They lie on Google Drive, which needs the package gdown and often refuses."""
+    archive = f"{IMAGES}.zip"
+    missing = [name for name in (archive, ATTRIBUTES, PARTITION) if not (folder / name).exists()]
+    if archive in missing and (folder / IMAGES).is_dir():
+        missing.remove(archive)
+    if not missing:
+        return
+    place = f"put {', '.join(missing)} (mmlab.ie.cuhk.edu.hk/projects/CelebA.html) into {folder.absolute()}"
+    if not download:
+        raise ValueError(f"CelebA is not complete: {place}, or write data.download=true")
+    from torchvision.datasets import CelebA as Published
+    from torchvision.datasets.utils import download_file_from_google_drive
+
+    published = {name: (drive, md5) for drive, md5, name in Published.file_list}
+    for name in missing:
+        drive, md5 = published[name]
+        part = folder / f"{name}.part"
+        try:
+            download_file_from_google_drive(drive, folder, part.name, md5)
+            part.replace(folder / name)
+        except Exception as error:  # gdown has errors of its own, and may be missing
+            reason = " ".join(str(error).split())
+            raise ValueError(f"cannot download {name} ({reason}): {place}") from error
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def _read_table(path: Path, skip: int) -> tuple[tuple[str, ...], np.ndarray]:
+    """The words of the last skipped line, and the table: a name and integers a line → int64 (N, columns)."""
+    lines = path.read_text().splitlines()
+    try:
+        header = tuple(lines[skip - 1].split()) if skip else ()
+        return header, np.array([line.split()[1:] for line in sorted(filter(None, lines[skip:]))], dtype=np.int64)
+    except (ValueError, IndexError) as error:
+        raise ValueError(f"{path.absolute()} is damaged ({error}): delete it and run again") from error

@@ -1,0 +1,119 @@
+"""One's own images: a folder, a .zip file, or an .npz file of arrays."""
+
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from diffusion_lab.data.cache import cache_folder, decoded
+from diffusion_lab.data.decode import Decoder, Files
+from diffusion_lab.data.images import Examples, Index
+from diffusion_lab.data.sources.base import Dataset, Source, train_and_test
+
+PARTS = {"train": "train", "val": "val", "valid": "val", "test": "test"}
+
+
+class ImageFolder(Source):
+    """All images below `root`, in nested folders, grey or in colour, of any size.
+
+    Folders that hold everything are stepped over. Of the rest, the first level names the classes if there are several; where
+    it is `train` and `test` or `val`, these are the official parts and the classes are one level below. `root` may also be a
+    .zip file of such folders, or an .npz file of arrays that are used as they are: `arr_0` uint8 (N, H, W, C) and, for labels,
+    `arr_1` integers (N,), as sample.py writes; or `train_images`, `train_labels`, `test_images`, `test_labels`.
+
+    Args:
+        resize: "shorter" (scale until the image just covers H×W), "exact" (to H×W whatever its aspect) or "none".
+        crop: "center" cuts the central H×W after resizing; [top, left, height, width] cuts that box before it as well; "none".
+        filter: Pillow's, antialiased: lanczos, bicubic, bilinear, box, hamming or nearest.
+        cache: the folder for decoded images; None is `.cache` beside them, or the user's cache folder if that is read-only.
+
+    Raises:
+        ValueError: an option that is none of these.
+    """
+
+    def __init__(
+        self,
+        resize: str = "shorter",
+        crop: str | Sequence[int] | None = "center",
+        filter: str = "lanczos",
+        cache: str | None = None,
+    ) -> None:
+        if isinstance(crop, str) and crop not in ("center", "none"):
+            raise ValueError(f"data.source.crop={crop}: write center, none or [top,left,height,width]")
+        self.box = None if isinstance(crop, str) or crop is None else tuple(crop)
+        self.resize, self.centre, self.filter = resize, crop not in ("none", None), filter
+        self.cache = cache
+        self._decoder((3, 1, 1))  # refuses wrong options now
+
+    def _decoder(self, shape: tuple[int, int, int]) -> Decoder:
+        return Decoder(shape, self.box, self.resize, self.centre, self.filter)
+
+    def load(self, root: Path, shape: tuple[int, int, int], *, download: bool) -> Dataset:
+        """See `Source.load`; nothing is downloaded."""
+        if not root.exists():
+            raise ValueError(
+                f"{root.absolute()} does not exist: write data.root=FOLDER with your images, or a .zip or .npz file"
+            )
+        if root.suffix == ".npz":
+            return _read_npz(root)
+        files = Files(root)
+        labels, class_names, official = _sort_out([name.split("/") for name in files.names])
+        folder = cache_folder(self.cache, root if root.is_dir() else root.parent)
+        return Dataset(Examples(decoded(files, self._decoder(shape), folder), labels), class_names, official=official)
+
+
+def _sort_out(paths: list[list[str]]) -> tuple[Index | None, tuple[str, ...], dict[str, Index]]:
+    """Paths of images as lists of names → labels, class names, official parts."""
+    paths = _below_common(paths)
+    official = {}
+    if {"train"} < {path[0] for path in paths} <= set(PARTS):
+        part = np.array([PARTS[path[0]] for path in paths])
+        official = {str(name): np.flatnonzero(part == name) for name in np.unique(part) if name != "train"}
+        paths = _below_common([path[1:] for path in paths])
+    first = sorted({path[0] for path in paths})
+    if len(first) == 1 or any(len(path) == 1 for path in paths):
+        return None, (), official
+    number = {name: i for i, name in enumerate(first)}
+    return np.array([number[path[0]] for path in paths]), tuple(first), official
+
+
+def _below_common(paths: list[list[str]]) -> list[list[str]]:
+    while all(len(path) > 1 for path in paths) and len({path[0] for path in paths}) == 1:
+        paths = [path[1:] for path in paths]
+    return paths
+
+
+def _read_npz(path: Path) -> Dataset:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path.absolute()} cannot be read as .npz ({error})") from error
+    if "arr_0" in arrays:
+        images, labels = _pair(path, arrays["arr_0"], arrays.get("arr_1"))
+        return Dataset(Examples(images, labels), _numbers(labels))
+    if "train_images" in arrays and "test_images" in arrays:
+        train, train_labels = _pair(path, arrays["train_images"], arrays.get("train_labels"))
+        test, test_labels = _pair(path, arrays["test_images"], arrays.get("test_labels"))
+        if train_labels is None or test_labels is None:
+            return train_and_test((train, test), None, ())
+        names = _numbers(np.concatenate([train_labels, test_labels]))
+        return train_and_test((train, test), (train_labels, test_labels), names)
+    raise ValueError(
+        f"{path.absolute()} holds {', '.join(arrays)}: name the images arr_0, or train_images and test_images"
+    )
+
+
+def _pair(path: Path, images: np.ndarray, labels: np.ndarray | None) -> tuple[np.ndarray, Index | None]:
+    """Images as uint8 (N, C, H, W) and labels as int64 (N,)."""
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) == 0:
+        raise ValueError(f"{path.absolute()} holds images as {images.dtype} {images.shape}: write uint8 N×H×W×C, N ≥ 1")
+    if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu" or labels.min() < 0):
+        raise ValueError(f"{path.absolute()} holds labels as {labels.dtype} {labels.shape}: write N integers from 0 on")
+    images = images.reshape(*images.shape[:3], -1).transpose(0, 3, 1, 2)
+    return np.ascontiguousarray(images), None if labels is None else labels.astype(np.int64)
+
+
+def _numbers(labels: Index | None) -> tuple[str, ...]:
+    return () if labels is None else tuple(str(i) for i in range(int(labels.max()) + 1))

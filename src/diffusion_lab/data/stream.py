@@ -1,0 +1,132 @@
+"""How images reach a run: training by one endless stream of global batches, evaluation by finite loaders in order.
+
+Both are pure functions of their arguments: which images a process sees depends on no state, so that a resumed run, or one
+with another number of processes, continues with the very same global batches.
+"""
+
+from collections.abc import Iterator
+from itertools import count
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion_lab import noise
+from diffusion_lab.data.images import Examples, Index
+
+
+class BatchStream:
+    """An endless iterable over training batches, without epochs.
+
+    Position j of the global batch of step s shows example π_e[p mod N], p = s·B + j, e = ⌊p/N⌋, where π_e is the permutation
+    keyed by (seed, e): keyed epochs, laid end to end. Micro-batch m of A on rank r of W takes the positions m·W + r + k·W·A,
+    k = 0, 1, …: a stride, so that stratified times are spread evenly over all shares.
+
+    Args:
+        examples: the training split, N examples.
+        batch_size: B, of the global batch.
+        seed: the run's.
+        world_size, rank: W and r.
+        accumulate: A, micro-batches an optimiser step.
+        start_step: where iteration starts; may be set at any time before it.
+        flip: mirror an example left to right with probability ½, keyed by (seed, step, position).
+        pin_memory: page-locked tensors, for copies to a GPU that do not wait.
+
+    Raises:
+        ValueError: no examples, or B is no multiple of W·A.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        batch_size: int,
+        *,
+        seed: int,
+        world_size: int = 1,
+        rank: int = 0,
+        accumulate: int = 1,
+        start_step: int = 0,
+        flip: bool = False,
+        pin_memory: bool = False,
+    ) -> None:
+        if len(examples) == 0:
+            raise ValueError("the training split is empty: lower data.val and data.test, or give more images")
+        shares = world_size * accumulate
+        if batch_size < 1 or batch_size % shares:
+            near = max(round(batch_size / shares), 1) * shares
+            raise ValueError(
+                f"data.batch_size={batch_size} (global) does not divide into {world_size} process(es) × {accumulate} "
+                f"micro-batch(es): write data.batch_size={near}, or change trainer.devices or trainer.accumulate_grad_batches"
+            )
+        self.examples, self.batch_size, self.seed = examples, batch_size, seed
+        self.world_size, self.rank, self.accumulate = world_size, rank, accumulate
+        self.start_step, self.flip, self.pin_memory = start_step, flip, pin_memory
+        self._orders: dict[int, Index] = {}
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for step in count(self.start_step):
+            for micro in range(self.accumulate):
+                yield self.batch(step, micro)
+
+    def batch(self, step: int, micro: int = 0) -> dict[str, Any]:
+        """This rank's micro-batch of a step, b = B/(W·A) examples.
+
+        Returns:
+            "image" float32 (b, C, H, W) in [-1, 1]; "label" int64 (b,) and "attributes" float32 (b, A) where the set has them;
+            "position" int64 (b,), the places in the global batch; "step", an int.
+        """
+        position = np.arange(micro * self.world_size + self.rank, self.batch_size, self.world_size * self.accumulate)
+        epoch, place = np.divmod(step * self.batch_size + position, len(self.examples))
+        index = np.empty_like(place)
+        for e in np.unique(epoch):
+            index[epoch == e] = self._order(int(e))[place[epoch == e]]
+        key, flip = torch.from_numpy(position), None
+        if self.flip:
+            flip = (noise.uniform((), seed=self.seed, index=key, draw=step, stream=noise.Stream.FLIP) < 0.5).numpy()
+        batch: dict[str, Any] = {**self.examples.take(index, flip), "position": key}
+        return {**_pinned(batch, self.pin_memory), "step": step}
+
+    def _order(self, epoch: int) -> Index:
+        if epoch not in self._orders:
+            if len(self._orders) > 1:  # a global batch touches one epoch or two, unless the set is tiny
+                del self._orders[min(self._orders)]
+            self._orders[epoch] = noise.permutation(len(self.examples), seed=self.seed, draw=epoch).numpy()
+        return self._orders[epoch]
+
+
+class EvalBatches:
+    """A finite iterable in order: rank r of W sees the examples r, r + W, r + 2W, …, none dropped and none repeated.
+
+    Yields {"image", "label", "attributes"} as `BatchStream` does, and "index" int64 (b,), the place in the split. Ranks may
+    differ by one in their number of batches: reduce over processes at the end, not in every batch.
+
+    Args:
+        examples: the split.
+        batch_size: of one process.
+        world_size, rank: W and r.
+        pin_memory: page-locked tensors.
+
+    Raises:
+        ValueError: `batch_size` is not positive.
+    """
+
+    def __init__(
+        self, examples: Examples, batch_size: int, *, world_size: int = 1, rank: int = 0, pin_memory: bool = False
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"data.eval_batch_size={batch_size}: give a positive number")
+        self.examples, self.batch_size, self.pin_memory = examples, batch_size, pin_memory
+        self.index = np.arange(rank, len(examples), world_size)
+
+    def __len__(self) -> int:
+        return -(-len(self.index) // self.batch_size)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for start in range(0, len(self.index), self.batch_size):
+            index = self.index[start : start + self.batch_size]
+            yield _pinned({**self.examples.take(index), "index": torch.from_numpy(index)}, self.pin_memory)
+
+
+def _pinned(batch: dict[str, Tensor], pin: bool) -> dict[str, Tensor]:
+    return {name: tensor.pin_memory() for name, tensor in batch.items()} if pin else batch

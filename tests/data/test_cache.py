@@ -1,0 +1,155 @@
+"""The cache of decoded images: keyed, shared, never half-written."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion_lab.data.cache import cache_folder, decoded
+from diffusion_lab.data.decode import Decoder, Files
+
+from .helpers import save
+
+DECODER = Decoder((3, 8, 8))
+BUILD = """
+import sys
+from pathlib import Path
+from diffusion_lab.data.cache import decoded
+from diffusion_lab.data.decode import Decoder, Files
+print(decoded(Files(Path(sys.argv[1])), Decoder((3, 8, 8)), Path(sys.argv[2])).shape)
+"""
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    for i in range(5):
+        save(tmp_path / "images" / f"{i}.png")
+    return tmp_path / "images"
+
+
+def made(cache: Path) -> list[str]:
+    return sorted(path.name for path in cache.iterdir())
+
+
+def test_holds_the_decoded_images_in_order_and_read_only(images, tmp_path):
+    files = Files(images)
+    array = decoded(files, DECODER, tmp_path / "cache")
+    assert isinstance(array, np.memmap)
+    assert (array.shape, array.dtype) == ((5, 3, 8, 8), np.uint8)
+    assert np.array_equal(array, [DECODER(files.read(name), name) for name in files.names])
+    with pytest.raises(ValueError, match="read-only"):
+        array[0] = 0
+
+
+def test_is_reused_and_keyed_by_files_and_options(images, tmp_path):
+    cache = tmp_path / "cache"
+
+    def build(decoder: Decoder = DECODER) -> set[str]:
+        decoded(Files(images), decoder, cache)
+        return set(made(cache))
+
+    known = build()
+    stamp = next(cache.iterdir()).stat().st_mtime_ns
+    assert build() == known
+    assert next(cache.iterdir()).stat().st_mtime_ns == stamp
+    for decoder in (
+        Decoder((1, 8, 8)),
+        Decoder((3, 8, 4)),
+        Decoder((3, 8, 8), filter="box"),
+        Decoder((3, 8, 8), resize="exact"),
+        Decoder((3, 8, 8), box=6),
+        Decoder((3, 8, 8), box=(0, 0, 6, 6)),
+        Decoder((3, 8, 8), centre=False),
+    ):
+        assert known < (known := build(decoder))
+    os.utime(images / "0.png", ns=(1, 1))
+    assert known < (known := build())
+    (images / "0.png").rename(images / "9.png")
+    assert known < (known := build())
+    save(images / "new.png")
+    assert known < build()
+
+
+def test_default_is_beside_the_images_and_not_among_them(images):
+    decoded(Files(images), DECODER, cache_folder(None, images))
+    assert len(made(images / ".cache")) == 1
+    assert len(Files(images).names) == 5
+
+
+def test_a_broken_image_is_named_and_leaves_nothing(images, tmp_path):
+    (images / "7.png").write_bytes(b"no")
+    with pytest.raises(ValueError, match=r"7\.png cannot be read"):
+        decoded(Files(images), DECODER, tmp_path / "cache")
+    assert made(tmp_path / "cache") == []
+    (images / "7.png").unlink()
+    assert len(decoded(Files(images), DECODER, tmp_path / "cache")) == 5
+
+
+def test_a_full_disk_is_refused_beforehand_with_figures(images, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 60_000_000))
+    with pytest.raises(ValueError, match=r"has 0\.06 GB free and .* take 0\.00 GB: .*data\.source\.cache"):
+        decoded(Files(images), DECODER, tmp_path / "cache")
+    assert made(tmp_path / "cache") == []
+
+
+def test_a_folder_that_cannot_be_made_is_refused(images, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"cannot write .*data\.source\.cache=FOLDER"):
+        decoded(Files(images), DECODER, tmp_path / "file" / "cache")
+
+
+def start(images: Path, cache: Path) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", BUILD, str(images), str(cache)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture
+def slow_images(tmp_path) -> Path:
+    """Enough to be caught in the middle."""
+    source = tmp_path / "slow" / "0000.png"
+    source.parent.mkdir()
+    Image.effect_noise((200, 200), 50).save(source)
+    for i in range(1, 1200):
+        os.link(source, source.with_name(f"{i:04d}.png"))
+    return source.parent
+
+
+def test_processes_at_once_build_one_and_agree(slow_images, tmp_path):
+    builds = [start(slow_images, tmp_path / "cache") for _ in range(3)]
+    results = [build.communicate(timeout=60) for build in builds]
+    assert [out for out, _ in results] == ["(1200, 3, 8, 8)\n"] * 3
+    assert sum("decoding" in err for _, err in results) == 1
+    assert len(made(tmp_path / "cache")) == 1
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_build_leaves_nothing_in_the_way(slow_images, tmp_path, how):
+    cache = tmp_path / "cache"
+    build = start(slow_images, cache)
+    deadline = time.monotonic() + 60
+    while not any(path.stat().st_size for path in cache.glob("*.part")):
+        assert build.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    build.send_signal(how)
+    build.communicate(timeout=60)
+    assert build.returncode != 0
+    assert list(cache.glob("*.npy")) == []
+    if how == signal.SIGINT:
+        assert made(cache) == []
+    again = start(slow_images, cache)
+    assert again.communicate(timeout=60)[0] == "(1200, 3, 8, 8)\n"
+    assert [path.suffix for path in cache.iterdir()] == [".npy"]
