@@ -1,0 +1,16 @@
+"""Networks: `(x, c, label, previous) → output`. They import nothing of the other rooms and know no schedule or objective.
+
+| class | what it is |
+|---|---|
+| `UNet` | DDPM's network and its descendants, by options |
+| `ClassicUNet` | the original contracting and expanding path |
+| `External` | a network of another library |
+
+Any other `torch.nn.Module` of that signature will do: see `external`.
+"""
+
+from diffusion_lab.models.classic import ClassicUNet
+from diffusion_lab.models.external import External, from_diffusers, load_diffusers, to_diffusers
+from diffusion_lab.models.unet import UNet
+
+__all__ = ["ClassicUNet", "External", "UNet", "from_diffusers", "load_diffusers", "to_diffusers"]

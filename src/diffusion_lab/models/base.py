@@ -1,0 +1,101 @@
+"""What every U-Net of this package shares: its signature, its checks, its second inputs and the padding to whole levels."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffusion_lab.models.embeddings import Embedding
+
+
+class Network(nn.Module):
+    """(x, c, label, previous) → output, for images of any size; a subclass gives `body`, which sees whole multiples only.
+
+    Args:
+        channels: C of the images.
+        image_size: [H, W] the network is meant for; other sizes work too.
+        levels: number of resolutions; H and W are padded to multiples of 2^(levels − 1).
+        embedding: of c and the label.
+        self_conditioning: take the previous x̂_0 as C more input channels (Chen et al. 2022, "Analog bits").
+        learned_variance: give 2C channels, the second half for the variance (Nichol & Dhariwal 2021).
+
+    Attributes:
+        channels, image_size, num_classes, self_conditioning: as given.
+        in_channels, out_channels: of `body`: C or 2C.
+        side: multiple to which H and W are padded.
+
+    Raises:
+        ValueError: sizes that are not positive.
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: int,
+        image_size: Sequence[int],
+        levels: int,
+        embedding: Embedding,
+        self_conditioning: bool,
+        learned_variance: bool,
+    ) -> None:
+        super().__init__()
+        if channels < 1 or len(image_size) != 2 or min(image_size) < 1:
+            raise ValueError(f"channels={channels}, image_size={list(image_size)}: write a positive count and [H, W]")
+        self.channels = channels
+        self.image_size = (image_size[0], image_size[1])
+        self.num_classes = embedding.num_classes
+        self.self_conditioning = self_conditioning
+        self.in_channels = channels * (1 + self_conditioning)
+        self.out_channels = channels * (1 + learned_variance)
+        self.side = 2 ** (levels - 1)
+        self.embedding = embedding
+
+    def body(self, x: Tensor, e: Tensor) -> Tensor:
+        """x (B, in_channels, H, W), H and W multiples of `side`; e (B, E) → (B, out_channels, H, W)."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, c: Tensor, label: Tensor | None = None, previous: Tensor | None = None) -> Tensor:
+        """Evaluate the network.
+
+        Args:
+            x: float (B, C, H, W), any H and W.
+            c: float (B,), what the schedule's or the objective's `conditioning` says of the time.
+            label: int64 (B,) in [0, num_classes], the last meaning "none"; None means none for all. See `Embedding`.
+            previous: the last estimate of x_0, of x's shape, for a self-conditioned network; None is zeros.
+
+        Returns:
+            float (B, out_channels, H, W).
+
+        Raises:
+            ValueError: a shape, label or `previous` that the network was not built for.
+        """
+        if x.ndim != 4 or x.shape[1] != self.channels:
+            raise ValueError(
+                f"the network takes images of shape (B, {self.channels}, H, W), got {tuple(x.shape)}: "
+                "build it with their number of channels"
+            )
+        if c.shape != x.shape[:1]:
+            raise ValueError(f"c has shape {tuple(c.shape)}: pass one value for each of the {len(x)} images")
+        if self.self_conditioning:
+            x = torch.cat([x, torch.zeros_like(x) if previous is None else previous], dim=1)
+        elif previous is not None:
+            raise ValueError("got `previous`, but the network does not read it: build it with self_conditioning=true")
+        e = self.embedding(c, label)
+        height, width = x.shape[2:]
+        down, right = -height % self.side, -width % self.side
+        if not (down or right):
+            return self.body(x, e)
+        # Zeros, as the convolutions pad: unlike reflection they fit every size, and they repeat none of the noise.
+        top, left = down // 2, right // 2
+        y = self.body(F.pad(x, (left, right - left, top, down - top)), e)
+        return y[:, :, top : top + height, left : left + width]
+
+
+def initialise(network: nn.Module, weight: Callable[[Tensor], Tensor]) -> None:
+    """Give every linear and convolutional layer weights by `weight`, in place, and zero biases."""
+    for layer in network.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+            weight(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)

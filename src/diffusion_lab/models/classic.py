@@ -1,0 +1,93 @@
+"""The original U-Net (Ronneberger et al. 2015, figure 1), told the time."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from diffusion_lab.models.base import Network, initialise
+from diffusion_lab.models.embeddings import Embedding
+
+
+class DoubleConv(nn.Module):
+    """Two 3×3 convolutions, a ReLU after each; e, through a linear layer, is added to the result of the first."""
+
+    def __init__(self, inputs: int, outputs: int, embedding: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.condition = nn.Linear(embedding, outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.activation = nn.ReLU()
+
+    def forward(self, x: Tensor, e: Tensor) -> Tensor:
+        """x (B, C_in, H, W), e (B, E) → (B, C_out, H, W)."""
+        h = self.activation(self.conv1(x) + self.condition(e)[:, :, None, None])
+        out: Tensor = self.activation(self.conv2(h))
+        return out
+
+
+class ClassicUNet(Network):
+    """Contracting path: double convolution, 2×2 max pooling, channels doubled. Expanding path: 2×2 transposed convolution,
+    channels halved, the copy from across concatenated, double convolution; last a 1×1 convolution.
+
+    It differs from the paper by padded convolutions (output and input are of one size, so nothing is cropped), by the time
+    and the label, which each double convolution is told, and by having no dropout. It has no normalisation either.
+
+    Args:
+        channels: C of the images.
+        image_size: [H, W] of the data; any other size works too.
+        width: channels of the first level (64 in the paper).
+        levels: number of resolutions (5 in the paper).
+        num_classes, self_conditioning, learned_variance, channels_last: as for `UNet`.
+
+    Raises:
+        ValueError: numbers that are not positive, a width that is odd.
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: int,
+        image_size: Sequence[int],
+        width: int = 64,
+        levels: int = 5,
+        num_classes: int | None = None,
+        self_conditioning: bool = False,
+        learned_variance: bool = False,
+        channels_last: bool = False,
+    ) -> None:
+        if levels < 1:
+            raise ValueError(f"levels={levels}: write at least 1")
+        super().__init__(
+            channels=channels,
+            image_size=image_size,
+            levels=levels,
+            embedding=Embedding(width, "sinusoidal", nn.ReLU, num_classes),
+            self_conditioning=self_conditioning,
+            learned_variance=learned_variance,
+        )
+        size = self.embedding.size
+        widths = [width * 2**i for i in range(levels)]
+        self.down = nn.ModuleList(
+            DoubleConv(i, o, size) for i, o in zip([self.in_channels, *widths], widths, strict=False)
+        )
+        self.pool = nn.MaxPool2d(2)
+        self.grow = nn.ModuleList(nn.ConvTranspose2d(2 * w, w, 2, stride=2) for w in widths[-2::-1])
+        self.up = nn.ModuleList(DoubleConv(2 * w, w, size) for w in widths[-2::-1])
+        self.output = nn.Conv2d(width, self.out_channels, 1)
+        # Deviation √(2/N), section 3 of the paper: ReLUs without normalisation need it.
+        initialise(self, nn.init.kaiming_normal_)
+        if channels_last:
+            self.to(memory_format=torch.channels_last)
+
+    def body(self, x: Tensor, e: Tensor) -> Tensor:
+        """x (B, in_channels, H, W), H and W multiples of `side`; e (B, E) → (B, out_channels, H, W)."""
+        h, skips = x, []
+        for i, block in enumerate(self.down):
+            h = block(h if i == 0 else self.pool(h), e)
+            skips.append(h)
+        skips.pop()  # the lowest level has nothing across
+        for grow, block in zip(self.grow, self.up, strict=True):
+            h = block(torch.cat([skips.pop(), grow(h)], dim=1), e)
+        out: Tensor = self.output(h)
+        return out

@@ -1,0 +1,17 @@
+"""Named options of the networks."""
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+from torch import nn
+
+T = TypeVar("T")
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "relu": nn.ReLU, "gelu": nn.GELU}
+
+
+def choose(kind: str, name: str, options: Mapping[str, T]) -> T:
+    """`options[name]`; ValueError lists the names there are."""
+    if name not in options:
+        raise ValueError(f"unknown {kind} {name!r}: write one of {', '.join(options)}")
+    return options[name]

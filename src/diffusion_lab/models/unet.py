@@ -1,0 +1,179 @@
+"""The U-Net of DDPM and its descendants (Ho et al. 2020, appendix B; Nichol & Dhariwal 2021; Song et al. 2021)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from diffusion_lab.models.base import Network, initialise
+from diffusion_lab.models.blocks import DOWNSAMPLE, UPSAMPLE, Attention, Residual, Style, Unit
+from diffusion_lab.models.embeddings import Embedding
+from diffusion_lab.models.options import ACTIVATIONS, choose
+
+
+class Level(nn.Module):
+    """The units of one resolution and the step to the next; that of the last level is the identity."""
+
+    def __init__(self, units: list[Unit], resample: nn.Module) -> None:
+        super().__init__()
+        self.units = nn.ModuleList(units)
+        self.resample = resample
+
+
+class UNet(Network):
+    """Residual blocks and attention at halved resolutions, joined by skips from every block on the way down to one on the way up.
+
+    Args:
+        channels: C of the images.
+        image_size: [H, W] of the data. Any other size works too; this one gives `attention` its meaning.
+        width: channels of the first level, and number of time features.
+        multipliers: channels of each level, in units of `width`; as many levels as entries.
+        blocks: residual blocks of a level on the way down; one more on the way up.
+        attention: resolutions that get attention, by the longer side of the feature map, e.g. [16].
+        middle_attention: attention between the two blocks of the lowest level.
+        heads: attention heads …
+        head_channels: … or channels of a head, which goes first.
+        groups: of the group normalisation; divides the channels of every level.
+        dropout: probability, before the second convolution of a block.
+        conditioning: `additive` (DDPM) or `scale_shift` (improved DDPM).
+        features: of the time: `sinusoidal`, for c in 0…1000, or `fourier`, for c = ln(σ/α)/4.
+        downsample: `conv`, `average` or `max`.
+        upsample: `nearest` (and a convolution) or `transposed`.
+        activation: `silu`, `relu` or `gelu`.
+        zero_init: blocks start as the identity and the output as zero.
+        num_classes: K for a network with labels; label K means "none".
+        self_conditioning: take the previous x̂_0 as a second image.
+        learned_variance: give 2C channels.
+        channels_last: keep weights, and so feature maps, in that memory format: 5 to 30 % faster on CPUs.
+        gradient_checkpointing: recompute each unit in the backward pass: less memory, a third more time.
+
+    Raises:
+        ValueError: an unknown option, numbers that do not fit each other, attention at a resolution that never occurs.
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: int,
+        image_size: Sequence[int],
+        width: int = 128,
+        multipliers: Sequence[int] = (1, 2, 2, 2),
+        blocks: int = 2,
+        attention: Sequence[int] = (16,),
+        middle_attention: bool = True,
+        heads: int = 1,
+        head_channels: int | None = None,
+        groups: int = 32,
+        dropout: float = 0.0,
+        conditioning: str = "additive",
+        features: str = "sinusoidal",
+        downsample: str = "conv",
+        upsample: str = "nearest",
+        activation: str = "silu",
+        zero_init: bool = True,
+        num_classes: int | None = None,
+        self_conditioning: bool = False,
+        learned_variance: bool = False,
+        channels_last: bool = False,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        if width < 1 or blocks < 1 or not multipliers or min(multipliers) < 1 or not 0 <= dropout < 1:
+            raise ValueError(
+                f"width={width}, multipliers={list(multipliers)}, blocks={blocks}, dropout={dropout}: write positive "
+                "integers, and a dropout in [0, 1)"
+            )
+        nonlinearity = choose("activation", activation, ACTIVATIONS)
+        super().__init__(
+            channels=channels,
+            image_size=image_size,
+            levels=len(multipliers),
+            embedding=Embedding(width, features, nonlinearity, num_classes),
+            self_conditioning=self_conditioning,
+            learned_variance=learned_variance,
+        )
+        style = Style(
+            embedding=self.embedding.size,
+            groups=groups,
+            dropout=dropout,
+            scale_shift=choose("conditioning", conditioning, {"additive": False, "scale_shift": True}),
+            activation=nonlinearity,
+            heads=heads,
+            head_channels=head_channels,
+        )
+        shrink = choose("downsample", downsample, DOWNSAMPLE)
+        grow = choose("upsample", upsample, UPSAMPLE)
+        sides = self._sides(attention)
+        widths = [width * m for m in multipliers]
+        last = len(widths) - 1
+
+        self.input = nn.Conv2d(self.in_channels, width, 3, padding=1)
+        skips = [width]  # channels of what the way up will read, last in first out
+        self.down = nn.ModuleList()
+        h = width
+        for i, (out, side) in enumerate(zip(widths, sides, strict=True)):
+            units = [Unit(h if j == 0 else out, out, style, attention=side in attention) for j in range(blocks)]
+            self.down.append(Level(units, shrink(out) if i < last else nn.Identity()))
+            skips += [out] * (blocks + (i < last))
+            h = out
+        self.middle = nn.ModuleList([Unit(h, h, style, attention=middle_attention), Unit(h, h, style, attention=False)])
+        self.up = nn.ModuleList()
+        for i, (out, side) in reversed(list(enumerate(zip(widths, sides, strict=True)))):
+            units = []
+            for _ in range(blocks + 1):
+                units.append(Unit(h + skips.pop(), out, style, attention=side in attention))
+                h = out
+            self.up.append(Level(units, grow(out) if i > 0 else nn.Identity()))
+        self.norm = style.norm(width * multipliers[0])
+        self.activation = nonlinearity()
+        self.output = nn.Conv2d(width * multipliers[0], self.out_channels, 3, padding=1)
+
+        self.gradient_checkpointing = gradient_checkpointing
+        initialise(self, nn.init.xavier_uniform_)  # as DDPM's code
+        if zero_init:
+            nn.init.zeros_(self.output.weight)
+            for m in self.modules():
+                if isinstance(m, Residual | Attention):
+                    nn.init.zeros_(m.last.weight)
+        if channels_last:
+            self.to(memory_format=torch.channels_last)
+
+    def _sides(self, attention: Sequence[int]) -> list[int]:
+        """Longer side of each level's feature map, all that `attention` may name."""
+        longer = max(-(-size // self.side) * self.side for size in self.image_size)
+        sides = [longer >> i for i in range(self.side.bit_length())]
+        if missing := sorted(set(attention) - set(sides)):
+            height, width = self.image_size
+            raise ValueError(
+                f"attention={missing} never occurs with {height}×{width} images: write some of {sides}, or []"
+            )
+        return sides
+
+    def body(self, x: Tensor, e: Tensor) -> Tensor:
+        """x (B, in_channels, H, W), H and W multiples of `side`; e (B, E) → (B, out_channels, H, W)."""
+        h = self.input(x)
+        skips = [h]
+        for i, level in enumerate(self.down):
+            assert isinstance(level, Level)
+            for unit in level.units:
+                h = self._run(unit, h, e)
+                skips.append(h)
+            if i < len(self.down) - 1:
+                h = level.resample(h)
+                skips.append(h)
+        for unit in self.middle:
+            h = self._run(unit, h, e)
+        for level in self.up:
+            assert isinstance(level, Level)
+            for unit in level.units:
+                h = self._run(unit, torch.cat([h, skips.pop()], dim=1), e)
+            h = level.resample(h)
+        out: Tensor = self.output(self.activation(self.norm(h)))
+        return out
+
+    def _run(self, unit: nn.Module, h: Tensor, e: Tensor) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            out: Tensor = checkpoint(unit, h, e, use_reentrant=False)
+        else:
+            out = unit(h, e)
+        return out

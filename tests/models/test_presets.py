@@ -1,0 +1,57 @@
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+
+from diffusion_lab.models import UNet
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+PRESETS = {  # preset: channels, image size, parameters without labels
+    "unet": (3, [32, 32], 34_427_907),
+    "unet_digits": (1, [8, 8], 215_185),
+    "unet_mnist": (1, [28, 28], 686_769),
+    "unet_fashion_mnist": (1, [28, 28], 686_769),
+    "unet_cifar10": (3, [32, 32], 35_746_307),
+    "unet_celeba": (3, [64, 64], 78_700_803),
+    "unet_celeba64": (3, [64, 64], 78_700_803),
+    "unet_image_folder": (3, [50, 34], 23_986_563),
+    "unet_classic": (1, [28, 28], 527_969),
+}
+
+
+def build(name, channels, size, *more):
+    data = [f"+data.channels={channels}", f"+data.image_size={size}", "+condition.num_classes=null"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return instantiate(compose(overrides=[f"+model={name}", *data, *more]).model)
+
+
+def test_every_preset_is_listed():
+    assert {path.stem for path in (CONF / "model").glob("unet*.yaml")} == set(PRESETS)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_composes(name):
+    channels, size, parameters = PRESETS[name]
+    with torch.device("meta"):  # shapes and counts without the time to draw the weights
+        network = build(name, channels, size)
+    assert network.channels == channels
+    assert network.image_size == tuple(size)
+    assert sum(p.numel() for p in network.parameters()) == parameters
+
+
+@pytest.mark.parametrize("name", ["unet_digits", "unet_mnist", "unet_classic"])
+def test_small_preset_runs(name):
+    channels, size, _ = PRESETS[name]
+    network = build(name, channels, size, "condition.num_classes=10", "model.learned_variance=true")
+    y = network(torch.randn(2, channels, *size), torch.zeros(2), torch.tensor([0, 10]))
+    assert y.shape == (2, 2 * channels, *size)
+    y.mean().backward()
+
+
+def test_any_argument_can_be_overridden():
+    network = build("unet_digits", 1, [8, 8], "model.attention=[4]", "model.conditioning=scale_shift")
+    assert isinstance(network, UNet)
+    with pytest.raises(Exception, match="attention=\\[16\\] never occurs"):
+        build("unet_digits", 1, [8, 8], "model.attention=[16]")
