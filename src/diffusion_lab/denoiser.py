@@ -45,8 +45,10 @@ class Denoiser:
         #: whether the network takes x̂_0 of the step before; samplers pass it always, it goes on only where it is wanted
         self.self_conditioning = bool(getattr(network, "self_conditioning", False))
 
-    def __call__(self, x_t: Tensor, t: Tensor, previous: Tensor | None = None, **condition: Tensor) -> Prediction:
-        """The prediction at state x_t (B, C, H, W) and times t ∈ (0, 1], float, 0-d or (B,).
+    def __call__(
+        self, x_t: Tensor, t: Tensor | float, previous: Tensor | None = None, **condition: Tensor
+    ) -> Prediction:
+        """The prediction at state x_t (B, C, H, W) and times t ∈ (0, 1], a number or a float tensor, 0-d or (B,).
 
         Args:
             x_t: the noisy images.
@@ -54,6 +56,7 @@ class Denoiser:
             previous: x̂_0 of the step before, for a self-conditioning network; None is zeros.
             condition: keyword arguments for the network, e.g. label int64 (B,).
         """
+        t = torch.as_tensor(t, dtype=None if isinstance(t, Tensor) else torch.float64)
         output, extra = self.output(x_t, t, previous, **condition)
         x0, noise = self.objective.solve(self.schedule, t, x_t, output)
         if self.clip is not None:
@@ -63,9 +66,10 @@ class Denoiser:
         return Prediction(x0, noise, output, extra)
 
     def output(
-        self, x_t: Tensor, t: Tensor, previous: Tensor | None = None, **condition: Tensor
+        self, x_t: Tensor, t: Tensor | float, previous: Tensor | None = None, **condition: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """The network's y (B, C, H, W) in x_t's dtype and its channels beyond C, if any. Arguments as for a call."""
+        t = torch.as_tensor(t, dtype=None if isinstance(t, Tensor) else torch.float64)
         dtype = _dtype(self.network, x_t)
         scale = self.objective.input_scale(self.schedule, t)
         c = self.objective.conditioning(self.schedule, t).to(dtype)

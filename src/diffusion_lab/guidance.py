@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from diffusion_lab.schedules import like, match
+
 
 class StaticThreshold:
     """Clamps x̂_0 to [−limit, limit] (Ho et al. 2020, the published sampler).
@@ -35,6 +37,6 @@ class DynamicThreshold:
         self.quantile, self.maximum = quantile, maximum
 
     def __call__(self, x0: Tensor) -> Tensor:
-        s = x0.abs().flatten(1).float().quantile(self.quantile, dim=1).clamp(1, self.maximum).to(x0.dtype)
-        s = s.reshape(-1, *[1] * (x0.ndim - 1))
+        size = like(x0.abs().flatten(1), x0)  # float32 at least: there is no quantile of halves
+        s = match(size.quantile(self.quantile, dim=1).clamp(1, self.maximum), x0)
         return x0.clamp(-s, s) / s

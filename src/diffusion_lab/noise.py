@@ -30,6 +30,7 @@ class Stream(IntEnum):
     SHUFFLE = 5  # data: the order of an epoch
     SPLIT = 6  # data: train/val/test
     SELF = 7  # training: self-conditioning on or off
+    DROPOUT = 8  # training: the seed of dropout's generator
 
 
 def _mul(a: Tensor, m: int) -> tuple[Tensor, Tensor]:
@@ -73,7 +74,7 @@ def words(count: int, *, seed: int, index: Tensor, draw: int = 0, stream: Stream
     if not 0 <= draw < 2**32:
         raise ValueError(f"draw={draw} is outside [0, 2^32)")
     blocks = torch.arange(-(-count // 4), device=index.device)[None, :]
-    high = (index >> 32 << 8 | int(stream))[:, None]
+    high = ((index >> 32 << 8 | int(stream)) & _MASK)[:, None]
     zeros = torch.zeros_like(high * blocks)
     out = philox(
         (zeros + blocks, zeros + draw, zeros + (index & _MASK)[:, None], zeros + high), (seed & _MASK, seed >> 32)

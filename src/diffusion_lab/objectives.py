@@ -97,13 +97,15 @@ class PredMean(Objective):
     """
 
     def coefficients(self, schedule: Schedule, t: Times) -> tuple[Times, Times]:
-        c1, c0 = self._mean(schedule, t)
-        alpha, sigma = schedule.alpha_sigma(t)
-        return c0 + c1 * alpha, c1 * sigma
+        wide = t.double()
+        c1, c0 = self._mean(schedule, wide)
+        alpha, sigma = schedule.alpha_sigma(wide)
+        return like(c0 + c1 * alpha, t), like(c1 * sigma, t)
 
     def determinant(self, schedule: Schedule, t: Times) -> Times:
-        _, c0 = self._mean(schedule, t)
-        return -schedule.alpha_sigma(t)[1] * c0
+        wide = t.double()
+        _, c0 = self._mean(schedule, wide)
+        return like(-schedule.alpha_sigma(wide)[1] * c0, t)
 
     def check(self, schedule: Schedule) -> None:
         self._step(schedule)
@@ -117,6 +119,6 @@ class PredMean(Objective):
         return 1 / schedule.steps
 
     def _mean(self, schedule: Schedule, t: Times) -> tuple[Times, Times]:
-        wide = t.double()
-        q = posterior(schedule, wide, (wide - self._step(schedule)).clamp(min=0))
-        return like(q.c1, t), like(q.c0, t)
+        """(c_1, c_0) of the training pair, t in float64."""
+        q = posterior(schedule, t, (t - self._step(schedule)).clamp(min=0))
+        return q.c1, q.c0

@@ -8,15 +8,16 @@ covariance of q(x_s | x_t) for a Gaussian x_0 given x_t (Bao et al. 2022, "Analy
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor
 
 from diffusion_lab.denoiser import Prediction
 from diffusion_lab.gaussian import transition
-from diffusion_lab.schedules import Schedule, Times
+from diffusion_lab.schedules import Schedule, Times, match
 
 
 class Variance(ABC):
-    """variance(schedule, t, s, prediction, floor) → σ² ≥ 0, broadcastable to x_t; t > s 0-d or (B,)."""
+    """variance(schedule, t, s, prediction, floor) → σ² ≥ 0, broadcastable to x_t; t > s and the floor 0-d or (B,)."""
 
     ancestral_only = False  # whether DDIM must refuse it, because it does not know of a floor
     extra_channels = False  # whether the network must output more than C channels
@@ -24,7 +25,7 @@ class Variance(ABC):
     @abstractmethod
     def __call__(
         self, schedule: Schedule, t: Times, s: Times, prediction: Prediction, floor: Tensor | float = 0.0
-    ) -> Tensor | float: ...
+    ) -> Tensor: ...
 
 
 class FixedSmall(Variance):
@@ -32,8 +33,8 @@ class FixedSmall(Variance):
 
     def __call__(
         self, schedule: Schedule, t: Times, s: Times, prediction: Prediction, floor: Tensor | float = 0.0
-    ) -> Tensor | float:
-        return floor
+    ) -> Tensor:
+        return match(torch.as_tensor(floor), prediction.x0)
 
 
 class FixedLarge(Variance):
@@ -43,5 +44,5 @@ class FixedLarge(Variance):
 
     def __call__(
         self, schedule: Schedule, t: Times, s: Times, prediction: Prediction, floor: Tensor | float = 0.0
-    ) -> Tensor | float:
-        return transition(schedule, t, s).variance
+    ) -> Tensor:
+        return match(transition(schedule, t, s).variance, prediction.x0)

@@ -66,7 +66,7 @@ class DDIM(Sampler):
         self.eta, self.variance = eta, variance or FixedSmall()
         if self.variance.ancestral_only:
             raise ValueError(
-                f"variance {type(self.variance).__name__} is for ancestral steps only: write sampler=ddpm, or variance=fixed_small"
+                f"variance {type(self.variance).__name__} is for ancestral steps only: write sampler=ddpm or variance=fixed_small"
             )
 
     def integrate(self, x: Tensor, times: Tensor, model: Model, steps: Iterable[int]) -> Tensor:
@@ -98,6 +98,6 @@ class DDIM(Sampler):
         return out + _root(variance, x) * model.noise(i)
 
 
-def _root(variance: Tensor | float, x: Tensor) -> Tensor:
+def _root(variance: Tensor, x: Tensor) -> Tensor:
     """The standard deviation in x's dtype: 0-d, or of x's shape."""
-    return torch.as_tensor(variance).sqrt().to(x.dtype)
+    return variance.sqrt().to(x.dtype)

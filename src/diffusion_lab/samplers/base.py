@@ -9,6 +9,7 @@ from torch import Tensor
 from diffusion_lab.denoiser import Denoiser, Prediction
 from diffusion_lab.noise import normal
 from diffusion_lab.samplers import grids
+from diffusion_lab.schedules import Schedule, match
 
 Callback = Callable[[int, float, Tensor, Prediction], None]
 
@@ -135,6 +136,11 @@ class Sampler(ABC):
         self.nfe = model.nfe
         model.refuse_nan()
         return x
+
+
+def prior(schedule: Schedule, noise: Tensor) -> Tensor:
+    """The state at t = 1 that sampling begins with: σ(1) · noise, noise standard normal (B, …)."""
+    return match(schedule.alpha_sigma(torch.ones((), dtype=torch.float64))[1], noise) * noise
 
 
 def _bar(n: int, progress: bool) -> Iterable[int]:

@@ -4,6 +4,7 @@ A grid maps (schedule, steps, start, stop) to steps + 1 strictly decreasing time
 On a table the times are nodes i/T, rounded and never truncated, but for uniform λ, which is read between the nodes as well.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -54,13 +55,18 @@ def times(name: str, schedule: Schedule, steps: int | None, start: float = 1.0, 
         stop: the last time, in [0, 1].
 
     Raises:
-        ValueError: unknown name, more steps than nodes, no steps on a continuous curve, or uniform λ towards α = 0.
+        ValueError: unknown name, more steps than nodes, no steps on a continuous curve, uniform λ towards α = 0 or from
+            below the first node, or `leading` with start < stop.
     """
     if name not in NAMES:
         raise ValueError(f"unknown time grid {name!r}: write one of {', '.join(NAMES)}")
     if not (0 <= start <= 1 and 0 <= stop <= 1 and start != stop):
         raise ValueError(f"a sampler runs between two different times in [0, 1], not from {start} to {stop}")
     if start < stop:
+        if name == "leading":
+            raise ValueError(
+                "grid leading ends short of its far end, so the state there is never reached: to encode write grid=trailing"
+            )
         return times(name, schedule, steps, stop, start).flip(0)
     count = schedule.steps or FINEST
     cells = round((start - stop) * count, 6)
@@ -68,23 +74,29 @@ def times(name: str, schedule: Schedule, steps: int | None, start: float = 1.0, 
         raise ValueError(
             "this schedule is a continuous curve: give the sampler a number of steps, e.g. sampler.steps=50"
         )
-    n = max(round(cells), 1) if steps is None else steps
+    n = math.ceil(cells) if steps is None else steps
     if n < 1:
         raise ValueError(f"a sampler needs steps >= 1, not steps={n}")
-    end = torch.tensor([stop], dtype=torch.float64)
-    if name == "uniform_lambda":
-        return torch.cat([_uniform_lambda(n, schedule, start, stop, 1 / count), end])
-    if schedule.steps is not None and n > cells:
+    if schedule.steps is not None and name != "uniform_lambda" and n > math.ceil(cells):
         raise ValueError(
             f"steps={n} exceeds the {cells:g} steps of the schedule between t={start} and t={stop}: ask for fewer"
         )
-    offsets = GRIDS[name](n, cells)
-    if schedule.steps is not None:
-        first = offsets[0]
-        offsets = _distinct(offsets.round())
-        if first == cells:
-            offsets[0] = cells  # `start` itself, also where it is no node
-    return torch.cat([stop + offsets / count, end])
+    if name == "uniform_lambda":
+        grid = _uniform_lambda(n, schedule, start, stop, 1 / count)
+    else:
+        offsets = GRIDS[name](n, cells)
+        begins = offsets[0] >= cells
+        if schedule.steps is not None:
+            offsets = _distinct(offsets.round())
+        grid = stop + offsets / count
+        if begins or offsets[0] > cells:
+            grid[0] = start  # as given, also where it is no node
+    grid = torch.cat([grid, torch.tensor([stop], dtype=torch.float64)])
+    if not bool((grid.diff() < 0).all() and grid[0] <= start):
+        raise ValueError(
+            f"grid {name} has no {n} different times between t={start} and t={stop}: ask for fewer steps, or grid=trailing"
+        )
+    return grid
 
 
 def _distinct(nodes: Tensor) -> Tensor:

@@ -1,0 +1,58 @@
+.DEFAULT_GOAL := help
+.PHONY: help setup lock train sample evaluate test test-slow lint format bench clean
+
+VENV   := .venv
+PYTHON := $(VENV)/bin/python
+READY  := $(VENV)/.ready
+ARGS   ?=
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | awk -F ':.*?## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@echo '  ARGS="..." goes to the command, e.g. make train ARGS="schedule=linear objective=pred_noise"'
+
+setup: $(READY) ## .venv with exactly the locked packages; the other targets do it when needed
+
+# uv reads the lock's hashes; where it is not installed, it comes from the package index into the environment itself.
+$(READY): requirements.lock pyproject.toml
+	@test -x $(PYTHON) || python3 -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else f"Python {v[0]}.{v[1]} is not supported: install 3.11, 3.12 or 3.13, remove $(VENV) and try again")'
+	@command -v uv >/dev/null || test -x $(VENV)/bin/uv || $(PYTHON) -m pip install --quiet --disable-pip-version-check uv
+	@echo "setting up $(VENV): torch and its CUDA libraries are a few GB the first time"
+	@PATH="$$PATH:$(CURDIR)/$(VENV)/bin" && uv pip install --quiet --python $(PYTHON) --require-hashes -r requirements.lock \
+		&& uv pip install --quiet --python $(PYTHON) --no-deps --no-build-isolation -e .
+	@touch $@
+
+lock: ## requirements.lock anew from pyproject.toml (needs uv)
+	uv pip compile pyproject.toml --universal --python-version 3.11 --extra dev --extra peers --generate-hashes \
+		--no-emit-index-url --custom-compile-command "make lock" --quiet -o requirements.lock
+
+train: setup ## train on real digits, about two minutes on two cores
+	$(PYTHON) src/train.py $(ARGS)
+
+sample: setup ## 64 images from the latest run
+	$(PYTHON) src/sample.py ckpt=latest $(ARGS)
+
+evaluate: setup ## how good is the latest run?
+	$(PYTHON) src/evaluate.py ckpt=latest $(ARGS)
+
+test: setup ## the test suite, under ten minutes on two cores
+	$(PYTHON) -m pytest $(ARGS)
+
+test-slow: setup ## full-length runs and long statistics
+	$(PYTHON) -m pytest -m slow --timeout 3600 $(ARGS)
+
+lint: setup ## ruff and mypy
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+format: setup ## ruff's formatter and safe fixes
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+bench: setup ## speed and quality beside peers; the tables of docs/benchmarks.md
+	$(PYTHON) benchmarks/run.py $(ARGS)
+
+clean: ## caches and build products; never runs, data or the environment
+	rm -rf build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,209 @@
+"""From configuration to objects, in the order in which data flows: data → network → schedule, objective, loss → training.
+
+The second page to read: every group of conf/ appears here once.
+"""
+
+import copy
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra.errors
+import hydra.utils
+import pytorch_lightning as pl
+import torch
+from torch import nn
+
+import diffusion_lab
+from diffusion_lab.data.datamodule import DataModule
+from diffusion_lab.denoiser import Clip
+from diffusion_lab.samplers import Sampler
+from diffusion_lab.training.callbacks import Interrupt
+from diffusion_lab.training.module import DiffusionModule, Optimisation
+
+Config = Mapping[str, Any]
+
+TRUSTED = ("diffusion_lab.", "torch.optim.Adam", "torch.optim.AdamW")
+
+
+def instantiate(node: Any, trust: Sequence[str] | None = None, **kwargs: Any) -> Any:
+    """The object that a node's `_target_` and arguments describe.
+
+    Args:
+        node: plain containers.
+        trust: None where the configuration is the user's own; for one from a checkpoint the modules that it may name beside
+            this package.
+        kwargs: further arguments.
+
+    Raises:
+        ValueError: a class that is not trusted or does not exist, or what the class itself refuses.
+    """
+    if trust is not None:
+        check_targets(node, trust)
+    try:
+        return hydra.utils.instantiate(node, _convert_="all", **kwargs)
+    except hydra.errors.InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, ValueError):
+            raise ValueError(str(cause)) from cause
+        if isinstance(cause, (ImportError, TypeError)) or cause is None:
+            raise ValueError(f"{node.get('_target_')}: {cause or str(error).splitlines()[0]}") from error
+        raise
+
+
+def check_targets(node: Any, trust: Sequence[str]) -> None:
+    """Raise ValueError where a configuration from a checkpoint names a class that is neither ours nor trusted."""
+    if isinstance(node, Mapping):
+        target = str(node.get("_target_", "diffusion_lab."))
+        own = any(target == t or (t.endswith(".") and target.startswith(t)) for t in TRUSTED)
+        if not own and not any(target == module or target.startswith(module + ".") for module in trust):
+            raise ValueError(
+                f"the checkpoint names {target}, which is not of this package: if you trust it write trust=[{_module(target)}]"
+            )
+        node = list(node.values())
+    if isinstance(node, (list, tuple)):
+        for child in node:
+            check_targets(child, trust)
+
+
+def _module(target: str) -> str:
+    return target.rsplit(".", 1)[0]
+
+
+def data(config: Config) -> DataModule:
+    """The data module; nothing is read yet."""
+    module: DataModule = instantiate(config["data"])
+    return module
+
+
+def network(config: Config) -> nn.Module:
+    """The denoising network with fresh weights, which depend on the seed alone."""
+    torch.manual_seed(config["seed"])
+    built: nn.Module = instantiate(config["model"])
+    return built
+
+
+def clip(config: Config) -> Clip:
+    """What acts on x̂_0 while sampling."""
+    built: Clip = instantiate(config["clip"]) if config.get("clip") else None
+    return built
+
+
+def sampler(config: Config) -> Sampler:
+    """The sampler, with the configured variance."""
+    built: Sampler = instantiate(config["sampler"])
+    return built
+
+
+def module(config: Config, net: nn.Module, saved: Config) -> DiffusionModule:
+    """What is trained: network, schedule, objective, weighting, error, times, condition, optimiser."""
+    trainer = config["trainer"]
+    return DiffusionModule(
+        net,
+        schedule=instantiate(config["schedule"]),
+        objective=instantiate(config["objective"]),
+        weighting=instantiate(config["weighting"]),
+        error=instantiate(config["loss"]),
+        times=instantiate(config["times"]),
+        condition=instantiate(config["condition"]),
+        optimisation=Optimisation(
+            make=instantiate(config["optimizer"]),
+            rate=instantiate(config["rate"]),
+            max_steps=trainer["max_steps"],
+            precision=str(trainer["precision"]),
+            clipping=bool(trainer["gradient_clip_val"]),
+        ),
+        batch_size=config["data"]["batch_size"],
+        seed=config["seed"],
+        compiled=trainer["compile"],
+        validation_draws=trainer["val_draws"],
+        saved=saved,
+    )
+
+
+def callbacks(config: Config, folder: Path) -> list[pl.Callback]:
+    """The named callbacks that are not null, in the order of the file, and the handler of Ctrl-C."""
+    built: list[pl.Callback] = []
+    for node in (config.get("callbacks") or {}).values():
+        if node is not None:
+            place = {"folder": str(folder / node["folder"])} if "folder" in node else {}
+            built.append(instantiate(node, **place))
+    return [*built, Interrupt()]
+
+
+def trainer(config: Config, folder: Path, loggers: list[Any], hooks: list[pl.Callback]) -> pl.Trainer:
+    """Lightning's trainer. Raises ValueError for combinations that it would run differently from what was asked."""
+    options = config["trainer"]
+    accelerator = options["accelerator"]
+    if accelerator == "auto":  # never Apple's MPS: it has no float64, in which all coefficients are computed
+        accelerator = "gpu" if torch.cuda.is_available() else "cpu"
+    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise ValueError("trainer.accelerator=gpu, but torch sees no CUDA device: write trainer=cpu")
+    precision = str(options["precision"])
+    if precision not in ("32-true", "16-mixed", "bf16-mixed"):
+        raise ValueError(f"trainer.precision={precision} is unknown: write 32-true, 16-mixed or bf16-mixed")
+    if accelerator == "cpu" and precision == "16-mixed":
+        raise ValueError(
+            "trainer.precision=16-mixed needs a GPU (a CPU would silently run bf16): write 32-true or bf16-mixed"
+        )
+    accumulate = options["accumulate_grad_batches"]
+    if options["max_steps"] < 1 or accumulate < 1:
+        raise ValueError("trainer.max_steps and trainer.accumulate_grad_batches must be at least 1")
+    validate = options["val_every"] > 0 and config["data"]["val"] != 0
+    try:
+        return pl.Trainer(
+            accelerator=accelerator,
+            devices=options["devices"],
+            strategy=options["strategy"],
+            num_nodes=options["num_nodes"],
+            precision=precision,  # type: ignore[arg-type]
+            max_steps=options["max_steps"],
+            max_epochs=-1,
+            max_time=options["max_time"],
+            accumulate_grad_batches=accumulate,
+            gradient_clip_val=options["gradient_clip_val"] or None,
+            log_every_n_steps=options["log_every_n_steps"],
+            val_check_interval=options["val_every"] * accumulate if validate else None,
+            check_val_every_n_epoch=None if validate else 1,
+            limit_val_batches=1.0 if validate else 0,
+            num_sanity_val_steps=0,
+            deterministic=options["deterministic"],
+            benchmark=not options["deterministic"],
+            logger=loggers,
+            callbacks=hooks,
+            default_root_dir=str(folder),
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+    except pl.utilities.exceptions.MisconfigurationException as error:
+        raise ValueError(f"trainer: {error}") from error
+
+
+def saved(resolved: Config, composed: Config) -> dict[str, Any]:
+    """What this project adds to a checkpoint: plain values only, so that it loads with weights_only=True."""
+    return {
+        "config": copy.deepcopy(dict(resolved)),
+        "composed": copy.deepcopy(dict(composed)),  # the same with its interpolations, to resume with overrides on top
+        "diffusion_lab": {
+            "format": 1,
+            "version": diffusion_lab.__version__,
+            "torch": str(torch.__version__),
+            "lightning": str(pl.__version__),
+            "python": platform.python_version(),
+            "commit": _commit(),
+        },
+    }
+
+
+def _commit() -> str:
+    """The commit of the code that trains, "unknown" where this is no checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:  # no git on this machine
+        return "unknown"
+    return result.stdout.strip() or "unknown"

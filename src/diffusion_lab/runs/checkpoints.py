@@ -1,0 +1,248 @@
+"""Checkpoints: finding one, reading it safely, and what is rebuilt from it."""
+
+import pickle
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffusion_lab.denoiser import Denoiser
+from diffusion_lab.noise import normal
+from diffusion_lab.runs import build
+from diffusion_lab.samplers import Sampler, prior
+
+FORMAT = 1  # of what this project adds to Lightning's checkpoint
+
+
+@dataclass
+class Run:
+    """What a checkpoint gives back: all that sampling and evaluation need.
+
+    Attributes:
+        denoiser: network (in eval mode), schedule, objective, and the configured clipping.
+        config: the resolved configuration, plain containers.
+        step: optimiser steps done.
+        weights: "ema 0.9999" or "live".
+    """
+
+    denoiser: Denoiser
+    config: dict[str, Any]
+    step: int
+    weights: str
+    trust: tuple[str, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
+        data = self.config["data"]
+        return (int(data["channels"]), int(data["image_size"][0]), int(data["image_size"][1]))
+
+    @property
+    def num_classes(self) -> int | None:
+        """How many labels the network was trained on; None for an unconditional one."""
+        count = self.config["condition"].get("num_classes")
+        return None if count is None else int(count)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        parameter = next(self.denoiser.network.parameters(), None)  # type: ignore[attr-defined]
+        return torch.device("cpu") if parameter is None else parameter.device
+
+    def to(self, device: torch.device | str) -> "Run":
+        """Moves the network; returns itself."""
+        self.denoiser.network.to(device)  # type: ignore[attr-defined]
+        return self
+
+    def sampler(self) -> Sampler:
+        """The sampler of the configuration."""
+        sampler: Sampler = build.instantiate(self.config["sampler"], self.trust)
+        return sampler
+
+    def sample(
+        self,
+        n: int,
+        sampler: Sampler | None = None,
+        seed: int = 0,
+        batch_size: int | None = None,
+        condition: Mapping[str, Tensor] | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """n images, float32 (n, C, H, W) in [−1, 1] on the CPU. Image i depends on (seed, i) alone.
+
+        Args:
+            n: how many.
+            sampler: any; None is the configuration's.
+            seed: of all noise.
+            batch_size: images at a time; None is all at once.
+            condition: keyword arguments for the network, each with n rows, e.g. label int64 (n,).
+            progress: show a bar.
+
+        Raises:
+            ValueError: n < 1, a condition of another length, a label out of range, NaN from the network.
+        """
+        if n < 1:
+            raise ValueError(f"n={n}: ask for at least one image")
+        condition = dict(condition or {})
+        self._check(condition, n)
+        sampler = sampler or self.sampler()
+        size = min(batch_size or n, n)
+        if size < 1:
+            raise ValueError(f"batch_size={batch_size}: write at least 1")
+        parts, starts = [], range(0, n, size)
+        for start in _bar(starts, progress and len(starts) > 1):
+            index = torch.arange(start, min(start + size, n), device=self.device)
+            noise = normal(self.shape, seed=seed, index=index)
+            part = {name: value[start : start + size].to(self.device) for name, value in condition.items()}
+            x = sampler(
+                self.denoiser,
+                prior(self.denoiser.schedule, noise),
+                seed=seed,
+                index=index,
+                condition=part,
+                progress=progress and len(starts) == 1,
+            )
+            parts.append(x.float().clamp(-1, 1).cpu())
+        return torch.cat(parts)
+
+    def _check(self, condition: Mapping[str, Tensor], n: int) -> None:
+        for name, value in condition.items():
+            if len(value) != n:
+                raise ValueError(f"condition {name} has {len(value)} rows for n={n} images: give one for each")
+        label = condition.get("label")
+        if label is None:
+            return
+        if self.num_classes is None:
+            raise ValueError(
+                "this checkpoint was trained without labels: leave them out, or train with condition=label"
+            )
+        if int(label.min()) < 0 or int(label.max()) > self.num_classes:
+            bad = int(label.max()) if int(label.max()) > self.num_classes else int(label.min())
+            raise ValueError(f"label {bad} is out of range: this checkpoint knows 0 … {self.num_classes - 1}")
+
+
+def load_checkpoint(path: str | Path, weights: str = "ema", trust: Sequence[str] = ()) -> Run:
+    """Rebuilds network, schedule and objective from a checkpoint, in eval mode on the CPU.
+
+    Args:
+        path: a file, a run folder, or "latest".
+        weights: "ema" (the first average; live weights where there is none), "live", or the decay of an average.
+        trust: further modules whose classes the checkpoint may instantiate; by default only this package's.
+
+    Raises:
+        ValueError: no such file, a truncated one, something else than a checkpoint of this project, a class not trusted.
+    """
+    found = find(path)
+    checkpoint = read(found)
+    config = checkpoint["config"]
+    network: nn.Module = build.instantiate(config["model"], trust)
+    name, state = select(checkpoint, weights)
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"the weights in {found} do not fit the network of its configuration: {error}") from None
+    denoiser = Denoiser(
+        network.eval().requires_grad_(False),
+        build.instantiate(config["schedule"], trust),
+        build.instantiate(config["objective"], trust),
+        clip=build.instantiate(config["clip"], trust) if config.get("clip") else None,
+    )
+    return Run(denoiser, config, int(checkpoint["global_step"]), name, tuple(trust))
+
+
+def find(path: str | Path) -> Path:
+    """The checkpoint file that `path` means: itself, a run folder's last.ckpt (else best.ckpt), or the latest run's."""
+    given = Path(path)
+    if str(path) == "latest":
+        files = [
+            *Path("outputs/train").glob("*/checkpoints/last.ckpt"),
+            *Path("outputs/multirun").glob("*/*/checkpoints/last.ckpt"),
+        ]
+        if not files:
+            raise ValueError("ckpt=latest finds no run below outputs/train: train one first, or name a checkpoint file")
+        return max(files, key=lambda file: file.stat().st_mtime)
+    if given.is_dir():
+        for name in ("checkpoints/last.ckpt", "checkpoints/best.ckpt", "last.ckpt", "best.ckpt"):
+            if (given / name).is_file():
+                return given / name
+        raise ValueError(f"the folder {given} holds no checkpoints/last.ckpt: name a run folder or a checkpoint file")
+    if not given.is_file():
+        raise ValueError(f"there is no checkpoint at {given}: name a file, a run folder (outputs/train/…), or latest")
+    return given
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A checkpoint's tensors and plain values; ValueError unless it is one of this project, whole."""
+    if not zipfile.is_zipfile(path):
+        raise ValueError(
+            f"{path} is not a whole checkpoint: truncated, or something else; take another file (best.ckpt?)"
+        )
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(f"{path} cannot be read as a checkpoint of tensors and plain values ({reason})") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("diffusion_lab", {}).get("format") != FORMAT:
+        raise ValueError(f"{path} is no checkpoint of diffusion-lab: name one that src/train.py wrote")
+    return checkpoint
+
+
+def select(checkpoint: dict[str, Any], weights: str) -> tuple[str, dict[str, Tensor]]:
+    """(name, state) of the network's weights: "ema", "live", or the decay of an average."""
+    averages = checkpoint.get("ema") or {}
+    if weights == "ema" and averages:
+        weights = next(iter(averages))
+    if weights in averages:
+        return f"ema {weights}", averages[weights]
+    if weights not in ("ema", "live"):
+        raise ValueError(f"weights={weights} is not in the checkpoint: write {', '.join(['ema', 'live', *averages])}")
+    prefix = "network."
+    live = {
+        key.removeprefix(prefix): value for key, value in checkpoint["state_dict"].items() if key.startswith(prefix)
+    }
+    return "live", live
+
+
+def initialise(network: nn.Module, path: str) -> str:
+    """Fine-tuning: loads weights (EMA where there are any) into `network`; a label embedding of another size stays fresh.
+
+    Args:
+        network: what is trained.
+        path: a checkpoint of this project, a run folder, latest, or diffusers' `.safetensors`.
+
+    Returns:
+        What was loaded, for the screen.
+
+    Raises:
+        ValueError: weights that do not fit but for the label embedding.
+    """
+    if path.endswith(".safetensors"):
+        from diffusion_lab.models.external import load_diffusers
+
+        load_diffusers(path, network)  # type: ignore[arg-type]
+        return path
+    found = find(path)
+    name, state = select(read(found), "ema")
+    own = network.state_dict()
+    differ = [
+        key for key in {**own, **state} if key not in own or key not in state or own[key].shape != state[key].shape
+    ]
+    strange = [key for key in differ if "label" not in key]
+    if strange:
+        raise ValueError(
+            f"init={path}: {len(strange)} weights do not fit this network, e.g. {strange[0]}: choose the same model="
+        )
+    network.load_state_dict({**own, **{key: value for key, value in state.items() if key in own and key not in differ}})
+    return f"{found} ({name}" + (f", without {', '.join(differ)})" if differ else ")")
+
+
+def _bar(items: range, show: bool) -> Any:
+    if not show:
+        return items
+    from tqdm import tqdm
+
+    return tqdm(items, desc="sampling", unit="batch", leave=False)

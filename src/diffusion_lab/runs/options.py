@@ -1,0 +1,240 @@
+"""Checks of the command line: groups, keys and types, before anything heavy is imported.
+
+Hydra finds these mistakes as well, but says so in five lines and with exit code 1.
+"""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Override, Quote, QuotedString, Sweep
+from hydra.errors import HydraException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+CONF = Path(__file__).resolve().parents[3] / "conf"
+
+# What a key takes whose value in the files is null, or for which null is a value as well.
+NULLABLE: dict[str, type | tuple[type, ...]] = {
+    "ckpt": str,
+    "init": str,
+    "out": str,
+    "trainer.max_time": (str, dict),
+    "sampler.steps": int,
+    "callbacks.samples.sampler.steps": int,
+    "data.limit": int,
+    "data.val": (int, float),
+    "data.test": (int, float),
+    "callbacks.losses.edges": list,
+    "callbacks.samples.strip": list,
+    "clip.maximum": (int, float),
+    "model.num_classes": int,
+    "model.head_channels": int,
+    "logger.wandb.name": str,
+}
+# Keys that take values of several types.
+MIXED: dict[str, tuple[type, ...]] = {
+    "labels": (str, list),
+    "callbacks.ema.decay": (float, int, list),
+    "trainer.devices": (int, str, list),
+}
+
+
+def check(config_name: str, arguments: Sequence[str], sweep: bool = False) -> DictConfig:
+    """Composes the configuration that the overrides ask for.
+
+    Args:
+        config_name: a file of conf/, without its suffix.
+        arguments: Hydra overrides; of a sweep every value is checked.
+        sweep: whether --multirun was given, without which a key takes one value.
+
+    Returns:
+        The composed configuration, with Hydra's own node under `hydra`; of a sweep, its first job's.
+
+    Raises:
+        ValueError: one line that names what is wrong and what to write instead.
+    """
+    try:
+        overrides = OverridesParser.create().parse_overrides(list(arguments))
+    except HydraException as error:
+        raise ValueError(
+            f"cannot read the overrides {' '.join(arguments)!r}: {_first_line(error)}; write KEY=VALUE"
+        ) from None
+    several = next((o.input_line for o in overrides if o.is_sweep_override()), None)
+    if several and not sweep:
+        raise ValueError(f"{several} names several values: add --multirun for a run of each, or write [...] for a list")
+    with initialize_config_dir(str(CONF), version_base="1.3", job_name=config_name):
+        chosen = [o for o in overrides if _is_group(o.key_or_group)]
+        for override in chosen:
+            _check_group(override)
+        base = _compose(config_name, [_single(o) for o in chosen])
+        for override in overrides:
+            if override not in chosen:
+                _check_value(override, base)
+        return _compose(config_name, [_single(o) for o in overrides])
+
+
+def _compose(config_name: str, overrides: list[str]) -> DictConfig:
+    try:
+        return compose(config_name, overrides, return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(f"{' '.join(overrides)}: {_first_line(error)}") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return next(line.strip() for line in str(error).splitlines() if line.strip())
+
+
+def _values(override: Override) -> Iterable[Any]:
+    """The value, or each value of a sweep."""
+    value = override.value()
+    if isinstance(value, ChoiceSweep):
+        return [v for v in value.list if not isinstance(v, Sweep)]
+    if override.is_sweep_override():
+        return list(override.sweep_iterator())
+    return [value]
+
+
+def _plain(value: Any) -> Any:
+    return value.text if isinstance(value, QuotedString) else value
+
+
+def _single(override: Override) -> str:
+    """The override as text, with the first value where it sweeps."""
+    if not override.is_sweep_override():
+        return str(override.input_line)
+    prefix, key = str(override.input_line).split("=", 1)[0], override.key_or_group
+    first = next(iter(override.sweep_string_iterator()))
+    return f"{prefix if prefix else key}={first}"
+
+
+# groups -----------------------------------------------------------------------------------------------------------------
+
+
+def _is_group(key: str) -> bool:
+    return (CONF / key.split("@")[0]).is_dir() and not key.startswith("hydra/")
+
+
+def group_options(group: str) -> list[str]:
+    """The options of a group: the files of its folder."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def _check_group(override: Override) -> None:
+    if override.is_delete():
+        return
+    group = override.key_or_group.split("@")[0]
+    options = [o for o in group_options(group) if (group, o) not in (("trainer", "base"), ("model", "unet"))]
+    for value in _values(override):
+        for name in value if isinstance(value, list) else [value]:
+            text = str(_plain(name))
+            if name is not None and text not in group_options(group):
+                raise ValueError(
+                    f"unknown option {group}={text}{_closest(text, options)}: write one of {', '.join(options)}"
+                )
+
+
+# values -----------------------------------------------------------------------------------------------------------------
+
+
+def _check_value(override: Override, base: DictConfig) -> None:
+    key = override.key_or_group
+    if override.is_add() or override.is_force_add():
+        return
+    known = _keys(base)
+    if key not in known:
+        if "." not in key and key not in ("seed", "ckpt"):
+            known = {k for k in known if "." not in k} | {
+                p.name for p in CONF.iterdir() if p.is_dir() and p.name != "hydra"
+            }
+        raise ValueError(f"unknown key {key}{_closest(key, sorted(known))}; --help lists all keys")
+    if override.is_delete():
+        return
+    default = _raw(base, key)
+    for value in _values(override):
+        _check_type(key, default, value)
+
+
+def _keys(config: DictConfig, prefix: str = "") -> set[str]:
+    keys: set[str] = set()
+    for name in config:
+        key = f"{prefix}{name}"
+        keys.add(key)
+        node = config._get_node(name)
+        if isinstance(node, DictConfig) and not node._is_none() and not node._is_interpolation():
+            keys |= _keys(node, key + ".")
+    return keys
+
+
+def _raw(config: DictConfig, key: str) -> Any:
+    """The value of a dotted key without resolving it; interpolations are text."""
+    value: Any = OmegaConf.to_container(config, resolve=False)
+    for part in key.split("."):
+        value = value[part]
+    return value
+
+
+def _check_type(key: str, default: Any, value: Any) -> None:
+    quoted = isinstance(value, QuotedString) and value.quote in (Quote.single, Quote.double)
+    plain = _plain(value)
+    if isinstance(plain, str) and plain.startswith("${"):
+        return  # an interpolation: its target has a type of its own
+    if key in MIXED:
+        allowed: tuple[type, ...] = MIXED[key]
+    elif key in NULLABLE:
+        kinds = NULLABLE[key]
+        allowed = (*kinds, type(None)) if isinstance(kinds, tuple) else (kinds, type(None))
+    elif default is None or (isinstance(default, str) and default.startswith("${")):
+        return  # nothing is known here; the class that gets it refuses what it cannot use
+    elif isinstance(default, dict):
+        allowed = (dict, type(None))  # null switches a named part off
+    else:
+        allowed = (type(default),)
+    if float in allowed and bool not in allowed:
+        allowed = (*allowed, int)
+    if str in allowed and not quoted:
+        allowed = (*allowed, int, float)  # a name such as 2026 is text all the same
+    wrong = isinstance(plain, bool) and bool not in allowed
+    if wrong or not isinstance(plain, allowed):
+        shown = default if default is not None else "null"
+        text = plain.decode() if isinstance(plain, bytes) else str(plain)
+        raise ValueError(f"{key}={text} has the wrong type: {_words(allowed)} is needed, e.g. {key}={_example(shown)}")
+
+
+_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    list: "a list",
+    dict: "a mapping",
+    type(None): "null",
+}
+
+
+def _words(allowed: tuple[type, ...]) -> str:
+    kinds = [k for k in dict.fromkeys(allowed) if not (k is int and float in allowed)]
+    if str in kinds:
+        kinds = [k for k in kinds if k not in (int, float)]
+    return " or ".join(_NAMES[k] for k in kinds)
+
+
+def _example(default: Any) -> str:
+    if isinstance(default, bool):
+        return str(default).lower()
+    if isinstance(default, (list, ListConfig)):
+        return "[" + ",".join(str(v) for v in default) + "]"
+    if isinstance(default, dict):
+        return "null"
+    return str(default)
+
+
+def _closest(word: str, words: Sequence[str]) -> str:
+    match = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    if not match:
+        tails = [w for w in words if w.rsplit(".", 1)[-1] == word.rsplit(".", 1)[-1]]
+        match = tails[:1]
+    return f" (did you mean {match[0]}?)" if match else ""

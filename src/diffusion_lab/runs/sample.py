@@ -1,0 +1,90 @@
+"""`src/sample.py`: images from a checkpoint."""
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from diffusion_lab.data.pictures import grid, save_png, to_uint8
+from diffusion_lab.denoiser import Denoiser
+from diffusion_lab.runs import build
+from diffusion_lab.runs.checkpoints import Run, load_checkpoint
+from diffusion_lab.runs.cli import refusals
+
+SHOWN = 400  # images of grid.png at most
+
+
+def run(config: DictConfig) -> int:
+    """Samples as configured and writes grid.png, samples.npz and images/*.png; returns the exit code."""
+    with refusals(OSError):
+        settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+        if not settings["ckpt"]:
+            raise ValueError("name what to sample from: ckpt=PATH of a checkpoint or a run folder, or ckpt=latest")
+        out = Path(settings["out"] or settings["run_dir"])
+        loaded = load_checkpoint(settings["ckpt"], settings["weights"], settings["trust"])
+        sampler = build.sampler(settings)
+        before = loaded.denoiser
+        loaded.denoiser = Denoiser(before.network, before.schedule, before.objective, clip=build.clip(settings))
+        sampler.check(loaded.denoiser)
+        labels = _labels(settings["labels"], loaded, settings["n"])
+        images = loaded.to(_device(settings["device"])).sample(
+            settings["n"],
+            sampler,
+            seed=settings["seed"],
+            batch_size=settings["batch_size"],
+            condition={} if labels is None else {"label": labels},
+            progress=True,
+        )
+        write(out, images, labels, settings["save_images"])
+    print(
+        f"{len(images)} images, {type(sampler).__name__}, {sampler.nfe} network evaluations each, weights {loaded.weights}, "
+        f"step {loaded.step:,}, seed {settings['seed']}\nlook at  {out / 'grid.png'}"
+    )
+    return 0
+
+
+def _labels(asked: str | list[int], loaded: Run, n: int) -> Tensor | None:
+    """int64 (n,), or None for an unconditional checkpoint."""
+    count = loaded.num_classes
+    if count is None:
+        if asked != "cycle":
+            raise ValueError("labels= needs a checkpoint that was trained with condition=label")
+        return None
+    if asked == "cycle":
+        return torch.arange(n) % count
+    if not isinstance(asked, list) or not asked or not all(isinstance(label, int) for label in asked):
+        raise ValueError(f"labels={asked} must be cycle or a list of classes, e.g. labels=[0,1,2]")
+    bad = [label for label in asked if not 0 <= label < count]
+    if bad:
+        raise ValueError(f"label {bad[0]} is out of range: this checkpoint knows 0 … {count - 1}")
+    return torch.tensor(asked).repeat(-(-n // len(asked)))[:n]
+
+
+def _device(name: str) -> str:
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device={name} is unknown: write auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda, but torch sees no CUDA device: write device=cpu")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def write(out: Path, images: Tensor, labels: Tensor | None, save_images: bool) -> None:
+    """grid.png, samples.npz (arr_0 uint8 N×H×W×C, arr_1 int64 labels) and images/00000.png …; images (N, C, H, W) in [−1, 1]."""
+    pixels = to_uint8(images).permute(0, 2, 3, 1).numpy()
+    out.mkdir(parents=True, exist_ok=True)
+    arrays = [pixels] if labels is None else [pixels, labels.numpy()]
+    packed = io.BytesIO()
+    np.savez_compressed(packed, *arrays)
+    partial = out / ".samples.npz.partial"
+    partial.write_bytes(packed.getvalue())
+    os.replace(partial, out / "samples.npz")
+    if save_images:
+        digits = max(5, len(str(len(pixels) - 1)))
+        for i, picture in enumerate(pixels):
+            save_png(out / "images" / f"{i:0{digits}d}.png", picture)
+    save_png(out / "grid.png", grid(images[:SHOWN]))

@@ -1,0 +1,187 @@
+"""`src/train.py`: train, resume, fine-tune."""
+
+import logging
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import yaml
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from diffusion_lab.runs import build, checkpoints, loggers
+from diffusion_lab.runs.cli import CONFIG_ENV, refusals
+from diffusion_lab.training.callbacks import Checkpoints, Interrupt, Samples
+
+_NOT_FROM_CHECKPOINT = ("ckpt", "init", "overwrite", "trust", "run_dir")
+
+
+def run(config: DictConfig) -> int:
+    """Train as configured; returns the exit code: 0, or 128 + the signal that ended the run."""
+    _quiet()
+    with refusals():
+        resume = _resume(config)
+        composed = _merged(config, resume)
+        settings = _plain(OmegaConf.create(composed))
+        folder = Path(settings["run_dir"])
+        _check_processes(settings)
+        data = build.data(settings)
+        network = build.network(settings)
+        if settings["init"] and resume:
+            raise ValueError("ckpt= resumes a run and init= begins one from weights: write one of them")
+        if settings["init"]:
+            _say(f"weights from {checkpoints.initialise(network, settings['init'])}")
+        module = build.module(settings, network, build.saved(settings, composed))
+        build.sampler(settings).check(module.denoiser)
+        hooks = build.callbacks(settings, folder)
+        trainer = build.trainer(settings, folder, loggers.build(settings, settings, folder), hooks)
+        _check_disk(folder, network, settings)
+        data.trainer = trainer
+        if trainer.is_global_zero:
+            data.prepare_data()
+            _write_configuration(folder, settings)
+        if resume:
+            path, step = resume
+            if step >= settings["trainer"]["max_steps"]:
+                raise ValueError(f"{path} has {step} steps already: write trainer.max_steps= above that")
+            data.start_at(step)
+        data.setup()
+        data.train_dataloader()  # refuses a batch size that does not divide
+    os.environ[CONFIG_ENV] = str(folder / "config.yaml")  # read by the further processes that Lightning starts
+    _announce(trainer, network, data, settings)
+    try:
+        with refusals(OSError):
+            trainer.fit(module, datamodule=data, ckpt_path=str(resume[0]) if resume else None, weights_only=True)
+    finally:
+        os.environ.pop(CONFIG_ENV, None)
+    return _report(trainer, hooks, settings)
+
+
+# configuration ----------------------------------------------------------------------------------------------------------
+
+
+def _resume(config: DictConfig) -> tuple[Path, int] | None:
+    """The checkpoint to continue and its step."""
+    if not config.ckpt:
+        return None
+    path = checkpoints.find(config.ckpt)
+    return path, int(checkpoints.read(path)["global_step"])
+
+
+def _merged(config: DictConfig, resume: tuple[Path, int] | None) -> dict[str, Any]:
+    """The configuration to run, interpolations unresolved: of a resumed run the checkpoint's, explicit overrides on top."""
+    own: dict[str, Any] = OmegaConf.to_container(config, resolve=False)  # type: ignore[assignment]
+    own["run_dir"] = str(config.run_dir)
+    if resume is None or not HydraConfig.initialized():
+        return own
+    held = OmegaConf.create(checkpoints.read(resume[0])["composed"])
+    for override in OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task)):
+        key = override.key_or_group
+        if override.is_delete():
+            OmegaConf.update(held, key, None)
+        else:
+            value: Any = own
+            for part in key.split("."):
+                value = value[part]
+            OmegaConf.update(held, key, value, merge=False, force_add=True)
+    for key in _NOT_FROM_CHECKPOINT:
+        held[key] = own[key]
+    trusted: dict[str, Any] = OmegaConf.to_container(held, resolve=False)  # type: ignore[assignment]
+    build.check_targets(trusted, own["trust"])
+    return trusted
+
+
+def _plain(config: DictConfig) -> dict[str, Any]:
+    resolved: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    return resolved
+
+
+def _write_configuration(folder: Path, settings: Mapping[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / ".config.yaml.partial"
+    partial.write_text(yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
+    os.replace(partial, folder / "config.yaml")
+
+
+# checks before the run --------------------------------------------------------------------------------------------------
+
+
+def _check_processes(settings: Mapping[str, Any]) -> None:
+    options = settings["trainer"]
+    several = options["num_nodes"] > 1 or options["devices"] not in (1, "1", [0])
+    if several and HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise ValueError(
+            "--multirun with several processes would run the sweep again in every process: write trainer.devices=1, "
+            "or start each run on its own"
+        )
+
+
+def _check_disk(folder: Path, network: torch.nn.Module, settings: Mapping[str, Any]) -> None:
+    """Room for last.ckpt, best.ckpt and the one being written: live weights, averages, two moments of Adam each."""
+    decay = ((settings.get("callbacks") or {}).get("ema") or {}).get("decay", [])
+    copies = 3 + (len(decay) if isinstance(decay, list) else 1)
+    need = 3 * copies * sum(p.numel() * p.element_size() for p in network.parameters())
+    parent = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
+    free = shutil.disk_usage(parent).free
+    if free < need:
+        raise ValueError(
+            f"not enough disk at {folder}: three checkpoints need {need / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free; "
+            "make room, or write hydra.run.dir= on another disk"
+        )
+
+
+# what the user reads ------------------------------------------------------------------------------------------------------
+
+
+def _quiet() -> None:
+    """Lightning's banners and advice about loaders it does not know of; what this run does is said by `_announce`."""
+    for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for advice in (
+        ".*Experiment logs directory .* exists and is not empty.*",  # it holds this run's configuration
+        ".*isinstance.treespec, LeafSpec.*",  # between Lightning and torch
+        ".*does not have many workers.*",
+    ):
+        warnings.filterwarnings("ignore", advice)
+
+
+def _say(text: str) -> None:
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        print(text, flush=True)
+
+
+def _announce(trainer: pl.Trainer, network: torch.nn.Module, data: Any, settings: Mapping[str, Any]) -> None:
+    names = [str(settings[g]["_target_"]).rsplit(".", 1)[-1] for g in ("schedule", "objective", "weighting", "model")]
+    parameters = sum(p.numel() for p in network.parameters())
+    device = "GPU" if trainer.accelerator.__class__.__name__ == "CUDAAccelerator" else "CPU"
+    workers = f"{trainer.world_size} processes" if trainer.world_size > 1 else "1 process"
+    _say(
+        f"{' · '.join(names)} with {parameters:,} parameters\n"
+        f"{settings['trainer']['max_steps']:,} steps of {settings['data']['batch_size']} images on {device}, {workers}\n"
+        f"run folder {settings['run_dir']}"
+    )
+
+
+def _report(trainer: pl.Trainer, hooks: list[pl.Callback], settings: Mapping[str, Any]) -> int:
+    """Says where things are and how to go on; the exit code."""
+    signal = next(h for h in hooks if isinstance(h, Interrupt)).received
+    kept = next((h for h in hooks if isinstance(h, Checkpoints)), None)
+    grids = next((h for h in hooks if isinstance(h, Samples)), None)
+    value = trainer.callback_metrics.get("val/loss")
+    _say(f"{trainer.global_step:,} steps done" + ("" if value is None else f", validation loss {float(value):.4f}"))
+    if grids and grids.path:
+        _say(f"look at  {grids.path}")
+    if kept:
+        program = Path(sys.argv[0]).parent / "train.py"
+        if trainer.global_step < settings["trainer"]["max_steps"]:
+            _say(f"resume   python {program} ckpt={kept.last_path}")
+        _say(f"sample   python {program.with_name('sample.py')} ckpt={kept.last_path} n=64")
+    return 0 if signal is None else 128 + signal

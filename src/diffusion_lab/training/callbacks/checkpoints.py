@@ -1,0 +1,72 @@
+"""checkpoints/last.ckpt and checkpoints/best.ckpt."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+
+
+class Checkpoints(pl.Callback):
+    """Writes `last.ckpt` every so many steps and at the end, `best.ckpt` whenever the monitored value falls.
+
+    A file is written to a temporary name and renamed: an interruption or a full disk leaves the one before.
+
+    Args:
+        folder: where.
+        every: steps between two writes of last.ckpt.
+        monitor: the logged value whose lowest decides best.ckpt.
+    """
+
+    def __init__(self, folder: str, every: int = 1000, monitor: str = "val/loss") -> None:
+        if every < 1:
+            raise ValueError(f"callbacks.checkpoints.every={every} must be at least 1")
+        self.folder, self.every, self.monitor = Path(folder), every, monitor
+        self.best: float | None = None
+        self._saved = -1  # the step of last.ckpt
+
+    @property
+    def last_path(self) -> Path:
+        return self.folder / "last.ckpt"
+
+    @property
+    def best_path(self) -> Path:
+        return self.folder / "best.ckpt"
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        step = trainer.global_step
+        if step and step % self.every == 0 and step != self._saved:
+            self._write(trainer, self.last_path)
+            self._saved = step
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.sanity_checking or self.monitor not in trainer.callback_metrics:
+            return
+        value = float(trainer.callback_metrics[self.monitor])
+        if self.best is None or value < self.best:
+            self.best = value
+            self._write(trainer, self.best_path)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_step != self._saved:
+            self._write(trainer, self.last_path)
+            self._saved = trainer.global_step
+
+    def _write(self, trainer: pl.Trainer, path: Path) -> None:
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            trainer.save_checkpoint(partial)  # every process: a sharded strategy gathers here
+            if trainer.is_global_zero:
+                os.replace(partial, path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise OSError(
+                error.errno, f"could not write {path} ({error.strerror}): the file before is kept; make room"
+            ) from error
+        trainer.strategy.barrier("checkpoint")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]

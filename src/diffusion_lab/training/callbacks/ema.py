@@ -1,0 +1,82 @@
+"""Exponential moving averages of the weights."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import nn
+
+from diffusion_lab.training.module import DiffusionModule
+
+
+class EMA(pl.Callback):
+    """θ̄ ← d θ̄ + (1 − d) θ after every optimiser step, one fused update for each decay.
+
+    Each average is a network of its own, always in eval mode, on the device of the live one. Nothing is ever swapped into the
+    live network, so nothing can be left there by an exception, seen by a callback in the wrong order, or trained by mistake.
+    Only parameters are averaged; buffers are copied.
+
+    Args:
+        decay: d, or several; the first is what is evaluated and what samples show.
+        warmup: begin with min(d, (1 + n)/(10 + n)) at the n-th update, so that the random start is forgotten in short runs.
+
+    Raises:
+        ValueError: a decay outside [0, 1), or given twice.
+    """
+
+    def __init__(self, decay: float | Sequence[float] = 0.9999, warmup: bool = True) -> None:
+        self.decays = [decay] if isinstance(decay, (int, float)) else list(decay)
+        if not self.decays or len(set(self.decays)) < len(self.decays) or not all(0 <= d < 1 for d in self.decays):
+            raise ValueError(
+                f"callbacks.ema.decay={decay} must be one or several different numbers in [0, 1), e.g. 0.9999"
+            )
+        self.warmup = warmup
+        self.updates = 0
+        self.networks: dict[float, nn.Module] = {}
+        self._restored: dict[str, dict[str, torch.Tensor]] | None = None
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: DiffusionModule) -> None:  # type: ignore[override]
+        for decay in self.decays:
+            network = copy.deepcopy(pl_module.network).requires_grad_(False).eval()
+            if self._restored is not None:
+                if name(decay) not in self._restored:
+                    kept = ", ".join(self._restored)
+                    raise ValueError(
+                        f"the checkpoint has no average with decay {decay}: write callbacks.ema.decay={kept}"
+                    )
+                network.load_state_dict(self._restored[name(decay)])
+            self.networks[decay] = network
+            pl_module.register_average(name(decay), network)
+        self._restored = None
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: DiffusionModule, *_: Any) -> None:  # type: ignore[override]
+        if trainer.global_step > self.updates:  # false between the parts of an accumulated batch
+            self.updates = trainer.global_step
+            self.update(pl_module.network)
+
+    @torch.no_grad()
+    def update(self, live: nn.Module) -> None:
+        """One update of every average towards `live`; `updates` counts it already."""
+        for decay, network in self.networks.items():
+            d = min(decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else decay
+            torch._foreach_lerp_(list(network.parameters()), list(live.parameters()), 1 - d)
+            for average, buffer in zip(network.buffers(), live.buffers(), strict=True):
+                average.copy_(buffer)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint["ema"] = {name(decay): network.state_dict() for decay, network in self.networks.items()}
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._restored = checkpoint.get("ema")
+        self.updates = int(checkpoint["global_step"])
+
+
+def name(decay: float) -> str:
+    """The key of an average in a checkpoint, and its caption."""
+    return f"{decay:g}"

@@ -1,0 +1,50 @@
+"""The training loss, and where along the curve it lies."""
+
+from itertools import pairwise
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from diffusion_lab.training.module import DiffusionModule
+
+
+class Losses(pl.Callback):
+    """Logs `train/loss`, the mean over all images since the last row, and the same for each bin of ln SNR = 2λ.
+
+    Sums stay on the device and are reduced over the processes once a row.
+
+    Args:
+        edges: increasing bounds of the bins of ln SNR; `train/loss_snr/…` are named by them. None for no bins.
+    """
+
+    def __init__(self, edges: list[float] | None = None) -> None:
+        if edges is not None and sorted(set(edges)) != list(edges):
+            raise ValueError(f"callbacks.losses.edges={edges} must increase")
+        self.edges = edges or []
+        bounds = ["-inf", *(f"{edge:g}" for edge in self.edges), "inf"]
+        self.names = [f"train/loss_snr/{low}_{high}" for low, high in pairwise(bounds)]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._reset(pl_module.device)
+
+    def _reset(self, device: torch.device) -> None:
+        self._sums = torch.zeros(2, len(self.edges) + 1, dtype=torch.float64, device=device)
+
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: pl.Trainer, pl_module: DiffusionModule, outputs: dict[str, torch.Tensor], *_: Any
+    ) -> None:
+        each, t = outputs["each"].double(), outputs["t"]
+        bins = torch.bucketize(2 * pl_module.schedule.lam(t), torch.tensor(self.edges, dtype=t.dtype)).to(each.device)
+        self._sums.index_add_(1, bins, torch.stack([each, torch.ones_like(each)]))
+        micro = (trainer.fit_loop.epoch_loop.batch_progress.current.ready) % trainer.accumulate_grad_batches
+        if micro or trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            return
+        total, count = trainer.strategy.reduce(self._sums, reduce_op="sum")
+        values: dict[str, float] = {"train/loss": float(total.sum() / count.sum())}
+        if self.edges:
+            values |= {
+                name: v for name, v, n in zip(self.names, (total / count).tolist(), count.tolist(), strict=True) if n
+            }
+        pl_module.log_row(values)
+        self._reset(pl_module.device)

@@ -1,0 +1,60 @@
+"""One progress bar for the whole run."""
+
+import sys
+from typing import Any
+
+import pytorch_lightning as pl
+from tqdm import tqdm
+
+from diffusion_lab.training.callbacks.throughput import Throughput
+
+
+class Progress(pl.Callback):
+    """Steps done of `trainer.max_steps`, with the loss, images a second and the time left."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm[Any] | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            total = trainer.max_steps if trainer.max_steps > 0 else None
+            self._bar = tqdm(
+                total=total,
+                initial=trainer.global_step,
+                desc="training",
+                unit="step",
+                dynamic_ncols=True,
+                mininterval=_interval(),
+            )
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if self._bar is None:
+            return
+        self._bar.update(trainer.global_step - self._bar.n)
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            shown = {
+                key: f"{float(trainer.callback_metrics[name]):.4f}"
+                for key, name in _SHOWN
+                if name in trainer.callback_metrics
+            }
+            speed = next((c.images_per_s for c in trainer.callbacks if isinstance(c, Throughput)), None)  # type: ignore[attr-defined]
+            self._bar.set_postfix({**shown, **({} if speed is None else {"images/s": f"{speed:,.0f}"})}, refresh=False)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def _interval() -> float:
+    """Seconds between two refreshes; a log file wants fewer lines than a terminal."""
+    return 0.2 if sys.stderr.isatty() else 20.0
+
+
+_SHOWN = (("loss", "train/loss"), ("val", "val/loss"))

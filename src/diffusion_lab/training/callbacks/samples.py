@@ -1,0 +1,115 @@
+"""Grids of samples while training."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from PIL import Image
+from pytorch_lightning.loggers import TensorBoardLogger
+from torch import Tensor
+
+from diffusion_lab.data.pictures import Panel, save_sheet
+from diffusion_lab.denoiser import Clip, Denoiser
+from diffusion_lab.noise import normal
+from diffusion_lab.samplers import Sampler, prior
+from diffusion_lab.training.module import DiffusionModule
+
+
+class Samples(pl.Callback):
+    """Every so many steps and at the end: the same noise, sampled with averaged and with live weights, side by side, and below
+    them a strip of x̂_0 along the way. One file for each time, `step_0001000.png`, sent to every logger that shows images.
+
+    Args:
+        folder: where.
+        sampler: any sampler.
+        clip: what acts on x̂_0.
+        every: steps between two grids.
+        n: images of each grid.
+        seed: of the noise, the same for every grid of a run.
+        strip: images and moments of the strip, e.g. [4, 10]; null for none.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        sampler: Sampler,
+        clip: Clip = 1.0,
+        every: int = 1000,
+        n: int = 64,
+        seed: int = 0,
+        strip: tuple[int, int] | None = (4, 10),
+    ) -> None:
+        if every < 1 or n < 1:
+            raise ValueError(f"callbacks.samples needs every >= 1 and n >= 1, not every={every}, n={n}")
+        self.folder, self.sampler, self.clip, self.every, self.n, self.seed = (
+            Path(folder),
+            sampler,
+            clip,
+            every,
+            n,
+            seed,
+        )
+        self.strip = strip
+        self.path: Path | None = None  # the newest grid
+        self._drawn = -1
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: DiffusionModule, *_: Any) -> None:  # type: ignore[override]
+        step = trainer.global_step
+        if step and step % self.every == 0:
+            self._draw(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: DiffusionModule) -> None:  # type: ignore[override]
+        if trainer.global_step:
+            self._draw(trainer, pl_module)
+
+    def _draw(self, trainer: pl.Trainer, module: DiffusionModule) -> None:
+        step = trainer.global_step
+        if not trainer.is_global_zero or step == self._drawn:
+            return
+        self._drawn = step
+        training = module.network.training
+        module.network.eval()
+        try:
+            panels = self._panels(module)
+        finally:
+            module.network.train(training)
+        self.path = self.folder / f"step_{step:07d}.png"
+        save_sheet(self.path, panels)
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_image"):  # W&B
+                logger.log_image("samples", [str(self.path)], step=step)
+            elif isinstance(logger, TensorBoardLogger):
+                picture = np.asarray(Image.open(self.path))
+                logger.experiment.add_image("samples", picture, step, dataformats="HWC")
+
+    def _panels(self, module: DiffusionModule) -> list[Panel]:
+        channels, size = module.trainer.datamodule.channels, module.trainer.datamodule.image_size  # type: ignore[attr-defined]
+        index = torch.arange(self.n, device=module.device)
+        noise = normal((channels, *size), seed=self.seed, index=index)
+        condition: dict[str, Tensor] = {}
+        if module.condition.num_classes:
+            condition["label"] = index % module.condition.num_classes
+        panels: list[Panel] = []
+        way: list[Tensor] = []
+        kept, moments = self.strip or (0, 0)
+        for name, denoiser in module.denoisers().items():
+            clipped = Denoiser(denoiser.network, denoiser.schedule, denoiser.objective, clip=self.clip)
+            first = not panels
+            record = (lambda i, t, x, p: way.append(p.x0[:kept].cpu())) if first and kept else None
+            with torch.autocast(module.device.type, enabled=False):
+                images = self.sampler(
+                    clipped,
+                    prior(module.schedule, noise),
+                    seed=self.seed,
+                    index=index,
+                    condition=condition,
+                    callback=record,
+                )
+            panels.append(Panel("live weights" if name == "raw" else f"EMA {name}", images.float().cpu()))
+        if way:
+            chosen = torch.linspace(0, len(way) - 1, min(moments, len(way))).round().long().tolist()
+            strip = torch.stack([way[i] for i in chosen], dim=1).flatten(0, 1).float()
+            panels.append(Panel("estimates of x0 along the way, from noise to data", strip, columns=len(chosen)))
+        return panels

@@ -1,0 +1,166 @@
+"""The LightningModule: what one step of training and of validation computes."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from diffusion_lab.denoiser import Denoiser
+from diffusion_lab.losses import Error, StepLoss, corrupt, diffusion_loss
+from diffusion_lab.noise import Stream, normal, uniform, words
+from diffusion_lab.objectives import Objective
+from diffusion_lab.schedules import Schedule, match
+from diffusion_lab.times import Stratified, TimeSampler
+from diffusion_lab.training.condition import Condition
+from diffusion_lab.training.optim import Rate, build_optimizer
+from diffusion_lab.weightings import Weighting
+
+VALIDATION_SEED = 0  # t and ε of validation are the same in every run, so that runs compare
+
+
+class Optimisation(NamedTuple):
+    """How the weights are updated."""
+
+    make: Callable[..., torch.optim.Optimizer]  # called with the parameters and fused=
+    rate: Rate
+    max_steps: int
+    precision: str
+    clipping: bool
+
+
+class DiffusionModule(pl.LightningModule):
+    """Trains one network on one objective along one schedule.
+
+    All randomness is keyed by (seed, step, position in the global batch): one process or many, one batch or accumulated parts
+    of it, uninterrupted or resumed, it is the same run.
+
+    Args:
+        network: the denoising network, called as network(x, c, **condition).
+        schedule: the curve.
+        objective: what the network's output means.
+        weighting: the weight on the squared error of the output.
+        error: l2, l1 or huber.
+        times: how t is drawn.
+        condition: which tensors of a batch reach the network.
+        optimisation: optimiser, rate, length.
+        batch_size: the global batch, over all processes and accumulated parts.
+        seed: of all noise.
+        compiled: run the training steps through torch.compile.
+        validation_draws: how many (t, ε) each validation image gets.
+        saved: plain values to store in every checkpoint (the resolved configuration, versions).
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        schedule: Schedule,
+        objective: Objective,
+        weighting: Weighting,
+        error: Error,
+        times: TimeSampler,
+        condition: Condition,
+        optimisation: Optimisation,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        compiled: bool = False,
+        validation_draws: int = 1,
+        saved: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        # A compiled copy of the reference lives in the denoiser only, which is no module: state_dict has no `_orig_mod.` keys.
+        self.denoiser = Denoiser(torch.compile(network) if compiled else network, schedule, objective)
+        self.schedule, self.objective, self.weighting = schedule, objective, weighting
+        self.error, self.times, self.condition, self.optimisation = error, times, condition, optimisation
+        self.batch_size, self.seed, self.validation_draws = batch_size, seed, validation_draws
+        self.saved = dict(saved or {})
+        self._evaluated: dict[str, nn.Module] = {}  # a dict hides the averages from nn.Module's registration
+        self._sum = torch.zeros(2, dtype=torch.float64)
+
+    # what is evaluated ------------------------------------------------------------------------------------------------
+
+    def register_average(self, name: str, network: nn.Module) -> None:
+        """Make the averaged `network` available under `name`; the first one registered is what is evaluated."""
+        self._evaluated[name] = network
+
+    def denoisers(self) -> dict[str, Denoiser]:
+        """Name → denoiser for evaluation: the averages first, the live weights ("raw") last. Networks are in their own modes."""
+        networks = {**self._evaluated, "raw": self.network}
+        return {name: Denoiser(network, self.schedule, self.objective) for name, network in networks.items()}
+
+    def log_row(self, values: Mapping[str, float | Tensor], everywhere: bool = False) -> None:
+        """Log values of this moment with the number of optimiser steps done and of passes over the training images.
+
+        Args:
+            values: reduced over the processes already.
+            everywhere: make them known to every process, not only to the first, whose loggers write.
+        """
+        images = self.trainer.datamodule.size("train")  # type: ignore[attr-defined]
+        axes = {"step": float(self.global_step), "epoch": self.global_step * self.batch_size / images}
+        self.log_dict(
+            {**values, **axes}, rank_zero_only=not everywhere, sync_dist=everywhere and self.trainer.world_size > 1
+        )
+
+    # one step ---------------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        x0, position, step = batch["image"], batch["position"], batch["step"]
+        # Dropout is keyed as well, so that resuming needs no random state.
+        torch.manual_seed(int(words(1, seed=self.seed, index=position[:1], draw=step, stream=Stream.DROPOUT)))
+        key: dict[str, Any] = {"seed": self.seed, "draw": step}
+        t = self.times(self.schedule, position, self.batch_size, seed=self.seed, step=step)
+        noise = normal(tuple(x0.shape[1:]), index=position.to(x0.device), stream=Stream.NOISE, **key)
+        condition = self.condition(batch, dropped=uniform((), index=position, stream=Stream.LABEL, **key))
+        previous = self._previous(x0, noise, t, condition, position, step)
+        loss = diffusion_loss(self.denoiser, self.weighting, self.error, x0, noise, t, previous, **condition)
+        return {"loss": loss.weighted.mean(), "each": loss.weighted.detach(), "t": t}
+
+    def _previous(
+        self, x0: Tensor, noise: Tensor, t: Tensor, condition: dict[str, Tensor], position: Tensor, step: int
+    ) -> Tensor | None:
+        """For self-conditioning: a detached first x̂_0 for one half of the examples, zeros for the others (Chen et al. 2023)."""
+        if not self.denoiser.self_conditioning:
+            return None
+        with torch.no_grad():
+            first = self.denoiser(corrupt(self.denoiser, x0, noise, t), t, **condition).x0
+        coin = uniform((), seed=self.seed, index=position, draw=step, stream=Stream.SELF) < 0.5
+        return match(coin, first) * first
+
+    # validation: fixed t and ε, averaged weights ------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        self._sum = torch.zeros(2, dtype=torch.float64, device=self.device)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        denoiser = next(iter(self.denoisers().values()))
+        images = self.trainer.datamodule.size("val")  # type: ignore[attr-defined]
+        for draw in range(self.validation_draws):
+            loss = self._validation_loss(denoiser, batch, draw, images)
+            self._sum += torch.stack(
+                [loss.weighted.double().sum(), loss.weighted.new_tensor(len(loss.weighted)).double()]
+            )
+
+    def _validation_loss(self, denoiser: Denoiser, batch: dict[str, Any], draw: int, images: int) -> StepLoss:
+        x0, index = batch["image"], batch["index"]
+        key: dict[str, Any] = {"seed": VALIDATION_SEED, "draw": draw}
+        t = Stratified()(self.schedule, index, images, seed=VALIDATION_SEED, step=draw)
+        noise = normal(tuple(x0.shape[1:]), index=index.to(x0.device), stream=Stream.NOISE, **key)
+        return diffusion_loss(denoiser, self.weighting, self.error, x0, noise, t, **self.condition(batch))
+
+    def on_validation_epoch_end(self) -> None:
+        total = self.trainer.strategy.reduce(self._sum, reduce_op="sum")
+        self.log_row({"val/loss": (total[0] / total[1]).float()}, everywhere=True)
+
+    # optimiser and checkpoint -------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        o = self.optimisation
+        optimizer = build_optimizer(o.make, self.network.parameters(), o.precision, o.clipping)
+        rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: o.rate(step, o.max_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint.update(self.saved)
