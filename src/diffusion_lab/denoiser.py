@@ -4,24 +4,16 @@ Everything above (samplers, losses, likelihood, guidance) knows only a denoiser;
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from diffusion_lab.objectives import Objective
+from diffusion_lab.objectives import Objective, Prediction
 from diffusion_lab.schedules import Schedule, match
 
+__all__ = ["Clip", "Denoiser", "Prediction"]
+
 Clip = float | Callable[[Tensor], Tensor] | None
-
-
-class Prediction(NamedTuple):
-    """What a denoiser says of x_t, each (B, C, H, W) in x_t's dtype."""
-
-    x0: Tensor  # x̂_0, clipped if the denoiser clips
-    noise: Tensor  # ε̂, derived again from the clipped x̂_0
-    output: Tensor  # y, before any clipping
-    extra: Tensor | None = None  # the network's channels beyond C: a learned variance, a second head
 
 
 class Denoiser:

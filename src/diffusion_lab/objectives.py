@@ -8,12 +8,21 @@ so an error Δy is Δε = (α/D) Δy on the noise and Δx_0 = −(σ/D) Δy on t
 """
 
 from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffusion_lab.gaussian import posterior
 from diffusion_lab.schedules import Schedule, Times, like, match
+
+
+class Prediction(NamedTuple):
+    """What the network says of x_t once its output is solved for x_0 and ε, each (B, C, H, W) in x_t's dtype."""
+
+    x0: Tensor  # x̂_0, clipped if the denoiser clips
+    noise: Tensor  # ε̂, derived again from the clipped x̂_0
+    output: Tensor  # y, before any clipping
+    extra: Tensor | None = None  # the network's channels beyond C: a learned variance, a second head
 
 
 class Objective(ABC):
@@ -119,6 +128,8 @@ class PredMean(Objective):
         return 1 / schedule.steps
 
     def _mean(self, schedule: Schedule, t: Times) -> tuple[Times, Times]:
-        """(c_1, c_0) of the training pair, t in float64."""
-        q = posterior(schedule, t, (t - self._step(schedule)).clamp(min=0))
-        return q.c1, q.c0
+        """(c_1, c_0) of the training pair, t in float64: c_1 = α_{t|s} σ_s²/σ_t², c_0 = α_s σ²_{t|s}/σ_t² (see gaussian.py)."""
+        alpha_t, sigma_t = schedule.alpha_sigma(t)
+        alpha_s, sigma_s = schedule.alpha_sigma((t - self._step(schedule)).clamp(min=0))
+        ratio, shrink = alpha_t / alpha_s, (sigma_s / sigma_t).square()
+        return ratio * shrink, alpha_s * (1 - ratio.square() * shrink)

@@ -11,8 +11,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from diffusion_lab.denoiser import Prediction
 from diffusion_lab.gaussian import transition
+from diffusion_lab.objectives import Prediction
 from diffusion_lab.schedules import Schedule, Times, match
 
 

@@ -10,66 +10,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import hydra.errors
-import hydra.utils
 import pytorch_lightning as pl
 import torch
 from torch import nn
 
 import diffusion_lab
 from diffusion_lab.data.datamodule import DataModule
-from diffusion_lab.denoiser import Clip
-from diffusion_lab.samplers import Sampler
+from diffusion_lab.runs.instantiate import instantiate
 from diffusion_lab.training.callbacks import Interrupt
 from diffusion_lab.training.module import DiffusionModule, Optimisation
 
 Config = Mapping[str, Any]
-
-TRUSTED = ("diffusion_lab.", "torch.optim.Adam", "torch.optim.AdamW")
-
-
-def instantiate(node: Any, trust: Sequence[str] | None = None, **kwargs: Any) -> Any:
-    """The object that a node's `_target_` and arguments describe.
-
-    Args:
-        node: plain containers.
-        trust: None where the configuration is the user's own; for one from a checkpoint the modules that it may name beside
-            this package.
-        kwargs: further arguments.
-
-    Raises:
-        ValueError: a class that is not trusted or does not exist, or what the class itself refuses.
-    """
-    if trust is not None:
-        check_targets(node, trust)
-    try:
-        return hydra.utils.instantiate(node, _convert_="all", **kwargs)
-    except hydra.errors.InstantiationException as error:
-        cause = error.__cause__
-        if isinstance(cause, ValueError):
-            raise ValueError(str(cause)) from cause
-        if isinstance(cause, (ImportError, TypeError)) or cause is None:
-            raise ValueError(f"{node.get('_target_')}: {cause or str(error).splitlines()[0]}") from error
-        raise
-
-
-def check_targets(node: Any, trust: Sequence[str]) -> None:
-    """Raise ValueError where a configuration from a checkpoint names a class that is neither ours nor trusted."""
-    if isinstance(node, Mapping):
-        target = str(node.get("_target_", "diffusion_lab."))
-        own = any(target == t or (t.endswith(".") and target.startswith(t)) for t in TRUSTED)
-        if not own and not any(target == module or target.startswith(module + ".") for module in trust):
-            raise ValueError(
-                f"the checkpoint names {target}, which is not of this package: if you trust it write trust=[{_module(target)}]"
-            )
-        node = list(node.values())
-    if isinstance(node, (list, tuple)):
-        for child in node:
-            check_targets(child, trust)
-
-
-def _module(target: str) -> str:
-    return target.rsplit(".", 1)[0]
 
 
 def data(config: Config) -> DataModule:
@@ -82,18 +33,6 @@ def network(config: Config) -> nn.Module:
     """The denoising network with fresh weights, which depend on the seed alone."""
     torch.manual_seed(config["seed"])
     built: nn.Module = instantiate(config["model"])
-    return built
-
-
-def clip(config: Config) -> Clip:
-    """What acts on x̂_0 while sampling."""
-    built: Clip = instantiate(config["clip"]) if config.get("clip") else None
-    return built
-
-
-def sampler(config: Config) -> Sampler:
-    """The sampler, with the configured variance."""
-    built: Sampler = instantiate(config["sampler"])
     return built
 
 
@@ -183,10 +122,11 @@ def trainer(config: Config, folder: Path, loggers: list[Any], hooks: list[pl.Cal
         raise ValueError(f"trainer: {error}") from error
 
 
-def saved(resolved: Config, composed: Config) -> dict[str, Any]:
+def saved(resolved: Config, composed: Config, overrides: Sequence[str]) -> dict[str, Any]:
     """What this project adds to a checkpoint: plain values only, so that it loads with weights_only=True."""
     return {
         "config": copy.deepcopy(dict(resolved)),
+        "overrides": list(overrides),
         "composed": copy.deepcopy(dict(composed)),  # the same with its interpolations, to resume with overrides on top
         "diffusion_lab": {
             "format": 1,

@@ -3,16 +3,16 @@
 import pickle
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diffusion_lab.denoiser import Denoiser
+from diffusion_lab.denoiser import Clip, Denoiser
 from diffusion_lab.noise import normal
-from diffusion_lab.runs import build
+from diffusion_lab.runs.instantiate import instantiate
 from diffusion_lab.samplers import Sampler, prior
 
 FORMAT = 1  # of what this project adds to Lightning's checkpoint
@@ -60,7 +60,7 @@ class Run:
 
     def sampler(self) -> Sampler:
         """The sampler of the configuration."""
-        sampler: Sampler = build.instantiate(self.config["sampler"], self.trust)
+        sampler: Sampler = instantiate(self.config["sampler"], self.trust)
         return sampler
 
     def sample(
@@ -139,7 +139,7 @@ def load_checkpoint(path: str | Path, weights: str = "ema", trust: Sequence[str]
     found = find(path)
     checkpoint = read(found)
     config = checkpoint["config"]
-    network: nn.Module = build.instantiate(config["model"], trust)
+    network: nn.Module = instantiate(config["model"], trust)
     name, state = select(checkpoint, weights)
     try:
         network.load_state_dict(state)
@@ -147,11 +147,17 @@ def load_checkpoint(path: str | Path, weights: str = "ema", trust: Sequence[str]
         raise ValueError(f"the weights in {found} do not fit the network of its configuration: {error}") from None
     denoiser = Denoiser(
         network.eval().requires_grad_(False),
-        build.instantiate(config["schedule"], trust),
-        build.instantiate(config["objective"], trust),
-        clip=build.instantiate(config["clip"], trust) if config.get("clip") else None,
+        instantiate(config["schedule"], trust),
+        instantiate(config["objective"], trust),
+        clip=instantiate(config.get("clip"), trust),
     )
     return Run(denoiser, config, int(checkpoint["global_step"]), name, tuple(trust))
+
+
+def rewrapped(run: Run, clip: Clip) -> Run:
+    """The same run with another clipping."""
+    d = run.denoiser
+    return replace(run, denoiser=Denoiser(d.network, d.schedule, d.objective, clip=clip))
 
 
 def find(path: str | Path) -> Path:

@@ -4,11 +4,13 @@ Hydra finds these mistakes as well, but says so in five lines and with exit code
 """
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override, Quote, QuotedString, Sweep
 from hydra.errors import HydraException
@@ -22,6 +24,8 @@ NULLABLE: dict[str, type | tuple[type, ...]] = {
     "ckpt": str,
     "init": str,
     "out": str,
+    "n": int,
+    "data_root": str,
     "trainer.max_time": (str, dict),
     "sampler.steps": int,
     "callbacks.samples.sampler.steps": int,
@@ -66,7 +70,7 @@ def check(config_name: str, arguments: Sequence[str], sweep: bool = False) -> Di
     several = next((o.input_line for o in overrides if o.is_sweep_override()), None)
     if several and not sweep:
         raise ValueError(f"{several} names several values: add --multirun for a run of each, or write [...] for a list")
-    with initialize_config_dir(str(CONF), version_base="1.3", job_name=config_name):
+    with _own_hydra(), initialize_config_dir(str(CONF), version_base="1.3", job_name=config_name):
         chosen = [o for o in overrides if _is_group(o.key_or_group)]
         for override in chosen:
             _check_group(override)
@@ -75,6 +79,17 @@ def check(config_name: str, arguments: Sequence[str], sweep: bool = False) -> Di
             if override not in chosen:
                 _check_value(override, base)
         return _compose(config_name, [_single(o) for o in overrides])
+
+
+@contextmanager
+def _own_hydra() -> Iterator[None]:
+    """Hydra keeps one instance; while a job runs under it, a second composition needs its own."""
+    instance = GlobalHydra.instance()
+    held, instance.hydra = instance.hydra, None
+    try:
+        yield
+    finally:
+        instance.hydra = held
 
 
 def _compose(config_name: str, overrides: list[str]) -> DictConfig:
@@ -106,9 +121,8 @@ def _single(override: Override) -> str:
     """The override as text, with the first value where it sweeps."""
     if not override.is_sweep_override():
         return str(override.input_line)
-    prefix, key = str(override.input_line).split("=", 1)[0], override.key_or_group
-    first = next(iter(override.sweep_string_iterator()))
-    return f"{prefix if prefix else key}={first}"
+    key, first = str(override.input_line).split("=", 1)[0], next(iter(override.sweep_string_iterator()))
+    return f"{key}={first}"
 
 
 # groups -----------------------------------------------------------------------------------------------------------------
@@ -161,7 +175,7 @@ def _check_value(override: Override, base: DictConfig) -> None:
 def _keys(config: DictConfig, prefix: str = "") -> set[str]:
     keys: set[str] = set()
     for name in config:
-        key = f"{prefix}{name}"
+        key = f"{prefix}{name!s}"
         keys.add(key)
         node = config._get_node(name)
         if isinstance(node, DictConfig) and not node._is_none() and not node._is_interpolation():

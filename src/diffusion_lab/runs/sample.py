@@ -1,7 +1,6 @@
 """`src/sample.py`: images from a checkpoint."""
 
 import io
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,10 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from diffusion_lab.data.pictures import grid, save_png, to_uint8
-from diffusion_lab.denoiser import Denoiser
-from diffusion_lab.runs import build
-from diffusion_lab.runs.checkpoints import Run, load_checkpoint
+from diffusion_lab.runs import files
+from diffusion_lab.runs.checkpoints import Run, load_checkpoint, rewrapped
 from diffusion_lab.runs.cli import refusals
+from diffusion_lab.runs.instantiate import instantiate
 
 SHOWN = 400  # images of grid.png at most
 
@@ -27,20 +26,19 @@ def run(config: DictConfig) -> int:
             raise ValueError("name what to sample from: ckpt=PATH of a checkpoint or a run folder, or ckpt=latest")
         out = Path(settings["out"] or settings["run_dir"])
         loaded = load_checkpoint(settings["ckpt"], settings["weights"], settings["trust"])
-        sampler = build.sampler(settings)
-        before = loaded.denoiser
-        loaded.denoiser = Denoiser(before.network, before.schedule, before.objective, clip=build.clip(settings))
+        loaded = rewrapped(loaded, clip=instantiate(settings.get("clip")))
+        sampler = instantiate(settings["sampler"])
         sampler.check(loaded.denoiser)
-        labels = _labels(settings["labels"], loaded, settings["n"])
-        images = loaded.to(_device(settings["device"])).sample(
+        asked = labels(settings["labels"], loaded, settings["n"])
+        images = loaded.to(device(settings["device"])).sample(
             settings["n"],
             sampler,
             seed=settings["seed"],
             batch_size=settings["batch_size"],
-            condition={} if labels is None else {"label": labels},
+            condition={} if asked is None else {"label": asked},
             progress=True,
         )
-        write(out, images, labels, settings["save_images"])
+        write(out, images, asked, settings["save_images"])
     print(
         f"{len(images)} images, {type(sampler).__name__}, {sampler.nfe} network evaluations each, weights {loaded.weights}, "
         f"step {loaded.step:,}, seed {settings['seed']}\nlook at  {out / 'grid.png'}"
@@ -48,8 +46,8 @@ def run(config: DictConfig) -> int:
     return 0
 
 
-def _labels(asked: str | list[int], loaded: Run, n: int) -> Tensor | None:
-    """int64 (n,), or None for an unconditional checkpoint."""
+def labels(asked: str | list[int], loaded: Run, n: int) -> Tensor | None:
+    """The labels that `labels=` asks for, int64 (n,); None for an unconditional checkpoint. ValueError: not to be had."""
     count = loaded.num_classes
     if count is None:
         if asked != "cycle":
@@ -65,7 +63,8 @@ def _labels(asked: str | list[int], loaded: Run, n: int) -> Tensor | None:
     return torch.tensor(asked).repeat(-(-n // len(asked)))[:n]
 
 
-def _device(name: str) -> str:
+def device(name: str) -> str:
+    """The device that `device=` means. ValueError: unknown, or not there."""
     if name not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device={name} is unknown: write auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
@@ -73,16 +72,13 @@ def _device(name: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
-def write(out: Path, images: Tensor, labels: Tensor | None, save_images: bool) -> None:
+def write(out: Path, images: Tensor, asked: Tensor | None, save_images: bool) -> None:
     """grid.png, samples.npz (arr_0 uint8 N×H×W×C, arr_1 int64 labels) and images/00000.png …; images (N, C, H, W) in [−1, 1]."""
     pixels = to_uint8(images).permute(0, 2, 3, 1).numpy()
-    out.mkdir(parents=True, exist_ok=True)
-    arrays = [pixels] if labels is None else [pixels, labels.numpy()]
+    arrays = [pixels] if asked is None else [pixels, asked.numpy()]
     packed = io.BytesIO()
     np.savez_compressed(packed, *arrays)
-    partial = out / ".samples.npz.partial"
-    partial.write_bytes(packed.getvalue())
-    os.replace(partial, out / "samples.npz")
+    files.write(out / "samples.npz", packed.getvalue())
     if save_images:
         digits = max(5, len(str(len(pixels) - 1)))
         for i, picture in enumerate(pixels):

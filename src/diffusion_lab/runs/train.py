@@ -17,8 +17,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from diffusion_lab.runs import build, checkpoints, loggers
+from diffusion_lab.runs import build, checkpoints, files, loggers
 from diffusion_lab.runs.cli import CONFIG_ENV, refusals
+from diffusion_lab.runs.instantiate import check_targets, instantiate
+from diffusion_lab.runs.options import check
 from diffusion_lab.training.callbacks import Checkpoints, Interrupt, Samples
 
 _NOT_FROM_CHECKPOINT = ("ckpt", "init", "overwrite", "trust", "run_dir")
@@ -29,7 +31,7 @@ def run(config: DictConfig) -> int:
     _quiet()
     with refusals():
         resume = _resume(config)
-        composed = _merged(config, resume)
+        composed, overrides = _merged(config, resume)
         settings = _plain(OmegaConf.create(composed))
         folder = Path(settings["run_dir"])
         _check_processes(settings)
@@ -39,8 +41,8 @@ def run(config: DictConfig) -> int:
             raise ValueError("ckpt= resumes a run and init= begins one from weights: write one of them")
         if settings["init"]:
             _say(f"weights from {checkpoints.initialise(network, settings['init'])}")
-        module = build.module(settings, network, build.saved(settings, composed))
-        build.sampler(settings).check(module.denoiser)
+        module = build.module(settings, network, build.saved(settings, composed, overrides))
+        instantiate(settings["sampler"]).check(module.denoiser)
         hooks = build.callbacks(settings, folder)
         trainer = build.trainer(settings, folder, loggers.build(settings, settings, folder), hooks)
         _check_disk(folder, network, settings)
@@ -76,27 +78,34 @@ def _resume(config: DictConfig) -> tuple[Path, int] | None:
     return path, int(checkpoints.read(path)["global_step"])
 
 
-def _merged(config: DictConfig, resume: tuple[Path, int] | None) -> dict[str, Any]:
-    """The configuration to run, interpolations unresolved: of a resumed run the checkpoint's, explicit overrides on top."""
+def _merged(config: DictConfig, resume: tuple[Path, int] | None) -> tuple[dict[str, Any], list[str]]:
+    """The configuration to run, interpolations unresolved, and the overrides that made it.
+
+    Of a resumed run it is the checkpoint's. On top comes what the overrides of this command line name, as the files and the
+    overrides of both command lines compose it: trainer=ddp keeps a trainer.max_steps= of the first run.
+    """
+    given = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
     own: dict[str, Any] = OmegaConf.to_container(config, resolve=False)  # type: ignore[assignment]
     own["run_dir"] = str(config.run_dir)
-    if resume is None or not HydraConfig.initialized():
-        return own
-    held = OmegaConf.create(checkpoints.read(resume[0])["composed"])
-    for override in OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task)):
+    if resume is None:
+        return own, given
+    checkpoint = checkpoints.read(resume[0])
+    parse = OverridesParser.create().parse_overrides
+    latest = {o.key_or_group: str(o.input_line) for o in parse([*checkpoint["overrides"], *given])}
+    overrides = [line for key, line in latest.items() if key not in _NOT_FROM_CHECKPOINT]
+    both = OmegaConf.to_container(check("train", overrides), resolve=False)
+    held = OmegaConf.create(checkpoint["composed"])
+    for override in parse(given):
         key = override.key_or_group
-        if override.is_delete():
-            OmegaConf.update(held, key, None)
-        else:
-            value: Any = own
-            for part in key.split("."):
-                value = value[part]
-            OmegaConf.update(held, key, value, merge=False, force_add=True)
+        value: Any = both
+        for part in [] if override.is_delete() or key in _NOT_FROM_CHECKPOINT else key.split("."):
+            value = value[part]
+        OmegaConf.update(held, key, None if value is both else value, merge=False, force_add=True)
     for key in _NOT_FROM_CHECKPOINT:
         held[key] = own[key]
-    trusted: dict[str, Any] = OmegaConf.to_container(held, resolve=False)  # type: ignore[assignment]
-    build.check_targets(trusted, own["trust"])
-    return trusted
+    merged: dict[str, Any] = OmegaConf.to_container(held, resolve=False)  # type: ignore[assignment]
+    check_targets(merged, own["trust"])
+    return merged, overrides
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:
@@ -105,10 +114,7 @@ def _plain(config: DictConfig) -> dict[str, Any]:
 
 
 def _write_configuration(folder: Path, settings: Mapping[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / ".config.yaml.partial"
-    partial.write_text(yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
-    os.replace(partial, folder / "config.yaml")
+    files.write(folder / "config.yaml", yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
 
 
 # checks before the run --------------------------------------------------------------------------------------------------

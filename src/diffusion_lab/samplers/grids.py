@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from diffusion_lab.schedules import Schedule
+from diffusion_lab.schedules import NODE_TOLERANCE, Schedule
 
 FINEST = 1000  # cells that a curve without steps counts as, where a grid needs the smallest time above data
 
@@ -27,12 +27,12 @@ def trailing(n: int, cells: float) -> Tensor:
 
 def linspace(n: int, cells: float) -> Tensor:
     """n times from `start` down to the first node, ends included (improved DDPM's strided chain)."""
-    return torch.linspace(cells, 1, n, dtype=torch.float64)
+    return cells - torch.arange(n, dtype=torch.float64) * (cells - 1) / max(n - 1, 1)
 
 
 def quadratic(n: int, cells: float) -> Tensor:
     """cells·(k/n)², k = n … 1: dense near data (Song et al. 2021, DDIM, appendix D.2)."""
-    return cells * (torch.arange(n, 0, -1, dtype=torch.float64) / n).square()
+    return cells * torch.arange(n, 0, -1, dtype=torch.float64).square() / n**2
 
 
 GRIDS: dict[str, Callable[[int, float], Tensor]] = {
@@ -60,7 +60,9 @@ def times(name: str, schedule: Schedule, steps: int | None, start: float = 1.0, 
     """
     if name not in NAMES:
         raise ValueError(f"unknown time grid {name!r}: write one of {', '.join(NAMES)}")
-    if not (0 <= start <= 1 and 0 <= stop <= 1 and start != stop):
+    count = schedule.steps or FINEST
+    cells = round(abs(start - stop) * count, 6)
+    if not (0 <= start <= 1 and 0 <= stop <= 1 and cells > NODE_TOLERANCE):
         raise ValueError(f"a sampler runs between two different times in [0, 1], not from {start} to {stop}")
     if start < stop:
         if name == "leading":
@@ -68,8 +70,6 @@ def times(name: str, schedule: Schedule, steps: int | None, start: float = 1.0, 
                 "grid leading ends short of its far end, so the state there is never reached: to encode write grid=trailing"
             )
         return times(name, schedule, steps, stop, start).flip(0)
-    count = schedule.steps or FINEST
-    cells = round((start - stop) * count, 6)
     if steps is None and schedule.steps is None:
         raise ValueError(
             "this schedule is a continuous curve: give the sampler a number of steps, e.g. sampler.steps=50"
@@ -85,7 +85,7 @@ def times(name: str, schedule: Schedule, steps: int | None, start: float = 1.0, 
         grid = _uniform_lambda(n, schedule, start, stop, 1 / count)
     else:
         offsets = GRIDS[name](n, cells)
-        begins = offsets[0] >= cells
+        begins = float(offsets[0]) > cells - NODE_TOLERANCE  # but for rounding, all save `leading` do
         if schedule.steps is not None:
             offsets = _distinct(offsets.round())
         grid = stop + offsets / count

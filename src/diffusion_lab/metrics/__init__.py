@@ -1,0 +1,1 @@
+"""How good are the samples: distances between sets of features."""

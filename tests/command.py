@@ -1,0 +1,72 @@
+"""Runs a command line in this process: the checks, Hydra and the task of src/*.py, without the seconds that imports take."""
+
+import functools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+from diffusion_lab.runs import cli, options
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# A training run of a second: the smallest network, no grids, no service.
+TINY = (
+    "model.width=8",
+    "model.multipliers=[1]",
+    "logger=csv",
+    "callbacks.progress=null",
+    "callbacks.samples=null",
+    "trainer=cpu",
+    "trainer.val_every=0",
+    "trainer.log_every_n_steps=1",
+    "data.batch_size=16",
+    "rate=constant",
+    "rate.warmup=0",
+)
+
+
+class Outcome(NamedTuple):
+    """What a command left."""
+
+    code: int
+    out: str
+    err: str
+
+
+def command(name: str, arguments: Sequence[str], capfd: pytest.CaptureFixture[str]) -> Outcome:
+    """`python src/{name}.py arguments…` → its exit code and what it printed."""
+    capfd.readouterr()
+    before = sys.argv
+    sys.argv = [str(ROOT / "src" / f"{name}.py"), *arguments]
+    try:
+        code = cli.main(name, f"{name}:run")
+    except SystemExit as stopped:
+        code = int(stopped.code or 0)
+    finally:
+        sys.argv = before
+        GlobalHydra.instance().clear()
+    return Outcome(code, *capfd.readouterr())
+
+
+@functools.cache
+def composed(name: str, *overrides: str, run_dir: str = "RUN") -> dict[str, Any]:
+    """The resolved configuration of a command line, without Hydra's own node. Cached: do not change it."""
+    plain = OmegaConf.to_container(options.check(name, overrides), resolve=False)
+    assert isinstance(plain, dict)
+    del plain["hydra"]
+    resolved = OmegaConf.to_container(OmegaConf.create({**plain, "run_dir": run_dir}), resolve=True)
+    assert isinstance(resolved, dict)
+    return resolved
+
+
+def train(folder: Path, *arguments: str, capfd: pytest.CaptureFixture[str]) -> Outcome:
+    """A tiny training run into `folder`, or with ckpt= the continuation of one; must succeed."""
+    resumed = any(argument.startswith("ckpt=") for argument in arguments)
+    outcome = command("train", [*(() if resumed else TINY), f"hydra.run.dir={folder}", *arguments], capfd)
+    assert outcome.code == 0, outcome.err
+    return outcome

@@ -1,0 +1,215 @@
+"""Time grids: the contract of all for every n, then each against its published formula in exact arithmetic."""
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from contracts import SCHEDULES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffusion_lab.samplers.grids import NAMES, times
+from diffusion_lab.schedules import Cosine, Linear
+
+D = torch.float64
+ON_NODES = [g for g in NAMES if g != "uniform_lambda"]
+
+
+def node(grid: torch.Tensor, steps: int = 1000) -> list[int]:
+    """The nodes of a grid; fails where a time is none."""
+    at = (grid * steps).round()
+    assert ((grid * steps - at).abs() < 1e-9).all()
+    return at.long().tolist()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_number_of_steps(name: str) -> None:
+    """n + 1 strictly decreasing times that end in 0 exactly, for all n ≤ T = 1000; all but `leading` begin at 1 exactly."""
+    s = Linear()
+    for n in range(1, 1001):
+        grid = times(name, s, n)
+        assert grid.shape == (n + 1,)
+        assert grid.dtype == D
+        assert bool((grid.diff() < 0).all()), n
+        assert float(grid[-1]) == 0
+        assert float(grid[0]) == 1 or name == "leading", n
+        if name != "uniform_lambda":
+            node(grid)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_step_is_every_node(name: str) -> None:
+    if name == "uniform_lambda":
+        assert len(times(name, Linear(), None)) == 1001
+        return
+    assert node(times(name, Linear(), None)) == list(range(1000, -1, -1))
+    assert node(times(name, Linear(), 1000)) == list(range(1000, -1, -1))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(deadline=None, max_examples=150)
+@given(
+    ends=st.tuples(*2 * [st.one_of(st.floats(0, 1), st.integers(0, 1000).map(lambda i: i / 1000))]),
+    steps=st.one_of(st.none(), st.integers(1, 60)),
+    schedule=st.sampled_from(["Linear", "Cosine-40", "Linear-zero"]),
+)
+def test_any_interval(name: str, ends: tuple[float, float], steps: int | None, schedule: str) -> None:
+    """Either a strictly decreasing grid from start (at most, for leading) to stop exactly, or a refusal with a remedy."""
+    stop, start = sorted(ends)
+    grid = refusal = None
+    try:
+        grid = times(name, SCHEDULES[schedule], steps, start, stop)
+    except ValueError as error:
+        refusal = str(error)
+    if grid is None:
+        assert any(word in str(refusal) for word in ("fewer", "different times", "trailing"))
+        if steps is None and name in {"trailing", "linspace"}:
+            nodes = SCHEDULES[schedule].steps or 0
+            assert (start - stop) * nodes < 1.01e-3, "every step between two different times is always possible"
+        return
+    assert (grid.diff() < 0).all()
+    assert float(grid[-1]) == stop
+    assert float(grid[0]) == start or (name == "leading" and float(grid[0]) < start)
+    if steps is not None:
+        assert len(grid) == steps + 1
+
+
+def test_a_start_that_rounding_misses() -> None:
+    """193.3·59²/59² is not 193.3 in float64; the grid begins at `start` exactly all the same."""
+    assert float(times("quadratic", Linear(), 59, 0.25, 0.0566997629788797)[0]) == 0.25
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reversed(name: str) -> None:
+    if name == "leading":  # never reaches its far end, so an encoding would stop short of `stop` without a word
+        with pytest.raises(ValueError, match="grid=trailing"):
+            times(name, Cosine(), 7, 0.0, 1.0)
+        return
+    for start, stop in ((0.0, 1.0), (0.2, 0.8), (0.0, 0.3)):
+        assert torch.equal(times(name, Cosine(), 7, start, stop), times(name, Cosine(), 7, stop, start).flip(0))
+
+
+@pytest.mark.parametrize("name", ["trailing", "linspace"])
+def test_a_start_between_nodes_is_kept(name: str) -> None:
+    """`task=edit strength=0.3337` with every step: 0.3337, then the nodes 333 … 0."""
+    for steps in (None, 334):
+        grid = times(name, Linear(), steps, 0.3337, 0.0)
+        assert float(grid[0]) == 0.3337
+        assert node(grid[1:]) == list(range(333, -1, -1))
+    assert times(name, Linear(), None, 0.0004, 0.0).tolist() == [0.0004, 0.0]
+
+
+@pytest.mark.parametrize("name", [*ON_NODES, "uniform_lambda"])
+def test_sub_intervals_of_nodes(name: str) -> None:
+    for n in (1, 3, 10, 50):
+        grid = times(name, Cosine(), n, 0.6, 0.1)
+        assert len(grid) == n + 1
+        assert float(grid[-1]) == 0.1
+        assert ((grid >= 0.1) & (grid <= 0.6)).all()
+        if name != "leading":
+            assert float(grid[0]) == 0.6
+
+
+# --------------------------------------------------------------------------------------------------- published formulas
+
+
+def half_even(value: Fraction) -> int:
+    return round(value)  # exact: Python rounds a Fraction half to even
+
+
+def test_leading_is_ddims() -> None:
+    """range(0, T, T // n)[:n], counted from 0 as the networks are (DDIM's code; diffusers' "leading")."""
+    for n in range(1, 1001):
+        want = [1 + i for i in range(0, 1000, 1000 // n)][:n]
+        assert node(times("leading", Linear(), n)) == [*want[::-1], 0]
+
+
+def test_trailing_is_lins() -> None:
+    """round(T − iT/n), i < n (Lin et al. 2023, table 2), in exact arithmetic."""
+    for n in [*range(1, 1001, 7), 16, 48, 64, 80, 400, 625, 1000]:
+        want = [half_even(1000 - Fraction(i * 1000, n)) for i in range(n)]
+        assert node(times("trailing", Linear(), n)) == [*want, 0], n
+
+
+def test_an_arange_has_the_wrong_length() -> None:
+    """Why `trailing` counts: REFERENCE 4 says that np.arange(T, 0, −T/n) is wrong for 62 of n ≤ 1000."""
+    wrong = [n for n in range(1, 1001) if len(np.round(np.arange(1000, 0, -1000 / n))) != n]
+    assert len(wrong) == 62
+
+
+def test_linspace_is_round_of_exact_fractions() -> None:
+    """round(1 + (T−1)k/(K−1)), k < K (improved DDPM, Analytic-DPM)."""
+    for n in [*range(2, 1001, 7), 3, 4, 334, 500, 667, 1000]:
+        exact = [1 + Fraction(999 * k, n - 1) for k in range(n)]
+        got = node(times("linspace", Linear(), n))[::-1][1:]
+        for g, e in zip(got, exact, strict=True):
+            assert g == half_even(e), (n, g, e)
+    assert node(times("linspace", Linear(), 1)) == [1000, 0]
+
+
+def test_quadratic() -> None:
+    """T(k/n)² rounded, pushed apart near data where two meet."""
+    for n in (2, 5, 10, 20):
+        got = node(times("quadratic", Linear(), n))[::-1][1:]
+        for k, g in enumerate(got, start=1):
+            assert g == max(half_even(Fraction(1000 * k * k, n * n)), k)
+    assert node(times("quadratic", Linear(), 1000)) == list(range(1000, -1, -1))
+
+
+@pytest.mark.parametrize("schedule", ["Linear", "Cosine", "Sigmoid", "Linear-40"])
+@pytest.mark.parametrize("n", [1, 2, 5, 20])
+def test_uniform_lambda_has_equal_distances(schedule: str, n: int) -> None:
+    """From t = 1 to the first node and then into data; between two noisy times all n steps are equal."""
+    s = SCHEDULES[schedule]
+    assert s.steps is not None
+    grid = times("uniform_lambda", s, n)
+    h = s.lam(grid)[:-1].diff()
+    torch.testing.assert_close(h, h.mean().expand_as(h) if n > 1 else h, rtol=1e-9, atol=1e-9)
+    if n > 1:
+        assert float(grid[-2]) == pytest.approx(1 / s.steps, rel=1e-9)
+    inner = times("uniform_lambda", s, n, 0.9, 0.2)
+    h = s.lam(inner).diff()
+    torch.testing.assert_close(h, ((s.lam(inner[-1:]) - s.lam(inner[:1])) / n).expand_as(h), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("schedule", [s for s, curve in SCHEDULES.items() if curve.steps is None])
+def test_continuous_curves(name: str, schedule: str) -> None:
+    s = SCHEDULES[schedule]
+    if name == "uniform_lambda" and s.ends_in_noise:
+        with pytest.raises(ValueError, match="grid=trailing"):
+            times(name, s, 10)
+        return
+    for n in (1, 2, 10, 250):
+        grid = times(name, s, n)
+        assert len(grid) == n + 1
+        assert (grid.diff() < 0).all()
+        assert float(grid[-1]) == 0
+        assert float(grid[0]) == 1 or name == "leading"
+    with pytest.raises(ValueError, match=r"sampler\.steps"):
+        times(name, s, None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "remedy"),
+    [
+        (("nonesuch", Linear(), 10), "write one of"),
+        (("trailing", Linear(), 1001), "fewer"),
+        (("trailing", Linear(), 501, 0.5, 0.0), "fewer"),
+        (("trailing", Linear(), 0), "steps >= 1"),
+        (("trailing", Linear(), 10, 0.5, 0.5), "two different times"),
+        (("trailing", Linear(), 10, 1.5, 0.0), "in \\[0, 1\\]"),
+        (("trailing", Linear(), 10, math.nan, 0.0), "in \\[0, 1\\]"),
+        (("uniform_lambda", Linear(zero_terminal_snr=True), 10), "grid=trailing"),
+        (("uniform_lambda", Linear(), 3, 0.0005, 0.0), "different times"),
+    ],
+)
+def test_refusals(arguments: tuple[object, ...], remedy: str) -> None:
+    with pytest.raises(ValueError, match=remedy):
+        times(*arguments)  # type: ignore[arg-type]
+
+
+def test_uniform_lambda_works_below_zero_terminal_snr() -> None:
+    assert len(times("uniform_lambda", Linear(zero_terminal_snr=True), 10, 0.999, 0.0)) == 11

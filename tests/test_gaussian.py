@@ -1,0 +1,128 @@
+"""Transitions and posteriors against Bayes' rule by linear algebra on the joint covariance."""
+
+import numpy as np
+import pytest
+import torch
+from contracts import SCHEDULES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffusion_lab.gaussian import posterior, transition
+from diffusion_lab.schedules import Cosine, Linear, Schedule
+
+D = torch.float64
+every = pytest.mark.parametrize("name", SCHEDULES)
+unit = st.floats(0.003, 1.0)
+
+
+def ab(schedule: Schedule, t: float) -> tuple[float, float]:
+    alpha, sigma = schedule.alpha_sigma(torch.tensor(t, dtype=D))
+    return float(alpha), float(sigma)
+
+
+def f64(t: float) -> torch.Tensor:
+    return torch.tensor(t, dtype=D)
+
+
+@every
+@settings(deadline=None, max_examples=15)
+@given(a=unit, b=unit)
+def test_posterior_is_bayes_rule(name: str, a: float, b: float) -> None:
+    """Condition (x_s, x_t | x_0): covariance of two independent noises pushed through the chain, solved numerically."""
+    schedule = SCHEDULES[name]
+    s, t = sorted((a, b))
+    if t - s < 1e-3:
+        return
+    (alpha_s, sigma_s), (alpha_t, sigma_t) = ab(schedule, s), ab(schedule, t)
+    step = alpha_t / alpha_s
+    root = np.array([[sigma_s, 0.0], [step * sigma_s, np.sqrt(sigma_t**2 - (step * sigma_s) ** 2)]])
+    joint = root @ root.T
+    gain = np.linalg.solve(joint[1:, 1:], joint[1:, :1])[0, 0]
+    q = posterior(schedule, f64(t), f64(s))
+    assert float(q.c1) == pytest.approx(gain, rel=1e-9, abs=1e-14)
+    # (Σ_ss − gain Σ_st) loses digits where s ≈ t; the determinant of the root does not
+    assert float(q.variance) == pytest.approx((root[0, 0] * root[1, 1]) ** 2 / joint[1, 1], rel=1e-7)
+    assert float(q.c0) == pytest.approx(alpha_s - gain * alpha_t, rel=1e-7, abs=1e-12)
+
+
+@every
+@settings(deadline=None, max_examples=15)
+@given(times=st.lists(st.integers(1, 40), min_size=3, max_size=3, unique=True))
+def test_transitions_compose(name: str, times: list[int]) -> None:
+    """q(x_t|x_r) is q(x_s|x_r) followed by q(x_t|x_s); backwards, q(x_r|x_t,x_0) is the average over q(x_s|x_t,x_0)."""
+    schedule = SCHEDULES[name]
+    r, s, t = (f64(k / 40) for k in sorted(times))
+    one, two, both = transition(schedule, s, r), transition(schedule, t, s), transition(schedule, t, r)
+    torch.testing.assert_close(one.alpha * two.alpha, both.alpha, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(two.alpha**2 * one.variance + two.variance, both.variance, rtol=1e-10, atol=1e-15)
+    near, far, all_ = posterior(schedule, s, r), posterior(schedule, t, s), posterior(schedule, t, r)
+    torch.testing.assert_close(near.c1 * far.c1, all_.c1, rtol=1e-10, atol=1e-15)
+    torch.testing.assert_close(near.c1 * far.c0 + near.c0, all_.c0, rtol=1e-10, atol=1e-15)
+    torch.testing.assert_close(near.variance + near.c1**2 * far.variance, all_.variance, rtol=1e-10, atol=1e-15)
+
+
+@every
+def test_marginals_are_those_of_the_curve(name: str) -> None:
+    """c_1 x_t + c_0 x_0 + σ̃ z has mean α_s x_0 and variance σ_s²."""
+    schedule = SCHEDULES[name]
+    for t, s in ((1.0, 0.975), (1.0, 0.025), (0.5, 0.25), (0.05, 0.025), (0.0625, 0.0375)):
+        q, (alpha_t, sigma_t), (alpha_s, sigma_s) = (
+            posterior(schedule, f64(t), f64(s)),
+            ab(schedule, t),
+            ab(schedule, s),
+        )
+        assert float(q.c0 + q.c1 * alpha_t) == pytest.approx(alpha_s, rel=1e-12)
+        assert float(q.variance + (q.c1 * sigma_t).square()) == pytest.approx(sigma_s**2, rel=1e-12)
+        assert 0 < float(q.variance) <= sigma_s**2 * (1 + 1e-12)
+
+
+@every
+def test_the_step_into_data_returns_x0(name: str) -> None:
+    """s = 0: exactly c_1 = 0, c_0 = 1, no variance. So it is on VE and EDM too, whose σ jumps from σ_min to 0."""
+    for t in (0.001, 0.025, 0.5, 1.0):
+        q = posterior(SCHEDULES[name], f64(t), f64(0.0))
+        assert (q.c1, q.c0, q.variance) == (0, 1, 0)
+
+
+@every
+def test_from_pure_noise(name: str) -> None:
+    """α_t = 0: x_t says nothing, so q(x_s|x_t,x_0) is q(x_s|x_0)."""
+    schedule = SCHEDULES[name]
+    if not schedule.ends_in_noise:
+        assert posterior(schedule, f64(1.0), f64(0.5)).c1 > 0
+        return
+    alpha_s, sigma_s = ab(schedule, 0.5)
+    q = posterior(schedule, f64(1.0), f64(0.5))
+    assert q.c1 == 0
+    assert float(q.c0) == pytest.approx(alpha_s, rel=1e-15)
+    assert float(q.variance) == pytest.approx(sigma_s**2, rel=1e-15)
+
+
+def test_neighbours_are_ho_eq_2_and_7() -> None:
+    """σ²_{t|s} = β_i and σ̃² = β̃_i for neighbours, from the β of the paper."""
+    beta = torch.linspace(1e-4, 0.02, 1000, dtype=D)
+    bar = (1 - beta).cumprod(0)
+    i = torch.arange(1, 1001, dtype=D)
+    q = transition(Linear(), i / 1000, (i - 1) / 1000)
+    torch.testing.assert_close(q.variance, beta, rtol=1e-10, atol=0)
+    torch.testing.assert_close(q.alpha, (1 - beta).sqrt(), rtol=1e-12, atol=0)
+    small = posterior(Linear(), i / 1000, (i - 1) / 1000).variance
+    before = torch.cat([torch.ones(1, dtype=D), bar[:-1]])
+    torch.testing.assert_close(small, (1 - before) / (1 - bar) * beta, rtol=1e-9, atol=0)
+
+
+def test_float32_times_give_float32_of_the_float64_result() -> None:
+    i = torch.arange(1, 1001)
+    got = posterior(Cosine(), i / 1000, (i - 1) / 1000)
+    want = posterior(Cosine(), i.double() / 1000, (i - 1).double() / 1000)
+    for g, w in zip(got, want, strict=True):
+        assert torch.equal(g, w.float())
+
+
+def test_mean_takes_one_time_for_each_image() -> None:
+    t, s = torch.tensor([0.5, 1.0], dtype=D), torch.tensor([0.25, 0.0], dtype=D)
+    x_t, x0 = torch.randn(2, 2, 1, 2, 2, dtype=D)
+    got = posterior(Cosine(), t, s).mean(x_t, x0)
+    for k in range(2):
+        q = posterior(Cosine(), t[k], s[k])
+        torch.testing.assert_close(got[k], q.c1 * x_t[k] + q.c0 * x0[k], rtol=0, atol=0)

@@ -1,0 +1,221 @@
+"""Every objective is the same knowledge in other coordinates: fed by one oracle, all give the same x̂_0, ε̂ and loss."""
+
+import math
+
+import pytest
+import torch
+from contracts import OBJECTIVES, PAIRS, SCHEDULES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffusion_lab.denoiser import Denoiser
+from diffusion_lab.objectives import PredMean, PredNoise, PredV, PredX0
+from diffusion_lab.schedules import Cosine, Linear, Schedule
+from diffusion_lab.weightings import Eps
+
+D = torch.float64
+every = pytest.mark.parametrize(("schedule", "objective"), PAIRS)
+
+
+def times(schedule: Schedule, most: int = 60) -> torch.Tensor:
+    """First and last node, nodes between, and times off the nodes."""
+    steps = schedule.steps or 1000
+    i = torch.cat([torch.tensor([1, 2, steps - 1, steps]), torch.linspace(3, steps - 2, most).round().long()])
+    off = torch.tensor([1.5, steps / 2 + 0.25, steps - 0.4], dtype=D)
+    return torch.cat([i.double(), off]) / steps
+
+
+def example(schedule: Schedule, t: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """x_t with its truth (x_0, ε), and an imperfect pair (x̂_0, ε̂) with the same x_t."""
+    alpha, sigma = (v[:, None, None, None] for v in schedule.alpha_sigma(t))
+    x0 = torch.rand(len(t), 2, 3, 3, dtype=D) * 2 - 1
+    noise = torch.randn_like(x0)
+    x_t = alpha * x0 + sigma * noise
+    guess = x0 + 0.3 * torch.randn_like(x0)
+    return x_t, x0, noise, guess, (x_t - alpha * guess) / sigma
+
+
+@every
+def test_an_oracle_gives_back_its_pair(schedule: str, objective: str) -> None:
+    """The network says y of an imperfect (x̂_0, ε̂); the denoiser must return that pair, whatever y is."""
+    s, o = SCHEDULES[schedule], OBJECTIVES[objective]
+    t = times(s)
+    x_t, _, _, x0, noise = example(s, t)
+    a, b = (v[:, None, None, None] for v in o.coefficients(s, t))
+    got = Denoiser(lambda scaled, c: a * x0 + b * noise, s, o)(x_t, t)
+    # a relative 1e-6 of the size of what enters the solve: conversions amplify by σ/α (ε) or 1/c_0 (mean) at most
+    torch.testing.assert_close(got.x0, x0, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(got.noise, noise, rtol=1e-6, atol=1e-6)
+
+
+@every
+def test_the_loss_on_noise_is_the_same(schedule: str, objective: str) -> None:
+    """w_y (y − ŷ)² = (ε − ε̂)² for the weighting eps."""
+    s, o = SCHEDULES[schedule], OBJECTIVES[objective]
+    t = times(s)
+    _, x0, noise, guess, guess_noise = example(s, t)
+    error = o.target(s, t, x0, noise) - o.target(s, t, guess, guess_noise)
+    got = Eps()(s, o, t)[:, None, None, None] * error.square()
+    torch.testing.assert_close(got, (noise - guess_noise).square(), rtol=1e-6, atol=1e-12)
+
+
+@every
+@settings(deadline=None, max_examples=10)
+@given(fraction=st.floats(0.001, 1.0), seed=st.integers(0, 1000))
+def test_the_solve_inverts_the_coefficients(schedule: str, objective: str, fraction: float, seed: int) -> None:
+    s, o = SCHEDULES[schedule], OBJECTIVES[objective]
+    t = torch.tensor(fraction, dtype=D)
+    x0, noise = torch.randn(2, 1, 1, 2, 2, dtype=D, generator=torch.Generator().manual_seed(seed))
+    alpha, sigma = s.alpha_sigma(t)
+    got_x0, got_noise = o.solve(s, t, alpha * x0 + sigma * noise, o.target(s, t, x0, noise))
+    torch.testing.assert_close(got_x0, x0, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(got_noise, noise, rtol=1e-6, atol=1e-6)
+
+
+@every
+def test_errors_move_as_the_determinant_says(schedule: str, objective: str) -> None:
+    """Δε = (α/D) Δy and Δx_0 = −(σ/D) Δy, D = αb − σa."""
+    s, o = SCHEDULES[schedule], OBJECTIVES[objective]
+    t = times(s)
+    x_t, x0, noise, *_ = example(s, t)
+    y = o.target(s, t, x0, noise)
+    there, here = o.solve(s, t, x_t, y + 1), o.solve(s, t, x_t, y)
+    alpha, sigma = s.alpha_sigma(t)
+    a, b = o.coefficients(s, t)
+    d = o.determinant(s, t)
+    assert (d != 0).all()
+    size = (alpha * b).abs() + (sigma * a).abs()
+    assert ((alpha * b - sigma * a - d).abs() <= 1e-14 * size).all()
+    for got, want in ((there[1] - here[1], alpha / d), (there[0] - here[0], -sigma / d)):
+        torch.testing.assert_close(got[:, 0, 0, 0], want, rtol=1e-6, atol=1e-6)
+
+
+@every
+def test_dtypes_and_shapes(schedule: str, objective: str) -> None:
+    s, o = SCHEDULES[schedule], OBJECTIVES[objective]
+    for t in (torch.tensor(0.5), torch.full((2, 3), 0.5, dtype=D), torch.full((1,), 0.5, dtype=torch.float16)):
+        wide = torch.promote_types(t.dtype, torch.float32)
+        outs = (*o.coefficients(s, t), o.determinant(s, t), o.input_scale(s, t), o.conditioning(s, t))
+        assert all(v.shape == t.shape and v.dtype == wide and v.isfinite().all() for v in outs)
+
+
+REFUSED_IN_NOISE = {"PredNoise", "EDM"}
+
+
+def test_refusals() -> None:
+    """ε and EDM where α(1) = 0, the mean where there are no steps; everything else works."""
+    want = {
+        (s, o)
+        for s, curve in SCHEDULES.items()
+        for o in OBJECTIVES
+        if (o in REFUSED_IN_NOISE and curve.ends_in_noise) or (o == "PredMean" and curve.steps is None)
+    }
+    assert {(s, o) for s in SCHEDULES for o in OBJECTIVES} - set(PAIRS) == want
+    assert len(PAIRS) > len(want)
+
+
+def test_a_refusal_names_the_remedy() -> None:
+    with pytest.raises(ValueError, match=r"objective=pred_v"):
+        Denoiser(lambda x, c: x, Linear(zero_terminal_snr=True), PredNoise())
+
+
+# ------------------------------------------------------------------------------------ the textbook's coefficients
+
+
+def test_coefficients_of_the_simple_ones() -> None:
+    t = times(Cosine())
+    alpha, sigma = Cosine().alpha_sigma(t)
+    zero, one = torch.zeros_like(t), torch.ones_like(t)
+    for o, want in ((PredNoise(), (zero, one)), (PredX0(), (one, zero)), (PredV(), (-sigma, alpha))):
+        for got, w in zip(o.coefficients(Cosine(), t), want, strict=True):
+            assert torch.equal(got, w)
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_mean_is_the_posterior_mean_of_ho_eq_7(zero: bool) -> None:
+    """μ̃ = √ᾱ_{i−1} β_i/(1−ᾱ_i) x_0 + √α_i (1−ᾱ_{i−1})/(1−ᾱ_i) x_i, from β alone."""
+    s = Linear(zero_terminal_snr=zero)
+    bar = torch.cat([torch.ones(1, dtype=D), s.alpha_sigma(torch.arange(1, 1001, dtype=D) / 1000)[0].square()])
+    for i in (1, 2, 500, 999, 1000):
+        beta = 1 - bar[i] / bar[i - 1]
+        c0 = bar[i - 1].sqrt() * beta / (1 - bar[i])
+        c1 = (1 - beta).sqrt() * (1 - bar[i - 1]) / (1 - bar[i])
+        a, b = PredMean().coefficients(s, torch.tensor(i / 1000, dtype=D))
+        assert float(a) == pytest.approx(float(c0 + c1 * bar[i].sqrt()), rel=1e-9)
+        assert float(b) == pytest.approx(float(c1 * (1 - bar[i]).sqrt()), rel=1e-9, abs=1e-12)
+
+
+def test_mean_amplifies_as_published() -> None:
+    """REFERENCE 2: 1/c_0 = 7,800 at t = 1 on linear."""
+    d = PredMean().determinant(Linear(), torch.ones((), dtype=D))
+    sigma = Linear().alpha_sigma(torch.ones((), dtype=D))[1]
+    assert float(-sigma / d) == pytest.approx(7800, rel=2e-3)
+
+
+def test_mean_in_float32_times() -> None:
+    """s = t − 1/T from a float32 t is the node below, not a point beside it."""
+    i = torch.arange(1, 1001)
+    for got, want in zip(
+        PredMean().coefficients(Linear(), i / 1000), PredMean().coefficients(Linear(), i.double() / 1000), strict=True
+    ):
+        torch.testing.assert_close(got, want.float(), rtol=0, atol=0)
+
+
+def test_float32_states_keep_float32_precision() -> None:
+    """The solve takes its coefficients from float64: v in float32 errs by a few roundings of the sizes that enter."""
+    s, t = Cosine(), times(Cosine())
+    x_t, x0, noise, *_ = example(s, t)
+    got = PredV().solve(s, t.float(), x_t.float(), PredV().target(s, t, x0, noise).float())
+    assert got[0].dtype == torch.float32
+    for g, w in zip(got, (x0, noise), strict=True):
+        assert (g.double() - w).abs().max() < 1e-6
+
+
+# ------------------------------------------------------------------------------- those that may exist beside the four
+
+
+@pytest.mark.parametrize("schedule", [s for s, o in PAIRS if o == "EDM"])
+def test_edm_is_karras_preconditioning(schedule: str) -> None:
+    """In x/α = x_0 + s ε: D(x) = c_skip x + c_out F(c_in x), c_skip = σ_d²/(s²+σ_d²), c_out = sσ_d/√(s²+σ_d²)."""
+    s, o = SCHEDULES[schedule], OBJECTIVES.get("EDM")
+    assert o is not None
+    t = times(s)
+    alpha, sigma = s.alpha_sigma(t)
+    ratio, sd = sigma / alpha, getattr(o, "sigma_data", 0.5)
+    x = torch.randn(len(t), 1, 1, 1, dtype=D)
+    f = torch.randn_like(x)
+
+    def shaped(v: torch.Tensor) -> torch.Tensor:
+        return v[:, None, None, None]
+
+    root = (ratio.square() + sd**2).sqrt()
+    want = shaped(sd**2 / root**2) * x / shaped(alpha) + shaped(ratio * sd / root) * f
+    torch.testing.assert_close(o.solve(s, t, x, f)[0], want, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(o.input_scale(s, t), 1 / (alpha * root), rtol=1e-10, atol=0)
+    torch.testing.assert_close(o.conditioning(s, t), ratio.log() / 4, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("schedule", [s for s, o in PAIRS if o == "PredFlow"])
+def test_flow_is_noise_minus_data(schedule: str) -> None:
+    o, t = OBJECTIVES.get("PredFlow"), times(SCHEDULES[schedule])
+    assert o is not None
+    a, b = o.coefficients(SCHEDULES[schedule], t)
+    assert torch.equal(a, -torch.ones_like(t))
+    assert torch.equal(b, torch.ones_like(t))
+
+
+def test_all_published_objectives_are_covered() -> None:
+    """Fails when an objective appears that the table of SURFACE.md does not name: give it its own formula test above."""
+    assert set(OBJECTIVES) <= {"PredNoise", "PredX0", "PredV", "PredMean", "PredFlow", "EDM"}
+    assert {"PredNoise", "PredX0", "PredV", "PredMean"} <= set(OBJECTIVES)
+
+
+def test_the_target_is_what_the_network_is_asked() -> None:
+    """target = a x_0 + b ε with (B,) times against an explicit loop."""
+    s, o = Cosine(), PredV()
+    t = torch.tensor([0.1, 0.9], dtype=D)
+    x0, noise = torch.randn(2, 2, 1, 2, 2, dtype=D)
+    got = o.target(s, t, x0, noise)
+    for k in range(2):
+        bar = float(s.alpha_sigma(t[k])[0]) ** 2
+        torch.testing.assert_close(got[k], math.sqrt(bar) * noise[k] - math.sqrt(1 - bar) * x0[k], rtol=1e-9, atol=1e-9)

@@ -1,0 +1,355 @@
+"""Every curve through one suite; then the tables against their formulas, computed here in another way."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from contracts import NEEDS_A_TABLE, SCHEDULES, TABLES, members
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffusion_lab.schedules import Cosine, Linear, ScaledLinear, Schedule, Sigmoid, Table, match
+
+every = pytest.mark.parametrize("name", SCHEDULES)
+table = pytest.mark.parametrize("name", TABLES)
+D = torch.float64
+
+
+def f64(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=D)
+
+
+def nodes(schedule: Table) -> torch.Tensor:
+    return torch.arange(schedule.steps + 1, dtype=D) / schedule.steps
+
+
+def inside_cells(schedule: Schedule, fraction: float, count: int = 1000) -> torch.Tensor:
+    """One time in every cell, away from the nodes by more than they snap."""
+    cells = schedule.steps or count
+    return (torch.arange(cells, dtype=D) + fraction) / cells
+
+
+def test_every_concrete_curve_is_found() -> None:
+    assert {type(s) for s in SCHEDULES.values()} == set(members(Schedule, "schedules"))
+    assert {Table} == NEEDS_A_TABLE
+
+
+# ---------------------------------------------------------------------------------------------- contract of every curve
+
+
+@every
+def test_data_is_one_zero(name: str) -> None:
+    alpha, sigma = SCHEDULES[name].alpha_sigma(torch.zeros(()))
+    assert (alpha, sigma) == (1, 0)
+    assert SCHEDULES[name].lam(torch.zeros(())) == math.inf
+
+
+@table
+def test_variance_preserving(name: str) -> None:
+    t = torch.cat([nodes(TABLES[name]), *(inside_cells(TABLES[name], f) for f in (0.01, 0.3, 0.9))])
+    alpha, sigma = TABLES[name].alpha_sigma(t)
+    torch.testing.assert_close(
+        alpha.square() + sigma.square(), torch.ones_like(t), rtol=0, atol=1e-15
+    )  # a few roundings
+
+
+@every
+def test_lambda_strictly_decreases(name: str) -> None:
+    s = SCHEDULES[name]
+    ends = torch.arange(1, (s.steps or 1000) + 1, dtype=D) / (s.steps or 1000)
+    t = torch.cat([*(inside_cells(s, f) for f in (0.002, 0.25, 0.5, 0.75, 0.998)), ends]).sort().values
+    assert (s.lam(t).diff() < 0).all()
+    alpha, sigma = s.alpha_sigma(t)
+    assert (alpha >= 0).all()
+    assert (sigma > 0).all()
+    assert (alpha <= 1).all()
+    assert (alpha.diff() <= 0).all()
+    assert (sigma.diff() >= 0).all()
+
+
+@every
+@settings(deadline=None, max_examples=15)
+@given(fraction=st.floats(0.002, 0.998))
+def test_time_inverts_lambda(name: str, fraction: float) -> None:
+    s = SCHEDULES[name]
+    t = inside_cells(s, fraction)
+    torch.testing.assert_close(s.time(s.lam(t)), t, rtol=0, atol=1e-9)
+
+
+@every
+def test_time_inverts_lambda_at_nodes_and_ends(name: str) -> None:
+    s = SCHEDULES[name]
+    t = torch.arange(1, (s.steps or 1000) + 1, dtype=D) / (s.steps or 1000)
+    torch.testing.assert_close(s.time(s.lam(t)), t, rtol=0, atol=1e-9)
+    assert s.time(f64(math.inf)) == 0
+    assert s.time(f64(-math.inf)) == 1
+    assert s.time(s.lam(f64(1.0))) == 1
+
+
+@every
+@settings(deadline=None, max_examples=15)
+@given(fraction=st.floats(0.05, 0.95))
+def test_derivatives_are_those_of_the_curve(name: str, fraction: float) -> None:
+    """Central differences inside the cells; h = 1e-3 of the fraction bounds their own error to about 1e-5."""
+    s = SCHEDULES[name]
+    t = inside_cells(s, fraction)
+    h = 1e-4 / (s.steps or 1000)
+    plus, minus = s.alpha_sigma(t + h), s.alpha_sigma(t - h)
+    for exact, up, down in zip(s.derivatives(t), plus, minus, strict=True):
+        torch.testing.assert_close(exact, (up - down) / (2 * h), rtol=2e-5, atol=2e-8)
+
+
+@every
+def test_derivative_of_lambda_at_the_ends(name: str) -> None:
+    """α̇ and σ̇ are finite at t = 1, also where α(1) = 0, and give back dλ/dt just below where λ is finite."""
+    s = SCHEDULES[name]
+    d_alpha, d_sigma = s.derivatives(f64(1.0))
+    assert d_alpha.isfinite().all()
+    assert d_sigma.isfinite().all()
+    assert (d_alpha <= 0).all()
+    assert (d_sigma >= 0).all()
+    if s.ends_in_noise:
+        assert d_alpha < 0
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_dtypes(name: str, dtype: torch.dtype) -> None:
+    s = SCHEDULES[name]
+    t = torch.tensor([[0.5], [1.0]], dtype=dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    outs = (*s.alpha_sigma(t), *s.derivatives(t), s.conditioning(t), s.lam(t), s.time(t))
+    assert all(o.dtype == wide and o.shape == t.shape for o in outs)
+    # the arithmetic is float64 whatever t is: the result is the float64 one, rounded once
+    for got, want in zip(s.alpha_sigma(t), s.alpha_sigma(t.double()), strict=True):
+        assert torch.equal(got, want.to(wide))
+
+
+@every
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (3,), (2, 3), (2, 1, 1, 1)])
+def test_shapes(name: str, shape: tuple[int, ...]) -> None:
+    s = SCHEDULES[name]
+    t = torch.linspace(0.1, 0.9, max(math.prod(shape), 1))[: math.prod(shape)].reshape(shape)
+    for out in (*s.alpha_sigma(t), *s.derivatives(t), s.conditioning(t), s.lam(t), s.time(s.lam(t))):
+        assert out.shape == shape
+    for k, v in zip(s.alpha_sigma(t.flatten()), s.alpha_sigma(t), strict=True):
+        assert torch.equal(k.reshape(shape), v)
+
+
+@every
+def test_ends_in_noise_says_what_alpha_is(name: str) -> None:
+    s = SCHEDULES[name]
+    assert s.ends_in_noise == (float(s.alpha_sigma(f64(1.0))[0]) == 0)
+    assert (s.lam(f64(1.0)) == -math.inf) == s.ends_in_noise
+
+
+# ----------------------------------------------------------------------------------------------------------- all tables
+
+
+@table
+def test_float32_times_are_exact_nodes(name: str) -> None:
+    s = TABLES[name]
+    i = torch.arange(s.steps + 1)
+    for t in (i / s.steps, i.float() * (1 / s.steps), 1 - (s.steps - i) / s.steps):
+        assert t.dtype == torch.float32
+        for got, want in zip(s.alpha_sigma(t), s.alpha_sigma(nodes(s)), strict=True):
+            assert torch.equal(got, want.float())
+        assert torch.equal(s.conditioning(t), (i - 1).clamp(min=0).float())
+
+
+@table
+def test_times_within_a_thousandth_of_a_cell_are_the_node(name: str) -> None:
+    s = TABLES[name]
+    t = nodes(s)[1:-1]
+    at = s.alpha_sigma(t)
+    for near in (-0.99e-3, 0.99e-3):
+        for got, want in zip(s.alpha_sigma(t + near / s.steps), at, strict=True):
+            assert torch.equal(got, want)
+    for off in (-1.1e-3, 1.1e-3):
+        moved = s.alpha_sigma(t + off / s.steps)
+        assert ((moved[0] - at[0]) * off < 0).all()
+        assert ((moved[1] - at[1]) * off > 0).all()
+
+
+@table
+@settings(deadline=None, max_examples=15)
+@given(fraction=st.floats(0.002, 0.998))
+def test_interpolation(name: str, fraction: float) -> None:
+    """σ² linear in (0, 1/T), α linear in a last cell into α = 0, λ linear in all others."""
+    s = TABLES[name]
+    at, t = nodes(s), inside_cells(s, fraction)
+    alpha, sigma = s.alpha_sigma(at)
+    got_alpha, got_sigma = s.alpha_sigma(t)
+    assert float(got_sigma[0]) ** 2 == pytest.approx(fraction * float(sigma[1]) ** 2, rel=1e-12)
+    last = s.steps - 1 if s.ends_in_noise else s.steps
+    lam = alpha.log() - sigma.log()
+    want = (1 - fraction) * lam[1:last] + fraction * lam[2 : last + 1]
+    torch.testing.assert_close((got_alpha.log() - got_sigma.log())[1:last], want, rtol=0, atol=1e-12)
+    if s.ends_in_noise:
+        assert float(got_alpha[-1]) == pytest.approx((1 - fraction) * float(alpha[-2]), rel=1e-10)
+
+
+@table
+def test_conditioning(name: str) -> None:
+    s = TABLES[name]
+    t = torch.cat([inside_cells(s, 0.37), f64(0.0)])
+    torch.testing.assert_close(s.conditioning(t), (s.steps * t - 1).clamp(min=0), rtol=0, atol=1e-9)
+
+
+@table
+def test_every_step_keeps_beta_inside_zero_one(name: str) -> None:
+    s = TABLES[name]
+    bar = s.alpha_sigma(nodes(s))[0].square()
+    beta = 1 - bar[1:] / bar[:-1]
+    assert (beta > 0).all()
+    assert ((beta < 1) | (bar[1:] == 0)).all()
+
+
+# ------------------------------------------------------------------------------------------- tables against their formulas
+
+
+def longdouble_bar(beta: np.ndarray) -> np.ndarray:
+    return np.cumprod(1 - beta.astype(np.longdouble)).astype(np.float64)
+
+
+def bar(schedule: Table) -> np.ndarray:
+    return schedule.alpha_sigma(nodes(schedule)[1:])[0].square().numpy()
+
+
+def sigma2(schedule: Table) -> np.ndarray:
+    return schedule.alpha_sigma(nodes(schedule)[1:])[1].square().numpy()
+
+
+@pytest.mark.parametrize("steps", [21, 100, 1000, 4000])
+def test_linear(steps: int) -> None:
+    i = np.arange(steps, dtype=np.longdouble)
+    beta = (np.longdouble("1e-4") + (np.longdouble("0.02") - np.longdouble("1e-4")) * i / (steps - 1)) * 1000 / steps
+    want = np.cumprod(1 - beta)
+    np.testing.assert_allclose(bar(Linear(steps)), want.astype(float), rtol=1e-12)
+    np.testing.assert_allclose(sigma2(Linear(steps)), (1 - want).astype(float), rtol=1e-12)
+
+
+@pytest.mark.parametrize("steps", [40, 1000])
+def test_scaled_linear(steps: int) -> None:
+    scale = 1000 / steps
+    beta = np.linspace(np.sqrt(8.5e-4 * scale), np.sqrt(0.012 * scale), steps) ** 2
+    np.testing.assert_allclose(bar(ScaledLinear(steps)), longdouble_bar(beta), rtol=1e-11)
+
+
+@pytest.mark.parametrize("steps", [2, 10, 1000])
+def test_cosine(steps: int) -> None:
+    """Eq. 17: below the last step nothing is clipped, so ᾱ is f(t)/f(0) itself; the last β is 0.999."""
+
+    def f(t: float) -> float:
+        return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    want = [f(i / steps) / f(0) for i in range(1, steps)]
+    np.testing.assert_allclose(bar(Cosine(steps))[:-1], want, rtol=1e-10)
+    assert bar(Cosine(steps))[-1] == pytest.approx(want[-1] * 0.001, rel=1e-10)
+
+
+@pytest.mark.parametrize(("start", "end", "tau"), [(-3, 3, 1.0), (0, 3, 0.7), (-3.0, 3.0, 0.9)])
+def test_sigmoid(start: float, end: float, tau: float) -> None:
+    """Chen 2023, algorithm 1."""
+
+    def S(u: float) -> float:
+        return 1 / (1 + math.exp(-u / tau))
+
+    want = [(S(end) - S(start + i / 1000 * (end - start))) / (S(end) - S(start)) for i in range(1, 1000)]
+    got = bar(Sigmoid(1000, start=start, end=end, tau=tau))
+    np.testing.assert_allclose(got[:-1], want, rtol=1e-9)
+    assert got[-1] == pytest.approx(want[-1] * 0.001, rel=1e-9)
+
+
+def test_published_values() -> None:
+    assert bar(Linear())[-1] == pytest.approx(4.0358e-5, rel=1e-5)
+    assert bar(Cosine())[-1] == pytest.approx(2.4288e-9, rel=1e-4)
+    assert 1 / math.sqrt(bar(Cosine())[-1]) == pytest.approx(2.03e4, rel=1e-3)
+    assert sigma2(Linear())[0] == pytest.approx(1e-4, rel=1e-13)
+
+
+def test_other_step_counts_keep_the_linear_curve() -> None:
+    """Both ends scale by 1000/T, so ln ᾱ(t) agrees to the discretisation, O(1/T): 5 % at T = 100, 0.5 % at T = 4000."""
+    t = f64(0.25, 0.5, 0.75, 1.0)
+    want = Linear().alpha_sigma(t)[0].log()
+    for steps, margin in ((100, 0.12), (4000, 0.01)):
+        got = Linear(steps).alpha_sigma(t)[0].log()
+        assert ((got / want - 1).abs() < margin).all()
+
+
+def test_sigma_survives_where_a_rounded_alpha_bar_loses_it() -> None:
+    """REFERENCE 1: σ recomputed from a bfloat16 ᾱ vanishes for 10 (linear) and 21 (cosine) steps; the table's does not."""
+    for schedule, lost in ((Linear(), 10), (Cosine(), 21)):
+        i = torch.arange(1, 1001) / 1000
+        alpha, sigma = schedule.alpha_sigma(i)
+        assert int((1 - alpha.square().bfloat16() == 0).sum()) == lost
+        assert (sigma > 0).all()
+        exact = schedule.alpha_sigma(i.double())[1]
+        torch.testing.assert_close(sigma.double(), exact, rtol=6e-8, atol=0)
+
+
+@pytest.mark.parametrize("cls", [Linear, ScaledLinear, Cosine, Sigmoid])
+def test_zero_terminal_snr_is_algorithm_1(cls: type[Table]) -> None:
+    """Lin et al. 2023: shift √ᾱ so that the last is 0, scale so that the first stays."""
+    plain, zero = cls(steps=1000), cls(steps=1000, zero_terminal_snr=True)  # type: ignore[call-arg]
+    root = np.sqrt(bar(plain).astype(np.longdouble))
+    want = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    got = zero.alpha_sigma(nodes(zero)[1:])[0].numpy()
+    np.testing.assert_allclose(got, want.astype(float), rtol=1e-11, atol=1e-17)
+    assert got[-1] == 0
+    assert zero.alpha_sigma(f64(1.0))[1] == 1
+    np.testing.assert_allclose(sigma2(zero), (1 - want**2).astype(float), rtol=1e-9)
+
+
+def test_zero_terminal_snr_agrees_with_diffusers() -> None:
+    from_diffusers = pytest.importorskip("diffusers.schedulers.scheduling_ddim").rescale_zero_terminal_snr
+    beta = torch.linspace(1e-4, 0.02, 1000, dtype=D)
+    theirs = (1 - from_diffusers(beta)).cumprod(0).sqrt()
+    ours = Linear(zero_terminal_snr=True).alpha_sigma(nodes(Linear())[1:])[0]
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+# ------------------------------------------------------------------------------------------------------ refusals, helpers
+
+
+@pytest.mark.parametrize(
+    ("make", "remedy"),
+    [
+        (lambda: Linear(20), "steps=21"),
+        (lambda: Linear(beta_start=0.03), "beta_start"),
+        (lambda: Linear(1), "steps >= 2"),
+        (lambda: ScaledLinear(12), "steps=13"),
+        (lambda: Cosine(1), "steps >= 2"),
+        (lambda: Cosine(beta_max=1.0), "0.999"),
+        (lambda: Sigmoid(start=3, end=-3), "start < end"),
+        (lambda: Sigmoid(tau=0), "tau > 0"),
+        (lambda: Table(torch.tensor([-0.1, -0.1, -0.3])), "decreasing"),
+        (lambda: Table(torch.tensor([0.0, -0.3])), "decreasing"),
+        (lambda: Table(torch.tensor([-0.3])), "at least 2"),
+    ],
+)
+def test_refusals_name_the_remedy(make: object, remedy: str) -> None:
+    with pytest.raises(ValueError, match=remedy):
+        make()  # type: ignore[operator]
+
+
+def test_the_least_number_of_linear_steps_works() -> None:
+    assert Linear(21).steps == 21
+    assert ScaledLinear(13).steps == 13
+
+
+def test_two_steps_with_zero_terminal_snr() -> None:
+    """The smallest table: its two cells are the first and the last, with no finite cell between."""
+    s = Cosine(2, zero_terminal_snr=True)
+    t = f64(0.1, 0.5, 0.6, 0.9, 1.0)
+    torch.testing.assert_close(s.time(s.lam(t)), t, rtol=0, atol=1e-9)
+    assert (s.lam(t).diff() < 0).all()
+    assert all(x.isfinite().all() for x in (*s.alpha_sigma(t), *s.derivatives(t)))
+
+
+def test_match_shapes_a_time_to_an_image() -> None:
+    x = torch.zeros(2, 3, 4, 5)
+    assert match(torch.tensor(0.5, dtype=D), x).shape == ()
+    assert match(torch.tensor([0.5, 1.0], dtype=D), x).shape == (2, 1, 1, 1)
+    assert match(torch.tensor([0.5, 1.0], dtype=D), x).dtype == x.dtype

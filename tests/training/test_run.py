@@ -1,0 +1,244 @@
+"""Whole runs: resumed, interrupted, accumulated, fine-tuned, swept. The smallest network, seconds each."""
+
+import contextlib
+import csv
+import os
+import signal
+import threading
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from command import TINY, command, train
+
+from diffusion_lab.noise import normal
+from diffusion_lab.runs import build, load_checkpoint
+from diffusion_lab.training.callbacks import Interrupt
+
+
+def _state(path):
+    return torch.load(path / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def _assert_same(a, b, where=""):
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            _assert_same(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, pair in enumerate(zip(a, b, strict=True)):
+            _assert_same(*pair, f"{where}/{i}")
+    else:
+        assert a == b, where
+
+
+def _losses(path):
+    with (path / "metrics.csv").open() as file:
+        return {int(row["step"]): float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]}
+
+
+class StopAt(pl.Callback):
+    """Ends a run after `step` steps."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step:
+            trainer.should_stop = True
+
+
+class Start(pl.Callback):
+    """Starts a timer with the first step."""
+
+    def __init__(self, timer):
+        self.timer = timer
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 1:
+            self.timer.start()
+
+
+@pytest.fixture
+def also(monkeypatch):
+    """`with also(callback):` adds a callback to the runs inside."""
+
+    @contextlib.contextmanager
+    def adding(callback):
+        with monkeypatch.context() as patch:
+            original = build.callbacks
+            patch.setattr(build, "callbacks", lambda config, folder: [*original(config, folder), callback])
+            yield
+
+    return adding
+
+
+VALIDATED = ("trainer.val_every=3", "callbacks.checkpoints.every=1000")
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, capfd, also, accumulate):
+    """With dropout, validation, accumulation, warm-up and a decaying rate: weights, averages, optimiser, losses, best score."""
+    options = (
+        *VALIDATED, "model.dropout=0.3", "rate=cosine", "rate.warmup=2", "trainer.max_steps=8",
+        f"trainer.accumulate_grad_batches={accumulate}", "callbacks.ema.decay=[0.9,0.99]",
+    )  # fmt: skip
+    whole, first, second = tmp_path / "whole", tmp_path / "first", tmp_path / "second"
+    train(whole, *options, capfd=capfd)
+    with also(StopAt(5)):  # as a signal would, after 5 of the 8 steps
+        train(first, *options, capfd=capfd)
+    train(second, f"ckpt={first}", capfd=capfd)
+    one, two = _state(whole), _state(second)
+    assert one["global_step"] == two["global_step"] == 8
+    for key in ("state_dict", "ema", "optimizer_states", "lr_schedulers"):
+        _assert_same(one[key], two[key], key)
+    assert {k: v for k, v in _losses(whole).items() if k > 5} == _losses(second)
+    assert one["callbacks"]["Checkpoints"] == two["callbacks"]["Checkpoints"]
+
+
+def test_accumulated_parts_train_the_same_run(tmp_path, capfd):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(whole, "trainer.max_steps=6", capfd=capfd)
+    train(parts, "trainer.max_steps=6", "trainer.accumulate_grad_batches=4", capfd=capfd)
+    one, four = _losses(whole), _losses(parts)
+    assert one.keys() == four.keys() == set(range(1, 7))
+    for step in one:
+        assert four[step] == pytest.approx(one[step], rel=1e-5)
+
+
+def test_resuming_takes_the_configuration_of_the_checkpoint_and_overrides_on_top(tmp_path, capfd):
+    first, second = tmp_path / "first", tmp_path / "second"
+    train(first, "trainer.max_steps=2", "schedule=linear", "schedule.steps=50", "seed=7", capfd=capfd)
+    code, _, err = command(
+        "train", [f"ckpt={first}", f"hydra.run.dir={second}", "trainer.max_steps=4", "optimizer.lr=1e-5"], capfd
+    )
+    assert code == 0, err
+    config = _state(second)["config"]
+    assert config["schedule"]["_target_"].endswith(".Linear")
+    assert (config["schedule"]["steps"], config["seed"], config["data"]["seed"]) == (50, 7, 7)
+    assert (config["trainer"]["max_steps"], config["optimizer"]["lr"]) == (4, 1e-5)
+    assert config["callbacks"]["samples"] is None
+
+
+def test_a_run_leaves_what_it_promises_and_samples_from_it(tmp_path, capfd):
+    run, out = tmp_path / "run", tmp_path / "out"
+    outcome = train(
+        run, "trainer.max_steps=4", "trainer.val_every=2", "callbacks.ema.decay=0.9",
+        "callbacks.samples={_target_: diffusion_lab.training.callbacks.Samples, folder: samples, every: 2, n: 4, sampler: "
+        "{_target_: diffusion_lab.samplers.DDIM, steps: 3}}",
+        capfd=capfd,
+    )  # fmt: skip
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert sorted(p.name for p in (run / "samples").iterdir()) == ["step_0000002.png", "step_0000004.png"]
+    assert (run / ".hydra" / "config.yaml").is_file()
+    with (run / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {"step", "train/loss", "val/loss"} <= set(rows[0])
+    assert "sample.py ckpt=" in outcome.out
+    code, _, err = command("sample", [f"ckpt={run}", "n=5", "sampler.steps=3", f"out={out}", "batch_size=2"], capfd)
+    assert code == 0, err
+    assert sorted(p.name for p in out.iterdir()) == ["grid.png", "images", "samples.npz"]
+    assert len(list((out / "images").iterdir())) == 5
+
+
+def test_ema_and_best_are_of_the_averaged_weights(tmp_path, capfd):
+    run = tmp_path / "run"
+    train(run, "trainer.max_steps=4", "trainer.val_every=2", "callbacks.ema.decay=0.9", capfd=capfd)
+    state = _state(run)
+    live = {k.removeprefix("network."): v for k, v in state["state_dict"].items()}
+    assert live.keys() == state["ema"]["0.9"].keys()
+    assert any(not torch.equal(live[k], v) for k, v in state["ema"]["0.9"].items())
+    ema, raw = load_checkpoint(run), load_checkpoint(run, weights="live")
+    assert (ema.weights, raw.weights) == ("ema 0.9", "live")
+    _assert_same(dict(ema.denoiser.network.state_dict()), dict(state["ema"]["0.9"]))
+    _assert_same(dict(raw.denoiser.network.state_dict()), live)
+
+
+def test_sampling_does_not_depend_on_the_batch_size(tmp_path, capfd):
+    run = tmp_path / "run"
+    train(run, "trainer.max_steps=1", capfd=capfd)
+    loaded = load_checkpoint(run)
+    whole, parts = loaded.sample(7, seed=3), loaded.sample(7, seed=3, batch_size=3)
+    assert torch.allclose(whole, parts, atol=1e-4)
+    assert not torch.allclose(whole, loaded.sample(7, seed=4), atol=1e-2)
+    assert whole.dtype == torch.float32
+    assert float(whole.abs().max()) <= 1
+    index = torch.arange(7)
+    assert torch.equal(normal((1, 8, 8), seed=3, index=index)[3:5], normal((1, 8, 8), seed=3, index=index[3:5]))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_prints_the_line_that_resumes(tmp_path, capfd, also, number, code):
+    run = tmp_path / "run"
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), number))
+    arguments = [*TINY, "trainer.max_steps=100000", "callbacks.checkpoints.every=100000", f"hydra.run.dir={run}"]
+    with also(Start(timer)):  # with the first step: the signal must not arrive while the run is still being built
+        got, out, err = command("train", arguments, capfd)
+    assert got == code, err
+    step = _state(run)["global_step"]
+    assert 0 < step < 100000
+    assert f"ckpt={run / 'checkpoints' / 'last.ckpt'}" in out
+    assert not isinstance(getattr(signal.getsignal(number), "__self__", None), Interrupt)
+    again = tmp_path / "again"
+    train(again, f"ckpt={run}", f"trainer.max_steps={step + 1}", capfd=capfd)
+    assert _state(again)["global_step"] == step + 1
+
+
+def test_a_time_limit_saves_and_prints_the_line_that_resumes(tmp_path, capfd):
+    run = tmp_path / "run"
+    outcome = train(run, "trainer.max_steps=100000", "trainer.max_time='00:00:00:02'", capfd=capfd)
+    assert 0 < _state(run)["global_step"] < 100000
+    assert "resume" in outcome.out
+
+
+def test_fine_tuning_begins_with_the_averaged_weights_and_takes_other_classes(tmp_path, capfd):
+    first, second = tmp_path / "first", tmp_path / "second"
+    train(first, "trainer.max_steps=2", "condition=label", "callbacks.ema.decay=0.5", capfd=capfd)
+    train(second, f"init={first}", "trainer.max_steps=1", "optimizer.lr=1e-30", "optimizer.weight_decay=0", capfd=capfd)
+    begun, ema = _state(second)["state_dict"], _state(first)["ema"]["0.5"]
+    shared = [key for key in ema if "label" not in key]
+    assert shared
+    for key in shared:
+        assert torch.allclose(begun[f"network.{key}"], ema[key], rtol=0, atol=1e-25)
+    assert not any("label" in key for key in begun)
+
+
+def test_conditional_samples_take_the_labels_asked_for(tmp_path, capfd):
+    run, out = tmp_path / "run", tmp_path / "out"
+    train(run, "trainer.max_steps=1", "condition=label", capfd=capfd)
+    arguments = [f"ckpt={run}", "n=5", "labels=[3,1]", "sampler.steps=2", f"out={out}", "save_images=false"]
+    assert command("sample", arguments, capfd).code == 0
+    import numpy as np
+
+    with np.load(out / "samples.npz") as arrays:
+        assert arrays["arr_0"].shape == (5, 8, 8, 1)
+        assert arrays["arr_1"].tolist() == [3, 1, 3, 1, 3]
+    bad = command("sample", [f"ckpt={run}", "labels=[10]", f"out={tmp_path / 'bad'}"], capfd)
+    assert bad.code == 2
+    assert "0 … 9" in bad.err
+
+
+def test_a_sweep_runs_every_combination(tmp_path, capfd):
+    sweep = tmp_path / "sweep"
+    arguments = ["--multirun", *TINY, "trainer.max_steps=1", "schedule=linear,cosine", "objective=pred_noise,pred_v"]
+    code, _, err = command("train", [*arguments, f"hydra.sweep.dir={sweep}"], capfd)
+    assert code == 0, err
+    got = {
+        (c["schedule"]["_target_"].rsplit(".", 1)[-1], c["objective"]["_target_"].rsplit(".", 1)[-1])
+        for c in (_state(sweep / str(i))["config"] for i in range(4))
+    }
+    assert got == {("Linear", "PredNoise"), ("Linear", "PredV"), ("Cosine", "PredNoise"), ("Cosine", "PredV")}
+
+
+def test_tensorboard_and_offline_wandb_record_the_run(tmp_path, capfd, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    run = tmp_path / "run"
+    train(run, "trainer.max_steps=2", "logger=[csv,wandb,tensorboard]", capfd=capfd)
+    assert list((run / "wandb").glob("offline-run-*/*.wandb"))
+    assert list((run / "tensorboard").glob("events.out.tfevents*"))
