@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from diffusion_lab.noise import Stream, normal, permutation, philox, uniform, words
+from diffusion_lab.noise import Stream, normal, permutation, philox, uniform, word, words
 
 D = torch.float64
 
@@ -191,3 +191,10 @@ def test_streams_keep_their_numbers() -> None:
     assert [Stream(i).name for i in range(8)] == first
     assert len({int(s) for s in Stream}) == len(Stream)
     assert all(0 <= s < 256 for s in Stream), "one byte of the counter"
+
+
+def test_one_word_is_the_first_of_many() -> None:
+    """Python's integers and tensors run the same generator, high bits of the index included."""
+    for index in (0, 5, 2**33 + 7):
+        many = words(4, seed=2**40 + 3, index=torch.tensor([index]), draw=9, stream=Stream.DROPOUT)
+        assert word(seed=2**40 + 3, index=index, draw=9, stream=Stream.DROPOUT) == int(many[0, 0])

@@ -10,6 +10,7 @@ four words of 32 bits.
 
 import math
 from enum import IntEnum
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -33,16 +34,17 @@ class Stream(IntEnum):
     DROPOUT = 8  # training: the seed of dropout's generator
 
 
-def _mul(a: Tensor, m: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a·m for a < 2³², m < 2³², by halves so that no product leaves int64."""
-    low, high = a * (m & 0xFFFF), a * (m >> 16)
-    return (high + (low >> 16)) >> 16, (low + ((high & 0xFFFF) << 16)) & _MASK
+Word = TypeVar("Word", int, Tensor)  # philox runs on Python's integers as it does on tensors
 
 
-def philox(
-    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10: four int64 tensors that hold 32-bit words → four such tensors (Salmon et al. 2011, section 3.3)."""
+def _mul(a: Word, m: int) -> tuple[Word, Word]:
+    """High and low 32 bits of a·m for a < 2³², m < 2³². Where the product leaves int64 it wraps, which keeps its 64 bits."""
+    product = a * m
+    return (product >> 32) & _MASK, product & _MASK
+
+
+def philox(counter: tuple[Word, Word, Word, Word], key: tuple[int, int]) -> tuple[Word, Word, Word, Word]:
+    """Philox4x32-10: four 32-bit words, numbers or int64 tensors → four such words (Salmon et al. 2011, section 3.3)."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -75,11 +77,14 @@ def words(count: int, *, seed: int, index: Tensor, draw: int = 0, stream: Stream
         raise ValueError(f"draw={draw} is outside [0, 2^32)")
     blocks = torch.arange(-(-count // 4), device=index.device)[None, :]
     high = ((index >> 32 << 8 | int(stream)) & _MASK)[:, None]
-    zeros = torch.zeros_like(high * blocks)
-    out = philox(
-        (zeros + blocks, zeros + draw, zeros + (index & _MASK)[:, None], zeros + high), (seed & _MASK, seed >> 32)
-    )
-    return torch.stack(out, dim=-1).flatten(1)[:, :count]
+    counter = (blocks, torch.full_like(high, draw), (index & _MASK)[:, None], high)  # of one shape after two rounds
+    return torch.stack(philox(counter, (seed & _MASK, seed >> 32)), dim=-1).flatten(1)[:, :count]
+
+
+def word(*, seed: int, index: int, draw: int, stream: Stream) -> int:
+    """One 32-bit word for one key as a Python number, without a tensor: to seed another generator. Arguments as in `words`."""
+    counter = (0, draw, index & _MASK, index >> 32 << 8 | int(stream))
+    return philox(counter, (seed & _MASK, seed >> 32))[0]
 
 
 def uniform(

@@ -81,9 +81,6 @@ def main(config_name: str, task: str) -> int:
             config = options.check(config_name, overrides, sweep)
             if "--cfg" not in flags and "-c" not in flags:
                 _check_folder(config, sweep)
-    # Before torch is loaded: threads that wait asleep instead of spinning. Otherwise another busy process on the machine can
-    # slow a small network down twenty times; on an idle machine it makes no difference that we could measure.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import hydra
 
     outcome: list[int] = []

@@ -6,19 +6,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusion_lab.noise import Stream, uniform
+
 
 class Condition(ABC):
-    """condition(batch, dropped) → keyword arguments for the network."""
+    """condition(batch, seed) → keyword arguments for the network."""
 
     num_classes: int | None = None  # for the network's embedding; its null label is num_classes
 
     @abstractmethod
-    def __call__(self, batch: dict[str, Any], dropped: Tensor | None = None) -> dict[str, Tensor]:
+    def __call__(self, batch: dict[str, Any], seed: int | None = None) -> dict[str, Tensor]:
         """The condition of a batch.
 
         Args:
             batch: what the data module yields.
-            dropped: in training, a uniform number in (0, 1) for each example, float (B,); None drops nothing.
+            seed: in training, the key of what is dropped, with the step and position of each example; None drops nothing.
         """
 
 
@@ -28,7 +30,7 @@ class Unconditional(Condition):
     def __init__(self, num_classes: None = None) -> None:
         self.num_classes = num_classes
 
-    def __call__(self, batch: dict[str, Any], dropped: Tensor | None = None) -> dict[str, Tensor]:
+    def __call__(self, batch: dict[str, Any], seed: int | None = None) -> dict[str, Tensor]:
         return {}
 
 
@@ -50,8 +52,9 @@ class Label(Condition):
         self.num_classes: int = num_classes
         self.drop = drop
 
-    def __call__(self, batch: dict[str, Any], dropped: Tensor | None = None) -> dict[str, Tensor]:
+    def __call__(self, batch: dict[str, Any], seed: int | None = None) -> dict[str, Tensor]:
         label: Tensor = batch["label"]
-        if dropped is not None:
-            label = torch.where(dropped.to(label.device) < self.drop, self.num_classes, label)
+        if seed is not None and self.drop > 0:
+            coin = uniform((), seed=seed, index=batch["position"], draw=batch["step"], stream=Stream.LABEL)
+            label = torch.where((coin < self.drop).to(label.device), self.num_classes, label)
         return {"label": label}

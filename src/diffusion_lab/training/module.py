@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.losses import Error, StepLoss, corrupt, diffusion_loss
-from diffusion_lab.noise import Stream, normal, uniform, words
+from diffusion_lab.noise import Stream, normal, uniform, word
 from diffusion_lab.objectives import Objective
 from diffusion_lab.schedules import Schedule, match
 from diffusion_lab.times import Stratified, TimeSampler
@@ -108,12 +108,12 @@ class DiffusionModule(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         x0, position, step = batch["image"], batch["position"], batch["step"]
-        # Dropout is keyed as well, so that resuming needs no random state.
-        torch.manual_seed(int(words(1, seed=self.seed, index=position[:1], draw=step, stream=Stream.DROPOUT)))
+        # Dropout is keyed as well, by the first position of this process's part, so that resuming needs no random state.
+        _seed(x0.device, word(seed=self.seed, index=int(position[0]), draw=step, stream=Stream.DROPOUT))
         key: dict[str, Any] = {"seed": self.seed, "draw": step}
         t = self.times(self.schedule, position, self.batch_size, seed=self.seed, step=step)
         noise = normal(tuple(x0.shape[1:]), index=position.to(x0.device), stream=Stream.NOISE, **key)
-        condition = self.condition(batch, dropped=uniform((), index=position, stream=Stream.LABEL, **key))
+        condition = self.condition(batch, seed=self.seed)
         previous = self._previous(x0, noise, t, condition, position, step)
         loss = diffusion_loss(self.denoiser, self.weighting, self.error, x0, noise, t, previous, **condition)
         return {"loss": loss.weighted.mean(), "each": loss.weighted.detach(), "t": t}
@@ -164,3 +164,11 @@ class DiffusionModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint.update(self.saved)
+
+
+def _seed(device: torch.device, value: int) -> None:
+    """Seeds the generators that dropout on `device` uses. torch.manual_seed would also queue a call, with a formatted stack
+    trace, for every kind of device that is not there: a millisecond a step, and a list that grows."""
+    torch.default_generator.manual_seed(value)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(value)

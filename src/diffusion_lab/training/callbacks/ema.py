@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
@@ -35,6 +35,9 @@ class EMA(pl.Callback):
         self.warmup = warmup
         self.updates = 0
         self.networks: dict[float, nn.Module] = {}
+        self._pairs: dict[
+            float, tuple[_Tensors, _Tensors]
+        ] = {}  # listed once: walking the modules costs more than averaging
         self._restored: dict[str, dict[str, torch.Tensor]] | None = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: DiffusionModule) -> None:  # type: ignore[override]
@@ -48,22 +51,23 @@ class EMA(pl.Callback):
                     )
                 network.load_state_dict(self._restored[name(decay)])
             self.networks[decay] = network
+            self._pairs[decay] = (_tensors(network), _tensors(pl_module.network))
             pl_module.register_average(name(decay), network)
         self._restored = None
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: DiffusionModule, *_: Any) -> None:  # type: ignore[override]
         if trainer.global_step > self.updates:  # false between the parts of an accumulated batch
             self.updates = trainer.global_step
-            self.update(pl_module.network)
+            self.update()
 
     @torch.no_grad()
-    def update(self, live: nn.Module) -> None:
-        """One update of every average towards `live`; `updates` counts it already."""
-        for decay, network in self.networks.items():
+    def update(self) -> None:
+        """One update of every average towards the live network; `updates` counts it already."""
+        for decay, (average, live) in self._pairs.items():
             d = min(decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else decay
-            torch._foreach_lerp_(list(network.parameters()), list(live.parameters()), 1 - d)
-            for average, buffer in zip(network.buffers(), live.buffers(), strict=True):
-                average.copy_(buffer)
+            torch._foreach_lerp_(average.parameters, live.parameters, 1 - d)
+            if live.buffers:
+                torch._foreach_copy_(average.buffers, live.buffers)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -75,6 +79,15 @@ class EMA(pl.Callback):
     ) -> None:
         self._restored = checkpoint.get("ema")
         self.updates = int(checkpoint["global_step"])
+
+
+class _Tensors(NamedTuple):
+    parameters: list[torch.Tensor]
+    buffers: list[torch.Tensor]
+
+
+def _tensors(network: nn.Module) -> _Tensors:
+    return _Tensors(list(network.parameters()), list(network.buffers()))
 
 
 def name(decay: float) -> str:

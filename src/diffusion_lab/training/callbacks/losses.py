@@ -23,6 +23,7 @@ class Losses(pl.Callback):
             raise ValueError(f"callbacks.losses.edges={edges} must increase")
         self.edges = edges or []
         bounds = ["-inf", *(f"{edge:g}" for edge in self.edges), "inf"]
+        self._bounds = torch.tensor(self.edges, dtype=torch.float64)
         self.names = [f"train/loss_snr/{low}_{high}" for low, high in pairwise(bounds)]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -35,7 +36,7 @@ class Losses(pl.Callback):
         self, trainer: pl.Trainer, pl_module: DiffusionModule, outputs: dict[str, torch.Tensor], *_: Any
     ) -> None:
         each, t = outputs["each"].double(), outputs["t"]
-        bins = torch.bucketize(2 * pl_module.schedule.lam(t), torch.tensor(self.edges, dtype=t.dtype)).to(each.device)
+        bins = torch.bucketize(2 * pl_module.schedule.lam(t), self._bounds).to(each.device)
         self._sums.index_add_(1, bins, torch.stack([each, torch.ones_like(each)]))
         micro = (trainer.fit_loop.epoch_loop.batch_progress.current.ready) % trainer.accumulate_grad_batches
         if micro or trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]

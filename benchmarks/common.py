@@ -1,0 +1,158 @@
+"""What the benchmarks share: a configuration, the bare loop that everything is compared with, timing, tables."""
+
+import copy
+import itertools
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from diffusion_lab.data.images import to_float
+from diffusion_lab.runs import build, options
+
+
+def configuration(*overrides: str) -> dict[str, Any]:
+    """The resolved configuration of `python src/train.py OVERRIDES…`."""
+    plain = OmegaConf.to_container(options.check("train", overrides), resolve=False)
+    assert isinstance(plain, dict)
+    del plain["hydra"]
+    resolved = OmegaConf.to_container(OmegaConf.create({**plain, "run_dir": "unused"}), resolve=True)
+    assert isinstance(resolved, dict)
+    return resolved
+
+
+class Bare:
+    """The loop that one writes without any framework: cosine ᾱ in closed form, v, stratified t, AdamW, clipping, an average.
+
+    Written apart from the package on purpose: it shares the network and nothing else.
+
+    Args:
+        network: what is trained.
+        images: uint8 (N, C, H, W).
+        batch, lr, steps, decay: of the recipe; the rate falls linearly.
+        average: keep the exponential average (False: the barest loop, for timing).
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        images: np.ndarray,
+        *,
+        batch: int,
+        lr: float,
+        steps: int,
+        decay: float,
+        average: bool = True,
+    ) -> None:
+        self.network, self.batch, self.steps, self.decay = network.train(), batch, steps, decay
+        self.x = to_float(torch.from_numpy(images))
+        self.optimizer = torch.optim.AdamW(network.parameters(), lr=lr, fused=True)
+        self.rate = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda i: max(1 - i / steps, 0.0))
+        self.average = copy.deepcopy(network).eval().requires_grad_(False) if average else None
+        self.done = 0
+
+    def step(self) -> Tensor:
+        """One update."""
+        x0 = self.x[torch.randint(len(self.x), (self.batch,))]
+        u = (torch.arange(self.batch) + torch.rand(self.batch)) / self.batch
+        i = (u * 1000).floor() + 1
+        angle = (i / 1000 + 0.008) / 1.008 * (torch.pi / 2)
+        alpha, sigma = (f(angle)[:, None, None, None] for f in (torch.cos, torch.sin))
+        noise = torch.randn_like(x0)
+        v = self.network(alpha * x0 + sigma * noise, i - 1)
+        loss = (v - (alpha * noise - sigma * x0)).square().mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        self.optimizer.step()
+        self.rate.step()
+        self.done += 1
+        if self.average is not None:
+            d = min(self.decay, (1 + self.done) / (10 + self.done))
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self.average.parameters()), list(self.network.parameters()), 1 - d)
+        return loss
+
+    @torch.no_grad()
+    def sample(self, n: int, steps: int = 50) -> Tensor:
+        """DDIM with `steps` trailing steps from the average, float (n, C, H, W) in [−1, 1]."""
+        network = self.average if self.average is not None else self.network
+        x = torch.randn(n, *self.x.shape[1:])
+        nodes = [round(1000 - 1000 * k / steps) for k in range(steps)] + [0]
+        for i, j in itertools.pairwise(nodes):
+            angle, after = ((k / 1000 + 0.008) / 1.008 * (torch.pi / 2) if k else 0.0 for k in (i, j))
+            alpha, sigma = np.cos(angle), np.sin(angle)
+            v = torch.cat([network(part, torch.full((len(part),), i - 1.0)) for part in x.split(512)])
+            x0 = (alpha * x - sigma * v).clamp(-1, 1)
+            x = np.cos(after) * x0 + np.sin(after) * (x - alpha * x0) / sigma
+        return x
+
+
+def fitted(config: dict[str, Any], steps: int) -> Callable[[], float]:
+    """A function that trains `steps` steps as the command does (its callbacks, its loggers) and returns seconds a step.
+
+    What happens once a run (building, opening the data) is not in it; what happens every step, or every so many, is.
+    """
+    import pytorch_lightning as pl
+
+    from diffusion_lab.runs import loggers
+
+    class Clock(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            if trainer.global_step == 5:  # after the first steps, which allocate
+                self.begin = time.perf_counter()
+            if trainer.global_step == trainer.max_steps:
+                self.seconds = (time.perf_counter() - self.begin) / (trainer.max_steps - 5)
+
+    def run() -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            config["trainer"]["max_steps"] = steps
+            data, network = build.data(config), build.network(config)
+            module = build.module(config, network, {})
+            clock = Clock()
+            hooks = [*build.callbacks(config, Path(folder)), clock]
+            trainer = build.trainer(config, Path(folder), loggers.build(config, config, Path(folder)), hooks)
+            trainer.fit(module, datamodule=data)
+            return clock.seconds
+
+    return run
+
+
+def bare_seconds(loop: Bare, steps: int) -> float:
+    """Seconds a step of the bare loop."""
+    for _ in range(5):
+        loop.step()
+    begin = time.perf_counter()
+    for _ in range(steps):
+        loop.step()
+    return (time.perf_counter() - begin) / steps
+
+
+def paired(a: Callable[[], float], b: Callable[[], float], rounds: int) -> tuple[float, float, list[float]]:
+    """Medians of a and b in turns, and the ratio a/b of each round: what drifts with the machine cancels."""
+    pairs = [(a(), b()) for _ in range(rounds)]
+    return (
+        statistics.median(x for x, _ in pairs),
+        statistics.median(y for _, y in pairs),
+        sorted(x / y for x, y in pairs),
+    )
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows])
+
+
+def machine() -> str:
+    """What the figures were taken on."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+    return f"{device}, torch {torch.__version__}, Python {platform.python_version()}"
