@@ -1,0 +1,29 @@
+"""`make bench`: every table of docs/benchmarks.md, printed. ARGS=quick takes a minute or two, overhead or quality only one."""
+
+import logging
+import sys
+import warnings
+
+import overhead
+import quality
+from common import machine
+
+PARTS = {"overhead": overhead.main, "quality": quality.main}
+
+
+def main(arguments: list[str]) -> int:
+    """Prints the parts that are named, or all."""
+    unknown = [a for a in arguments if a not in (*PARTS, "quick")]
+    if unknown:
+        print(f"error: {unknown[0]} is unknown: write quick, {', '.join(PARTS)}", file=sys.stderr)
+        return 2
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    print(machine(), flush=True)
+    for name in [a for a in arguments if a in PARTS] or PARTS:
+        print(f"\n## {name}\n\n{PARTS[name]('quick' in arguments)}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

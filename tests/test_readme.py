@@ -1,0 +1,129 @@
+"""Every command and every program of the README runs: shortened here, at full length in `make test-slow`."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command import ROOT, command
+from PIL import Image
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+COMMANDS = [
+    line.split("  #")[0].strip()
+    for kind, text in BLOCKS
+    if kind == "bash"
+    for line in text.splitlines()
+    if line.strip()
+]
+TRAINING = [c for c in COMMANDS if c.startswith("python src/train.py")]
+
+# What makes a command short: its meaning stays, and the options that it names come last.
+SHORT = "trainer.max_steps=2 trainer.val_every=2 callbacks.samples.every=2 callbacks.samples.n=4 logger=csv trainer.accelerator=cpu"
+SHORT += " callbacks.samples.sampler.steps=2 data.batch_size=8 trainer.val_draws=1"
+
+
+def test_the_two_commands_stand_first():
+    assert [c.split("  ")[0].split(" #")[0].strip() for c in COMMANDS[:2]] == ["make train", "make test"]
+    for target in ("train", "test"):
+        assert subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, check=False).returncode == 0
+
+
+def test_every_command_is_one_that_this_file_knows_how_to_run():
+    for line in COMMANDS:
+        assert line.startswith(("make ", "python src/train.py", "python src/sample.py", "python src/evaluate.py")), line
+
+
+@pytest.mark.parametrize("program", [text for kind, text in BLOCKS if kind == "python"])
+def test_every_program_runs(program):
+    exec(compile(program, "README.md", "exec"), {"__name__": "readme"})
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder like a user's: the sources linked, a data set of each kind that needs files, a network of one's own."""
+    place = tmp_path_factory.mktemp("workplace")
+    (place / "src").symlink_to(ROOT / "src")
+    rng = np.random.default_rng(0)
+    for name in ("cats/one", "dogs/two"):
+        for i in range(20):
+            path = place / "pictures" / name.replace("/", f"/{i}-")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            size = rng.integers(33, 50, 2)
+            Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(path.with_suffix(".png"))
+    (place / "my_package.py").write_text(
+        (ROOT / "tests" / "own_network.py").read_text().replace("class Own", "class MyNetwork")
+    )
+    return place
+
+
+def _apart(line: str, place: Path, extra: str = "") -> str:
+    """Runs a command line as a user does, in a process of its own; its output."""
+    command = [sys.executable, *shlex.split(line)[1:], *extra.split()]
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False, timeout=3000)
+    assert done.returncode == 0, f"{command}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def _without_download(line: str) -> bool:
+    return "data=mnist" not in line and "ddpm_cifar10" not in line
+
+
+def _shortening(line: str) -> str:
+    own = {part.split("=")[0] for part in line.split() if "=" in part}
+    extra = SHORT
+    if "latest" in line and "ckpt=" in line:  # the length of a resumed run is above that of the run before
+        return "trainer.max_steps=3"
+    if "ddp" in line:
+        extra += " trainer.strategy=ddp"
+    if "_target_" in line:
+        extra = extra.replace("data.batch_size=8", "data.batch_size=4")
+    return " ".join(part for part in extra.split() if part.split("=")[0] not in own)
+
+
+def test_the_readme_s_commands_run_in_its_order(workplace, monkeypatch, capfd):
+    """Those that download a data set are composed and built in tests/runs instead."""
+    monkeypatch.chdir(workplace)
+    monkeypatch.syspath_prepend(workplace)
+    monkeypatch.setenv("NETRC", str(workplace / "none"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    ran = 0
+    for line in COMMANDS:
+        if line.startswith("make") or not _without_download(line):
+            continue
+        name = Path(line.split()[1]).stem
+        if name == "train":
+            extra = _shortening(line)
+        elif name == "sample":
+            extra = "n=2 sampler.steps=2" + (" out=outputs/few" if "out=" in line else "")
+        else:
+            extra = "n=20 steps=[2] batch_size=20"
+        time.sleep(1.1)  # output folders are named by the second
+        if "ddp" in line:
+            _apart(line, workplace, extra)
+        else:
+            outcome = command(name, [*shlex.split(line)[2:], *extra.split()], capfd)
+            assert outcome.code == 0, f"{line} {extra}\n{outcome.err}"
+        ran += 1
+    assert ran >= 12
+    assert len(list((workplace / "outputs" / "multirun").glob("*/*/checkpoints/last.ckpt"))) == 4
+
+
+@pytest.mark.slow
+def test_the_main_job_at_full_length(workplace, tmp_path):
+    """`make train`'s command: the loss of the README, and samples that the classifier takes for digits."""
+    run = tmp_path / "run"
+    printed = _apart("python src/train.py", workplace, f"hydra.run.dir={run}")
+    loss = float(re.search(r"validation loss ([\d.]+)", printed).group(1))
+    assert loss < 0.28
+    assert (run / "samples" / "step_0002400.png").is_file()
+    _apart("python src/evaluate.py", workplace, f"ckpt={run} out={tmp_path / 'out'}")
+    row = json.loads((tmp_path / "out" / "metrics.json").read_text())[0]
+    assert row["n"] == 1797
+    assert row["metrics"]["recognised"] > 0.6

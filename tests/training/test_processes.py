@@ -1,0 +1,61 @@
+"""Two processes train and validate the same run as one."""
+
+import csv
+import subprocess
+import sys
+
+import pytest
+import torch
+from command import ROOT, TINY, command
+
+pytestmark = pytest.mark.ddp
+
+
+def _rows(folder, name):
+    with (folder / "metrics.csv").open() as file:
+        return {int(row["step"]): float(row[name]) for row in csv.DictReader(file) if row[name]}
+
+
+def _run(folder, *arguments):
+    options = [a for a in TINY if a not in ("trainer=cpu", "trainer.val_every=0")]
+    full = [
+        *options,
+        "trainer.max_steps=20",
+        "trainer.val_every=10",
+        "callbacks.ema.decay=0.9",
+        f"hydra.run.dir={folder}",
+        *arguments,
+    ]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "src" / "train.py"), *full],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def test_one_and_two_processes_train_the_same_run(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    _run(one, "trainer=cpu")
+    done = _run(two, "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
+    assert "2 processes" in done.stdout
+    for name in ("train/loss", "val/loss"):
+        a, b = _rows(one, name), _rows(two, name)
+        assert a.keys() == b.keys()
+        assert len(a) == (20 if name == "train/loss" else 2)
+        for step in a:
+            assert b[step] == pytest.approx(a[step], rel=1e-5), (name, step)
+    first, second = (torch.load(f / "checkpoints" / "last.ckpt", weights_only=True)["ema"]["0.9"] for f in (one, two))
+    for key in first:
+        assert torch.allclose(first[key], second[key], atol=1e-5)
+    assert len(list(tmp_path.iterdir())) == 2  # no second folder of the second process
+
+
+def test_a_sweep_with_several_processes_is_refused(tmp_path, capfd):
+    arguments = ["--multirun", *TINY, "trainer=ddp", "seed=0,1", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
+    code, _, err = command("train", arguments, capfd)
+    assert code == 2
+    assert "trainer.devices=1" in err
