@@ -25,8 +25,10 @@ COMMANDS = [
 TRAINING = [c for c in COMMANDS if c.startswith("python src/train.py")]
 
 # What makes a command short: its meaning stays, and the options that it names come last.
-SHORT = "trainer.max_steps=2 trainer.val_every=2 callbacks.samples.every=2 callbacks.samples.n=4 logger=csv trainer.accelerator=cpu"
-SHORT += " callbacks.samples.sampler.steps=2 data.batch_size=8 trainer.val_draws=1"
+SHORT = (
+    "trainer.max_steps=2 trainer.val_every=2 trainer.val_draws=1 trainer.accelerator=cpu logger=csv data.batch_size=8 "
+    "callbacks.samples.every=2 callbacks.samples.n=4 sampler.steps=2"
+)
 
 
 def test_the_two_commands_stand_first():

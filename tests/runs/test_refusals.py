@@ -37,6 +37,7 @@ REFUSED = {
     ("callbacks.ema.decay=2",): "callbacks.ema.decay",
     ("callbacks.losses.edges=[2,1]",): "must increase",
     ("model._target_=somewhere.Net",): "somewhere",
+    ("model=own",): "model._target_=",
     ("logger=wandb", "logger.wandb.mode=offlin"): "auto, online or offline",
 }
 
@@ -53,7 +54,8 @@ def _refused(outcome, remedy):
 def test_a_combination_that_cannot_be_is_refused_before_training(arguments, remedy, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     run = tmp_path / "run"
-    tiny = [a for a in TINY if a.split("=")[0] not in {b.split("=")[0] for b in arguments}]
+    given = {b.split("=")[0] for b in arguments}
+    tiny = [a for a in TINY if a.split("=")[0] not in given and not ("model" in given and a.startswith("model."))]
     _refused(command("train", [*tiny, "trainer.max_steps=1", f"hydra.run.dir={run}", *arguments], capfd), remedy)
     assert not (run / "checkpoints").exists()
     assert not (run / "metrics.csv").exists()
@@ -110,10 +112,10 @@ def test_a_checkpoint_cannot_run_code(tmp_path, capfd):
 
 
 def test_a_network_of_ones_own_is_trained_and_trusted(tmp_path, capfd):
-    network = "model={_target_: own_network.Own, channels: 1}"
+    network = ("model=own", "model._target_=own_network.Own")
     arguments = [a for a in TINY if not a.startswith("model.")]
     run = tmp_path / "run"
-    outcome = command("train", [*arguments, network, "trainer.max_steps=1", f"hydra.run.dir={run}"], capfd)
+    outcome = command("train", [*arguments, *network, "trainer.max_steps=1", f"hydra.run.dir={run}"], capfd)
     assert outcome.code == 0, outcome.err
     with pytest.raises(ValueError, match=r"trust=\[own_network\]"):
         load_checkpoint(run)
@@ -161,7 +163,13 @@ def test_one_s_own_images_empty_and_broken(tmp_path, capfd):
     Image.new("RGB", (40, 40), "red").save(picture, "PNG")
     (broken / "a.png").write_bytes(picture.getvalue())
     (broken / "b.png").write_bytes(picture.getvalue()[:60])
-    base = [*TINY, "data=image_folder", "data.image_size=[8,8]", f"hydra.run.dir={tmp_path / 'run'}"]
+    base = [
+        *TINY,
+        "data=image_folder",
+        "data.image_size=[8,8]",
+        "model=unet_digits",
+        f"hydra.run.dir={tmp_path / 'run'}",
+    ]
     _refused(command("train", [*base, f"data.root={empty}"], capfd), str(empty))
     _refused(command("train", [*base, f"data.root={broken}", "overwrite=true"], capfd), "b.png")
 

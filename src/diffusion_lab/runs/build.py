@@ -31,6 +31,9 @@ def data(config: Config) -> DataModule:
 
 def network(config: Config) -> nn.Module:
     """The denoising network with fresh weights, which depend on the seed alone."""
+    instantiate(
+        config["condition"]
+    )  # refuses labels that the data set does not have, before the network is built for them
     torch.manual_seed(config["seed"])
     built: nn.Module = instantiate(config["model"])
     return built

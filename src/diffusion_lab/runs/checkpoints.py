@@ -90,7 +90,7 @@ class Run:
         condition = dict(condition or {})
         self._check(condition, n)
         sampler = sampler or self.sampler()
-        size = min(batch_size or n, n)
+        size = n if batch_size is None else min(batch_size, n)
         if size < 1:
             raise ValueError(f"batch_size={batch_size}: write at least 1")
         parts, starts = [], range(0, n, size)

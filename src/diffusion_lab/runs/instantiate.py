@@ -27,6 +27,10 @@ def instantiate(node: Any, trust: Sequence[str] | None = None, **kwargs: Any) ->
     """
     if not node:
         return None
+    if node.get("_target_") == "???":
+        raise ValueError(
+            "an option `own` needs the class that it stands for: write e.g. model._target_=my_package.MyNetwork"
+        )
     if trust is not None:
         check_targets(node, trust)
     try:

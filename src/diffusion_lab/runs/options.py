@@ -28,7 +28,6 @@ NULLABLE: dict[str, type | tuple[type, ...]] = {
     "data_root": str,
     "trainer.max_time": (str, dict),
     "sampler.steps": int,
-    "callbacks.samples.sampler.steps": int,
     "data.limit": int,
     "data.val": (int, float),
     "data.test": (int, float),
