@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from command import ROOT, TINY, command
 
 pytestmark = pytest.mark.ddp
@@ -17,42 +16,35 @@ def _rows(folder, name):
 
 
 def _run(folder, *arguments):
-    options = [a for a in TINY if a not in ("trainer=cpu", "trainer.val_every=0")]
-    full = [
-        *options,
-        "trainer.max_steps=20",
-        "trainer.val_every=10",
-        "callbacks.ema.decay=0.9",
+    tiny = [a for a in TINY if a not in ("trainer=cpu", "trainer.val_every=0")]
+    tiny += ["trainer.max_steps=20", "trainer.val_every=10", "callbacks.ema.decay=0.9"]
+    resumed = any(a.startswith("ckpt=") for a in arguments)
+    command = [
+        sys.executable,
+        str(ROOT / "src" / "train.py"),
+        *([] if resumed else tiny),
         f"hydra.run.dir={folder}",
         *arguments,
     ]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "src" / "train.py"), *full],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=280,
-    )
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
 
 def test_one_and_two_processes_train_the_same_run(tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
+    """The losses of 20 steps, and of the averaged weights in validation; also where the two are stopped and resumed."""
+    one, begun, two = tmp_path / "one", tmp_path / "begun", tmp_path / "two"
     _run(one, "trainer=cpu")
-    done = _run(two, "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
+    _run(begun, "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.max_steps=10")
+    done = _run(two, f"ckpt={begun}", "trainer.max_steps=20")
     assert "2 processes" in done.stdout
     for name in ("train/loss", "val/loss"):
-        a, b = _rows(one, name), _rows(two, name)
+        a, b = _rows(one, name), {**_rows(begun, name), **_rows(two, name)}
         assert a.keys() == b.keys()
         assert len(a) == (20 if name == "train/loss" else 2)
         for step in a:
             assert b[step] == pytest.approx(a[step], rel=1e-5), (name, step)
-    first, second = (torch.load(f / "checkpoints" / "last.ckpt", weights_only=True)["ema"]["0.9"] for f in (one, two))
-    for key in first:
-        # Adam divides by the gradient's own size, so where that is rounding noise a weight may differ by part of one update, 2e-3
-        assert torch.allclose(first[key], second[key], atol=1e-3)
-    assert len(list(tmp_path.iterdir())) == 2  # no second folder of the second process
+    assert len(list(tmp_path.iterdir())) == 3  # no second folder of a second process
 
 
 def test_a_sweep_with_several_processes_is_refused(tmp_path, capfd):

@@ -100,6 +100,21 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, capfd, 
     assert one["callbacks"]["Checkpoints"] == two["callbacks"]["Checkpoints"]
 
 
+def test_the_best_checkpoint_is_resumed_as_exactly(tmp_path, capfd):
+    """It is written in the middle of a validation, which Lightning's loops must not run again or skip."""
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    train(whole, "trainer.val_every=3", "trainer.max_steps=8", "callbacks.ema.decay=0.5", capfd=capfd)
+    best = whole / "checkpoints" / "best.ckpt"
+    step = torch.load(best, weights_only=True)["global_step"]
+    assert step in (3, 6)
+    train(again, f"ckpt={best}", capfd=capfd)
+    one, two = _state(whole), _state(again)
+    for key in ("state_dict", "ema", "optimizer_states", "lr_schedulers"):
+        _assert_same(one[key], two[key], key)
+    assert {k: v for k, v in _losses(whole).items() if k > step} == _losses(again)
+    assert one["callbacks"]["Checkpoints"] == two["callbacks"]["Checkpoints"]
+
+
 def test_accumulated_parts_train_the_same_run(tmp_path, capfd):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(whole, "trainer.max_steps=6", capfd=capfd)

@@ -84,9 +84,13 @@ def _merged(config: DictConfig, resume: tuple[Path, int] | None) -> tuple[dict[s
     Of a resumed run it is the checkpoint's. On top comes what the overrides of this command line name, as the files and the
     overrides of both command lines compose it: trainer=ddp keeps a trainer.max_steps= of the first run.
     """
-    given = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
     own: dict[str, Any] = OmegaConf.to_container(config, resolve=False)  # type: ignore[assignment]
     own["run_dir"] = str(config.run_dir)
+    if (
+        not HydraConfig.initialized()
+    ):  # a further process of a run, whose configuration the first one has merged already
+        return own, []
+    given = list(HydraConfig.get().overrides.task)
     if resume is None:
         return own, given
     checkpoint = checkpoints.read(resume[0])
