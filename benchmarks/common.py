@@ -96,7 +96,7 @@ class Bare:
         return x
 
 
-def fitted(config: dict[str, Any], steps: int) -> Callable[[], float]:
+def fitted(config: dict[str, Any], steps: int, warm: int) -> Callable[[], float]:
     """A function that trains `steps` steps as the command does (its callbacks, its loggers) and returns seconds a step.
 
     What happens once a run (building, opening the data) is not in it; what happens every step, or every so many, is.
@@ -107,14 +107,14 @@ def fitted(config: dict[str, Any], steps: int) -> Callable[[], float]:
 
     class Clock(pl.Callback):
         def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-            if trainer.global_step == 5:  # after the first steps, which allocate
+            if trainer.global_step == warm:  # after the first steps, which allocate
                 self.begin = time.perf_counter()
             if trainer.global_step == trainer.max_steps:
-                self.seconds = (time.perf_counter() - self.begin) / (trainer.max_steps - 5)
+                self.seconds = (time.perf_counter() - self.begin) / steps
 
     def run() -> float:
         with tempfile.TemporaryDirectory() as folder:
-            config["trainer"]["max_steps"] = steps
+            config["trainer"]["max_steps"] = warm + steps
             data, network = build.data(config), build.network(config)
             module = build.module(config, network, {})
             clock = Clock()
@@ -126,9 +126,9 @@ def fitted(config: dict[str, Any], steps: int) -> Callable[[], float]:
     return run
 
 
-def bare_seconds(loop: Bare, steps: int) -> float:
+def bare_seconds(loop: Bare, steps: int, warm: int) -> float:
     """Seconds a step of the bare loop."""
-    for _ in range(5):
+    for _ in range(warm):
         loop.step()
     begin = time.perf_counter()
     for _ in range(steps):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_lab.objectives import Objective, Prediction
-from diffusion_lab.schedules import Schedule, match
+from diffusion_lab.schedules import Schedule, match, move
 
 __all__ = ["Clip", "Denoiser", "Prediction"]
 
@@ -65,7 +65,7 @@ class Denoiser:
         dtype = _dtype(self.network, x_t)
         scale = self.objective.input_scale(self.schedule, t)
         c = self.objective.conditioning(self.schedule, t).to(dtype)
-        c = torch.full((len(x_t),), float(c), dtype=dtype, device=x_t.device) if _host(c) else c.to(x_t.device)
+        c = torch.full((len(x_t),), float(c), dtype=dtype, device=x_t.device) if _host(c) else move(c, x_t.device)
         inputs: dict[str, Tensor | None] = {**condition}
         if self.self_conditioning:
             inputs["previous"] = None if previous is None else previous.to(dtype)

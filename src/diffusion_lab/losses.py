@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffusion_lab.denoiser import Denoiser
-from diffusion_lab.schedules import match
+from diffusion_lab.schedules import match, move
 from diffusion_lab.weightings import Weighting
 
 
@@ -86,7 +86,7 @@ def diffusion_loss(
     x_t = corrupt(denoiser, x0, noise, t)
     output, _ = denoiser.output(x_t, t, previous, **condition)
     each = error(output, objective.target(schedule, t, x0, noise))
-    weight = weighting(schedule, objective, t).to(each)
+    weight = move(weighting(schedule, objective, t).to(each.dtype), each.device)
     return StepLoss(weight * each, each, weight)
 
 

@@ -22,10 +22,15 @@ def like(value: Tensor, t: Tensor) -> Tensor:
     return value.to(torch.promote_types(t.dtype, torch.float32))
 
 
+def move(value: Tensor, device: torch.device) -> Tensor:
+    """`value` on `device`, without waiting for what the device still has to do where it comes from the host."""
+    return value.to(device, non_blocking=value.device.type == "cpu")
+
+
 def match(value: Tensor, x: Tensor) -> Tensor:
     """A per-example value (0-d or (B,)) in the dtype of x, shaped to multiply x (B, …). The one broadcast of the package."""
     value = value.to(x.dtype)
-    return value if value.ndim == 0 else value.to(x.device).reshape(-1, *[1] * (x.ndim - 1))
+    return value if value.ndim == 0 else move(value, x.device).reshape(-1, *[1] * (x.ndim - 1))
 
 
 class Schedule(ABC):

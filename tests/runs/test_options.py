@@ -29,13 +29,17 @@ MISTAKES = {
     "schedule=linear,cosine": "add --multirun",
     "max_steps": "neither KEY=VALUE nor a flag",
     "a=[1": "cannot read the overrides",
+    "~schedule": "a run needs every group",
+    "data.seed=${nope}": "cannot be resolved",
+    "++trainer.max_steps=abc": "a whole number is needed",
+    "hydra.run.dir=x/${hydra:nothing.at.all}": "cannot be resolved",
 }
 
 
 @pytest.mark.parametrize(("argument", "remedy"), MISTAKES.items())
 def test_a_mistake_is_one_line_and_exit_code_2(argument, remedy, capfd, tmp_path):
     run = tmp_path / "run"
-    code, out, err = command("train", [argument, f"hydra.run.dir={run}"], capfd)
+    code, out, err = command("train", [f"hydra.run.dir={run}", argument], capfd)
     assert (code, out) == (2, "")
     assert remedy in err
     assert err.startswith("error: ")

@@ -104,6 +104,14 @@ def test_a_checkpoint_cannot_run_code(tmp_path, capfd):
         torch.save({**good, "config": {**good["config"], "model": {"_target_": target}}}, tmp_path / "named.ckpt")
         with pytest.raises(ValueError, match="no class of this package"):
             load_checkpoint(tmp_path / "named.ckpt")
+    later = "${oc.create:'{_target_: builtins.print, _args_: [here]}'}"  # becomes a node when it is resolved
+    hidden = {"_target_": "diffusion_lab.models.External", "module": later}
+    torch.save({**good, "config": {**good["config"], "model": hidden}}, tmp_path / "hidden.ckpt")
+    with pytest.raises(ValueError, match="interpolation"):
+        load_checkpoint(tmp_path / "hidden.ckpt")
+    torch.save({**good, "composed": {**good["composed"], "model": hidden}}, tmp_path / "resumed.ckpt")
+    resumed = [f"ckpt={tmp_path / 'resumed.ckpt'}", "trainer.max_steps=2", f"hydra.run.dir={tmp_path / 'again'}"]
+    _refused(command("train", resumed, capfd), "no class of this package")
     nested = {"_target_": "diffusion_lab.models.External", "module": {"_target_": "torch.nn.Identity"}}
     torch.save({**good, "config": {**good["config"], "model": nested}}, tmp_path / "nested.ckpt")
     with pytest.raises(ValueError, match=r"trust=\[torch.nn\]"):
@@ -210,6 +218,7 @@ def test_sampling_refuses_what_cannot_be(tmp_path, capfd):
         ("seed=-1",): "non-negative",
         (f"out={full}",): "overwrite=true",
         ("device=cuda",): "device=cpu",
+        ("n=null",): "n",
     }.items():
         out = [] if any(a.startswith("out=") for a in arguments) else [f"out={tmp_path / 'out'}"]
         if arguments == ("device=cuda",) and torch.cuda.is_available():

@@ -137,6 +137,8 @@ def test_resuming_takes_the_configuration_of_the_checkpoint_and_overrides_on_top
     assert (config["schedule"]["steps"], config["seed"], config["data"]["seed"]) == (50, 7, 7)
     assert (config["trainer"]["max_steps"], config["optimizer"]["lr"]) == (4, 1e-5)
     assert config["callbacks"]["samples"] is None
+    group = _state(second)["optimizer_states"][0]["param_groups"][0]
+    assert (group["initial_lr"], group["lr"]) == (1e-5, 1e-5)
 
 
 def test_a_run_leaves_what_it_promises_and_samples_from_it(tmp_path, capfd):
@@ -167,7 +169,7 @@ def test_ema_and_best_are_of_the_averaged_weights(tmp_path, capfd):
     live = {k.removeprefix("network."): v for k, v in state["state_dict"].items()}
     assert live.keys() == state["ema"]["0.9"].keys()
     assert any(not torch.equal(live[k], v) for k, v in state["ema"]["0.9"].items())
-    ema, raw = load_checkpoint(run), load_checkpoint(run, weights="live")
+    ema, raw = load_checkpoint(run, weights=0.9), load_checkpoint(run, weights="live")
     assert (ema.weights, raw.weights) == ("ema 0.9", "live")
     _assert_same(dict(ema.denoiser.network.state_dict()), dict(state["ema"]["0.9"]))
     _assert_same(dict(raw.denoiser.network.state_dict()), live)
@@ -247,6 +249,22 @@ def test_a_sweep_runs_every_combination(tmp_path, capfd):
         for c in (_state(sweep / str(i))["config"] for i in range(4))
     }
     assert got == {("Linear", "PredNoise"), ("Linear", "PredV"), ("Cosine", "PredNoise"), ("Cosine", "PredV")}
+
+
+def test_a_sweep_goes_on_after_a_combination_that_cannot_be(tmp_path, capfd):
+    sweep = tmp_path / "sweep"
+    arguments = [
+        "--multirun",
+        *TINY,
+        "trainer.max_steps=1",
+        "schedule.zero_terminal_snr=true",
+        "objective=pred_noise,pred_v",
+    ]
+    code, _, err = command("train", [*arguments, f"hydra.sweep.dir={sweep}"], capfd)
+    assert code == 2
+    assert err.count("error: ") == 1
+    assert not (sweep / "0" / "checkpoints").exists()
+    assert _state(sweep / "1")["global_step"] == 1
 
 
 def test_tensorboard_and_offline_wandb_record_the_run(tmp_path, capfd, monkeypatch):

@@ -42,6 +42,11 @@ def network(config: Config) -> nn.Module:
 def module(config: Config, net: nn.Module, saved: Config) -> DiffusionModule:
     """What is trained: network, schedule, objective, weighting, error, times, condition, optimiser."""
     trainer = config["trainer"]
+    make = instantiate(config["optimizer"])
+    try:
+        make([nn.Parameter(torch.zeros(1))])
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"optimizer: {error}") from error
     return DiffusionModule(
         net,
         schedule=instantiate(config["schedule"]),
@@ -51,7 +56,7 @@ def module(config: Config, net: nn.Module, saved: Config) -> DiffusionModule:
         times=instantiate(config["times"]),
         condition=instantiate(config["condition"]),
         optimisation=Optimisation(
-            make=instantiate(config["optimizer"]),
+            make=make,
             rate=instantiate(config["rate"]),
             max_steps=trainer["max_steps"],
             precision=str(trainer["precision"]),
@@ -70,9 +75,16 @@ def callbacks(config: Config, folder: Path) -> list[pl.Callback]:
     built: list[pl.Callback] = []
     for node in (config.get("callbacks") or {}).values():
         if node is not None:
-            place = {"folder": str(folder / node["folder"])} if "folder" in node else {}
+            place = {"folder": str(_inside(folder, node["folder"]))} if "folder" in node else {}
             built.append(instantiate(node, **place))
     return [*built, Interrupt()]
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """A folder below the run folder, also where a checkpoint's configuration names it."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"callbacks write below the run folder, and {name} is not: write a relative name")
+    return folder / name
 
 
 def trainer(config: Config, folder: Path, loggers: list[Any], hooks: list[pl.Callback]) -> pl.Trainer:
@@ -91,8 +103,11 @@ def trainer(config: Config, folder: Path, loggers: list[Any], hooks: list[pl.Cal
             "trainer.precision=16-mixed needs a GPU (a CPU would silently run bf16): write 32-true or bf16-mixed"
         )
     accumulate = options["accumulate_grad_batches"]
-    if options["max_steps"] < 1 or accumulate < 1:
-        raise ValueError("trainer.max_steps and trainer.accumulate_grad_batches must be at least 1")
+    for key in ("max_steps", "accumulate_grad_batches", "log_every_n_steps", "val_draws", "num_nodes"):
+        if options[key] < 1:
+            raise ValueError(f"trainer.{key}={options[key]} must be at least 1")
+    if options["gradient_clip_val"] < 0:
+        raise ValueError("trainer.gradient_clip_val is a norm: write 0 for no clipping")
     validate = options["val_every"] > 0 and config["data"]["val"] != 0
     try:
         return pl.Trainer(
@@ -121,8 +136,8 @@ def trainer(config: Config, folder: Path, loggers: list[Any], hooks: list[pl.Cal
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
-    except pl.utilities.exceptions.MisconfigurationException as error:
-        raise ValueError(f"trainer: {error}") from error
+    except (pl.utilities.exceptions.MisconfigurationException, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"trainer: Lightning refuses these options: {error}") from error
 
 
 def saved(resolved: Config, composed: Config, overrides: Sequence[str]) -> dict[str, Any]:

@@ -85,7 +85,7 @@ class Run:
         Raises:
             ValueError: n < 1, a condition of another length, a label out of range, NaN from the network.
         """
-        if n < 1:
+        if not isinstance(n, int) or n < 1:
             raise ValueError(f"n={n}: ask for at least one image")
         condition = dict(condition or {})
         self._check(condition, n)
@@ -197,8 +197,9 @@ def read(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def select(checkpoint: dict[str, Any], weights: str) -> tuple[str, dict[str, Tensor]]:
+def select(checkpoint: dict[str, Any], weights: str | float) -> tuple[str, dict[str, Tensor]]:
     """(name, state) of the network's weights: "ema", "live", or the decay of an average."""
+    weights = weights if isinstance(weights, str) else f"{weights:g}"  # weights=0.999 arrives as a number
     averages = checkpoint.get("ema") or {}
     if weights == "ema" and averages:
         weights = next(iter(averages))

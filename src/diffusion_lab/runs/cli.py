@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from diffusion_lab.runs import options
+from diffusion_lab.runs import files, options
 
 REFUSED = 2  # the exit code of every refusal
 CONFIG_ENV = "DIFFUSION_LAB_CONFIG"  # in further processes of a run: the configuration that the first one resolved
@@ -65,8 +66,13 @@ def main(config_name: str, task: str) -> int:
             exit code.
     """
     inherited = os.environ.get(CONFIG_ENV)
-    if inherited and int(os.environ.get("LOCAL_RANK", "0")) > 0:
+    if int(os.environ.get("LOCAL_RANK", "0")) > 0 and inherited:
         return _call(task, OmegaConf.load(inherited))
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        with refusals():
+            raise ValueError(
+                "started by torchrun: start one process, python src/train.py trainer=ddp, which starts the others"
+            )
     arguments = sys.argv[1:]
     flags = [a for a in arguments if a.startswith("-")]
     overrides = [a for a in arguments if (not a.startswith("-") and "=" in a) or a.startswith(("~", "+"))]
@@ -83,12 +89,20 @@ def main(config_name: str, task: str) -> int:
                 _check_folder(config, sweep)
     import hydra
 
+    sweep = bool({"--multirun", "-m"} & set(flags))
     outcome: list[int] = []
-    # Hydra returns nothing of a task, so the exit code is kept aside; of a sweep, the worst.
-    run = hydra.main(str(options.CONF), config_name, version_base="1.3")(
-        lambda config: outcome.append(_call(task, config))
-    )
-    run()
+
+    def job(config: DictConfig) -> None:
+        try:
+            outcome.append(_call(task, config))  # Hydra returns nothing of a job, so the exit code is kept aside
+        except Refusal:
+            if not sweep:
+                raise
+            outcome.append(REFUSED)  # the other jobs of a sweep go on
+        if sweep and outcome[-1] > 128:  # a signal ends the sweep, not one job of it
+            raise SystemExit(outcome[-1])
+
+    hydra.main(str(options.CONF), config_name, version_base="1.3")(job)()
     return max(outcome, default=0)
 
 
@@ -119,14 +133,12 @@ def _call(task: str, config: Any) -> int:
 
 def _check_folder(config: DictConfig, sweep: bool) -> None:
     """Refuse an output folder that was named and is not empty, before Hydra writes into it."""
-    node = config.hydra.sweep if sweep else config.hydra.run
-    folder = Path(str(node.dir))
-    if config.get("overwrite"):
-        return
-    named = [folder] + ([Path(str(config.out))] if config.get("out") else [])
-    for path in named:
-        if path.is_file():
-            raise ValueError(f"{path} is a file: name a folder for the output")
-        if path.is_dir() and any(path.iterdir()):
-            key = "out" if path != folder else ("hydra.sweep.dir" if sweep else "hydra.run.dir")
-            raise ValueError(f"the output folder {path} is not empty: write overwrite=true, or another {key}=")
+    key, node = ("hydra.sweep.dir", config.hydra.sweep) if sweep else ("hydra.run.dir", config.hydra.run)
+    overwrite = bool(config.get("overwrite"))
+    try:
+        folder = Path(str(node.dir))
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{key} cannot be resolved: {options.first_line(error)}") from None
+    files.refuse_filled(folder, key, overwrite)
+    if config.get("out"):
+        files.refuse_filled(Path(str(config.out)), "out", overwrite)

@@ -37,6 +37,7 @@ def run(config: DictConfig) -> int:
         if unknown:
             raise ValueError(f"metrics={unknown[0]} is unknown: write {', '.join(METRICS)}")
         out = Path(settings["out"] or settings["run_dir"])
+        files.refuse_filled(out, "out", settings["overwrite"])
         loaded = load_checkpoint(settings["ckpt"], settings["weights"], settings["trust"])
         loaded = rewrapped(loaded, clip=instantiate(settings.get("clip"))).to(device(settings["device"]))
         samplers = _samplers(settings)

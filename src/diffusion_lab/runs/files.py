@@ -4,6 +4,14 @@ import os
 from pathlib import Path
 
 
+def refuse_filled(folder: Path, key: str, overwrite: bool) -> None:
+    """Raise ValueError where `folder`, named by the option `key`, is a file or holds something, unless it may be written over."""
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file: name a folder for the output")
+    if not overwrite and folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"the output folder {folder} is not empty: write overwrite=true, or another {key}=")
+
+
 def write(path: Path, content: str | bytes) -> None:
     """Writes under a temporary name and renames; makes the folder. OSError: as the file system says, nothing is left."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -45,7 +45,15 @@ def instantiate(node: Any, trust: Sequence[str] | None = None, **kwargs: Any) ->
 
 
 def check_targets(node: Any, trust: Sequence[str]) -> None:
-    """Raise ValueError where a configuration from a checkpoint names a class that is neither ours nor trusted."""
+    """Raise ValueError where a resolved configuration from a checkpoint names a class that is neither ours nor trusted.
+
+    Nothing in a resolved configuration is an interpolation; one that is there all the same would be evaluated later, into
+    whatever it pleases.
+    """
+    if isinstance(node, str) and "${" in node:
+        raise ValueError(
+            f"the checkpoint's configuration holds an interpolation ({node[:60]!r}): it was not written by src/train.py"
+        )
     if isinstance(node, Mapping):
         target = node.get("_target_")
         if target is not None and not _trusted(str(target), trust):
@@ -53,7 +61,7 @@ def check_targets(node: Any, trust: Sequence[str]) -> None:
             raise ValueError(
                 f"the checkpoint names {target}, no class of this package: if you trust it write trust=[{module}]"
             )
-        node = list(node.values())
+        node = [*node.keys(), *node.values()]
     if isinstance(node, (list, tuple)):
         for child in node:
             check_targets(child, trust)

@@ -27,7 +27,8 @@ def build(config: Mapping[str, Any], resolved: Mapping[str, Any], folder: Path) 
     if "wandb" in chosen:
         options = chosen["wandb"]
         offline = _offline(str(options["mode"]))
-        os.environ.setdefault("WANDB_SILENT", "true")
+        if offline:
+            os.environ.setdefault("WANDB_SILENT", "true")  # nothing to say without a page to look at
         logger = WandbLogger(
             project=options["project"],
             name=options["name"] or f"{_leaf(resolved, 'schedule')}-{_leaf(resolved, 'objective')}",
@@ -36,6 +37,7 @@ def build(config: Mapping[str, Any], resolved: Mapping[str, Any], folder: Path) 
             config=dict(resolved),
             log_model=False,
         )
+        logger._wandb_init.pop("anonymous", None)  # Lightning passes it always, and W&B warns of it always
         loggers.append(logger)
     return loggers
 

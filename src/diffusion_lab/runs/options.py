@@ -64,7 +64,7 @@ def check(config_name: str, arguments: Sequence[str], sweep: bool = False) -> Di
         overrides = OverridesParser.create().parse_overrides(list(arguments))
     except HydraException as error:
         raise ValueError(
-            f"cannot read the overrides {' '.join(arguments)!r}: {_first_line(error)}; write KEY=VALUE"
+            f"cannot read the overrides {' '.join(arguments)!r}: {first_line(error)}; write KEY=VALUE"
         ) from None
     several = next((o.input_line for o in overrides if o.is_sweep_override()), None)
     if several and not sweep:
@@ -77,7 +77,19 @@ def check(config_name: str, arguments: Sequence[str], sweep: bool = False) -> Di
         for override in overrides:
             if override not in chosen:
                 _check_value(override, base)
-        return _compose(config_name, [_single(o) for o in overrides])
+        config = _compose(config_name, [_single(o) for o in overrides])
+        _resolve(config)
+        return config
+
+
+def _resolve(config: DictConfig) -> None:
+    """Raise ValueError where an interpolation leads nowhere; `run_dir` is known to a running job only."""
+    plain = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(plain, dict)
+    try:
+        OmegaConf.to_container(OmegaConf.create({**plain, "hydra": None, "run_dir": "."}), resolve=True)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"the configuration cannot be resolved: {first_line(error)}") from None
 
 
 @contextmanager
@@ -95,10 +107,11 @@ def _compose(config_name: str, overrides: list[str]) -> DictConfig:
     try:
         return compose(config_name, overrides, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(f"{' '.join(overrides)}: {_first_line(error)}") from None
+        raise ValueError(f"{' '.join(overrides)}: {first_line(error)}") from None
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message that says something."""
     return next(line.strip() for line in str(error).splitlines() if line.strip())
 
 
@@ -107,9 +120,9 @@ def _values(override: Override) -> Iterable[Any]:
     value = override.value()
     if isinstance(value, ChoiceSweep):
         return [v for v in value.list if not isinstance(v, Sweep)]
-    if override.is_sweep_override():
+    if override.is_discrete_sweep():
         return list(override.sweep_iterator())
-    return [value]
+    return [] if override.is_sweep_override() else [value]  # an interval or a glob is its sweeper's affair
 
 
 def _plain(value: Any) -> Any:
@@ -120,8 +133,10 @@ def _single(override: Override) -> str:
     """The override as text, with the first value where it sweeps."""
     if not override.is_sweep_override():
         return str(override.input_line)
-    key, first = str(override.input_line).split("=", 1)[0], next(iter(override.sweep_string_iterator()))
-    return f"{key}={first}"
+    key = str(override.input_line).split("=", 1)[0]
+    if not override.is_discrete_sweep():
+        raise ValueError(f"{override.input_line}: name the values of a sweep, {key}=A,B or {key}=range(1,4)")
+    return f"{key}={next(iter(override.sweep_string_iterator()))}"
 
 
 # groups -----------------------------------------------------------------------------------------------------------------
@@ -138,6 +153,8 @@ def group_options(group: str) -> list[str]:
 
 def _check_group(override: Override) -> None:
     if override.is_delete():
+        if override.key_or_group not in ("experiment", "recipe", "callbacks", "logger", "clip"):
+            raise ValueError(f"{override.input_line}: a run needs every group; write {override.key_or_group}=OPTION")
         return
     group = override.key_or_group.split("@")[0]
     options = [o for o in group_options(group) if (group, o) not in (("trainer", "base"), ("model", "unet"))]
@@ -155,9 +172,9 @@ def _check_group(override: Override) -> None:
 
 def _check_value(override: Override, base: DictConfig) -> None:
     key = override.key_or_group
-    if override.is_add() or override.is_force_add():
-        return
     known = _keys(base)
+    if key.startswith("hydra/") or ((override.is_add() or override.is_force_add()) and key not in known):
+        return
     if key not in known:
         if "." not in key and key not in ("seed", "ckpt"):
             known = {k for k in known if "." not in k} | {

@@ -25,6 +25,7 @@ def run(config: DictConfig) -> int:
         if not settings["ckpt"]:
             raise ValueError("name what to sample from: ckpt=PATH of a checkpoint or a run folder, or ckpt=latest")
         out = Path(settings["out"] or settings["run_dir"])
+        files.refuse_filled(out, "out", settings["overwrite"])
         loaded = load_checkpoint(settings["ckpt"], settings["weights"], settings["trust"])
         loaded = rewrapped(loaded, clip=instantiate(settings.get("clip")))
         sampler = instantiate(settings["sampler"])

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import shutil
 import sys
 import warnings
@@ -33,6 +34,9 @@ def run(config: DictConfig) -> int:
         resume = _resume(config)
         composed, overrides = _merged(config, resume)
         settings = _plain(OmegaConf.create(composed))
+        if resume:
+            check_targets({k: v for k, v in settings.items() if k not in _NOT_FROM_CHECKPOINT}, settings["trust"])
+            settings["ckpt"] = str(resume[0].absolute())  # what `latest` means now, for every process
         folder = Path(settings["run_dir"])
         _check_processes(settings)
         data = build.data(settings)
@@ -50,6 +54,8 @@ def run(config: DictConfig) -> int:
         if trainer.is_global_zero:
             data.prepare_data()
             _write_configuration(folder, settings)
+            if resume:
+                _keep_best(resume[0], folder)
         if resume:
             path, step = resume
             if step >= settings["trainer"]["max_steps"]:
@@ -57,6 +63,10 @@ def run(config: DictConfig) -> int:
             data.start_at(step)
         data.setup()
         data.train_dataloader()  # refuses a batch size that does not divide
+        if 0 < data.size("val") < trainer.world_size:
+            raise ValueError(
+                f"{data.size('val')} validation images are too few for {trainer.world_size} processes: write data.val=0"
+            )
     os.environ[CONFIG_ENV] = str(folder / "config.yaml")  # read by the further processes that Lightning starts
     _announce(trainer, network, data, settings)
     try:
@@ -64,6 +74,8 @@ def run(config: DictConfig) -> int:
             trainer.fit(module, datamodule=data, ckpt_path=str(resume[0]) if resume else None, weights_only=True)
     finally:
         os.environ.pop(CONFIG_ENV, None)
+        if "wandb" in sys.modules:
+            sys.modules["wandb"].finish()  # or the next job of a sweep would go on with this job's run
     return _report(trainer, hooks, settings)
 
 
@@ -101,6 +113,10 @@ def _merged(config: DictConfig, resume: tuple[Path, int] | None) -> tuple[dict[s
     held = OmegaConf.create(checkpoint["composed"])
     for override in parse(given):
         key = override.key_or_group
+        if key in ("experiment", "recipe"):
+            raise ValueError(
+                f"{override.input_line} begins a run and ckpt= continues one: write the values that are to change"
+            )
         value: Any = both
         for part in [] if override.is_delete() or key in _NOT_FROM_CHECKPOINT else key.split("."):
             value = value[part]
@@ -108,7 +124,6 @@ def _merged(config: DictConfig, resume: tuple[Path, int] | None) -> tuple[dict[s
     for key in _NOT_FROM_CHECKPOINT:
         held[key] = own[key]
     merged: dict[str, Any] = OmegaConf.to_container(held, resolve=False)  # type: ignore[assignment]
-    check_targets(merged, own["trust"])
     return merged, overrides
 
 
@@ -118,7 +133,22 @@ def _plain(config: DictConfig) -> dict[str, Any]:
 
 
 def _write_configuration(folder: Path, settings: Mapping[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    try:  # the file is the run's claim on its folder: two runs of one second must not share it
+        (folder / "config.yaml").open("x").close()
+    except FileExistsError:
+        if not settings["overwrite"]:
+            raise ValueError(
+                f"{folder} belongs to another run that began just now: start again, or write hydra.run.dir="
+            ) from None
     files.write(folder / "config.yaml", yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
+
+
+def _keep_best(resumed: Path, folder: Path) -> None:
+    """best.ckpt of the run that is continued, whose score is continued too, until this run does better."""
+    best = resumed.with_name("best.ckpt")
+    if best.is_file():
+        files.write(folder / "checkpoints" / "best.ckpt", best.read_bytes())
 
 
 # checks before the run --------------------------------------------------------------------------------------------------
@@ -126,7 +156,8 @@ def _write_configuration(folder: Path, settings: Mapping[str, Any]) -> None:
 
 def _check_processes(settings: Mapping[str, Any]) -> None:
     options = settings["trainer"]
-    several = options["num_nodes"] > 1 or options["devices"] not in (1, "1", [0])
+    devices = options["devices"]
+    several = options["num_nodes"] > 1 or (len(devices) > 1 if isinstance(devices, list) else devices not in (1, "1"))
     if several and HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
         raise ValueError(
             "--multirun with several processes would run the sweep again in every process: write trainer.devices=1, "
@@ -192,6 +223,6 @@ def _report(trainer: pl.Trainer, hooks: list[pl.Callback], settings: Mapping[str
     if kept:
         program = Path(sys.argv[0]).parent / "train.py"
         if trainer.global_step < settings["trainer"]["max_steps"]:
-            _say(f"resume   python {program} ckpt={kept.last_path}")
-        _say(f"sample   python {program.with_name('sample.py')} ckpt={kept.last_path} n=64")
+            _say(f"resume   python {program} ckpt={shlex.quote(str(kept.last_path))}")
+        _say(f"sample   python {program.with_name('sample.py')} ckpt={shlex.quote(str(kept.last_path))} n=64")
     return 0 if signal is None else 128 + signal

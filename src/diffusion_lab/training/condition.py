@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from diffusion_lab.noise import Stream, uniform
+from diffusion_lab.schedules import move
 
 
 class Condition(ABC):
@@ -56,5 +57,5 @@ class Label(Condition):
         label: Tensor = batch["label"]
         if seed is not None and self.drop > 0:
             coin = uniform((), seed=seed, index=batch["position"], draw=batch["step"], stream=Stream.LABEL)
-            label = torch.where((coin < self.drop).to(label.device), self.num_classes, label)
+            label = torch.where(move(coin < self.drop, label.device), self.num_classes, label)
         return {"label": label}

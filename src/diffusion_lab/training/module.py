@@ -11,7 +11,7 @@ from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.losses import Error, StepLoss, corrupt, diffusion_loss
 from diffusion_lab.noise import Stream, normal, uniform, word
 from diffusion_lab.objectives import Objective
-from diffusion_lab.schedules import Schedule, match
+from diffusion_lab.schedules import Schedule, match, move
 from diffusion_lab.times import Stratified, TimeSampler
 from diffusion_lab.training.condition import Condition
 from diffusion_lab.training.optim import Rate, build_optimizer
@@ -112,7 +112,7 @@ class DiffusionModule(pl.LightningModule):
         _seed(x0.device, word(seed=self.seed, index=int(position[0]), draw=step, stream=Stream.DROPOUT))
         key: dict[str, Any] = {"seed": self.seed, "draw": step}
         t = self.times(self.schedule, position, self.batch_size, seed=self.seed, step=step)
-        noise = normal(tuple(x0.shape[1:]), index=position.to(x0.device), stream=Stream.NOISE, **key)
+        noise = normal(tuple(x0.shape[1:]), index=move(position, x0.device), stream=Stream.NOISE, **key)
         condition = self.condition(batch, seed=self.seed)
         previous = self._previous(x0, noise, t, condition, position, step)
         loss = diffusion_loss(self.denoiser, self.weighting, self.error, x0, noise, t, previous, **condition)
@@ -159,8 +159,27 @@ class DiffusionModule(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         o = self.optimisation
         optimizer = build_optimizer(o.make, self.network.parameters(), o.precision, o.clipping)
+        self._hyper = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: o.rate(step, o.max_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """A resumed optimiser has the hyper-parameters of its checkpoint; those of the configuration hold."""
+        rate = self.lr_schedulers()
+        assert isinstance(rate, torch.optim.lr_scheduler.LambdaLR)
+        for group, hyper in zip(rate.optimizer.param_groups, self._hyper, strict=True):
+            factor = self.optimisation.rate(self.global_step, self.optimisation.max_steps)
+            group.update({**hyper, "initial_lr": hyper["lr"], "lr": hyper["lr"] * factor})
+        rate.base_lrs = [hyper["lr"] for hyper in self._hyper]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Training resumes between two steps. A checkpoint of a time limit in the middle of an accumulated batch, or one whose
+        parts are now others, counts parts that are not repeated otherwise."""
+        parts = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        if progress["current"]["ready"] != parts:
+            for counts in (progress["current"], progress["total"]):
+                counts.update(dict.fromkeys(("ready", "started", "processed", "completed"), parts))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint.update(self.saved)

@@ -1,5 +1,6 @@
 """checkpoints/last.ckpt and checkpoints/best.ckpt."""
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,9 @@ class Checkpoints(pl.Callback):
     def best_path(self) -> Path:
         return self.folder / "best.ckpt"
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._saved = trainer.global_step if trainer.global_step else -1
+
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         step = trainer.global_step
         if step and step % self.every == 0 and step != self._saved:
@@ -43,7 +47,7 @@ class Checkpoints(pl.Callback):
         if trainer.sanity_checking or self.monitor not in trainer.callback_metrics:
             return
         value = float(trainer.callback_metrics[self.monitor])
-        if self.best is None or value < self.best:
+        if math.isfinite(value) and (self.best is None or value < self.best):
             self.best = value
             self._write(trainer, self.best_path)
 

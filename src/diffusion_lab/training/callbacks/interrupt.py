@@ -15,6 +15,8 @@ class Interrupt(pl.Callback):
         received: the signal that ended the run, or None.
     """
 
+    AGREE = 10  # steps
+
     def __init__(self) -> None:
         self.received: int | None = None
         self._before: dict[int, Any] = {}
@@ -34,7 +36,11 @@ class Interrupt(pl.Callback):
         if trainer.fit_loop.epoch_loop.batch_progress.current.ready % trainer.accumulate_grad_batches:
             return  # in the middle of an accumulated batch, whose gradients no checkpoint holds
         stop = self.received is not None
-        if trainer.world_size > 1:  # all processes stop at the same step
+        if (
+            trainer.world_size > 1
+        ):  # all processes stop at the same step; they agree on it every so many, for it makes them wait
+            if trainer.global_step % self.AGREE:
+                return
             stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
         if stop:
             trainer.should_stop = True

@@ -6,6 +6,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
+from diffusion_lab.schedules import move
 from diffusion_lab.training.module import DiffusionModule
 
 
@@ -36,7 +37,7 @@ class Losses(pl.Callback):
         self, trainer: pl.Trainer, pl_module: DiffusionModule, outputs: dict[str, torch.Tensor], *_: Any
     ) -> None:
         each, t = outputs["each"].double(), outputs["t"]
-        bins = torch.bucketize(2 * pl_module.schedule.lam(t), self._bounds).to(each.device)
+        bins = move(torch.bucketize(2 * pl_module.schedule.lam(t), self._bounds), each.device)
         self._sums.index_add_(1, bins, torch.stack([each, torch.ones_like(each)]))
         micro = (trainer.fit_loop.epoch_loop.batch_progress.current.ready) % trainer.accumulate_grad_batches
         if micro or trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]

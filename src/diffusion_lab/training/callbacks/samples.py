@@ -1,5 +1,6 @@
 """Grids of samples while training."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from diffusion_lab.data.pictures import Panel, save_sheet
 from diffusion_lab.denoiser import Clip, Denoiser
 from diffusion_lab.noise import normal
 from diffusion_lab.samplers import Sampler, prior
+from diffusion_lab.training.callbacks.interrupt import Interrupt
 from diffusion_lab.training.module import DiffusionModule
 
 
@@ -55,13 +57,17 @@ class Samples(pl.Callback):
         self.path: Path | None = None  # the newest grid
         self._drawn = -1
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._drawn = trainer.global_step
+
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: DiffusionModule, *_: Any) -> None:  # type: ignore[override]
         step = trainer.global_step
         if step and step % self.every == 0:
             self._draw(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: DiffusionModule) -> None:  # type: ignore[override]
-        if trainer.global_step:
+        stopped = any(isinstance(c, Interrupt) and c.received is not None for c in trainer.callbacks)  # type: ignore[attr-defined]
+        if trainer.global_step and not stopped:  # whoever stops a run does not want to wait for pictures
             self._draw(trainer, pl_module)
 
     def _draw(self, trainer: pl.Trainer, module: DiffusionModule) -> None:
@@ -73,6 +79,12 @@ class Samples(pl.Callback):
         module.network.eval()
         try:
             panels = self._panels(module)
+        except (
+            ValueError,
+            torch.OutOfMemoryError,
+        ) as error:  # NaN, or no room for n images: no reason to end the training
+            warnings.warn(f"no samples at step {step}: {error}", stacklevel=2)
+            return
         finally:
             module.network.train(training)
         self.path = self.folder / f"step_{step:07d}.png"
