@@ -118,6 +118,18 @@ def test_the_readme_s_commands_run_in_its_order(workplace, monkeypatch, capfd):
 
 
 @pytest.mark.slow
+def test_the_readme_s_commands_at_full_length(workplace, monkeypatch):
+    """As a user types them, some 25 minutes on two cores; only where the README names no data of a known size is the run cut."""
+    monkeypatch.setenv("NETRC", str(workplace / "none"))
+    monkeypatch.setenv("PYTHONPATH", str(workplace))
+    for line in COMMANDS:
+        if not line.startswith("make") and _without_download(line):
+            of_ones_own = "image_folder" in line or "model=own" in line
+            extra = "trainer.max_steps=100" if of_ones_own else "trainer.accelerator=cpu" if "ddp" in line else ""
+            _apart(line, workplace, extra)
+
+
+@pytest.mark.slow
 def test_the_main_job_at_full_length(workplace, tmp_path):
     """`make train`'s command: the loss of the README, and samples that the classifier takes for digits."""
     run = tmp_path / "run"

@@ -88,10 +88,11 @@ class Payload:
     """Would run a command when unpickled."""
 
     def __reduce__(self):
-        return (os.system, ("touch /tmp/diffusion-lab-was-here",))
+        return (os.system, ("touch was-here",))
 
 
-def test_a_checkpoint_cannot_run_code(tmp_path, capfd):
+def test_a_checkpoint_cannot_run_code(tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     train(tmp_path / "run", "trainer.max_steps=1", capfd=capfd)
     path = tmp_path / "run" / "checkpoints" / "last.ckpt"
     good = torch.load(path, weights_only=True)
@@ -116,7 +117,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path, capfd):
     torch.save({**good, "config": {**good["config"], "model": nested}}, tmp_path / "nested.ckpt")
     with pytest.raises(ValueError, match=r"trust=\[torch.nn\]"):
         load_checkpoint(tmp_path / "nested.ckpt")
-    assert not os.path.exists("/tmp/diffusion-lab-was-here")
+    assert not (tmp_path / "was-here").exists()
 
 
 def test_a_network_of_ones_own_is_trained_and_trusted(tmp_path, capfd):
