@@ -220,6 +220,7 @@ def test_sampling_refuses_what_cannot_be(tmp_path, capfd):
         (f"out={full}",): "overwrite=true",
         ("device=cuda",): "device=cpu",
         ("n=null",): "n",
+        ("task=dream",): "task=generate",
     }.items():
         out = [] if any(a.startswith("out=") for a in arguments) else [f"out={tmp_path / 'out'}"]
         if arguments == ("device=cuda",) and torch.cuda.is_available():

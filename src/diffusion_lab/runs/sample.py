@@ -22,6 +22,8 @@ def run(config: DictConfig) -> int:
     """Samples as configured and writes grid.png, samples.npz and images/*.png; returns the exit code."""
     with refusals(OSError):
         settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+        if settings["task"] != "generate":
+            raise ValueError(f"task={settings['task']} is unknown: write task=generate")
         if not settings["ckpt"]:
             raise ValueError("name what to sample from: ckpt=PATH of a checkpoint or a run folder, or ckpt=latest")
         out = Path(settings["out"] or settings["run_dir"])
