@@ -16,6 +16,7 @@ from torch import nn
 
 import diffusion_lab
 from diffusion_lab.data.datamodule import DataModule
+from diffusion_lab.runs.checkpoints import FORMAT
 from diffusion_lab.runs.instantiate import instantiate
 from diffusion_lab.training.callbacks import Interrupt
 from diffusion_lab.training.module import DiffusionModule, Optimisation
@@ -147,7 +148,7 @@ def saved(resolved: Config, composed: Config, overrides: Sequence[str]) -> dict[
         "overrides": list(overrides),
         "composed": copy.deepcopy(dict(composed)),  # the same with its interpolations, to resume with overrides on top
         "diffusion_lab": {
-            "format": 1,
+            "format": FORMAT,
             "version": diffusion_lab.__version__,
             "torch": str(torch.__version__),
             "lightning": str(pl.__version__),
