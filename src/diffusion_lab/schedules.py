@@ -37,6 +37,7 @@ class Schedule(ABC):
     """A curve (α_t, σ_t) with λ(t) = ln(α/σ) strictly decreasing. What a new curve must give: the first three methods."""
 
     steps: int | None = None  # T of a table; None for a continuous curve
+    least: float = 1e-3  # the smallest time at which samplers ask the network; 1/T of a table
 
     @abstractmethod
     def alpha_sigma(self, t: Times) -> tuple[Times, Times]:
@@ -88,7 +89,7 @@ class Table(Schedule):
         if zero_terminal_snr:
             alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
             sigma = torch.cat([sigma[:1], ((1 - alpha[1:]) * (1 + alpha[1:])).sqrt()])
-        self.steps = len(alpha)
+        self.steps, self.least = len(alpha), 1 / len(alpha)
         start = torch.tensor([1.0, 0.0], dtype=torch.float64)
         self._alpha, self._sigma = torch.cat([start[:1], alpha]), torch.cat([start[1:], sigma])
         self._lam = self._alpha.log() - self._sigma.log()  # +∞ at i = 0

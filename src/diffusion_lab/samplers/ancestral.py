@@ -19,17 +19,22 @@ class DDPM(Sampler):
         steps: how many; None is every step of the schedule.
         variance: σ², the spread of a step.
         grid: the time grid.
+        budget: network evaluations, instead of `steps`.
     """
 
-    def __init__(self, steps: int | None = None, variance: Variance | None = None, grid: str = "linspace") -> None:
-        super().__init__(steps, grid)
+    deterministic = False
+
+    def __init__(
+        self,
+        steps: int | None = None,
+        variance: Variance | None = None,
+        grid: str = "linspace",
+        budget: int | None = None,
+    ) -> None:
+        super().__init__(steps, grid, budget)
         self.variance = variance or FixedSmall()
 
     def integrate(self, x: Tensor, times: Tensor, model: Model, steps: Iterable[int]) -> Tensor:
-        if times[0] < times[-1]:
-            raise ValueError(
-                "sampler=ddpm is stochastic and runs from noise to data only: to encode write sampler=ddim with eta=0"
-            )
         for i in steps:
             t, s = times[i], times[i + 1]
             prediction = model(x, t)
@@ -52,15 +57,21 @@ class DDIM(Sampler):
         eta: η in [0, 1].
         variance: the estimate that adds to the floor η²σ̃²; fixed_small adds nothing.
         grid: the time grid.
+        budget: network evaluations, instead of `steps`.
 
     Raises:
         ValueError: η outside [0, 1], or a variance for ancestral steps only.
     """
 
     def __init__(
-        self, steps: int | None = 50, eta: float = 0.0, variance: Variance | None = None, grid: str = "trailing"
+        self,
+        steps: int | None = 50,
+        eta: float = 0.0,
+        variance: Variance | None = None,
+        grid: str = "trailing",
+        budget: int | None = None,
     ) -> None:
-        super().__init__(steps, grid)
+        super().__init__(steps, grid, budget)
         if not 0 <= eta <= 1:
             raise ValueError(f"sampler=ddim needs eta in [0, 1], not eta={eta}: 0 is deterministic, 1 is ancestral")
         self.eta, self.variance = eta, variance or FixedSmall()
@@ -69,12 +80,11 @@ class DDIM(Sampler):
                 f"variance {type(self.variance).__name__} is for ancestral steps only: write sampler=ddpm or variance=fixed_small"
             )
 
+    @property
+    def deterministic(self) -> bool:
+        return self.eta == 0 and isinstance(self.variance, FixedSmall)
+
     def integrate(self, x: Tensor, times: Tensor, model: Model, steps: Iterable[int]) -> Tensor:
-        deterministic = self.eta == 0 and isinstance(self.variance, FixedSmall)
-        if times[0] < times[-1] and not deterministic:
-            raise ValueError(
-                "sampler=ddim encodes (start < stop) only with eta=0 and variance=fixed_small: a noisy step has no inverse"
-            )
         for i in steps:
             t, s = times[i], times[i + 1]
             if t == 0:  # encoding begins: no network was trained at t = 0, so ε̂ is that of the next time, and x is x_0
@@ -82,17 +92,15 @@ class DDIM(Sampler):
             else:
                 prediction = model(x, t)
             model.report(i, t, x, prediction)
-            x = self._step(model, t, s, x, prediction, i, deterministic)
+            x = self._step(model, t, s, x, prediction, i)
         return x
 
-    def _step(
-        self, model: Model, t: Tensor, s: Tensor, x: Tensor, prediction: Prediction, i: int, deterministic: bool
-    ) -> Tensor:
+    def _step(self, model: Model, t: Tensor, s: Tensor, x: Tensor, prediction: Prediction, i: int) -> Tensor:
         alpha_s, sigma_s = model.schedule.alpha_sigma(s)
-        floor = torch.zeros_like(s) if deterministic else self.eta**2 * posterior(model.schedule, t, s).variance
+        floor = torch.zeros_like(s) if self.deterministic else self.eta**2 * posterior(model.schedule, t, s).variance
         direction = (sigma_s.square() - floor).clamp(min=0).sqrt()
         out = match(alpha_s, x) * prediction.x0 + match(direction, x) * prediction.noise
-        if deterministic or s == 0:
+        if self.deterministic or s == 0:
             return out
         variance = self.variance(model.schedule, t, s, prediction, floor=floor)
         return out + _root(variance, x) * model.noise(i)

@@ -15,7 +15,12 @@ Callback = Callable[[int, float, Tensor, Prediction], None]
 
 
 class Model:
-    """A denoiser during one run of a sampler: carries the condition and the x̂_0 before, counts, and watches for NaN."""
+    """A denoiser during one run of a sampler: carries the condition and the x̂_0 before, counts, and watches for NaN.
+
+    Attributes:
+        nfe: network evaluations so far.
+        noise: noise(i), that of step i, standard normal of the state's shape; each i is one draw of the key.
+    """
 
     def __init__(
         self,
@@ -27,15 +32,15 @@ class Model:
         self.denoiser, self.schedule, self.condition = denoiser, denoiser.schedule, condition
         self.callback, self.noise, self.nfe = callback, noise, 0
         self._previous: Tensor | None = None
-        self._times: list[float] = []
+        self._times: list[Tensor] = []
         self._finite: list[Tensor] = []
 
     def __call__(self, x: Tensor, t: Tensor) -> Prediction:
-        """One network evaluation at state x (B, …) and time t, 0-d on the CPU."""
+        """One network evaluation at state x (B, …) and time t, 0-d on the CPU, or (B,) where each image has its own."""
         prediction = self.denoiser(x, t, previous=self._previous, **self.condition)
         self._previous = prediction.x0
         self.nfe += 1
-        self._times.append(float(t))
+        self._times.append(t)
         self._finite.append(prediction.x0.isfinite().all())  # stays on the device; read once, at the end
         return prediction
 
@@ -49,29 +54,49 @@ class Model:
         bad = (~torch.stack(self._finite)).nonzero()
         if len(bad):
             i = int(bad[0])
+            t = float(self._times[i].max())
             raise ValueError(
-                f"the network gave NaN or infinity at evaluation {i + 1} of {self.nfe}, t={self._times[i]:.4g}: "
+                f"the network gave NaN or infinity at evaluation {i + 1} of {self.nfe}, t={t:.4g}: "
                 "sample in float32, or take a checkpoint from before the training diverged"
             )
 
 
 class Sampler(ABC):
-    """An integrator from `start` to `stop` over a grid of times. What a new one must give: `integrate`.
+    """An integrator from `start` to `stop` over a grid of times. What a new one must give: `integrate`, `deterministic`.
 
     Args:
         steps: how many; None means every step of a discrete schedule.
         grid: the name of a time grid (see grids.py).
+        budget: instead of `steps`, how many network evaluations a call may take at most.
 
     Attributes:
         nfe: network evaluations of the last call.
+
+    Raises:
+        ValueError: an unknown grid, no steps, or a budget that allows none.
     """
 
-    def __init__(self, steps: int | None, grid: str) -> None:
+    uses_previous = True  # whether a self-conditioning network may be given the x̂_0 of the evaluation before
+
+    def __init__(self, steps: int | None, grid: str, budget: int | None = None) -> None:
         if grid not in grids.NAMES:
             raise ValueError(f"unknown time grid {grid!r}: write one of {', '.join(grids.NAMES)}")
+        if budget is not None:
+            steps = self.within(budget)
+            if steps < 1:
+                raise ValueError(f"sampler.budget={budget} allows not one step of {type(self).__name__}: allow more")
         if steps is not None and steps < 1:
             raise ValueError(f"a sampler needs steps >= 1, not steps={steps}")
         self.steps, self.grid, self.nfe = steps, grid, 0
+
+    @property
+    @abstractmethod
+    def deterministic(self) -> bool:
+        """Whether the result is a function of the state alone. Only then can it run from data to noise."""
+
+    def within(self, budget: int) -> int:
+        """The most steps that take at most `budget` network evaluations: one each, unless a subclass says otherwise."""
+        return budget
 
     @abstractmethod
     def integrate(self, x: Tensor, times: Tensor, model: Model, steps: Iterable[int]) -> Tensor:
@@ -90,6 +115,11 @@ class Sampler(ABC):
 
     def check(self, denoiser: Denoiser) -> None:
         """Raise ValueError where this sampler cannot work with that denoiser."""
+        if denoiser.self_conditioning and not self.uses_previous:
+            raise ValueError(
+                f"sampler {type(self).__name__} solves an ODE in x alone and cannot carry the previous estimate that this "
+                "self-conditioning network takes: write sampler=ddim"
+            )
         self.times(denoiser)
 
     @torch.no_grad()
@@ -125,6 +155,11 @@ class Sampler(ABC):
         Raises:
             ValueError: a grid that cannot be, a stochastic sampler with start < stop, NaN from the network.
         """
+        if start < stop and not self.deterministic:
+            raise ValueError(
+                f"sampler {type(self).__name__} as configured is stochastic and runs from noise to data only: to encode "
+                "(start < stop) write sampler=ddim with eta=0 and variance=fixed_small"
+            )
         times = self.times(denoiser, start, stop)
         key = torch.arange(len(x_T), device=x_T.device) if index is None else index.to(x_T.device)
 

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from diffusion_lab.schedules import NODE_TOLERANCE, Schedule
 
-FINEST = 1000  # cells that a curve without steps counts as, where a grid needs the smallest time above data
-
 
 def leading(n: int, cells: float) -> Tensor:
     """1 + k·⌊cells/n⌋, k = n − 1 … 0: every ⌊T/n⌋-th step counted from data. Does not begin at `start` (DDIM's code)."""
@@ -60,7 +58,7 @@ def times(name: str, schedule: Schedule, steps: int | None, start: float = 1.0, 
     """
     if name not in NAMES:
         raise ValueError(f"unknown time grid {name!r}: write one of {', '.join(NAMES)}")
-    count = schedule.steps or FINEST
+    count = schedule.steps or 1 / schedule.least  # a cell of a continuous curve is its smallest time
     cells = round(abs(start - stop) * count, 6)
     if not (0 <= start <= 1 and 0 <= stop <= 1 and cells > NODE_TOLERANCE):
         raise ValueError(f"a sampler runs between two different times in [0, 1], not from {start} to {stop}")
