@@ -17,7 +17,8 @@ from torch import Tensor
 
 from diffusion_lab.data.images import to_float
 from diffusion_lab.data.pictures import to_uint8
-from diffusion_lab.metrics.classifier import Trained, features, logits, trained
+from diffusion_lab.metrics import classifier
+from diffusion_lab.metrics.classifier import CONFIDENT, Judge
 from diffusion_lab.metrics.frechet import frechet_distance, moments
 from diffusion_lab.noise import permutation
 from diffusion_lab.runs import build, load_checkpoint
@@ -28,18 +29,19 @@ HEAD = ["", "parameters", "seconds", "images/s", "Fréchet distance", "recognise
 
 
 def row(
-    name: str, parameters: str, seconds: float, images: int, samples: Tensor, judge: Trained, real: Tensor
+    name: str, parameters: str, seconds: float, images: int, samples: Tensor, judge: Judge, real: Tensor
 ) -> list[str]:
     """One line of the table for float samples in [−1, 1]."""
-    made = to_uint8(samples)
-    distance = frechet_distance(moments(features(judge.network, made)), moments(features(judge.network, real)))
-    sure = float((logits(judge.network, made).softmax(1).max(1).values >= 0.9).double().mean())
+    made = judge(to_uint8(samples))
+    assert made.logits is not None
+    distance = frechet_distance(moments(made.features), moments(judge(real).features))
+    sure = float((made.logits.softmax(1).max(1).values >= CONFIDENT).double().mean())
     return [name, parameters, f"{seconds:.0f}", f"{images / seconds:,.0f}", f"{distance:.2f}", f"{sure:.1%}"]
 
 
-def halves(judge: Trained, real: Tensor) -> str:
+def halves(judge: Judge, real: Tensor) -> str:
     """Mean distance between two random halves of the real images."""
-    f = features(judge.network, real)
+    f = judge(real).features
     values = []
     for draw in range(20):
         order = permutation(len(f), seed=1, draw=draw)
@@ -48,7 +50,7 @@ def halves(judge: Trained, real: Tensor) -> str:
     return f"{np.mean(values):.2f} ± {np.std(values):.2f}"
 
 
-def ours(judge: Trained, real: Tensor, steps: int) -> list[str]:
+def ours(judge: Judge, real: Tensor, steps: int) -> list[str]:
     """`python src/train.py` with nothing else but its length."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
@@ -65,7 +67,7 @@ def ours(judge: Trained, real: Tensor, steps: int) -> list[str]:
     return row(name, f"{count:,}", seconds, steps * 128, samples, judge, real)
 
 
-def bare(judge: Trained, real: Tensor, steps: int) -> list[str]:
+def bare(judge: Judge, real: Tensor, steps: int) -> list[str]:
     """The bare loop on the same network, as many steps."""
     config = configuration()
     torch.manual_seed(0)
@@ -84,7 +86,7 @@ def bare(judge: Trained, real: Tensor, steps: int) -> list[str]:
     )
 
 
-def peer(judge: Trained, real: Tensor, limit: float, lr: float) -> list[str]:
+def peer(judge: Judge, real: Tensor, limit: float, lr: float) -> list[str]:
     """denoising-diffusion-pytorch for `limit` seconds: its U-Net, GaussianDiffusion, EMA and Adam with its trainer's defaults."""
     from denoising_diffusion_pytorch import GaussianDiffusion, Unet
     from ema_pytorch import EMA
@@ -119,9 +121,8 @@ def main(quick: bool) -> str:
     data = build.data(configuration())
     data.prepare_data()
     data.setup()
-    train, held = data.examples("train"), data.examples("test")
     with tempfile.TemporaryDirectory() as folder:
-        judge = trained(np.asarray(train.images), train.labels, np.asarray(held.images), held.labels, Path(folder))
+        judge = Judge(classifier.of(data, Path(folder)))
     real = torch.from_numpy(np.asarray(data.images("all")))
     rows = [
         ours(judge, real, steps),
@@ -129,7 +130,8 @@ def main(quick: bool) -> str:
         peer(judge, real, limit, 1e-4),
         peer(judge, real, limit, 2e-3),
     ]
-    note = f"Classifier: {judge.accuracy:.1%} right on held-out images. Two halves of the real images: {halves(judge, real)}."
+    right = f"Classifier: {judge.trained.accuracy:.1%} right on held-out images."
+    note = f"{right} Two halves of the real images: {halves(judge, real)}."
     return table(HEAD, rows) + "\n\n" + note
 
 

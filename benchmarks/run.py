@@ -1,4 +1,4 @@
-"""`make bench`: every table of docs/benchmarks.md, printed. ARGS=quick takes a minute or two, overhead or quality only one."""
+"""`make bench`: every table of docs/benchmarks.md, printed. ARGS=quick takes a minute or two, the name of a part only that."""
 
 import logging
 import sys
@@ -6,9 +6,11 @@ import warnings
 
 import overhead
 import quality
+import samplers
+import solvers
 from common import machine
 
-PARTS = {"overhead": overhead.main, "quality": quality.main}
+PARTS = {"overhead": overhead.main, "quality": quality.main, "samplers_cost": samplers.cost, "solvers": solvers.main}
 
 
 def main(arguments: list[str]) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from diffusion_lab.objectives import Objective
 from diffusion_lab.samplers.base import Sampler
-from diffusion_lab.schedules import Schedule, Table
+from diffusion_lab.schedules import Linear, Schedule, Table
 from diffusion_lab.variances import Variance
 from diffusion_lab.weightings import Weighting
 
@@ -44,6 +44,9 @@ def _schedules() -> Iterator[tuple[str, Schedule]]:
             yield f"{cls.__name__}-zero", cls(zero_terminal_snr=True)  # type: ignore[call-arg]
             yield f"{cls.__name__}-40", cls(steps=40)  # type: ignore[call-arg]
             yield f"{cls.__name__}-40-zero", cls(steps=40, zero_terminal_snr=True)  # type: ignore[call-arg]
+        elif takes(cls, "shift"):
+            yield f"{cls.__name__}-shift", cls(shift=3.0)  # type: ignore[call-arg]
+    yield "Linear-shift", Linear(shift=3.0)  # of tables one: it is their base class's
 
 
 SCHEDULES: dict[str, Schedule] = dict(_schedules())

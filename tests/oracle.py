@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.objectives import Objective
-from diffusion_lab.schedules import Schedule
+from diffusion_lab.schedules import Schedule, match
 
 
 class Mixture:
@@ -22,13 +22,26 @@ class Mixture:
         self.weights = torch.ones(len(means)).double() / len(means) if weights is None else weights.double()
 
     def denoise(self, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """E[x_0 | x_t] for x_t (B, C, H, W), α and σ 0-d."""
-        spread = (alpha * self.stds).square() + sigma.square()  # (K,) variance of x_t given k
-        gap = x_t[:, None] - alpha * self.means  # (B, K, C, H, W)
+        """E[x_0 | x_t] for x_t (B, C, H, W), α and σ 0-d or (B,)."""
+        alpha, sigma = alpha.reshape(-1, 1), sigma.reshape(-1, 1)
+        spread = (alpha * self.stds).square() + sigma.square()  # (1 or B, K) variance of x_t given k
+        gap = x_t[:, None] - alpha[..., None, None, None] * self.means  # (B, K, C, H, W)
         size = gap[0, 0].numel()
         log = self.weights.log() - 0.5 * (gap.square().flatten(2).sum(2) / spread + size * spread.log())
-        given = self.means + (alpha * self.stds.square() / spread)[:, None, None, None] * gap
+        given = self.means + (alpha * self.stds.square() / spread)[..., None, None, None] * gap
         return (log.softmax(1)[..., None, None, None] * given).sum(1)
+
+    def spread(self, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """Var[x_0 | x_t] of each element: (B, C, H, W); α and σ 0-d or (B,)."""
+        alpha, sigma = alpha.reshape(-1, 1), sigma.reshape(-1, 1)
+        total = (alpha * self.stds).square() + sigma.square()
+        gap = x_t[:, None] - alpha[..., None, None, None] * self.means
+        log = self.weights.log() - 0.5 * (gap.square().flatten(2).sum(2) / total + gap[0, 0].numel() * total.log())
+        given = self.means + (alpha * self.stds.square() / total)[..., None, None, None] * gap
+        inside = (self.stds * sigma).square() / total
+        share = log.softmax(1)[..., None, None, None]
+        mean = (share * given).sum(1)
+        return (share * (inside[..., None, None, None] + (given - mean[:, None]).square())).sum(1)
 
 
 class Gaussian(Mixture):
@@ -54,26 +67,45 @@ class Network:
         self.data, self.schedule, self.objective = data, schedule, objective
 
     def time(self, c: Tensor) -> Tensor:
-        """t from what the network is told: each published way is inverted, and the one that gives c back is right."""
-        steps = self.schedule.steps
-        for invert in (lambda: (c + 1) / (steps or 1), lambda: c / 999, lambda: self.schedule.time(-4 * c)):
-            t = invert()
-            if 0 < t <= 1 and torch.allclose(self.objective.conditioning(self.schedule, t), c, rtol=1e-9, atol=1e-9):
+        """t (B,) from what the network is told: each published way is inverted, and the one that gives c back is right."""
+        line = c / 999  # t, or σ before a shift of the line
+        of_noise, of_line = -4 * c, (1 - line).log() - line.log()
+        for t in (
+            (c + 1) / (self.schedule.steps or 1), line, self.schedule.time(of_noise), self.schedule.time(of_line)
+        ):  # fmt: skip
+            told = self.objective.conditioning(self.schedule, t)
+            if ((t > 0) & (t <= 1)).all() and torch.allclose(told, c, rtol=1e-9, atol=1e-9):
                 return t
         raise AssertionError(f"no time tells the network {c}")
 
     def __call__(self, scaled: Tensor, c: Tensor, **_: Any) -> Tensor:
         assert scaled.dtype == c.dtype == torch.float64, "the oracle is exact in float64 only"
         assert c.shape == scaled.shape[:1]
-        assert bool((c == c[0]).all()), "one time for the batch"
-        t = self.time(c[0])
+        t = self.time(c)
         alpha, sigma = self.schedule.alpha_sigma(t)
-        x_t = scaled / self.objective.input_scale(self.schedule, t)
+        x_t = scaled / match(self.objective.input_scale(self.schedule, t), scaled)
         x0 = self.data.denoise(x_t, alpha, sigma)
-        a, b = self.objective.coefficients(self.schedule, t)
-        return a * x0 + b * (x_t - alpha * x0) / sigma
+        noise = (x_t - match(alpha, x_t) * x0) / match(sigma, x_t)
+        return self.objective.target(self.schedule, t, x0, noise)
 
 
 def oracle(data: Mixture, schedule: Schedule, objective: Objective, **options: Any) -> Denoiser:
     """A denoiser that knows the data."""
     return Denoiser(Network(data, schedule, objective), schedule, objective, **options)
+
+
+class WithHead(Network):
+    """The best network with a second head that knows Var[x_0 | x_t]: kind "sn" gives E[ε² | x_t], "npr" E[(ε − ε̂)² | x_t]."""
+
+    def __init__(self, data: Mixture, schedule: Schedule, objective: Objective, kind: str) -> None:
+        super().__init__(data, schedule, objective)
+        self.extra = kind
+
+    def __call__(self, scaled: Tensor, c: Tensor, **condition: Any) -> Tensor:
+        t = self.time(c)
+        alpha, sigma = (match(v, scaled) for v in self.schedule.alpha_sigma(t))
+        x_t = scaled / match(self.objective.input_scale(self.schedule, t), scaled)
+        own = self.data.spread(x_t, *self.schedule.alpha_sigma(t)) * (alpha / sigma).square()
+        if self.extra == "sn":
+            own = own + ((x_t - alpha * self.data.denoise(x_t, *self.schedule.alpha_sigma(t))) / sigma).square()
+        return torch.cat([super().__call__(scaled, c, **condition), own], dim=1)

@@ -1,16 +1,23 @@
 """Losses in closed form, their gradients, and one training step by hand."""
 
+import math
+from typing import Any
+
+import numpy as np
 import pytest
+import scipy.stats
 import torch
 from contracts import OBJECTIVES, PAIRS, SCHEDULES
 from oracle import Gaussian, oracle
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffusion_lab.denoiser import Denoiser
-from diffusion_lab.losses import L1, L2, Error, Huber, corrupt, diffusion_loss
-from diffusion_lab.objectives import PredNoise, PredV
+from diffusion_lab.denoiser import Denoiser, Prediction
+from diffusion_lab.gaussian import posterior
+from diffusion_lab.losses import L1, L2, Error, Huber, bound_term, corrupt, diffusion_loss, head_loss
+from diffusion_lab.objectives import Objective, PredNoise, PredV, PredX0
 from diffusion_lab.schedules import Cosine, Linear
+from diffusion_lab.variances import FixedLarge, Learned
 from diffusion_lab.weightings import VLB, Eps, MinSNR, Native
 
 D = torch.float64
@@ -132,3 +139,150 @@ def test_float32_images_give_a_float32_loss() -> None:
     x_t = corrupt(Denoiser(lambda x, c: x, Cosine(), PredV()), x0, noise, torch.tensor([0.5, 0.9], dtype=D))
     want = F.huber_loss(x_t, PredV().target(Cosine(), torch.tensor([0.5, 0.9]), x0, noise), reduction="none")
     torch.testing.assert_close(step.error, want.flatten(1).mean(1))
+
+
+# ------------------------------------------------------------------------------------------------ a variance that is trained
+
+BETA = np.linspace(1e-4 * 25, 0.02 * 25, 40)
+BAR = np.cumprod(1 - BETA)
+
+
+def levels(batch: int, seed: int = 0) -> Tensor:
+    """Images on the grid k/127.5 − 1, black and white among them."""
+    k = torch.randint(0, 256, (batch, 1, 3, 3), generator=torch.Generator().manual_seed(seed))
+    k[:, 0, 0, :2] = torch.tensor([0, 255])
+    return (2 * k.double() - 255) / 255
+
+
+def two(x: Tensor, c: Tensor) -> Tensor:
+    """ε̂ and v."""
+    time = c[:, None, None, None] / 40
+    return torch.cat([(x * (1 + time)).tanh(), 1.3 * (3 * x - time).sin()], dim=1)
+
+
+def term_in_numpy(x0: np.ndarray, x_t: np.ndarray, out: np.ndarray, i: int) -> float:
+    """L_t in bits/dim of improved DDPM for node i, from β alone: means c_1 x_t + c_0 x̂_0, log variances, SciPy's Gaussian; at
+    i = 1 the 256-level likelihood around x̂_0 with σ̃² of the step before as lower bound."""
+    before = BAR[i - 2] if i > 1 else 1.0
+    small = BETA[i - 1] * (1 - before) / (1 - BAR[i - 1]) if i > 1 else BETA[1] * (1 - BAR[0]) / (1 - BAR[1])
+    f = (out[1] + 1) / 2
+    log = f * np.log(BETA[i - 1]) + (1 - f) * np.log(small)
+    guess = (x_t - np.sqrt(1 - BAR[i - 1]) * out[0]) / np.sqrt(BAR[i - 1])
+    if i > 1:
+        c0, c1 = (
+            np.sqrt(before) * BETA[i - 1] / (1 - BAR[i - 1]),
+            np.sqrt(1 - BETA[i - 1]) * (1 - before) / (1 - BAR[i - 1]),
+        )
+        gap = (c1 * x_t + c0 * x0) - (c1 * x_t + c0 * guess)
+        nats = 0.5 * (log - np.log(small) - 1 + (small + gap**2) / np.exp(log))
+    else:
+        std = np.exp(0.5 * log)
+        high = np.where(x0 > 0.999, np.inf, (x0 - guess + 1 / 255) / std)
+        low = np.where(x0 < -0.999, -np.inf, (x0 - guess - 1 / 255) / std)
+        nats = -np.log(np.maximum(scipy.stats.norm.cdf(high) - scipy.stats.norm.cdf(low), 1e-12))
+    return float(nats.mean() / np.log(2))
+
+
+@pytest.mark.parametrize("objective", [PredNoise(), PredX0(), PredV()])
+def test_hybrid_and_vlb_losses_against_numpy(objective: Objective) -> None:
+    """mean (ε − ε̂)² + (T/1000) L_t, and T L_t, in float64 from β alone, at every kind of node; the network in every coordinate,
+    whose weighted error is then that of ε with weighting=eps."""
+    node = torch.tensor([1, 2, 3, 17, 40])
+    x0, noise, t = levels(5), torch.randn(5, 1, 3, 3, dtype=D), node.double() / 40
+    schedule = Linear(40)
+
+    def network(scaled: Tensor, c: Tensor) -> Tensor:
+        out = two(scaled, c)
+        at = (c + 1) / 40
+        alpha, sigma = (v[:, None, None, None] for v in schedule.alpha_sigma(at))
+        guess = (scaled - sigma * out[:, :1]) / alpha
+        return torch.cat([objective.target(schedule, at, guess, out[:, :1]), out[:, 1:]], dim=1)
+
+    den = Denoiser(network, schedule, objective, clip=0.1)  # clipping plays no part
+    x_t = corrupt(den, x0, noise, t)
+    out = two(x_t, node.double() - 1)
+    want = [term_in_numpy(*(v[k, 0].numpy() for v in (x0, x_t)), out[k].numpy(), int(i)) for k, i in enumerate(node)]
+    simple = (out[:, :1] - noise).square().flatten(1).mean(1)
+    both = diffusion_loss(den, Eps(), L2(), x0, noise, t, learned=Learned())
+    torch.testing.assert_close(both.weighted, simple + 40 / 1000 * torch.tensor(want, dtype=D), rtol=1e-7, atol=1e-9)
+    alone = diffusion_loss(den, Eps(), L2(), x0, noise, t, learned=Learned("vlb"))
+    torch.testing.assert_close(alone.weighted, 40 * torch.tensor(want, dtype=D), rtol=1e-7, atol=1e-8)
+    torch.testing.assert_close(both.error, alone.error)
+    single = diffusion_loss(den, Eps(), L2(), x0.float(), noise.float(), t.float(), learned=Learned("vlb"))
+    assert single.weighted.dtype == torch.float32
+    torch.testing.assert_close(single.weighted.double(), alone.weighted, rtol=2e-4, atol=1e-4)
+
+
+def test_the_hybrid_loss_moves_the_mean_by_the_error_alone_and_v_by_the_bound_alone() -> None:
+    """The gradients of the two halves of the output, each against its own loss; with `vlb` the mean has the bound's as well."""
+    t = torch.tensor([1, 2, 20, 40], dtype=D) / 40
+    x0, noise, s = levels(4), torch.randn(4, 1, 3, 3, dtype=D), Linear(40)
+    mean = torch.randn(4, 1, 3, 3, dtype=D, requires_grad=True)
+    v = torch.randn(4, 1, 3, 3, dtype=D, requires_grad=True)
+    den = Denoiser(lambda x, c: torch.cat([mean, v], 1), s, PredNoise())
+
+    def gradients(**options: Any) -> tuple[Tensor, Tensor]:
+        loss = diffusion_loss(den, Eps(), L2(), x0, noise, t, **options).weighted.sum()
+        of_mean, of_v = torch.autograd.grad(loss, [mean, v], allow_unused=True)
+        return of_mean, torch.zeros_like(v) if of_v is None else of_v
+
+    simple, hybrid, alone = gradients(), gradients(learned=Learned()), gradients(learned=Learned("vlb"))
+    assert torch.equal(hybrid[0], simple[0])
+    assert (simple[1] == 0).all()
+    assert (hybrid[1] != 0).any(dim=(1, 2, 3)).all()
+    torch.testing.assert_close(hybrid[1], alone[1] / 1000, rtol=1e-12, atol=0)
+    assert (alone[0] != 0).any(dim=(1, 2, 3)).all()
+    with torch.no_grad():  # the bound's gradient by differences, of one element of each image
+        for half, got in ((mean, alone[0]), (v, alone[1])):
+            sides = []
+            for step in (1e-5, -1e-5):
+                half[:, 0, 1, 1] += step
+                sides.append(diffusion_loss(den, Eps(), L2(), x0, noise, t, learned=Learned("vlb")).weighted)
+                half[:, 0, 1, 1] -= step
+            torch.testing.assert_close((sides[0] - sides[1]) / 2e-5, got[:, 0, 1, 1], rtol=1e-4, atol=1e-6)
+
+
+def test_the_expected_term_is_least_at_the_optimal_variance() -> None:
+    """For N(0.2, 0.25) and the best mean, E L_t over v is least where σ² is the covariance of the step (theorem 1 of
+    Analytic-DPM); there it is ½ log₂(σ²/σ̃²). 60,000 elements: 4 standard errors."""
+    s, t = Linear(40), torch.full((60000,), 0.5, dtype=D)
+    x0, noise = 0.2 + 0.5 * torch.randn(60000, 1, 1, 1, dtype=D), torch.randn(60000, 1, 1, 1, dtype=D)
+    q, (alpha, sigma) = posterior(s, t[0], t[0] - 1 / 40), s.alpha_sigma(t[0])
+    best = q.variance + q.c0**2 * 0.25 * sigma**2 / (alpha**2 * 0.25 + sigma**2)
+    large = FixedLarge()(s, t[0], t[0] - 1 / 40, Prediction(x0, x0, x0))
+    v = 2 * float((best / q.variance).log() / (large / q.variance).log()) - 1
+    den = oracle(Gaussian(torch.full((1, 1, 1), 0.2), 0.5), s, PredNoise())
+    x_t = corrupt(den, x0, noise, t)
+    output, _ = den.output(x_t, t)
+
+    def term(at: float) -> Tensor:
+        return bound_term(den, Learned(), x0, x_t, t, output, torch.full_like(x0, at))
+
+    here = term(v)
+    want = 0.5 * math.log2(float(best / q.variance))
+    assert float(here.mean()) == pytest.approx(want, abs=4 * float(here.std()) / 60000**0.5)
+    for step in (-0.3, 0.3):
+        assert float(term(v + step).mean()) > float(here.mean())
+
+
+def test_learned_variance_is_refused_without_steps_or_channels() -> None:
+    x0, noise, t = torch.zeros(2, 1, 2, 2), torch.zeros(2, 1, 2, 2), torch.tensor([0.5, 0.9])
+    with pytest.raises(ValueError, match="continuous curve without steps: write schedule=cosine"):
+        diffusion_loss(Denoiser(two, SCHEDULES["VP"], PredNoise()), Eps(), L2(), x0, noise, t, learned=Learned())
+    with pytest.raises(ValueError, match="train with variance=learned"):
+        diffusion_loss(Denoiser(lambda x, c: x, Linear(), PredNoise()), Eps(), L2(), x0, noise, t, learned=Learned())
+
+
+@pytest.mark.parametrize("kind", ["sn", "npr"])
+def test_what_a_second_head_learns(kind: str) -> None:
+    """(g − ε²)², (h − (ε − ε̂)²)²; nothing of it reaches ε̂."""
+    x0, noise = torch.randn(2, 3, 1, 2, 2, dtype=D)
+    t = torch.tensor([0.1, 0.5, 1.0], dtype=D)
+    guess, own = (torch.randn(3, 1, 2, 2, dtype=D, requires_grad=True) for _ in range(2))
+    den = Denoiser(lambda x, c: torch.cat([guess, own], 1), Linear(), PredNoise())
+    got = head_loss(den, kind, x0, noise, t)
+    target = noise**2 if kind == "sn" else (noise - guess) ** 2
+    torch.testing.assert_close(got, (own - target).square().flatten(1).mean(1))
+    of_guess, of_own = torch.autograd.grad(got.sum(), [guess, own], allow_unused=True)
+    assert of_guess is None or (of_guess == 0).all()
+    torch.testing.assert_close(of_own, 2 * (own - target) / 4)

@@ -1,6 +1,7 @@
 """Every objective is the same knowledge in other coordinates: fed by one oracle, all give the same x̂_0, ε̂ and loss."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,9 +9,11 @@ from contracts import OBJECTIVES, PAIRS, SCHEDULES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from diffusion_lab import weightings
 from diffusion_lab.denoiser import Denoiser
-from diffusion_lab.objectives import PredMean, PredNoise, PredV, PredX0
-from diffusion_lab.schedules import Cosine, Linear, Schedule
+from diffusion_lab.objectives import EDM, Objective, PredMean, PredNoise, PredV, PredX0
+from diffusion_lab.schedules import EDM as EDMCurve
+from diffusion_lab.schedules import VE, Cosine, Flow, Linear, Schedule
 from diffusion_lab.weightings import Eps
 
 D = torch.float64
@@ -114,9 +117,18 @@ def test_refusals() -> None:
     assert len(PAIRS) > len(want)
 
 
-def test_a_refusal_names_the_remedy() -> None:
-    with pytest.raises(ValueError, match=r"objective=pred_v"):
-        Denoiser(lambda x, c: x, Linear(zero_terminal_snr=True), PredNoise())
+@pytest.mark.parametrize(("schedule", "objective"), [(Linear(zero_terminal_snr=True), PredNoise()), (Flow(), EDM())])
+def test_a_refusal_names_the_remedy(schedule: Schedule, objective: Objective) -> None:
+    with pytest.raises(ValueError, match=r"objective=pred_v or objective=pred_flow"):
+        Denoiser(lambda x, c: x, schedule, objective)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: EDM(0.0), lambda: PredV(sigma_data=-1.0), lambda: PredX0(sigma_data=math.inf)]
+)
+def test_the_deviation_of_data_is_positive(make: Callable[[], object]) -> None:
+    with pytest.raises(ValueError, match="sigma_data"):
+        make()
 
 
 # ------------------------------------------------------------------------------------ the textbook's coefficients
@@ -206,8 +218,86 @@ def test_flow_is_noise_minus_data(schedule: str) -> None:
 
 def test_all_published_objectives_are_covered() -> None:
     """Fails when an objective appears that the table of SURFACE.md does not name: give it its own formula test above."""
-    assert set(OBJECTIVES) <= {"PredNoise", "PredX0", "PredV", "PredMean", "PredFlow", "EDM"}
-    assert {"PredNoise", "PredX0", "PredV", "PredMean"} <= set(OBJECTIVES)
+    assert {type(o).__name__ for o in OBJECTIVES.values()} == {
+        "PredNoise",
+        "PredX0",
+        "PredV",
+        "PredMean",
+        "PredFlow",
+        "EDM",
+    }
+
+
+@pytest.mark.parametrize("schedule", [s for s, o in PAIRS if o == "EDM"])
+def test_edm_has_input_and_target_of_variance_1(schedule: str) -> None:
+    """Karras et al. 2022, appendix B.6: E y² = a²σ_d² + b² = 1 and E (scale · x_t)² = 1 at every t, 0+ included. With σ_d = 1
+    y is −v/√(α² + σ²); its weighting weighs it by 1."""
+    s = SCHEDULES[schedule]
+    t = torch.cat([torch.tensor([s.after_data], dtype=D), times(s)])
+    one = torch.ones_like(t)
+    alpha, sigma = s.alpha_sigma(t)
+    for sigma_data in (0.5, 1.0, 3.0):
+        o = EDM(sigma_data)
+        a, b = o.coefficients(s, t)
+        torch.testing.assert_close((a * sigma_data).square() + b.square(), one, rtol=1e-14, atol=0)
+        x_t = (alpha * sigma_data).square() + sigma.square()
+        torch.testing.assert_close(o.input_scale(s, t).square() * x_t, one, rtol=1e-14, atol=0)
+        torch.testing.assert_close(weightings.EDM(sigma_data)(s, o, t), one, rtol=1e-14, atol=0)
+    a, b = EDM(1.0).coefficients(s, t)
+    v = PredV().coefficients(s, t)
+    root = (alpha.square() + sigma.square()).sqrt()
+    torch.testing.assert_close(torch.stack([a, b]), -torch.stack(v) / root, rtol=1e-14, atol=0)
+
+
+def test_edm_is_that_of_diffusers() -> None:
+    peer = pytest.importorskip("diffusers").EDMEulerScheduler()
+    o, x, f = EDM(), torch.randn(2, 1, 2, 2, dtype=D), torch.randn(2, 1, 2, 2, dtype=D)
+    for t in torch.tensor([1e-9, 0.1, 0.6, 1.0], dtype=D):
+        sigma = EDMCurve().alpha_sigma(t)[1]
+        want = peer.precondition_outputs(x, f, sigma)
+        torch.testing.assert_close(o.solve(EDMCurve(), t, x, f)[0], want, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            x * o.input_scale(EDMCurve(), t), peer.precondition_inputs(x, sigma), rtol=1e-12, atol=0
+        )
+        torch.testing.assert_close(o.conditioning(EDMCurve(), t), peer.precondition_noise(sigma), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", [o for o in OBJECTIVES if o != "EDM"])
+@pytest.mark.parametrize("schedule", [VE(), Cosine(), Flow()])
+def test_any_objective_may_scale_its_input(name: str, schedule: Schedule) -> None:
+    """1/√(α²σ_d² + σ²), the network's input alone: coefficients, and what the network is told, stay."""
+    cls, t = type(OBJECTIVES[name]), times(schedule)
+    plain, scaled = cls(), cls(scale_input=True, sigma_data=0.3)
+    if name == "PredMean" and schedule.steps is None:
+        return
+    alpha, sigma = schedule.alpha_sigma(t)
+    assert torch.equal(plain.input_scale(schedule, t), torch.ones_like(t))
+    want = ((0.3 * alpha).square() + sigma.square()).rsqrt()
+    torch.testing.assert_close(scaled.input_scale(schedule, t), want, rtol=1e-14, atol=0)
+    assert torch.equal(plain.conditioning(schedule, t), scaled.conditioning(schedule, t))
+    for a, b in zip(plain.coefficients(schedule, t), scaled.coefficients(schedule, t), strict=True):
+        assert torch.equal(a, b)
+    if not schedule.ends_in_noise:
+        seen: list[torch.Tensor] = []
+        x_t = torch.ones(len(t), 1, 1, 1, dtype=D)
+        Denoiser(lambda x, c: seen.append(x) or x, schedule, scaled)(x_t, t)
+        torch.testing.assert_close(seen[0].flatten(), want, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("name", [n for n, s in SCHEDULES.items() if s.steps is None])
+def test_near_data_and_at_noise(name: str) -> None:
+    """t = 1e-12 … 1 in float64: coefficients, determinants and conversions are finite, and the solve inverts them to 1e-6 of
+    x_0; ε̂ at t → 0 is Δx_0 α/σ, so it is asked for its share of x_t only."""
+    s = SCHEDULES[name]
+    t = torch.tensor([s.after_data, 1e-9, 1e-5, 1e-3, 1.0], dtype=D)
+    alpha, sigma = (v[:, None, None, None] for v in s.alpha_sigma(t))
+    x0, noise = torch.randn(2, len(t), 1, 4, 4, dtype=D)
+    x_t = alpha * x0 + sigma * noise
+    for o in (o for n, o in OBJECTIVES.items() if (name, n) in PAIRS):
+        assert all(v.isfinite().all() for v in (*o.coefficients(s, t), o.conditioning(s, t), o.input_scale(s, t)))
+        got_x0, got_noise = o.solve(s, t, x_t, o.target(s, t, x0, noise))
+        torch.testing.assert_close(got_x0, x0, rtol=0, atol=1e-6)
+        torch.testing.assert_close(sigma * got_noise, sigma * noise, rtol=0, atol=1e-6)
 
 
 def test_the_target_is_what_the_network_is_asked() -> None:

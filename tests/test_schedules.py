@@ -1,15 +1,30 @@
-"""Every curve through one suite; then the tables against their formulas, computed here in another way."""
+"""Every curve through one suite; then tables and continuous curves against their formulas, computed here in another way."""
 
 import math
+from decimal import Decimal, localcontext
 
 import numpy as np
 import pytest
 import torch
-from contracts import NEEDS_A_TABLE, SCHEDULES, TABLES, members
+from contracts import NEEDS_A_TABLE, SCHEDULES, TABLES, members, takes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusion_lab.schedules import Cosine, Linear, ScaledLinear, Schedule, Sigmoid, Table, match
+from diffusion_lab.schedules import (
+    EDM,
+    VE,
+    VP,
+    Cosine,
+    Flow,
+    Linear,
+    ScaledLinear,
+    Schedule,
+    Sigmoid,
+    SubVP,
+    Table,
+    match,
+    noise_level,
+)
 
 every = pytest.mark.parametrize("name", SCHEDULES)
 table = pytest.mark.parametrize("name", TABLES)
@@ -142,6 +157,54 @@ def test_ends_in_noise_says_what_alpha_is(name: str) -> None:
     s = SCHEDULES[name]
     assert s.ends_in_noise == (float(s.alpha_sigma(f64(1.0))[0]) == 0)
     assert (s.lam(f64(1.0)) == -math.inf) == s.ends_in_noise
+
+
+@every
+def test_drift_and_diffusion_give_back_the_curve(name: str) -> None:
+    """What the forward SDE does to x_t = α x_0 + σ ε between two times: the mean is multiplied by exp ∫f, and the variance
+    gains ∫g² exp(2∫f). Gauss–Legendre quadrature of 20 points over each of eight pieces, none of which crosses a node."""
+    s = SCHEDULES[name]
+    points, weights = (torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(20))
+    cell = 1 / (s.steps or 10)
+    for k in (0.0, round(0.5 / cell), round(1 / cell) - 2):  # the first cell, one in the middle, the last but one
+        a, b = (k + 0.1) * cell, (k + 0.95) * cell
+        f, g2 = s.drift_diffusion(a + (b - a) * (points + 1) / 2)
+        (alpha_a, sigma_a), (alpha_b, sigma_b) = s.alpha_sigma(f64(a)), s.alpha_sigma(f64(b))
+        alpha = s.alpha_sigma(a + (b - a) * (points + 1) / 2)[0]
+        torch.testing.assert_close(
+            alpha_a * (weights @ f * (b - a) / 2).exp(), alpha_b, rtol=1e-9, atol=0, check_stride=False
+        )
+        gained = (weights @ (g2 * (alpha_b / alpha).square())) * (b - a) / 2
+        torch.testing.assert_close((sigma_a * alpha_b / alpha_a).square() + gained, sigma_b.square(), rtol=1e-8, atol=0)
+
+
+@every
+def test_drift_and_diffusion_are_finite_where_they_can_be(name: str) -> None:
+    """At t = 0 the limit from above, in every dtype; infinite at α = 0 alone."""
+    s = SCHEDULES[name]
+    for dtype in (torch.float16, torch.float32, D):
+        t = torch.tensor([0.0, 0.25, 1.0], dtype=dtype)
+        f, g2 = s.drift_diffusion(t)
+        assert f.dtype == g2.dtype == torch.promote_types(dtype, torch.float32)
+        assert f[:2].isfinite().all()
+        assert g2[:2].isfinite().all()
+        assert (f <= 0).all()
+        assert (g2 >= 0).all()
+        assert bool(f[2] == -math.inf) == bool(g2[2] == math.inf) == s.ends_in_noise
+    near = s.drift_diffusion(f64(1e-2 / (s.steps or 1000)))
+    for limit, close in zip(s.drift_diffusion(f64(0.0)), near, strict=True):
+        torch.testing.assert_close(limit, close, rtol=2e-3, atol=1e-3)
+
+
+@every
+def test_the_least_time_and_the_limit_towards_data(name: str) -> None:
+    s = SCHEDULES[name]
+    assert 0 < s.after_data <= s.least <= 0.5
+    assert (s.alpha_sigma(f64(s.least))[1] > 0).all()
+    if s.steps is not None:
+        assert s.least == 1 / s.steps
+    assert noise_level(s, f64(0.0)).isfinite().all()
+    assert s.conditioning(f64(0.0)).isfinite().all()
 
 
 # ----------------------------------------------------------------------------------------------------------- all tables
@@ -310,6 +373,219 @@ def test_zero_terminal_snr_agrees_with_diffusers() -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
+# -------------------------------------------------------------------------------------------------------- continuous curves
+
+TIMES = (1e-12, 1e-9, 1e-6, 1e-3, 0.03, 0.3, 0.5, 0.9, 0.999, 1.0)
+
+
+def exact_vp(t: Decimal, shift: int = 1) -> tuple[Decimal, Decimal]:
+    m = t * t * Decimal("19.9") / 4 + t * Decimal("0.1") / 2
+    ratio2 = shift * shift * ((2 * m).exp() - 1)  # (σ/α)²
+    return 1 / (1 + ratio2).sqrt(), (ratio2 / (1 + ratio2)).sqrt()
+
+
+def exact_sub_vp(t: Decimal) -> tuple[Decimal, Decimal]:
+    alpha, sigma = exact_vp(t)
+    return alpha, sigma * sigma
+
+
+def exact_ve(t: Decimal) -> tuple[Decimal, Decimal]:
+    return Decimal(1), Decimal("0.01") * (Decimal(5000).ln() * t).exp()
+
+
+def exact_edm(t: Decimal) -> tuple[Decimal, Decimal]:
+    low, high = ((Decimal(v).ln() / 7).exp() for v in ("0.002", "80"))
+    return Decimal(1), (low + t * (high - low)) ** 7
+
+
+def exact_flow(t: Decimal, shift: int = 1) -> tuple[Decimal, Decimal]:
+    moved = shift * t / (1 + (shift - 1) * t)
+    return 1 - moved, moved
+
+
+EXACT = {
+    "VP": exact_vp,
+    "VP-shift": lambda t: exact_vp(t, 3),
+    "SubVP": exact_sub_vp,
+    "VE": exact_ve,
+    "EDM": exact_edm,
+    "Flow": exact_flow,
+    "Flow-shift": lambda t: exact_flow(t, 3),
+}
+continuous = pytest.mark.parametrize("name", EXACT)
+
+
+def test_every_continuous_curve_has_its_formula() -> None:
+    assert set(EXACT) == set(SCHEDULES) - set(TABLES)
+
+
+@continuous
+def test_formulas_in_fifty_digits(name: str) -> None:
+    """α, σ and λ to a few roundings of float64, from t = 1e-12, where 1 − α² has lost every digit, to t = 1."""
+    with localcontext() as context:
+        context.prec = 50
+        pairs = [EXACT[name](Decimal(t)) for t in TIMES]
+        want = [[float(v) for v in pair] for pair in pairs]
+        lam = [float((a / s).ln()) if a else -math.inf for a, s in pairs]
+    alpha, sigma = SCHEDULES[name].alpha_sigma(f64(*TIMES))
+    np.testing.assert_allclose(torch.stack([alpha, sigma], 1).numpy(), want, rtol=3e-15)
+    np.testing.assert_allclose(SCHEDULES[name].lam(f64(*TIMES)).numpy(), lam, rtol=1e-13, atol=1e-13)
+
+
+@continuous
+def test_derivatives_in_fifty_digits(name: str) -> None:
+    """Central differences with h = t/10¹² in fifty digits, so that their own error is below 1e-20."""
+    at = TIMES[:-1]
+    got = torch.stack(SCHEDULES[name].derivatives(f64(*at)), 1).numpy()
+    with localcontext() as context:
+        context.prec = 50
+        for row, t in zip(got, (Decimal(t) for t in at), strict=True):
+            h = t / 10**12
+            up, down = EXACT[name](t + h), EXACT[name](t - h)
+            np.testing.assert_allclose(
+                row, [float((u - d) / (2 * h)) for u, d in zip(up, down, strict=True)], rtol=1e-13
+            )
+
+
+def test_drift_and_diffusion_are_those_of_the_papers() -> None:
+    """Song et al. 2021, eq. 11 (vp), eq. 10 with σ geometric (ve), eq. 12 (sub_vp); f = −1/(1 − t), g² = 2t/(1 − t) for flow."""
+    asked = f64(0.0, *TIMES)
+    t = asked.clamp(min=1e-12)  # what stands for 0+
+    beta = 0.1 + 19.9 * t
+    m = -(t.square() * 19.9 / 4 + t * 0.1 / 2)
+    sigma = EDM().alpha_sigma(t)[1]
+    low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
+    growth = 2 * math.log(50 / 0.01) * (0.01 * 5000**t).square()
+    for schedule, f, g2 in (
+        (VP(), -beta / 2, beta),
+        (SubVP(), -beta / 2, beta * -torch.expm1(4 * m)),
+        (VE(), torch.zeros_like(t), growth),
+        (EDM(), torch.zeros_like(t), 14 * (high - low) * sigma ** (13 / 7)),
+        (Flow(), -1 / (1 - t), 2 * t / (1 - t)),
+    ):
+        got = schedule.drift_diffusion(asked)
+        torch.testing.assert_close(got[0], f, rtol=1e-11, atol=0)
+        torch.testing.assert_close(got[1], g2, rtol=1e-11, atol=1e-10)
+
+
+@pytest.mark.parametrize(("schedule", "sigma_min"), [(VE(), 0.01), (EDM(), 0.002)])
+def test_exploding_curves_jump_at_data(schedule: Schedule, sigma_min: float) -> None:
+    """σ(0) = 0 and σ(0+) = σ_min; a λ between the two, that of no time, means 0+, and +∞ alone data."""
+    near = schedule.alpha_sigma(f64(1e-300, schedule.after_data, 1e-9))[1]
+    np.testing.assert_allclose(near.numpy(), sigma_min, rtol=1e-7)
+    lam = -math.log(sigma_min)
+    t = schedule.time(f64(lam - 1e-9, lam, lam + 1, 1e6, math.inf, -100, -math.inf))
+    assert ((t[:4] > 0) & (t[:4] < 1e-8)).all()
+    assert t[4:].tolist() == [0, 1, 1]
+    assert float(schedule.conditioning(f64(0.0))) == pytest.approx(math.log(sigma_min) / 4, rel=1e-6)
+    torch.testing.assert_close(schedule.alpha_sigma(t[:4])[1], torch.full((4,), sigma_min, dtype=D), rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("schedule", [VP(), VP(shift=3.0), SubVP(), Flow(), Flow(shift=3.0)])
+def test_other_curves_reach_data(schedule: Schedule) -> None:
+    lam = f64(5.0, 20.0, 300.0, math.inf)
+    t = schedule.time(lam)
+    assert (t.diff() <= 0).all()
+    assert t[-1] == 0
+    assert (t[:3] > 0).all()
+    assert float(schedule.alpha_sigma(f64(1e-300))[1]) < 1e-140
+    torch.testing.assert_close(schedule.lam(t)[0], lam[0], rtol=1e-9, atol=0)
+
+
+@continuous
+def test_what_continuous_networks_are_told(name: str) -> None:
+    s, t = SCHEDULES[name], f64(0.0, *TIMES)
+    if name in ("VE", "EDM"):
+        want = s.alpha_sigma(t.clamp(min=1e-12))[1].log() / 4
+    else:
+        want = 999 * (s.alpha_sigma(t)[1] if name == "Flow-shift" else t)
+    torch.testing.assert_close(s.conditioning(t), want, rtol=1e-12, atol=1e-12)
+
+
+def test_vp_is_the_limit_of_ddpms_chain() -> None:
+    """β_i = β(i/T)/T, so ln α of the linear table tends to VP's as 1/T: four times the steps, a quarter of the difference."""
+    t = f64(0.1, 0.5, 1.0)
+    gaps = [(Linear(steps).lam(t) - VP().lam(t)).abs() for steps in (1000, 4000)]
+    torch.testing.assert_close(gaps[0] / gaps[1], torch.full((3,), 4.0, dtype=D), rtol=0.05, atol=0)
+    assert (gaps[1] < 0.01).all()
+
+
+def test_a_network_of_one_works_on_the_other() -> None:
+    """DDPM's 1000 steps and the continuous curve: at one t σ/α differs by less than 4 %, and what the network is
+    told by at most one of 1000 steps. So a network trained on either is sampled on the other by schedule=."""
+    t = torch.arange(10, 1001, dtype=D) / 1000
+    assert ((Linear().lam(t) - VP().lam(t)).abs() < 0.04).all()
+    assert ((Linear().conditioning(t) - VP().conditioning(t)).abs() <= 1).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------- SNR shift
+
+
+@pytest.mark.parametrize("cls", [c for c in members(Schedule, "schedules") if takes(c, "shift")])
+def test_shift_is_a_factor_on_sigma_over_alpha(cls: type[Schedule]) -> None:
+    """λ' = λ − ln s at every time of the curve, α² + σ² = 1 where it was; a shift of 1 changes no bit."""
+    plain, same, moved = cls(), cls(shift=1.0), cls(shift=2.5)  # type: ignore[call-arg]
+    t = torch.arange(1, 1000, dtype=D) / 1000
+    torch.testing.assert_close(moved.lam(t), plain.lam(t) - math.log(2.5), rtol=0, atol=1e-11)
+    for a, b in zip(plain.alpha_sigma(t), same.alpha_sigma(t), strict=True):
+        assert torch.equal(a, b)
+    alpha, sigma = moved.alpha_sigma(t)
+    if cls is Flow:
+        torch.testing.assert_close(alpha + sigma, torch.ones_like(t), rtol=0, atol=1e-15)
+    else:
+        torch.testing.assert_close(alpha.square() + sigma.square(), torch.ones_like(t), rtol=0, atol=1e-15)
+
+
+def test_shift_of_a_table_that_ends_in_noise() -> None:
+    """Only the finite part moves: α(1) = 0, σ(1) = 1 stay."""
+    s = Cosine(zero_terminal_snr=True, shift=4.0)
+    assert s.ends_in_noise
+    assert [float(v) for v in s.alpha_sigma(f64(1.0))] == [0, 1]
+    torch.testing.assert_close(
+        s.lam(f64(0.5)), Cosine(zero_terminal_snr=True).lam(f64(0.5)) - math.log(4), rtol=0, atol=1e-12
+    )
+
+
+def test_shift_is_hoogebooms_on_the_cosine() -> None:
+    """log SNR = −2 log tan(πt/2) + 2 log(64/d) for images of d pixels (simple diffusion, section 3.1): shift = d/64."""
+    t = torch.arange(1, 1000, dtype=D) / 1000
+    for d in (32, 128, 256):
+        want = -2 * (math.pi * t / 2).tan().log() + 2 * math.log(64 / d)
+        torch.testing.assert_close(2 * Cosine(offset=0.0, shift=d / 64).lam(t), want, rtol=1e-9, atol=1e-9)
+
+
+# ------------------------------------------------------------------------------------------------------------- diffusers
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_has_the_sigmas_of_diffusers(shift: float) -> None:
+    """And tells the network nearly what their networks are told: 1000·σ there, 999·σ here as on the score SDE's curves."""
+    peer = pytest.importorskip("diffusers").FlowMatchEulerDiscreteScheduler(shift=shift)
+    t = torch.arange(1000, 0, -1, dtype=D) / 1000
+    ours = Flow(shift)
+    torch.testing.assert_close(ours.alpha_sigma(t)[1].float(), peer.sigmas, rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours.conditioning(t).float() / 0.999, peer.timesteps, rtol=1e-6, atol=0)
+
+
+def test_edm_has_the_sigmas_of_diffusers() -> None:
+    peer = pytest.importorskip("diffusers").EDMEulerScheduler(sigma_min=0.002, sigma_max=80.0)
+    peer.set_timesteps(18)
+    t = 1 - torch.arange(18, dtype=D) / 17
+    t[-1] = EDM().least
+    torch.testing.assert_close(EDM().alpha_sigma(t)[1].float(), peer.sigmas[:-1], rtol=2e-6, atol=0)
+    torch.testing.assert_close(EDM().conditioning(t).float(), peer.timesteps, rtol=2e-6, atol=1e-6)
+
+
+def test_ve_has_the_sigmas_of_diffusers() -> None:
+    """Their `discrete_sigmas`; their `sigmas` are those of t ∈ [1e-5, 1]."""
+    peer = pytest.importorskip("diffusers").ScoreSdeVeScheduler(sigma_min=0.01, sigma_max=50.0)
+    peer.set_timesteps(100)
+    peer.set_sigmas(100)
+    t = torch.linspace(0, 1, 100, dtype=D).clamp(min=1e-12)
+    torch.testing.assert_close(VE().alpha_sigma(t)[1].float(), peer.discrete_sigmas, rtol=1e-5, atol=0)
+    torch.testing.assert_close(VE().alpha_sigma(peer.timesteps.double())[1].float(), peer.sigmas, rtol=1e-5, atol=0)
+
+
 # ------------------------------------------------------------------------------------------------------ refusals, helpers
 
 
@@ -324,6 +600,16 @@ def test_zero_terminal_snr_agrees_with_diffusers() -> None:
         (lambda: Cosine(beta_max=1.0), "0.999"),
         (lambda: Sigmoid(start=3, end=-3), "start < end"),
         (lambda: Sigmoid(tau=0), "tau > 0"),
+        (lambda: Cosine(shift=0.0), "shift > 0"),
+        (lambda: Flow(shift=-1.0), "shift > 0"),
+        (lambda: VP(shift=math.inf), "shift > 0"),
+        (lambda: VP(beta_min=0.0), "0 < beta_min"),
+        (lambda: SubVP(beta_max=0.01), "beta_min <= beta_max"),
+        (lambda: VP(beta_max=math.nan), "0.1 and 20"),
+        (lambda: VE(sigma_min=0.0), "0 < sigma_min"),
+        (lambda: VE(sigma_min=60.0), "sigma_min < sigma_max"),
+        (lambda: EDM(sigma_max=math.inf), "sigma_min < sigma_max"),
+        (lambda: EDM(rho=0.0), "rho > 0"),
         (lambda: Table(torch.tensor([-0.1, -0.1, -0.3])), "decreasing"),
         (lambda: Table(torch.tensor([0.0, -0.3])), "decreasing"),
         (lambda: Table(torch.tensor([-0.3])), "at least 2"),

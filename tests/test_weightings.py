@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from diffusion_lab.objectives import PredMean, PredNoise, PredV, PredX0
 from diffusion_lab.schedules import Cosine, Linear, Schedule
-from diffusion_lab.weightings import P2, VLB, MinSNR, Native, Sigmoid, SoftMinSNR, TruncatedSNR
+from diffusion_lab.weightings import EDM, P2, VLB, MinSNR, Native, Sigmoid, SoftMinSNR, TruncatedSNR
 
 D = torch.float64
 
@@ -46,29 +46,28 @@ TEXTBOOK: dict[str, Callable[[Schedule, torch.Tensor, torch.Tensor], torch.Tenso
 }
 
 
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize(("schedule", "objective"), PAIRS)
-def test_the_textbook_weight_times_alpha_over_d_squared(schedule: str, objective: str, weighting: str) -> None:
+def test_the_textbook_weight_times_alpha_over_d_squared(schedule: str, objective: str) -> None:
     s, o = SCHEDULES[schedule], OBJECTIVES[objective]
     t = times(s)
-    got = WEIGHTINGS[weighting](s, o, t)
-    assert got.shape == t.shape
-    assert got.dtype == D
-    assert got.isfinite().all(), "finite on (0, 1], also where α = 0"
-    assert (got >= 0).all()
-    if weighting == "Native":
-        assert (got == 1).all()
-        return
+    weights = {name: weighting(s, o, t) for name, weighting in WEIGHTINGS.items()}
+    for name, got in weights.items():
+        assert got.shape == t.shape
+        assert got.dtype == D
+        assert got.isfinite().all(), f"{name} is finite on (0, 1], also where α = 0"
+        assert (got >= 0).all(), name
+    assert (weights.pop("Native") == 1).all()
     alpha, sigma = s.alpha_sigma(t)
     finite = alpha > 0
-    t, alpha, sigma, got = t[finite], alpha[finite], sigma[finite], got[finite]
+    t, alpha, sigma = t[finite], alpha[finite], sigma[finite]
     a, b = o.coefficients(s, t)
     d = -sigma * a if objective == "PredMean" else alpha * b - sigma * a
     if objective == "PredMean":  # D = −σ c_0; αb − σa cancels
         before = s.alpha_sigma((t - 1 / (s.steps or 1)).clamp(min=0))
         d = -sigma * before[0] * (1 - (alpha / before[0] * before[1] / sigma).square())
-    want = TEXTBOOK[weighting](s, t, (alpha / sigma).square()) * (alpha / d).square()
-    torch.testing.assert_close(got, want, rtol=1e-7, atol=0)
+    for name, got in weights.items():
+        want = TEXTBOOK[name](s, t, (alpha / sigma).square()) * (alpha / d).square()
+        torch.testing.assert_close(got[finite], want, rtol=1e-7, atol=0, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("weighting", [w for w in WEIGHTINGS if w not in {"Native", "VLB"}])
@@ -85,6 +84,27 @@ def test_where_alpha_vanishes_the_weight_is_the_limit(weighting: str) -> None:
 def test_every_weighting_has_its_textbook_formula() -> None:
     """A new weighting needs a line in TEXTBOOK: fails until it has one."""
     assert set(WEIGHTINGS) <= {*TEXTBOOK, "Native"}
+
+
+@pytest.mark.parametrize(("schedule", "objective"), [(s, o) for s, o in PAIRS if SCHEDULES[s].steps is None])
+def test_finite_down_to_data(schedule: str, objective: str) -> None:
+    """On continuous curves, whose SNR reaches 1e12 and more, from 0+ on."""
+    s = SCHEDULES[schedule]
+    t = torch.tensor([s.after_data, 1e-9, 1e-5, 1e-3, 0.999, 1.0], dtype=D)
+    for name, weighting in WEIGHTINGS.items():
+        got = weighting(s, OBJECTIVES[objective], t)
+        assert got.isfinite().all(), name
+        assert (got >= 0).all(), name
+
+
+@pytest.mark.parametrize("schedule", ["VP", "SubVP", "VE", "EDM", "Flow-shift"])
+def test_vlb_on_a_curve_is_the_limit_of_fine_steps(schedule: str) -> None:
+    """T · ½ (SNR_s − SNR_t)/SNR_t at s = t − 1/T for T = 10⁷, by differences of λ (Kingma et al. 2021, eq. 17)."""
+    s, t = SCHEDULES[schedule], torch.tensor([0.1, 0.4, 0.9], dtype=D)
+    fine = 1e7 * torch.expm1(2 * (s.lam(t - 1e-7) - s.lam(t))) / 2
+    alpha, sigma = s.alpha_sigma(t)
+    on_noise = VLB()(s, PredX0(), t) * (sigma / alpha).square()
+    torch.testing.assert_close(on_noise, fine, rtol=1e-5, atol=0)
 
 
 @settings(deadline=None, max_examples=50)
@@ -165,6 +185,7 @@ def test_native_ignores_the_objective() -> None:
         (lambda: SoftMinSNR(-1), "gamma > 0"),
         (lambda: P2(k=0), "k > 0"),
         (lambda: P2(gamma=-1), "gamma >= 0"),
+        (lambda: EDM(0), "sigma_data > 0"),
     ],
 )
 def test_refusals(make: Callable[[], object], remedy: str) -> None:

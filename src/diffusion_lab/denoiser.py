@@ -51,11 +51,11 @@ class Denoiser:
         t = torch.as_tensor(t, dtype=None if isinstance(t, Tensor) else torch.float64)
         output, extra = self.output(x_t, t, previous, **condition)
         x0, noise = self.objective.solve(self.schedule, t, x_t, output)
-        if self.clip is not None:
-            x0 = self.clip(x0) if callable(self.clip) else x0.clamp(-self.clip, self.clip)
-            alpha, sigma = self.schedule.alpha_sigma(t.double())
-            noise = (x_t - match(alpha, x_t) * x0) / match(sigma, x_t)
-        return Prediction(x0, noise, output, extra)
+        if self.clip is None:
+            return Prediction(x0, noise, output, extra)
+        x0 = self.clip(x0) if callable(self.clip) else x0.clamp(-self.clip, self.clip)
+        alpha, sigma = self.schedule.alpha_sigma(t.double())
+        return Prediction(x0, (x_t - match(alpha, x_t) * x0) / match(sigma, x_t), output, extra, unclipped=noise)
 
     def output(
         self, x_t: Tensor, t: Tensor | float, previous: Tensor | None = None, **condition: Tensor

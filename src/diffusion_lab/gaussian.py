@@ -1,7 +1,9 @@
-"""Gaussians of the chain: the forward transition and the posterior of any pair of times s < t."""
+"""Gaussians of the chain: the forward transition and the posterior of any pair of times s < t; KL and the discretised decoder."""
 
+import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from diffusion_lab.schedules import Schedule, Times, like, match
@@ -49,3 +51,37 @@ def posterior(schedule: Schedule, t: Times, s: Times) -> Posterior:
     return Posterior(
         like(alpha * shrink, t), like(alpha_s * variance / sigma_t.square(), t), like(variance * shrink, t)
     )
+
+
+HALF_BIN = 1 / 255  # half the distance of two levels k/127.5 − 1
+EDGE = 0.999  # beyond ±EDGE a level's bin is open
+LEAST_LOG = math.log(1e-12)  # the floor of the published code, which keeps one impossible pixel from deciding a bound
+
+
+def kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
+    """KL(N(mean1, e^log_variance1) ‖ N(mean2, e^log_variance2)) of each element in nats; any shapes that broadcast."""
+    ratio = log_variance1 - log_variance2
+    return 0.5 * (torch.expm1(ratio) - ratio + (mean1 - mean2).square() * torch.exp(-log_variance2))
+
+
+def discretised_log_likelihood(x0: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+    """log P(level of x_0) under N(mean, e^log_variance) cut into 256 bins, of each element in nats (Ho et al. 2020, eq. 13).
+
+    log[Φ((x_0 − μ + 1/255)/σ) − Φ((x_0 − μ − 1/255)/σ)]; the bins of the levels 0 and 255 are open; never below ln 1e-12.
+    A difference of two Φ near 1 would lose its digits, so the bin is mirrored into the lower tail and taken in logarithms.
+
+    Args:
+        x0: on the grid k/127.5 − 1.
+        mean: μ, any shape that broadcasts.
+        log_variance: ln σ², likewise.
+    """
+    gap, rate = x0 - mean, torch.exp(-0.5 * log_variance)
+    # Φ(−8) < 1e-15: the limits change no value above the floor, and keep gradients finite where σ is tiny
+    near = ((HALF_BIN - gap.abs()) * rate).clamp(-30, 30)
+    far = ((-HALF_BIN - gap.abs()) * rate).clamp(min=-40)
+    log_near = torch.special.log_ndtr(near)
+    ratio = (torch.special.log_ndtr(far) - log_near).clamp(max=-torch.finfo(near.dtype).tiny)
+    inner = log_near + torch.log(-torch.expm1(ratio))
+    upper = torch.special.log_ndtr(((gap - HALF_BIN) * -rate).clamp(-30, 30))
+    lower = torch.special.log_ndtr(((gap + HALF_BIN) * rate).clamp(-30, 30))
+    return torch.where(x0 > EDGE, upper, torch.where(x0 < -EDGE, lower, inner)).clamp(min=LEAST_LOG)

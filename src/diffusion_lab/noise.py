@@ -32,6 +32,9 @@ class Stream(IntEnum):
     SPLIT = 6  # data: train/val/test
     SELF = 7  # training: self-conditioning on or off
     DROPOUT = 8  # training: the seed of dropout's generator
+    LIKELIHOOD = 9  # dequantisation is draw 0, the probe of the divergence draw 1, ε of the k-th time draw k + 2
+    VARIANCE = 10  # fitting a variance: ε of the k-th evaluation, index k
+    CODEBOOK = 11  # DDCM: x_T is draw 0, vector k of step i draw i + 1, index k
 
 
 Word = TypeVar("Word", int, Tensor)  # philox runs on Python's integers as it does on tensors

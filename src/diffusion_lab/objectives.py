@@ -7,13 +7,14 @@ With x_t = α x_0 + σ ε and D = αb − σa,
 so an error Δy is Δε = (α/D) Δy on the noise and Δx_0 = −(σ/D) Δy on the data: every weighting can be stated once, on ε.
 """
 
+import math
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffusion_lab.schedules import Schedule, Times, like, match
+from diffusion_lab.schedules import Schedule, Times, like, match, noise_level
 
 
 class Prediction(NamedTuple):
@@ -23,18 +24,40 @@ class Prediction(NamedTuple):
     noise: Tensor  # ε̂, derived again from the clipped x̂_0
     output: Tensor  # y, before any clipping
     extra: Tensor | None = None  # the network's channels beyond C: a learned variance, a second head
+    unclipped: Tensor | None = None  # ε̂ of y itself; None where nothing was clipped, and `noise` is it
 
 
 class Objective(ABC):
-    """A pair of coefficients (a_t, b_t). A new objective gives `coefficients`, and `check` if a curve breaks it."""
+    """A pair of coefficients (a_t, b_t). A new objective gives `coefficients`, and `check` if a curve breaks it.
+
+    Args:
+        scale_input: divide x_t by its standard deviation √(α²σ_d² + σ²) before the network sees it. Curves with α = 1, whose
+            x_t reaches σ_max, want it; where α² + σ² = 1 it does little.
+        sigma_data: σ_d > 0, the standard deviation of the data; 0.5 is EDM's for images in [−1, 1].
+
+    Raises:
+        ValueError: σ_d that is not positive.
+    """
+
+    def __init__(self, scale_input: bool = False, sigma_data: float = 0.5) -> None:
+        if not 0 < sigma_data < math.inf:
+            raise ValueError(
+                f"objective.sigma_data={sigma_data}: write the data's standard deviation, above 0 (EDM: 0.5)"
+            )
+        self.scale_input, self.sigma_data = scale_input, sigma_data
 
     @abstractmethod
     def coefficients(self, schedule: Schedule, t: Times) -> tuple[Times, Times]:
         """(a, b) of y = a x_0 + b ε at times t of any shape, in t's dtype or float32, whichever is wider."""
 
     def input_scale(self, schedule: Schedule, t: Times) -> Times:
-        """What x_t is multiplied by before the network sees it."""
-        return like(torch.ones_like(t), t)
+        """What x_t is multiplied by before the network sees it: 1, or 1/√(α²σ_d² + σ²)."""
+        return like(1 / self._deviation(schedule, t) if self.scale_input else torch.ones_like(t), t)
+
+    def _deviation(self, schedule: Schedule, t: Times) -> Times:
+        """√(α²σ_d² + σ²), the standard deviation of x_t, in float64."""
+        alpha, sigma = schedule.alpha_sigma(t.double())
+        return ((self.sigma_data * alpha).square() + sigma.square()).sqrt()
 
     def conditioning(self, schedule: Schedule, t: Times) -> Times:
         """What the network is told of the time."""
@@ -77,8 +100,8 @@ class PredNoise(Objective):
     def check(self, schedule: Schedule) -> None:
         if schedule.ends_in_noise:
             raise ValueError(
-                "objective=pred_noise cannot start from a schedule that ends in alpha = 0 (zero terminal SNR): there x_t is the "
-                "noise and says nothing of x_0; write objective=pred_v or objective=pred_x0, or schedule.zero_terminal_snr=false"
+                "objective=pred_noise cannot start from a schedule that ends in alpha = 0 (flow, zero terminal SNR): x_t is the "
+                "noise there and says nothing of x_0; write objective=pred_v or objective=pred_flow"
             )
 
 
@@ -96,6 +119,53 @@ class PredV(Objective):
     def coefficients(self, schedule: Schedule, t: Times) -> tuple[Times, Times]:
         alpha, sigma = schedule.alpha_sigma(t)
         return -sigma, alpha
+
+
+class PredFlow(Objective):
+    """y = ε − x_0, the velocity of the straight line from data to noise (Liu et al. 2022; Lipman et al. 2022); D = α + σ.
+
+    Papers that run t from noise to data have the other sign. On the curve `flow` it is dx/dt; on others a mixture as any.
+    """
+
+    def coefficients(self, schedule: Schedule, t: Times) -> tuple[Times, Times]:
+        alpha, _ = schedule.alpha_sigma(t)
+        return -torch.ones_like(alpha), torch.ones_like(alpha)
+
+
+class EDM(Objective):
+    """The preconditioning of Karras et al. 2022, table 1, as a linear map: y = (x_0 − c_skip x_t)/c_out on any curve.
+
+    With s = σ/α, c_skip = σ_d²/(s² + σ_d²) and c_out = sσ_d/√(s² + σ_d²), x_t/α for their state; hence, n = √(α²σ_d² + σ²),
+    a = σ/(σ_d n), b = −ασ_d/n, D = −n/σ_d. Input and target have variance 1 at every t. With σ_d = 1 y is −v/√(α² + σ²).
+    The input is always scaled by 1/n, and the network is told ln(s)/4.
+
+    Args:
+        sigma_data: σ_d > 0, the standard deviation of the data.
+
+    Raises:
+        ValueError: σ_d that is not positive.
+    """
+
+    def __init__(self, sigma_data: float = 0.5) -> None:
+        super().__init__(scale_input=True, sigma_data=sigma_data)
+
+    def coefficients(self, schedule: Schedule, t: Times) -> tuple[Times, Times]:
+        alpha, sigma = schedule.alpha_sigma(t.double())
+        n = self._deviation(schedule, t)
+        return like(sigma / (self.sigma_data * n), t), like(-alpha * self.sigma_data / n, t)
+
+    def determinant(self, schedule: Schedule, t: Times) -> Times:
+        return like(-self._deviation(schedule, t) / self.sigma_data, t)
+
+    def conditioning(self, schedule: Schedule, t: Times) -> Times:
+        return noise_level(schedule, t)
+
+    def check(self, schedule: Schedule) -> None:
+        if schedule.ends_in_noise:
+            raise ValueError(
+                "objective=edm tells the network ln(sigma/alpha), which is infinite where a schedule ends in alpha = 0 (flow, "
+                "zero terminal SNR); write objective=pred_v or objective=pred_flow"
+            )
 
 
 class PredMean(Objective):

@@ -145,6 +145,22 @@ class Sigmoid(OnNoise):
         return alpha2 * scale / (scale + alpha2 / sigma2)
 
 
+class EDM(OnNoise):
+    """(s² + σ_d²)/(sσ_d)² on the error of x_0, s = σ/α (Karras et al. 2022, table 1): w = (s² + σ_d²)/σ_d².
+
+    It is 1 on the output of objectives.EDM with the same σ_d: that is what c_out is for.
+
+    Args:
+        sigma_data: σ_d > 0.
+    """
+
+    def __init__(self, sigma_data: float = 0.5) -> None:
+        self.sigma_data = _positive("edm", "sigma_data", sigma_data)
+
+    def alpha2w(self, schedule: Schedule, t: Times, alpha2: Tensor, sigma2: Tensor) -> Tensor:
+        return alpha2 + sigma2 / self.sigma_data**2
+
+
 def _positive(name: str, argument: str, value: float) -> float:
     if value <= 0:
         raise ValueError(f"weighting {name} needs {argument} > 0, not {argument}={value}")

@@ -18,6 +18,7 @@ from diffusion_lab.data.decode import Decoder, Files
 
 from .helpers import save
 
+MANY = 3000  # images of the builds that are caught in the middle
 DECODER = Decoder((3, 8, 8))
 BUILD = """
 import sys
@@ -122,7 +123,7 @@ def slow_images(tmp_path) -> Path:
     source = tmp_path / "slow" / "0000.png"
     source.parent.mkdir()
     Image.effect_noise((200, 200), 50).save(source)
-    for i in range(1, 1200):
+    for i in range(1, MANY):
         os.link(source, source.with_name(f"{i:04d}.png"))
     return source.parent
 
@@ -130,7 +131,7 @@ def slow_images(tmp_path) -> Path:
 def test_processes_at_once_build_one_and_agree(slow_images, tmp_path):
     builds = [start(slow_images, tmp_path / "cache") for _ in range(3)]
     results = [build.communicate(timeout=60) for build in builds]
-    assert [out for out, _ in results] == ["(1200, 3, 8, 8)\n"] * 3
+    assert [out for out, _ in results] == [f"({MANY}, 3, 8, 8)\n"] * 3
     assert sum("decoding" in err for _, err in results) == 1
     assert len(made(tmp_path / "cache")) == 1
 
@@ -151,5 +152,5 @@ def test_an_interrupted_build_leaves_nothing_in_the_way(slow_images, tmp_path, h
     if how == signal.SIGINT:
         assert made(cache) == []
     again = start(slow_images, cache)
-    assert again.communicate(timeout=60)[0] == "(1200, 3, 8, 8)\n"
+    assert again.communicate(timeout=60)[0] == f"({MANY}, 3, 8, 8)\n"
     assert [path.suffix for path in cache.iterdir()] == [".npy"]

@@ -88,7 +88,7 @@ def test_information_needs_no_training(flag, capfd):
     assert "schedule" in out
     if flag == "--help":
         assert "python src/train.py" in out
-        for group in ("schedule: cosine, linear", "objective: pred_mean", "weighting: eps, min_snr"):
+        for group in ("schedule: cosine, edm", "objective: edm, pred_flow", "weighting: edm, eps"):
             assert group in out
 
 
@@ -111,11 +111,12 @@ GOLDEN = Path(__file__).parent / "default.yaml"
 
 def test_every_group_of_the_surface_is_there():
     for group, names in {
-        "schedule": "linear scaled_linear cosine sigmoid",
-        "objective": "pred_noise pred_x0 pred_v pred_mean",
-        "weighting": "native eps x0 truncated_snr min_snr soft_min_snr p2 vlb sigmoid",
-        "variance": "fixed_small fixed_large",
-        "sampler": "ddpm ddim",
+        "schedule": "linear scaled_linear cosine sigmoid vp sub_vp ve edm flow",
+        "objective": "pred_noise pred_x0 pred_v pred_mean pred_flow edm",
+        "weighting": "native eps x0 truncated_snr min_snr soft_min_snr p2 vlb edm sigmoid",
+        "times": "uniform stratified log_normal logit_normal importance",
+        "variance": "fixed_small fixed_large learned analytic sn npr",
+        "sampler": "ddpm ddim euler heun dpm_solver_pp unipc euler_maruyama reverse_diffusion predictor_corrector ode ddcm",
         "data": "digits mnist fashion_mnist cifar10 celeba image_folder",
         "model": "unet_digits unet_mnist unet_cifar10 unet_celeba64 unet_classic",
         "condition": "none label",

@@ -10,11 +10,11 @@ from contracts import SCHEDULES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusion_lab.samplers.grids import NAMES, times
-from diffusion_lab.schedules import Cosine, Linear
+from diffusion_lab.samplers.grids import GRIDS, NAMES, WARPS, times
+from diffusion_lab.schedules import EDM, VE, VP, Cosine, Flow, Linear, Schedule
 
 D = torch.float64
-ON_NODES = [g for g in NAMES if g != "uniform_lambda"]
+ON_NODES = list(GRIDS)
 
 
 def node(grid: torch.Tensor, steps: int = 1000) -> list[int]:
@@ -35,13 +35,13 @@ def test_every_number_of_steps(name: str) -> None:
         assert bool((grid.diff() < 0).all()), n
         assert float(grid[-1]) == 0
         assert float(grid[0]) == 1 or name == "leading", n
-        if name != "uniform_lambda":
+        if name in GRIDS:
             node(grid)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_step_is_every_node(name: str) -> None:
-    if name == "uniform_lambda":
+    if name in WARPS:
         assert len(times(name, Linear(), None)) == 1001
         return
     assert node(times(name, Linear(), None)) == list(range(1000, -1, -1))
@@ -101,7 +101,7 @@ def test_a_start_between_nodes_is_kept(name: str) -> None:
     assert times(name, Linear(), None, 0.0004, 0.0).tolist() == [0.0004, 0.0]
 
 
-@pytest.mark.parametrize("name", [*ON_NODES, "uniform_lambda"])
+@pytest.mark.parametrize("name", NAMES)
 def test_sub_intervals_of_nodes(name: str) -> None:
     for n in (1, 3, 10, 50):
         grid = times(name, Cosine(), n, 0.6, 0.1)
@@ -174,11 +174,38 @@ def test_uniform_lambda_has_equal_distances(schedule: str, n: int) -> None:
     torch.testing.assert_close(h, ((s.lam(inner[-1:]) - s.lam(inner[:1])) / n).expand_as(h), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("schedule", [Linear(), Cosine(), VP(), VE(), EDM()])
+@pytest.mark.parametrize("n", [2, 5, 18])
+def test_karras_is_the_published_ramp(schedule: Schedule, n: int) -> None:
+    """(σ_max^(1/ρ) + i/(N−1) (σ_min^(1/ρ) − σ_max^(1/ρ)))^ρ of σ/α, ρ = 7 (Karras et al. 2022, eq. 5), then data."""
+    least = 1 / schedule.steps if schedule.steps else schedule.least
+    alpha, sigma = schedule.alpha_sigma(torch.tensor([1.0, least], dtype=D))
+    high, low = (float(v) for v in (sigma / alpha) ** (1 / 7))
+    want = torch.tensor([(high + i / (n - 1) * (low - high)) ** 7 for i in range(n)], dtype=D)
+    grid = times("karras", schedule, n)
+    alpha, sigma = schedule.alpha_sigma(grid)
+    torch.testing.assert_close((sigma / alpha)[:-1], want, rtol=1e-9, atol=0)
+    assert float(grid[-1]) == 0
+    inner = times("karras", schedule, n, 0.9, 0.2)
+    alpha, sigma = schedule.alpha_sigma(inner)
+    step = ((sigma / alpha) ** (1 / 7)).diff()
+    torch.testing.assert_close(step, step.mean().expand_as(step), rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("n", [2, 5, 18, 40])
+def test_on_edms_curve_karras_is_linspace(n: int) -> None:
+    """EDM's curve is straight in σ^(1/ρ): its published time steps are both. 1e-6 of σ is what least = 1e-9 allows."""
+    (_, karras), (_, line) = (EDM().alpha_sigma(times(name, EDM(), n)) for name in ("karras", "linspace"))
+    torch.testing.assert_close(karras, line, rtol=1e-6, atol=0)
+    want = [(80 ** (1 / 7) + i / (n - 1) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(n)]
+    torch.testing.assert_close(karras, torch.tensor([*want, 0.0], dtype=D), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("schedule", [s for s, curve in SCHEDULES.items() if curve.steps is None])
 def test_continuous_curves(name: str, schedule: str) -> None:
     s = SCHEDULES[schedule]
-    if name == "uniform_lambda" and s.ends_in_noise:
+    if name in WARPS and s.ends_in_noise:
         with pytest.raises(ValueError, match="grid=trailing"):
             times(name, s, 10)
         return
@@ -203,6 +230,7 @@ def test_continuous_curves(name: str, schedule: str) -> None:
         (("trailing", Linear(), 10, 1.5, 0.0), "in \\[0, 1\\]"),
         (("trailing", Linear(), 10, math.nan, 0.0), "in \\[0, 1\\]"),
         (("uniform_lambda", Linear(zero_terminal_snr=True), 10), "grid=trailing"),
+        (("karras", Flow(), 10), "grid=trailing"),
         (("uniform_lambda", Linear(), 3, 0.0005, 0.0), "different times"),
     ],
 )

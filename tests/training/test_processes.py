@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from command import ROOT, TINY, command
 
 pytestmark = pytest.mark.ddp
@@ -32,10 +33,12 @@ def _run(folder, *arguments):
 
 
 def test_one_and_two_processes_train_the_same_run(tmp_path):
-    """The losses of 20 steps, and of the averaged weights in validation; also where the two are stopped and resumed."""
+    """The losses of 20 steps, and of the averaged weights in validation; also where the two are stopped and resumed. The times
+    are drawn by importance, so that every process must know the losses of all."""
     one, begun, two = tmp_path / "one", tmp_path / "begun", tmp_path / "two"
-    _run(one, "trainer=cpu")
-    _run(begun, "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.max_steps=10")
+    importance = ("times=importance", "times.history=2", "schedule.steps=4", "sampler.steps=4", "weighting=vlb")
+    _run(one, *importance, "trainer=cpu")
+    _run(begun, *importance, "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.max_steps=10")
     done = _run(two, f"ckpt={begun}", "trainer.max_steps=20")
     assert "2 processes" in done.stdout
     for name in ("train/loss", "val/loss"):
@@ -44,6 +47,8 @@ def test_one_and_two_processes_train_the_same_run(tmp_path):
         assert len(a) == (20 if name == "train/loss" else 2)
         for step in a:
             assert b[step] == pytest.approx(a[step], rel=1e-5), (name, step)
+    history = [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["times"] for run in (one, two)]
+    torch.testing.assert_close(history[1], history[0], rtol=1e-5, atol=0)
     assert len(list(tmp_path.iterdir())) == 3  # no second folder of a second process
 
 

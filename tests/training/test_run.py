@@ -80,10 +80,16 @@ def also(monkeypatch):
 VALIDATED = ("trainer.val_every=3", "callbacks.checkpoints.every=1000")
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, capfd, also, accumulate):
-    """With dropout, validation, accumulation, warm-up and a decaying rate: weights, averages, optimiser, losses, best score."""
+# Times that depend on the losses before: with four nodes and a short history from the second step on.
+IMPORTANCE = ("times=importance", "times.history=2", "schedule.steps=4", "sampler.steps=4", "weighting=vlb")
+
+
+@pytest.mark.parametrize(("accumulate", "times"), [(1, ()), (2, IMPORTANCE)])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, capfd, also, accumulate, times):
+    """With dropout, validation, accumulation, warm-up and a decaying rate: weights, averages, optimiser, losses, best score,
+    and what importance sampling has learned."""
     options = (
+        *times,
         *VALIDATED, "model.dropout=0.3", "rate=cosine", "rate.warmup=2", "trainer.max_steps=8",
         f"trainer.accumulate_grad_batches={accumulate}", "callbacks.ema.decay=[0.9,0.99]",
     )  # fmt: skip
@@ -94,8 +100,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, capfd, 
     train(second, f"ckpt={first}", capfd=capfd)
     one, two = _state(whole), _state(second)
     assert one["global_step"] == two["global_step"] == 8
-    for key in ("state_dict", "ema", "optimizer_states", "lr_schedulers"):
+    for key in ("state_dict", "ema", "optimizer_states", "lr_schedulers", "times"):
         _assert_same(one[key], two[key], key)
+    assert bool(one["times"]) == bool(times)
+    if times:
+        assert int(one["times"]["counts"].sum()) == 8 * 16
     assert {k: v for k, v in _losses(whole).items() if k > 5} == _losses(second)
     assert one["callbacks"]["Checkpoints"] == two["callbacks"]["Checkpoints"]
 
@@ -116,10 +125,12 @@ def test_the_best_checkpoint_is_resumed_as_exactly(tmp_path, capfd):
 
 
 def test_accumulated_parts_train_the_same_run(tmp_path, capfd):
+    """Importance sampling learns once a step, from all its parts."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train(whole, "trainer.max_steps=6", capfd=capfd)
-    train(parts, "trainer.max_steps=6", "trainer.accumulate_grad_batches=4", capfd=capfd)
+    train(whole, *IMPORTANCE, "trainer.max_steps=6", capfd=capfd)
+    train(parts, *IMPORTANCE, "trainer.max_steps=6", "trainer.accumulate_grad_batches=4", capfd=capfd)
     one, four = _losses(whole), _losses(parts)
+    torch.testing.assert_close(_state(parts)["times"], _state(whole)["times"], rtol=1e-5, atol=0)
     assert one.keys() == four.keys() == set(range(1, 7))
     for step in one:
         assert four[step] == pytest.approx(one[step], rel=1e-5)
@@ -146,7 +157,7 @@ def test_a_run_leaves_what_it_promises_and_samples_from_it(tmp_path, capfd):
     outcome = train(
         run, "trainer.max_steps=4", "trainer.val_every=2", "callbacks.ema.decay=0.9",
         "callbacks.samples={_target_: diffusion_lab.training.callbacks.Samples, folder: samples, every: 2, n: 4, sampler: "
-        "{_target_: diffusion_lab.samplers.DDIM, steps: 3}}",
+        "{_target_: diffusion_lab.samplers.DDIM, steps: 3}, clip: '${clip}'}", "clip=none",
         capfd=capfd,
     )  # fmt: skip
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]

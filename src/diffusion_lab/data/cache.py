@@ -43,7 +43,7 @@ def decoded(files: Files, decoder: Decoder, folder: Path) -> NDArray[np.uint8]:
     if not path.exists():
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with _claimed(path) as part:
+            with claimed(path) as part:
                 if part is not None:
                     _check_room(folder, len(files.names) * math.prod(decoder.shape))
                     _build(part, files, decoder)
@@ -74,7 +74,7 @@ def _check_room(folder: Path, needed: int) -> None:
 
 
 @contextmanager
-def _claimed(path: Path) -> Iterator[BinaryIO | None]:
+def claimed(path: Path) -> Iterator[BinaryIO | None]:
     """An empty file that becomes `path` if the body succeeds and vanishes if it fails; None once another process made `path`.
 
     The temporary file is its own lock, which the kernel drops when a process dies, so that a killed build blocks nobody and the

@@ -16,11 +16,11 @@ CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Remote:
-    """A file, the addresses that serve it (tried in order) and its MD5 checksum."""
+    """A file, the addresses that serve it (tried in order) and its checksum, MD5 or SHA-256 (told apart by their lengths)."""
 
     name: str
     urls: tuple[str, ...]
-    md5: str
+    checksum: str
 
 
 def fetch(folder: Path, missing: Sequence[Remote], *, download: bool) -> None:
@@ -37,7 +37,7 @@ def fetch(folder: Path, missing: Sequence[Remote], *, download: bool) -> None:
         reason = "no address"
         for url in file.urls:
             try:
-                _retrieve(url, folder / file.name, file.md5)
+                _retrieve(url, folder / file.name, file.checksum)
                 break
             except (OSError, HTTPException) as error:  # OSError includes refused, timed out, unresolved, unwritable
                 reason = " ".join(f"{url}: {error}".split())
@@ -46,10 +46,10 @@ def fetch(folder: Path, missing: Sequence[Remote], *, download: bool) -> None:
             raise ValueError(f"cannot download {file.name} ({reason}): put {names} into {folder.absolute()}")
 
 
-def _retrieve(url: str, path: Path, md5: str) -> None:
+def _retrieve(url: str, path: Path, checksum: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    digest = hashlib.md5(usedforsecurity=False)
+    digest = hashlib.new("sha256" if len(checksum) == 64 else "md5", usedforsecurity=False)
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT) as response, open(part, "wb") as file:
             total = int(response.headers.get("Content-Length") or 0) or None
@@ -58,8 +58,8 @@ def _retrieve(url: str, path: Path, md5: str) -> None:
                     file.write(chunk)
                     digest.update(chunk)
                     bar.update(len(chunk))
-        if digest.hexdigest() != md5:
-            raise OSError(f"checksum {digest.hexdigest()}, expected {md5}")
+        if digest.hexdigest() != checksum:
+            raise OSError(f"checksum {digest.hexdigest()}, expected {checksum}")
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

@@ -1,25 +1,10 @@
 """The Fréchet distance between Gaussians fitted to two sets of features."""
 
-from typing import NamedTuple
-
 import torch
-from torch import Tensor
 
+from diffusion_lab.metrics.moments import Moments, moments
 
-class Moments(NamedTuple):
-    """Mean (D,) and covariance (D, D) of features, float64, and n, how many there were."""
-
-    mean: Tensor
-    covariance: Tensor
-    n: int
-
-
-def moments(features: Tensor) -> Moments:
-    """Moments of features (N, D), the covariance with N − 1. Raises ValueError for fewer than 2."""
-    if len(features) < 2:
-        raise ValueError(f"a Fréchet distance needs at least 2 images in each set, not {len(features)}")
-    x = features.double()
-    return Moments(x.mean(0), torch.cov(x.T), len(x))
+__all__ = ["Moments", "frechet_distance", "moments"]
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
@@ -27,7 +12,14 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
     tr (Σ_a Σ_b)^½ is the sum of the square roots of the eigenvalues of Σ_a^½ Σ_b Σ_a^½, which is symmetric: no complex matrix
     root, and singular covariances do no harm.
+
+    Raises:
+        ValueError: features of different sizes.
     """
+    if a.mean.shape != b.mean.shape:
+        raise ValueError(
+            f"features of size {len(a.mean)} and {len(b.mean)} do not compare: take both from one extractor"
+        )
     values, vectors = torch.linalg.eigh(a.covariance)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     cross = torch.linalg.eigvalsh(root @ b.covariance @ root).clamp(min=0).sqrt().sum()

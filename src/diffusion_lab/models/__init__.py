@@ -4,6 +4,7 @@
 |---|---|
 | `UNet` | DDPM's network and its descendants, by options |
 | `ClassicUNet` | the original contracting and expanding path |
+| `SecondHead` | a frozen network with C more channels, for its variance |
 | `External` | a network of another library |
 
 Any other `torch.nn.Module` of that signature will do: see `external`.
@@ -11,6 +12,7 @@ Any other `torch.nn.Module` of that signature will do: see `external`.
 
 from diffusion_lab.models.classic import ClassicUNet
 from diffusion_lab.models.external import External, from_diffusers, load_diffusers, to_diffusers
+from diffusion_lab.models.heads import SecondHead
 from diffusion_lab.models.unet import UNet
 
-__all__ = ["ClassicUNet", "External", "UNet", "from_diffusers", "load_diffusers", "to_diffusers"]
+__all__ = ["ClassicUNet", "External", "SecondHead", "UNet", "from_diffusers", "load_diffusers", "to_diffusers"]

@@ -10,19 +10,23 @@ from diffusion_lab.models.embeddings import Embedding
 
 
 class Network(nn.Module):
-    """(x, c, label, previous) → output, for images of any size; a subclass gives `body`, which sees whole multiples only.
+    """(x, c, label, previous) → output, for images of any size; a subclass gives `body`, which sees whole multiples only, and
+    `readout`.
 
     Args:
         channels: C of the images.
         image_size: [H, W] the network is meant for; other sizes work too.
         levels: number of resolutions; H and W are padded to multiples of 2^(levels − 1).
+        feature_channels: of what `body` gives.
         embedding: of c and the label.
         self_conditioning: take the previous x̂_0 as C more input channels (Chen et al. 2022, "Analog bits").
         learned_variance: give 2C channels, the second half for the variance (Nichol & Dhariwal 2021).
 
     Attributes:
         channels, image_size, num_classes, self_conditioning: as given.
-        in_channels, out_channels: of `body`: C or 2C.
+        in_channels, out_channels: what `body` takes, C or 2C; what `readout` gives, C or 2C.
+        feature_channels: of the last features, between the two.
+        extra: what the channels beyond C are: "learned", a variance, or None where there are none.
         side: multiple to which H and W are padded.
 
     Raises:
@@ -35,6 +39,7 @@ class Network(nn.Module):
         channels: int,
         image_size: Sequence[int],
         levels: int,
+        feature_channels: int,
         embedding: Embedding,
         self_conditioning: bool,
         learned_variance: bool,
@@ -48,11 +53,17 @@ class Network(nn.Module):
         self.self_conditioning = self_conditioning
         self.in_channels = channels * (1 + self_conditioning)
         self.out_channels = channels * (1 + learned_variance)
+        self.feature_channels = feature_channels
+        self.extra = "learned" if learned_variance else None
         self.side = 2 ** (levels - 1)
         self.embedding = embedding
 
     def body(self, x: Tensor, e: Tensor) -> Tensor:
-        """x (B, in_channels, H, W), H and W multiples of `side`; e (B, E) → (B, out_channels, H, W)."""
+        """The last features: x (B, in_channels, H, W), H and W multiples of `side`; e (B, E) → (B, feature_channels, H, W)."""
+        raise NotImplementedError
+
+    def readout(self, features: Tensor) -> Tensor:
+        """(B, feature_channels, H, W) → (B, out_channels, H, W)."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, c: Tensor, label: Tensor | None = None, previous: Tensor | None = None) -> Tensor:
@@ -70,6 +81,10 @@ class Network(nn.Module):
         Raises:
             ValueError: a shape, label or `previous` that the network was not built for.
         """
+        return self.cut(self.readout(self.features(x, c, label, previous)), x)
+
+    def features(self, x: Tensor, c: Tensor, label: Tensor | None = None, previous: Tensor | None = None) -> Tensor:
+        """What the output is read from, (B, feature_channels, H', W'), padded to whole levels. Arguments as for a call."""
         if x.ndim != 4 or x.shape[1] != self.channels:
             raise ValueError(
                 f"the network takes images of shape (B, {self.channels}, H, W), got {tuple(x.shape)}: "
@@ -82,14 +97,19 @@ class Network(nn.Module):
         elif previous is not None:
             raise ValueError("got `previous`, but the network does not read it: build it with self_conditioning=true")
         e = self.embedding(c, label)
-        height, width = x.shape[2:]
-        down, right = -height % self.side, -width % self.side
-        if not (down or right):
-            return self.body(x, e)
+        down, right, top, left = self._padding(x)
         # Zeros, as the convolutions pad: unlike reflection they fit every size, and they repeat none of the noise.
-        top, left = down // 2, right // 2
-        y = self.body(F.pad(x, (left, right - left, top, down - top)), e)
-        return y[:, :, top : top + height, left : left + width]
+        return self.body(F.pad(x, (left, right - left, top, down - top)) if down or right else x, e)
+
+    def cut(self, y: Tensor, x: Tensor) -> Tensor:
+        """y, of the padded size, at the size of the images x."""
+        down, right, top, left = self._padding(x)
+        return y[:, :, top : top + x.shape[2], left : left + x.shape[3]] if down or right else y
+
+    def _padding(self, x: Tensor) -> tuple[int, int, int, int]:
+        """Rows and columns that are missing to whole multiples of `side`, and how many of them come first."""
+        down, right = -x.shape[2] % self.side, -x.shape[3] % self.side
+        return down, right, down // 2, right // 2
 
 
 def initialise(network: nn.Module, weight: Callable[[Tensor], Tensor]) -> None:

@@ -62,6 +62,7 @@ class ClassicUNet(Network):
             channels=channels,
             image_size=image_size,
             levels=levels,
+            feature_channels=width,
             embedding=Embedding(width, "sinusoidal", nn.ReLU, num_classes),
             self_conditioning=self_conditioning,
             learned_variance=learned_variance,
@@ -81,7 +82,7 @@ class ClassicUNet(Network):
             self.to(memory_format=torch.channels_last)
 
     def body(self, x: Tensor, e: Tensor) -> Tensor:
-        """x (B, in_channels, H, W), H and W multiples of `side`; e (B, E) → (B, out_channels, H, W)."""
+        """x (B, in_channels, H, W), H and W multiples of `side`; e (B, E) → (B, feature_channels, H, W)."""
         h, skips = x, []
         for i, block in enumerate(self.down):
             h = block(h if i == 0 else self.pool(h), e)
@@ -89,5 +90,9 @@ class ClassicUNet(Network):
         skips.pop()  # the lowest level has nothing across
         for grow, block in zip(self.grow, self.up, strict=True):
             h = block(torch.cat([skips.pop(), grow(h)], dim=1), e)
-        out: Tensor = self.output(h)
+        return h
+
+    def readout(self, features: Tensor) -> Tensor:
+        """(B, feature_channels, H, W) → (B, out_channels, H, W)."""
+        out: Tensor = self.output(features)
         return out

@@ -88,6 +88,7 @@ class UNet(Network):
             channels=channels,
             image_size=image_size,
             levels=len(multipliers),
+            feature_channels=width * multipliers[0],
             embedding=Embedding(width, features, nonlinearity, num_classes),
             self_conditioning=self_conditioning,
             learned_variance=learned_variance,
@@ -124,9 +125,9 @@ class UNet(Network):
                 units.append(Unit(h + skips.pop(), out, style, attention=side in attention))
                 h = out
             self.up.append(Level(units, grow(out) if i > 0 else nn.Identity()))
-        self.norm = style.norm(width * multipliers[0])
+        self.norm = style.norm(self.feature_channels)
         self.activation = nonlinearity()
-        self.output = nn.Conv2d(width * multipliers[0], self.out_channels, 3, padding=1)
+        self.output = nn.Conv2d(self.feature_channels, self.out_channels, 3, padding=1)
 
         self.gradient_checkpointing = gradient_checkpointing
         initialise(self, nn.init.xavier_uniform_)  # as DDPM's code
@@ -150,8 +151,8 @@ class UNet(Network):
         return sides
 
     def body(self, x: Tensor, e: Tensor) -> Tensor:
-        """x (B, in_channels, H, W), H and W multiples of `side`; e (B, E) → (B, out_channels, H, W)."""
-        h = self.input(x)
+        """x (B, in_channels, H, W), H and W multiples of `side`; e (B, E) → (B, feature_channels, H, W)."""
+        h: Tensor = self.input(x)
         skips = [h]
         for i, level in enumerate(self.down):
             assert isinstance(level, Level)
@@ -168,7 +169,11 @@ class UNet(Network):
             for unit in level.units:
                 h = self._run(unit, torch.cat([h, skips.pop()], dim=1), e)
             h = level.resample(h)
-        out: Tensor = self.output(self.activation(self.norm(h)))
+        return h
+
+    def readout(self, features: Tensor) -> Tensor:
+        """(B, feature_channels, H, W) → (B, out_channels, H, W)."""
+        out: Tensor = self.output(self.activation(self.norm(features)))
         return out
 
     def _run(self, unit: nn.Module, h: Tensor, e: Tensor) -> Tensor:

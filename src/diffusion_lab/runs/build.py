@@ -16,6 +16,7 @@ from torch import nn
 
 import diffusion_lab
 from diffusion_lab.data.datamodule import DataModule
+from diffusion_lab.denoiser import Denoiser, Prediction
 from diffusion_lab.runs.checkpoints import FORMAT
 from diffusion_lab.runs.instantiate import instantiate
 from diffusion_lab.training.callbacks import Interrupt
@@ -41,14 +42,14 @@ def network(config: Config) -> nn.Module:
 
 
 def module(config: Config, net: nn.Module, saved: Config) -> DiffusionModule:
-    """What is trained: network, schedule, objective, weighting, error, times, condition, optimiser."""
+    """What is trained: network, schedule, objective, weighting, error, times, variance, condition, optimiser."""
     trainer = config["trainer"]
     make = instantiate(config["optimizer"])
     try:
         make([nn.Parameter(torch.zeros(1))])
     except (ValueError, TypeError) as error:
         raise ValueError(f"optimizer: {error}") from error
-    return DiffusionModule(
+    built = DiffusionModule(
         net,
         schedule=instantiate(config["schedule"]),
         objective=instantiate(config["objective"]),
@@ -64,11 +65,29 @@ def module(config: Config, net: nn.Module, saved: Config) -> DiffusionModule:
             clipping=bool(trainer["gradient_clip_val"]),
         ),
         batch_size=config["data"]["batch_size"],
+        variance=instantiate(config["variance"]),
         seed=config["seed"],
         compiled=trainer["compile"],
         validation_draws=trainer["val_draws"],
         saved=saved,
     )
+    if built.learned_variance and not hasattr(net, "extra"):
+        _try_channels(built, config)
+    return built
+
+
+@torch.no_grad()
+def _try_channels(built: DiffusionModule, config: Config) -> None:
+    """Asks a network that is not this package's for one output; ValueError unless it has channels for the variance."""
+    data = config["data"]
+    x = torch.zeros(1, data["channels"], *data["image_size"])
+    condition = {"label": torch.zeros(1, dtype=torch.long)} if built.condition.num_classes else {}
+    training = built.network.training
+    built.network.eval()
+    output, extra = Denoiser(built.network, built.schedule, built.objective).output(x, 1.0, **condition)
+    built.network.train(training)
+    assert built.learned_variance is not None
+    built.learned_variance.read(Prediction(x, x, output, extra))
 
 
 def callbacks(config: Config, folder: Path) -> list[pl.Callback]:

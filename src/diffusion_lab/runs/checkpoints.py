@@ -27,6 +27,8 @@ class Run:
         config: the resolved configuration, plain containers.
         step: optimiser steps done.
         weights: "ema 0.9999" or "live".
+        trust: further modules whose classes its configuration may name.
+        path: the checkpoint's file.
     """
 
     denoiser: Denoiser
@@ -34,6 +36,7 @@ class Run:
     step: int
     weights: str
     trust: tuple[str, ...] = ()
+    path: Path | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -151,7 +154,7 @@ def load_checkpoint(path: str | Path, weights: str = "ema", trust: Sequence[str]
         instantiate(config["objective"], trust),
         clip=instantiate(config.get("clip"), trust),
     )
-    return Run(denoiser, config, int(checkpoint["global_step"]), name, tuple(trust))
+    return Run(denoiser, config, int(checkpoint["global_step"]), name, tuple(trust), found)
 
 
 def rewrapped(run: Run, clip: Clip) -> Run:

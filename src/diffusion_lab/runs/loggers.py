@@ -4,7 +4,7 @@ import netrc
 import os
 import socket
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -40,6 +40,33 @@ def build(config: Mapping[str, Any], resolved: Mapping[str, Any], folder: Path) 
         logger._wandb_init.pop("anonymous", None)  # Lightning passes it always, and W&B warns of it always
         loggers.append(logger)
     return loggers
+
+
+def log_table(
+    options: Mapping[str, Any],
+    folder: Path,
+    config: dict[str, Any],
+    name: str,
+    columns: Sequence[str],
+    rows: list[list[Any]],
+) -> None:
+    """One W&B run that holds one table, and the picture `name`.png where `folder` has it.
+
+    Raises:
+        ValueError: as `build`.
+    """
+    offline = _offline(str(options["mode"]))
+    if offline:
+        os.environ.setdefault("WANDB_SILENT", "true")
+    import wandb
+
+    mode: Any = "offline" if offline else "online"
+    with wandb.init(
+        project=options["project"], name=options["name"] or folder.name, dir=str(folder), mode=mode, config=config
+    ) as run:
+        run.log({name: wandb.Table(columns=list(columns), data=rows)})
+        if (folder / f"{name}.png").is_file():
+            run.log({f"{name}_plot": wandb.Image(str(folder / f"{name}.png"))})
 
 
 def _leaf(resolved: Mapping[str, Any], group: str) -> str:

@@ -25,9 +25,19 @@ NULLABLE: dict[str, type | tuple[type, ...]] = {
     "init": str,
     "out": str,
     "n": int,
-    "data_root": str,
+    "images": str,
+    "weights_path": str,
+    "reference": str,
+    "save_reference": str,
+    "budget": (int, list),
     "trainer.max_time": (str, dict),
     "sampler.steps": int,
+    "sampler.budget": int,
+    "sampler.last_bound": (int, float),
+    "nodes": int,
+    "ema": (int, float),
+    "variance.times": list,
+    "variance.moments": list,
     "data.limit": int,
     "data.val": (int, float),
     "data.test": (int, float),
@@ -41,6 +51,7 @@ NULLABLE: dict[str, type | tuple[type, ...]] = {
 # Keys that take values of several types.
 MIXED: dict[str, tuple[type, ...]] = {
     "labels": (str, list),
+    "extractor": (str, dict, type(None)),
     "callbacks.ema.decay": (float, int, list),
     "trainer.devices": (int, str, list),
 }

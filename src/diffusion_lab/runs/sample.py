@@ -14,6 +14,8 @@ from diffusion_lab.runs import files
 from diffusion_lab.runs.checkpoints import Run, load_checkpoint, rewrapped
 from diffusion_lab.runs.cli import refusals
 from diffusion_lab.runs.instantiate import instantiate
+from diffusion_lab.runs.variances import sampler_for
+from diffusion_lab.samplers import Sampler
 
 SHOWN = 400  # images of grid.png at most
 
@@ -30,7 +32,7 @@ def run(config: DictConfig) -> int:
         files.refuse_filled(out, "out", settings["overwrite"])
         loaded = load_checkpoint(settings["ckpt"], settings["weights"], settings["trust"])
         loaded = rewrapped(loaded, clip=instantiate(settings.get("clip")))
-        sampler = instantiate(settings["sampler"])
+        sampler, loaded = sampler_for(settings["sampler"], loaded)
         sampler.check(loaded.denoiser)
         asked = labels(settings["labels"], loaded, settings["n"])
         images = loaded.to(device(settings["device"])).sample(
@@ -43,10 +45,16 @@ def run(config: DictConfig) -> int:
         )
         write(out, images, asked, settings["save_images"])
     print(
-        f"{len(images)} images, {type(sampler).__name__}, {sampler.nfe} network evaluations each, weights {loaded.weights}, "
+        f"{len(images)} images, {named(sampler)}, {sampler.nfe} network evaluations each, weights {loaded.weights}, "
         f"step {loaded.step:,}, seed {settings['seed']}\nlook at  {out / 'grid.png'}"
     )
     return 0
+
+
+def named(sampler: Sampler) -> str:
+    """A sampler's name, with that of the variance where it has one."""
+    variance = getattr(sampler, "variance", None)
+    return type(sampler).__name__ + ("" if variance is None else f" with {type(variance).__name__}")
 
 
 def labels(asked: str | list[int], loaded: Run, n: int) -> Tensor | None:

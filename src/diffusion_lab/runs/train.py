@@ -22,7 +22,7 @@ from diffusion_lab.runs import build, checkpoints, files, loggers
 from diffusion_lab.runs.cli import CONFIG_ENV, refusals
 from diffusion_lab.runs.instantiate import check_targets, instantiate
 from diffusion_lab.runs.options import check
-from diffusion_lab.training.callbacks import Checkpoints, Interrupt, Samples
+from diffusion_lab.training.callbacks import Checkpoints, Interrupt, Quality, Samples
 
 _NOT_FROM_CHECKPOINT = ("ckpt", "init", "overwrite", "trust", "run_dir")
 
@@ -63,6 +63,9 @@ def run(config: DictConfig) -> int:
             data.start_at(step)
         data.setup()
         data.train_dataloader()  # refuses a batch size that does not divide
+        for hook in hooks:
+            if isinstance(hook, Quality):
+                hook.check(data)
         if 0 < data.size("val") < trainer.world_size:
             raise ValueError(
                 f"{data.size('val')} validation images are too few for {trainer.world_size} processes: write data.val=0"
@@ -216,8 +219,12 @@ def _report(trainer: pl.Trainer, hooks: list[pl.Callback], settings: Mapping[str
     signal = next(h for h in hooks if isinstance(h, Interrupt)).received
     kept = next((h for h in hooks if isinstance(h, Checkpoints)), None)
     grids = next((h for h in hooks if isinstance(h, Samples)), None)
+    quality = next((h for h in hooks if isinstance(h, Quality)), None)
     value = trainer.callback_metrics.get("val/loss")
     _say(f"{trainer.global_step:,} steps done" + ("" if value is None else f", validation loss {float(value):.4f}"))
+    if quality and quality.value is not None:
+        best = f", best {kept.best:.4g}" if kept and kept.monitor in ("quality", quality.label) and kept.best else ""
+        _say(f"{quality.label} {quality.value:.4g}{best}")
     if grids and grids.path:
         _say(f"look at  {grids.path}")
     if kept:

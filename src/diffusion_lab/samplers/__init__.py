@@ -2,5 +2,26 @@
 
 from diffusion_lab.samplers.ancestral import DDIM, DDPM
 from diffusion_lab.samplers.base import Sampler, prior
+from diffusion_lab.samplers.ddcm import DDCM
+from diffusion_lab.samplers.dpm_solver import DPMSolverPP
+from diffusion_lab.samplers.euler import Euler
+from diffusion_lab.samplers.heun import Heun
+from diffusion_lab.samplers.ode import ODE
+from diffusion_lab.samplers.sde import EulerMaruyama, PredictorCorrector, ReverseDiffusion
+from diffusion_lab.samplers.unipc import UniPC
 
-__all__ = ["DDIM", "DDPM", "Sampler", "prior"]
+__all__ = [
+    "DDCM",
+    "DDIM",
+    "DDPM",
+    "ODE",
+    "DPMSolverPP",
+    "Euler",
+    "EulerMaruyama",
+    "Heun",
+    "PredictorCorrector",
+    "ReverseDiffusion",
+    "Sampler",
+    "UniPC",
+    "prior",
+]

@@ -9,7 +9,7 @@ from torch import Tensor
 from diffusion_lab.denoiser import Denoiser, Prediction
 from diffusion_lab.noise import normal
 from diffusion_lab.samplers import grids
-from diffusion_lab.schedules import Schedule, match
+from diffusion_lab.schedules import Schedule, match, move
 
 Callback = Callable[[int, float, Tensor, Prediction], None]
 
@@ -35,13 +35,30 @@ class Model:
         self._times: list[Tensor] = []
         self._finite: list[Tensor] = []
 
-    def __call__(self, x: Tensor, t: Tensor) -> Prediction:
-        """One network evaluation at state x (B, …) and time t, 0-d on the CPU, or (B,) where each image has its own."""
-        prediction = self.denoiser(x, t, previous=self._previous, **self.condition)
-        self._previous = prediction.x0
+    def __call__(self, x: Tensor, t: Tensor, rows: Tensor | None = None) -> Prediction:
+        """One network evaluation at state x (B, …) and time t, 0-d on the CPU, or (B,) where each image has its own.
+
+        Where x holds only some images of the batch, `rows`, int64 (B,), says which: each gets its own condition, and none x̂_0
+        of the evaluation before, which a sampler that uses `rows` must refuse to need (`Sampler.uses_previous`).
+        """
+        condition, previous = self.condition, self._previous
+        if rows is not None:
+            condition, previous = {name: value[rows.to(value.device)] for name, value in condition.items()}, None
+        prediction = self.denoiser(x, t, previous=previous, **condition)
+        self._previous = prediction.x0 if rows is None else None
         self.nfe += 1
-        self._times.append(t)
-        self._finite.append(prediction.x0.isfinite().all())  # stays on the device; read once, at the end
+        finite = prediction.x0.isfinite().flatten(1).all(1)  # stays on the device; read once, at the end
+        self._times.append(t if t.ndim == 0 else torch.where(finite, 0.0, move(t, x.device)).max())
+        self._finite.append(finite.all())
+        return prediction
+
+    def depart(self, i: int, x: Tensor, t: Tensor, s: Tensor) -> Prediction:
+        """What step i from t to s is made of: the prediction at state x (B, …) and time t, told to the callback.
+
+        Encoding departs from t = 0, where no network was trained: there x is x_0, and ε̂ is that of the next time.
+        """
+        prediction = self(x, s)._replace(x0=x) if t == 0 else self(x, t)
+        self.report(i, t, x, prediction)
         return prediction
 
     def report(self, i: int, t: Tensor, x: Tensor, prediction: Prediction) -> None:
@@ -51,10 +68,10 @@ class Model:
 
     def refuse_nan(self) -> None:
         """Raise ValueError where an evaluation was not finite, naming the first."""
-        bad = (~torch.stack(self._finite)).nonzero()
-        if len(bad):
-            i = int(bad[0])
-            t = float(self._times[i].max())
+        finite: list[bool] = torch.stack(self._finite).tolist() if self._finite else []
+        if not all(finite):
+            i = finite.index(False)
+            t = float(self._times[i])
             raise ValueError(
                 f"the network gave NaN or infinity at evaluation {i + 1} of {self.nfe}, t={t:.4g}: "
                 "sample in float32, or take a checkpoint from before the training diverged"
@@ -76,11 +93,12 @@ class Sampler(ABC):
         ValueError: an unknown grid, no steps, or a budget that allows none.
     """
 
+    grid_names: tuple[str, ...] = grids.NAMES  # the time grids it knows
     uses_previous = True  # whether a self-conditioning network may be given the x̂_0 of the evaluation before
 
     def __init__(self, steps: int | None, grid: str, budget: int | None = None) -> None:
-        if grid not in grids.NAMES:
-            raise ValueError(f"unknown time grid {grid!r}: write one of {', '.join(grids.NAMES)}")
+        if grid not in self.grid_names:
+            raise ValueError(f"unknown time grid {grid!r}: write one of {', '.join(self.grid_names)}")
         if budget is not None:
             steps = self.within(budget)
             if steps < 1:
@@ -115,12 +133,15 @@ class Sampler(ABC):
 
     def check(self, denoiser: Denoiser) -> None:
         """Raise ValueError where this sampler cannot work with that denoiser."""
+        self._refuse_previous(denoiser)
+        self.times(denoiser)
+
+    def _refuse_previous(self, denoiser: Denoiser) -> None:
         if denoiser.self_conditioning and not self.uses_previous:
             raise ValueError(
                 f"sampler {type(self).__name__} solves an ODE in x alone and cannot carry the previous estimate that this "
                 "self-conditioning network takes: write sampler=ddim"
             )
-        self.times(denoiser)
 
     @torch.no_grad()
     def __call__(
@@ -160,6 +181,7 @@ class Sampler(ABC):
                 f"sampler {type(self).__name__} as configured is stochastic and runs from noise to data only: to encode "
                 "(start < stop) write sampler=ddim with eta=0 and variance=fixed_small"
             )
+        self._refuse_previous(denoiser)
         times = self.times(denoiser, start, stop)
         key = torch.arange(len(x_T), device=x_T.device) if index is None else index.to(x_T.device)
 

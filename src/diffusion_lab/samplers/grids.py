@@ -1,7 +1,7 @@
 """Time grids: where a sampler stops on its way from `start` to `stop`.
 
 A grid maps (schedule, steps, start, stop) to steps + 1 strictly decreasing times, float64 on the CPU, the last of them `stop`.
-On a table the times are nodes i/T, rounded and never truncated, but for uniform λ, which is read between the nodes as well.
+On a table the times are nodes i/T, rounded and never truncated; but grids that are even in a function of λ lie between them.
 """
 
 import math
@@ -39,7 +39,13 @@ GRIDS: dict[str, Callable[[int, float], Tensor]] = {
     "linspace": linspace,
     "quadratic": quadratic,
 }
-NAMES = (*GRIDS, "uniform_lambda")
+# Functions of λ in which the steps are equal, and their inverses. karras: (σ/α)^(1/ρ), ρ = 7 (Karras et al. 2022, eq. 5), which
+# on EDM's curve is linspace; λ itself: Lu et al. 2022, DPM-Solver, section 3.3.
+WARPS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "uniform_lambda": (torch.clone, torch.clone),
+    "karras": (lambda lam: (-lam / 7).exp(), lambda root: -7 * root.log()),
+}
+NAMES = (*GRIDS, *WARPS)
 
 
 def times(name: str, schedule: Schedule, steps: int | None, start: float = 1.0, stop: float = 0.0) -> Tensor:
@@ -53,7 +59,7 @@ def times(name: str, schedule: Schedule, steps: int | None, start: float = 1.0, 
         stop: the last time, in [0, 1].
 
     Raises:
-        ValueError: unknown name, more steps than nodes, no steps on a continuous curve, uniform λ towards α = 0 or from
+        ValueError: unknown name, more steps than nodes, no steps on a continuous curve, a grid even in λ from α = 0 or from
             below the first node, or `leading` with start < stop.
     """
     if name not in NAMES:
@@ -75,12 +81,12 @@ def times(name: str, schedule: Schedule, steps: int | None, start: float = 1.0, 
     n = math.ceil(cells) if steps is None else steps
     if n < 1:
         raise ValueError(f"a sampler needs steps >= 1, not steps={n}")
-    if schedule.steps is not None and name != "uniform_lambda" and n > math.ceil(cells):
+    if schedule.steps is not None and name not in WARPS and n > math.ceil(cells):
         raise ValueError(
             f"steps={n} exceeds the {cells:g} steps of the schedule between t={start} and t={stop}: ask for fewer"
         )
-    if name == "uniform_lambda":
-        grid = _uniform_lambda(n, schedule, start, stop, 1 / count)
+    if name in WARPS:
+        grid = _warped(name, n, schedule, start, stop, 1 / count)
     else:
         offsets = GRIDS[name](n, cells)
         begins = float(offsets[0]) > cells - NODE_TOLERANCE  # but for rounding, all save `leading` do
@@ -104,14 +110,15 @@ def _distinct(nodes: Tensor) -> Tensor:
     return (torch.cummax(torch.maximum(up, rank) - rank, 0).values + rank).flip(0)
 
 
-def _uniform_lambda(n: int, schedule: Schedule, start: float, stop: float, least: float) -> Tensor:
-    """n times from `start` on at equal distances in λ; the (n + 1)-st is `stop`, or data after the first node."""
+def _warped(name: str, n: int, schedule: Schedule, start: float, stop: float, least: float) -> Tensor:
+    """n times from `start` on at equal distances in a function of λ; the (n + 1)-st is `stop`, or data after the least time."""
     if start == 1 and schedule.ends_in_noise:
         raise ValueError(
-            "grid uniform_lambda needs a finite λ at its start, but this schedule ends in alpha = 0: write grid=trailing"
+            f"grid {name} needs a finite λ at its start, but this schedule ends in alpha = 0: write grid=trailing"
         )
-    ends = schedule.lam(torch.tensor([start, stop or least], dtype=torch.float64))
-    lam = torch.linspace(float(ends[0]), float(ends[1]), n + 1 if stop else max(n, 2), dtype=torch.float64)[:n]
-    grid = schedule.time(lam)
+    warp, back = WARPS[name]
+    ends = warp(schedule.lam(torch.tensor([start, stop or least], dtype=torch.float64)))
+    ramp = torch.linspace(float(ends[0]), float(ends[1]), n + 1 if stop else max(n, 2), dtype=torch.float64)[:n]
+    grid = schedule.time(back(ramp))
     grid[0] = start  # as given, not through λ and back
     return grid

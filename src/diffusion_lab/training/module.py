@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_lab.denoiser import Denoiser
-from diffusion_lab.losses import Error, StepLoss, corrupt, diffusion_loss
+from diffusion_lab.losses import Error, StepLoss, chain_steps, corrupt, diffusion_loss
 from diffusion_lab.noise import Stream, normal, uniform, word
 from diffusion_lab.objectives import Objective
 from diffusion_lab.schedules import Schedule, match, move
 from diffusion_lab.times import Stratified, TimeSampler
 from diffusion_lab.training.condition import Condition
 from diffusion_lab.training.optim import Rate, build_optimizer
+from diffusion_lab.variances import Learned, Variance
 from diffusion_lab.weightings import Weighting
 
 VALIDATION_SEED = 0  # t and ε of validation are the same in every run, so that runs compare
@@ -46,10 +47,14 @@ class DiffusionModule(pl.LightningModule):
         condition: which tensors of a batch reach the network.
         optimisation: optimiser, rate, length.
         batch_size: the global batch, over all processes and accumulated parts.
+        variance: that of the run; a learned one is trained as well.
         seed: of all noise.
         compiled: run the training steps through torch.compile.
         validation_draws: how many (t, ε) each validation image gets.
         saved: plain values to store in every checkpoint (the resolved configuration, versions).
+
+    Raises:
+        ValueError: a variance that this network cannot give, or that this schedule cannot train.
     """
 
     def __init__(
@@ -64,6 +69,7 @@ class DiffusionModule(pl.LightningModule):
         optimisation: Optimisation,
         *,
         batch_size: int,
+        variance: Variance | None = None,
         seed: int = 0,
         compiled: bool = False,
         validation_draws: int = 1,
@@ -77,8 +83,14 @@ class DiffusionModule(pl.LightningModule):
         self.error, self.times, self.condition, self.optimisation = error, times, condition, optimisation
         self.batch_size, self.seed, self.validation_draws = batch_size, seed, validation_draws
         self.saved = dict(saved or {})
+        self.learned_variance = variance if isinstance(variance, Learned) else None
+        if variance is not None:
+            variance.check(network)
+        if self.learned_variance:
+            chain_steps(self.denoiser)
         self._evaluated: dict[str, nn.Module] = {}  # a dict hides the averages from nn.Module's registration
         self._sum = torch.zeros(2, dtype=torch.float64)
+        self._drawn: list[Tensor] = []  # (position, t, loss) of a step's parts, for a time sampler that learns
 
     # what is evaluated ------------------------------------------------------------------------------------------------
 
@@ -115,8 +127,29 @@ class DiffusionModule(pl.LightningModule):
         noise = normal(tuple(x0.shape[1:]), index=move(position, x0.device), stream=Stream.NOISE, **key)
         condition = self.condition(batch, seed=self.seed)
         previous = self._previous(x0, noise, t, condition, position, step)
-        loss = diffusion_loss(self.denoiser, self.weighting, self.error, x0, noise, t, previous, **condition)
-        return {"loss": loss.weighted.mean(), "each": loss.weighted.detach(), "t": t}
+        loss = diffusion_loss(
+            self.denoiser, self.weighting, self.error, x0, noise, t, previous, self.learned_variance, **condition
+        )
+        each = loss.weighted.detach()
+        if not self.times.learns:
+            return {"loss": loss.weighted.mean(), "each": each, "t": t}
+        self._drawn.append(torch.stack([move(position, x0.device).double(), move(t, x0.device), each.double()]))
+        weight = move(self.times.weight(self.schedule, t), x0.device).to(each.dtype)
+        return {"loss": (weight * loss.weighted).mean(), "each": each, "weight": weight, "t": t}
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """The losses of one global batch go to the time sampler, in the order of their positions, so that every process learns
+        the same, and one what many do."""
+        if self._drawn:
+            own = torch.cat(self._drawn, dim=1)
+            parts = [own]
+            if (processes := self.trainer.world_size) > 1:
+                parts = [torch.empty_like(own) for _ in range(processes)]
+                torch.distributed.all_gather(parts, own)
+            position, t, each = torch.cat(parts, dim=1).cpu()
+            order = position.argsort()
+            self.times.update(self.schedule, t[order], each[order])
+            self._drawn.clear()
 
     def _previous(
         self, x0: Tensor, noise: Tensor, t: Tensor, condition: dict[str, Tensor], position: Tensor, step: int
@@ -148,7 +181,10 @@ class DiffusionModule(pl.LightningModule):
         key: dict[str, Any] = {"seed": VALIDATION_SEED, "draw": draw}
         t = Stratified()(self.schedule, index, images, seed=VALIDATION_SEED, step=draw)
         noise = normal(tuple(x0.shape[1:]), index=index.to(x0.device), stream=Stream.NOISE, **key)
-        return diffusion_loss(denoiser, self.weighting, self.error, x0, noise, t, **self.condition(batch))
+        condition = self.condition(batch)
+        return diffusion_loss(
+            denoiser, self.weighting, self.error, x0, noise, t, learned=self.learned_variance, **condition
+        )
 
     def on_validation_epoch_end(self) -> None:
         total = self.trainer.strategy.reduce(self._sum, reduce_op="sum")
@@ -165,6 +201,7 @@ class DiffusionModule(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """A resumed optimiser has the hyper-parameters of its checkpoint; those of the configuration hold."""
+        self._drawn.clear()
         rate = self.lr_schedulers()
         assert isinstance(rate, torch.optim.lr_scheduler.LambdaLR)
         for group, hyper in zip(rate.optimizer.param_groups, self._hyper, strict=True):
@@ -175,6 +212,8 @@ class DiffusionModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Training resumes between two steps. A checkpoint of a time limit in the middle of an accumulated batch, or one whose
         parts are now others, counts parts that are not repeated otherwise."""
+        if state := checkpoint.get("times"):
+            self.times.load(state)
         parts = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         if progress["current"]["ready"] != parts:
@@ -183,6 +222,7 @@ class DiffusionModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint.update(self.saved)
+        checkpoint["times"] = self.times.state()
 
 
 def _seed(device: torch.device, value: int) -> None:

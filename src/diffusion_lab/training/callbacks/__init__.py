@@ -5,7 +5,8 @@ from diffusion_lab.training.callbacks.ema import EMA
 from diffusion_lab.training.callbacks.interrupt import Interrupt
 from diffusion_lab.training.callbacks.losses import Losses
 from diffusion_lab.training.callbacks.progress import Progress
+from diffusion_lab.training.callbacks.quality import Quality
 from diffusion_lab.training.callbacks.samples import Samples
 from diffusion_lab.training.callbacks.throughput import Throughput
 
-__all__ = ["EMA", "Checkpoints", "Interrupt", "Losses", "Progress", "Samples", "Throughput"]
+__all__ = ["EMA", "Checkpoints", "Interrupt", "Losses", "Progress", "Quality", "Samples", "Throughput"]

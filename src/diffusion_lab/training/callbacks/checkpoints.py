@@ -16,7 +16,7 @@ class Checkpoints(pl.Callback):
     Args:
         folder: where.
         every: steps between two writes of last.ckpt.
-        monitor: the logged value whose lowest decides best.ckpt.
+        monitor: the logged value whose lowest decides best.ckpt; "quality" is the Quality callback's, whatever its label.
     """
 
     def __init__(self, folder: str, every: int = 1000, monitor: str = "val/loss") -> None:
@@ -44,10 +44,12 @@ class Checkpoints(pl.Callback):
             self._saved = step
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.sanity_checking or self.monitor not in trainer.callback_metrics:
-            return
-        value = float(trainer.callback_metrics[self.monitor])
-        if math.isfinite(value) and (self.best is None or value < self.best):
+        if not trainer.sanity_checking and self.monitor in trainer.callback_metrics:
+            self.consider(trainer, float(trainer.callback_metrics[self.monitor]), self.monitor)
+
+    def consider(self, trainer: pl.Trainer, value: float, *names: str) -> None:
+        """Writes best.ckpt if a value of one of these names is the lowest so far; every process calls it with the same value."""
+        if self.monitor in names and math.isfinite(value) and (self.best is None or value < self.best):
             self.best = value
             self._write(trainer, self.best_path)
 
@@ -70,7 +72,8 @@ class Checkpoints(pl.Callback):
         trainer.strategy.barrier("checkpoint")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best}
+        return {"best": self.best, "monitor": self.monitor}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best = state_dict["best"]
+        if state_dict.get("monitor", self.monitor) == self.monitor:  # the best of another figure is no bar for this one
+            self.best = state_dict["best"]

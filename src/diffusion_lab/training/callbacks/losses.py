@@ -31,22 +31,25 @@ class Losses(pl.Callback):
         self._reset(pl_module.device)
 
     def _reset(self, device: torch.device) -> None:
-        self._sums = torch.zeros(2, len(self.edges) + 1, dtype=torch.float64, device=device)
+        # Σ weight · loss, Σ weight and the count of each bin; the weight is 1 but for times sampled by importance
+        self._sums = torch.zeros(3, len(self.edges) + 1, dtype=torch.float64, device=device)
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: pl.Trainer, pl_module: DiffusionModule, outputs: dict[str, torch.Tensor], *_: Any
     ) -> None:
         each, t = outputs["each"].double(), outputs["t"]
         bins = move(torch.bucketize(2 * pl_module.schedule.lam(t), self._bounds), each.device)
-        self._sums.index_add_(1, bins, torch.stack([each, torch.ones_like(each)]))
+        one = torch.ones_like(each)
+        weight = outputs["weight"].double() if "weight" in outputs else one
+        self._sums.index_add_(1, bins, torch.stack([weight * each, weight, one]))
         micro = (trainer.fit_loop.epoch_loop.batch_progress.current.ready) % trainer.accumulate_grad_batches
         if micro or trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
-        total, count = trainer.strategy.reduce(self._sums, reduce_op="sum")
+        total, weight, count = trainer.strategy.reduce(self._sums, reduce_op="sum")
         values: dict[str, float] = {"train/loss": float(total.sum() / count.sum())}
         if self.edges:
             values |= {
-                name: v for name, v, n in zip(self.names, (total / count).tolist(), count.tolist(), strict=True) if n
+                name: v for name, v, n in zip(self.names, (total / weight).tolist(), count.tolist(), strict=True) if n
             }
         pl_module.log_row(values)
         self._reset(pl_module.device)

@@ -48,7 +48,7 @@ class Samples(pl.Callback):
         self.folder, self.sampler, self.clip, self.every, self.n, self.seed = (
             Path(folder),
             sampler,
-            clip,
+            clip or None,  # the option clip=none is an empty node
             every,
             n,
             seed,

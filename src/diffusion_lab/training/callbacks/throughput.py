@@ -34,6 +34,11 @@ class Throughput(pl.Callback):
         if hasattr(self, "_paused"):
             self._paused += time.perf_counter() - self._pause
 
+    def pause(self, seconds: float) -> None:
+        """Leaves out of the rate what another callback has just taken."""
+        if hasattr(self, "_paused"):
+            self._paused += seconds
+
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: DiffusionModule, *_: Any) -> None:  # type: ignore[override]
         step = trainer.global_step
         then, then_step, then_paused = self._row

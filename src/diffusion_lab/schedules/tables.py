@@ -1,69 +1,14 @@
-"""Noise schedules: curves (α_t, σ_t) for t ∈ [0, 1], so that x_t = α_t x_0 + σ_t ε; t = 0 is data.
-
-A discrete schedule is a table of T steps: t = i/T is exact on the grid and interpolated in λ = ln(α/σ) off it. All arithmetic
-is float64, because σ recomputed from a rounded ᾱ = α² vanishes for the first steps; results come back in the dtype of t,
-float32 at least.
-"""
+"""Discrete schedules: tables of T steps, t = i/T exact on the grid and interpolated in λ = ln(α/σ) off it."""
 
 import math
-from abc import ABC, abstractmethod
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Times = Float[Tensor, "*shape"]
+from diffusion_lab.schedules.base import Schedule, Times, checked_shift, like, shifted
 
 NODE_TOLERANCE = 1e-3  # a time within this fraction of a cell of a node is that node: float32 cannot say i/T exactly
-
-
-def like(value: Tensor, t: Tensor) -> Tensor:
-    """`value` in t's dtype, float32 at least."""
-    return value.to(torch.promote_types(t.dtype, torch.float32))
-
-
-def move(value: Tensor, device: torch.device) -> Tensor:
-    """`value` on `device`, without waiting for what the device still has to do where it comes from the host."""
-    return value.to(device, non_blocking=value.device.type == "cpu")
-
-
-def match(value: Tensor, x: Tensor) -> Tensor:
-    """A per-example value (0-d or (B,)) in the dtype of x, shaped to multiply x (B, …). The one broadcast of the package."""
-    value = value.to(x.dtype)
-    return value if value.ndim == 0 else move(value, x.device).reshape(-1, *[1] * (x.ndim - 1))
-
-
-class Schedule(ABC):
-    """A curve (α_t, σ_t) with λ(t) = ln(α/σ) strictly decreasing. What a new curve must give: the first three methods."""
-
-    steps: int | None = None  # T of a table; None for a continuous curve
-    least: float = 1e-3  # the smallest time at which samplers ask the network; 1/T of a table
-
-    @abstractmethod
-    def alpha_sigma(self, t: Times) -> tuple[Times, Times]:
-        """(α, σ) at times t ∈ [0, 1] of any shape, in t's dtype or float32, whichever is wider. t = 0 is (1, 0)."""
-
-    @abstractmethod
-    def derivatives(self, t: Times) -> tuple[Times, Times]:
-        """(dα/dt, dσ/dt), same shapes. Drift and diffusion of the forward SDE follow: f = α̇/α, g² = 2σσ̇ − 2fσ²."""
-
-    @abstractmethod
-    def time(self, lam: Times) -> Times:
-        """The inverse of λ: the time t ∈ [0, 1] at which ln(α/σ) = lam; beyond the curve's ends, the end."""
-
-    @abstractmethod
-    def conditioning(self, t: Times) -> Times:
-        """What the network is told of the time."""
-
-    def lam(self, t: Times) -> Times:
-        """λ = ln(α/σ) = ½ ln SNR; +∞ at t = 0, −∞ where α = 0."""
-        alpha, sigma = self.alpha_sigma(t.double())
-        return like(alpha.log() - sigma.log(), t)
-
-    @property
-    def ends_in_noise(self) -> bool:
-        """Whether α(1) = 0 exactly (zero terminal SNR, flow): then ε says nothing of x_0 at t = 1."""
-        return bool(self.alpha_sigma(torch.ones((), dtype=torch.float64))[0] == 0)
 
 
 class Table(Schedule):
@@ -74,14 +19,16 @@ class Table(Schedule):
     Args:
         log_alpha_bar: float64 (T,), ln Π(1 − β_i), strictly decreasing and negative.
         zero_terminal_snr: shift and scale √ᾱ so that ᾱ_T = 0 and ᾱ_1 stays (Lin et al. 2023, algorithm 1).
+        shift: the factor on σ/α, λ' = λ − ln shift on α² + σ² = 1: for images of d pixels a side shift = d/64 keeps what is
+            left of the coarse structure at each step as it is at 64 pixels (Hoogeboom et al. 2023, section 3.1).
 
     Raises:
-        ValueError: fewer than two steps, or a table that does not decrease.
+        ValueError: fewer than two steps, a table that does not decrease, or `shift` no factor.
     """
 
     steps: int
 
-    def __init__(self, log_alpha_bar: Float[Tensor, " T"], zero_terminal_snr: bool = False) -> None:
+    def __init__(self, log_alpha_bar: Float[Tensor, " T"], zero_terminal_snr: bool = False, shift: float = 1.0) -> None:
         alpha = (log_alpha_bar.double() / 2).exp()
         sigma = (-torch.expm1(log_alpha_bar.double())).sqrt()
         if len(alpha) < 2 or not bool((alpha.diff() < 0).all() and 0 < alpha[0] < 1):
@@ -89,7 +36,9 @@ class Table(Schedule):
         if zero_terminal_snr:
             alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
             sigma = torch.cat([sigma[:1], ((1 - alpha[1:]) * (1 + alpha[1:])).sqrt()])
-        self.steps, self.least = len(alpha), 1 / len(alpha)
+        if checked_shift("table", shift) != 1:
+            alpha, sigma = shifted(alpha, sigma, shift)
+        self.steps, self.least, self.after_data = len(alpha), 1 / len(alpha), 2 * NODE_TOLERANCE / len(alpha)
         start = torch.tensor([1.0, 0.0], dtype=torch.float64)
         self._alpha, self._sigma = torch.cat([start[:1], alpha]), torch.cat([start[1:], sigma])
         self._lam = self._alpha.log() - self._sigma.log()  # +∞ at i = 0
@@ -123,6 +72,10 @@ class Table(Schedule):
     def alpha_sigma(self, t: Times) -> tuple[Times, Times]:
         position = self._position(t)
         alphas, sigmas, lams = self._tables(t.device)
+        node = position.round().long()
+        exact = position == node
+        if t.device.type == "cpu" and bool(exact.all()):  # as samplers mostly ask; a GPU would wait for the answer
+            return like(alphas[node], t), like(sigmas[node], t)
         lower, first, into_zero, inner = self._cell(position)
         fraction = position - lower
         lam = lams[inner] + fraction * (lams[inner + 1] - lams[inner])
@@ -132,8 +85,6 @@ class Table(Schedule):
         sigma = torch.where(first, first_sigma, torch.sigmoid(-2 * lam).sqrt())
         alpha = torch.where(into_zero, last_alpha, alpha)
         sigma = torch.where(into_zero, ((1 - last_alpha) * (1 + last_alpha)).sqrt(), sigma)
-        node = position.round().long()
-        exact = position == node
         return like(torch.where(exact, alphas[node], alpha), t), like(torch.where(exact, sigmas[node], sigma), t)
 
     def derivatives(self, t: Times) -> tuple[Times, Times]:
@@ -181,28 +132,39 @@ class Linear(Table):
         beta_start: β_1 at T = 1000.
         beta_end: β_T at T = 1000.
         zero_terminal_snr: see `Table`.
+        shift: see `Table`.
 
     Raises:
         ValueError: β_T ≥ 1, or ends that do not ascend.
     """
 
     def __init__(
-        self, steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, zero_terminal_snr: bool = False
+        self,
+        steps: int = 1000,
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        zero_terminal_snr: bool = False,
+        shift: float = 1.0,
     ) -> None:
         first, last = _scaled_ends("linear", steps, beta_start, beta_end)
         beta = torch.linspace(first, last, steps, dtype=torch.float64)
-        super().__init__(torch.log1p(-beta).cumsum(0), zero_terminal_snr)
+        super().__init__(torch.log1p(-beta).cumsum(0), zero_terminal_snr, shift)
 
 
 class ScaledLinear(Table):
     """√β linear (Rombach et al. 2022, the latent-diffusion code): β_i = linspace(√β_1, √β_T)². Arguments as `Linear`."""
 
     def __init__(
-        self, steps: int = 1000, beta_start: float = 8.5e-4, beta_end: float = 0.012, zero_terminal_snr: bool = False
+        self,
+        steps: int = 1000,
+        beta_start: float = 8.5e-4,
+        beta_end: float = 0.012,
+        zero_terminal_snr: bool = False,
+        shift: float = 1.0,
     ) -> None:
         first, last = _scaled_ends("scaled_linear", steps, beta_start, beta_end)
         beta = torch.linspace(math.sqrt(first), math.sqrt(last), steps, dtype=torch.float64).square()
-        super().__init__(torch.log1p(-beta).cumsum(0), zero_terminal_snr)
+        super().__init__(torch.log1p(-beta).cumsum(0), zero_terminal_snr, shift)
 
 
 class Cosine(Table):
@@ -213,17 +175,23 @@ class Cosine(Table):
         offset: s, which keeps β_1 from vanishing.
         beta_max: the clip of β, which acts on the last step.
         zero_terminal_snr: see `Table`.
+        shift: see `Table`.
 
     Raises:
         ValueError: fewer than 2 steps, or `beta_max` outside (0, 1).
     """
 
     def __init__(
-        self, steps: int = 1000, offset: float = 0.008, beta_max: float = 0.999, zero_terminal_snr: bool = False
+        self,
+        steps: int = 1000,
+        offset: float = 0.008,
+        beta_max: float = 0.999,
+        zero_terminal_snr: bool = False,
+        shift: float = 1.0,
     ) -> None:
         t = _nodes("cosine", steps)
         alpha_bar = ((t + offset) / (1 + offset) * (math.pi / 2)).cos().square()
-        super().__init__(_clip_beta(alpha_bar / alpha_bar[0], beta_max), zero_terminal_snr)
+        super().__init__(_clip_beta(alpha_bar / alpha_bar[0], beta_max), zero_terminal_snr, shift)
 
 
 class Sigmoid(Table):
@@ -239,6 +207,7 @@ class Sigmoid(Table):
         tau: the temperature τ > 0.
         beta_max: the clip of β, which acts on the last step.
         zero_terminal_snr: see `Table`.
+        shift: see `Table`.
 
     Raises:
         ValueError: fewer than 2 steps, or an argument outside its range.
@@ -252,11 +221,12 @@ class Sigmoid(Table):
         tau: float = 1.0,
         beta_max: float = 0.999,
         zero_terminal_snr: bool = False,
+        shift: float = 1.0,
     ) -> None:
         if not (start < end and tau > 0):
             raise ValueError(f"schedule sigmoid needs start < end and tau > 0, not start={start}, end={end}, tau={tau}")
         s = torch.sigmoid((start + _nodes("sigmoid", steps) * (end - start)) / tau)
-        super().__init__(_clip_beta((s[-1] - s) / (s[-1] - s[0]), beta_max), zero_terminal_snr)
+        super().__init__(_clip_beta((s[-1] - s) / (s[-1] - s[0]), beta_max), zero_terminal_snr, shift)
 
 
 def _nodes(name: str, steps: int) -> Tensor:

@@ -1,0 +1,133 @@
+"""Every sampler and every reverse variance on the digits network, by the project's own commands: distance against network
+evaluations, and bits per dimension.
+
+The networks (the quick start's, and the same with variance=learned) are trained once and kept in outputs/bench; so are the fits
+and what was measured, so that an interrupted run goes on where it stopped.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from common import table
+
+ROOT = Path(__file__).resolve().parents[1]
+HOME = Path("outputs/bench")
+PLAIN, LEARNED = HOME / "digits", HOME / "digits_learned"
+SHORT, LONG = [5, 10, 20, 50], 1000
+STEPS = [10, 50, 1000]
+FIXED, FITTED = ["fixed_small", "fixed_large"], ["analytic", "sn", "npr"]
+OTHERS = [
+    "euler",
+    "heun",
+    "{dpm_solver_pp:{order:1}}",
+    "{dpm_solver_pp:{order:2}}",
+    "{dpm_solver_pp:{order:3}}",
+    "{dpm_solver_pp:{order:3,corrected:true}}",
+    "{dpm_solver_pp:{order:2,sde:true}}",
+    "{unipc:{order:2}}",
+    "{unipc:{order:2,b:bh1}}",
+    "{unipc:{order:3}}",
+    "euler_maruyama",
+    "reverse_diffusion",
+    "predictor_corrector",
+]
+# Solvers of one and the same ODE, which agree at 1000 evaluations: DDIM stands for them there.
+ONCE_CONVERGED = [
+    s for s in OTHERS if "sde" not in s and s not in ("euler_maruyama", "reverse_diffusion", "predictor_corrector")
+]
+ADAPTIVE = ["{ode:{rtol:0.1,atol:0.1}}", "{ode:{rtol:0.01,atol:0.01}}", "{ode:{}}"]
+
+
+def command(name: str, *arguments: str) -> None:
+    """One of the project's commands, typed as a user does."""
+    subprocess.run(
+        [sys.executable, str(ROOT / "src" / f"{name}.py"), *arguments], check=True, stdout=subprocess.DEVNULL
+    )
+
+
+def trained(quick: bool) -> None:
+    """The two networks and the three fits, where they are not there yet."""
+    short = ["trainer.max_steps=60", "trainer.val_every=60"] if quick else []
+    for folder, choice in ((PLAIN, "variance=fixed_small"), (LEARNED, "variance=learned")):
+        if not (folder / "checkpoints" / "last.ckpt").is_file():
+            command("train", f"hydra.run.dir={folder}", choice, "logger=csv", "callbacks.progress=null", *short)
+    for kind in FITTED:
+        if not list((PLAIN / "checkpoints").glob(f"variance_{kind}_*.pt")):
+            command("fit_variance", f"ckpt={PLAIN}", f"variance={kind}", *(["n=2", "steps=5"] if quick else []))
+
+
+def measured(name: str, ckpt: Path, *arguments: str) -> list[dict[str, Any]]:
+    """The rows of one evaluation, from its file if it has been made."""
+    out = HOME / "measured" / name
+    if not (out / "metrics.json").is_file():
+        command("evaluate", f"ckpt={ckpt}", f"out={out}", "split=all", *arguments)
+    rows: list[dict[str, Any]] = json.loads((out / "metrics.json").read_text())
+    return rows
+
+
+def distances(quick: bool) -> str:
+    """Fréchet distance in the classifier's features by sampler, variance and evaluations."""
+    n, parts = (200, [[5, 10]]) if quick else (1797, [SHORT, [LONG]])
+    common = [f"n={n}", "metrics=[fd_classifier]", "batch_size=600"]
+    budgets = [b for part in parts for b in part]
+    found: dict[str, dict[int, float]] = {}
+
+    def add(name: str, ckpt: Path, samplers: list[str], *more: str, suffix: str = "") -> None:
+        for part in parts:
+            asked = samplers if part != [LONG] else [s for s in samplers if s not in ONCE_CONVERGED]
+            if not asked:
+                continue
+            rows = measured(
+                f"{name}_{part[-1]}_{n}", ckpt, f"samplers=[{','.join(asked)}]", f"budget={part}", *common, *more
+            )
+            for i, row in enumerate(rows):
+                cells = found.setdefault(row["sampler"] + suffix, {})
+                cells[part[i % len(part)]] = row["metrics"]["fd_classifier"]
+
+    for variance in [*FIXED, "learned", *FITTED]:
+        ckpt, ancestral = (LEARNED if variance == "learned" else PLAIN), variance in ("fixed_large", "learned")
+        samplers = ["ddpm"] if ancestral else ["ddpm", "ddim"]
+        add(variance, ckpt, samplers, f"variance={variance}", suffix=f", {variance}")
+    add("solvers", PLAIN, OTHERS)
+    rows = [[name, *(f"{cells[b]:.2f}" if b in cells else "" for b in budgets)] for name, cells in found.items()]
+    adaptive = [
+        f"at {row['nfe']} evaluations {row['metrics']['fd_classifier']:.2f} (`{row['sampler']}`)"
+        for row in measured(f"ode_{n}", PLAIN, f"samplers=[{','.join(ADAPTIVE)}]", *common)
+    ]
+    head = ["sampler", *(f"{b} evaluations" for b in budgets)]
+    return table(head, rows) + "\n\nThe adaptive ODE, which chooses its own steps: " + ", ".join(adaptive) + "."
+
+
+def bits(quick: bool) -> str:
+    """The variational bound by variance and steps, and the density of the ODE."""
+    n, counts = (20, [10]) if quick else (360, STEPS)
+    rows = []
+    for variance in [*FIXED, "learned", *FITTED]:
+        ckpt = LEARNED if variance == "learned" else PLAIN
+        cells = []
+        for steps in counts:
+            row = measured(
+                f"nll_{variance}_{steps}_{n}", ckpt, f"n={n}", "metrics=[nll]", "samplers=[ddpm]", f"steps=[{steps}]",
+                f"variance={variance}",
+            )[0]  # fmt: skip
+            m = row["metrics"]
+            cells.append(f"{m['nll']:.3f} ± {m['nll_std']:.3f}")
+        rows.append([variance, *cells])
+    return table(["variance", *(f"{k} steps" for k in counts)], rows)
+
+
+def main(quick: bool) -> str:
+    """Both tables."""
+    global HOME, PLAIN, LEARNED
+    if quick:
+        HOME = Path("outputs/bench/quick")
+        PLAIN, LEARNED = HOME / "digits", HOME / "digits_learned"
+    trained(quick)
+    return distances(quick) + "\n\n" + bits(quick)
+
+
+if __name__ == "__main__":
+    print(main(quick="quick" in sys.argv))

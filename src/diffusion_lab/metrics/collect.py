@@ -1,0 +1,232 @@
+"""Every image once, whoever shares the work: blocks of images to processes, running sums, one reduction at the end."""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+from tqdm import tqdm
+
+from diffusion_lab.data.pictures import to_uint8
+from diffusion_lab.denoiser import Denoiser, Prediction
+from diffusion_lab.metrics.classifier import CONFIDENT
+from diffusion_lab.metrics.extractors import Extractor
+from diffusion_lab.metrics.moments import Sums, refuse_nan
+from diffusion_lab.metrics.scores import MOST
+from diffusion_lab.noise import normal
+from diffusion_lab.samplers import Sampler, prior
+from diffusion_lab.samplers.base import Callback
+
+
+class Processes:
+    """Those that share the work: torch.distributed's where it runs, else this one alone.
+
+    Args:
+        device: where tensors are reduced: NCCL reduces on GPUs only.
+        shared: false for work that one process does by itself.
+
+    Attributes:
+        rank, world: this process's number, and how many there are.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu", shared: bool = True) -> None:
+        shared = shared and distributed.is_available() and distributed.is_initialized()
+        self.rank, self.world = (distributed.get_rank(), distributed.get_world_size()) if shared else (0, 1)
+        self.device = torch.device(device)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, in each of them."""
+        if self.world > 1:
+            tensor = tensor.to(self.device)
+            distributed.all_reduce(tensor)
+        return tensor.cpu()
+
+    def agree(self, error: Exception | None) -> None:
+        """Raises everywhere what one process met, so that none waits for another that is gone."""
+        met: list[Any] = [error]
+        if self.world > 1:
+            met = [None] * self.world
+            distributed.all_gather_object(met, error)
+        for found in met:
+            if found is not None:
+                raise found
+
+
+def blocks(n: int, size: int, rank: int = 0, world: int = 1) -> Iterator[range]:
+    """This process's blocks of the images 0 … n − 1: the b-th block of `size` images is that of process b mod `world`.
+
+    The blocks are the same however many processes there are, so that every image meets the same neighbours in a batch.
+
+    Raises:
+        ValueError: size < 1.
+    """
+    if size < 1:
+        raise ValueError(f"batch_size={size}: write at least 1")
+    for start in range(rank * size, n, world * size):
+        yield range(start, min(start + size, n))
+
+
+@dataclass
+class Collected:
+    """What n images gave in one extractor's features.
+
+    sums: of the features.
+    features, logits: float32 (kept, D) and (n, K) of the images in order, where they were asked for.
+    recognised: float64 (K,), how many images the classifier takes for each class with confidence; None for other extractors.
+    as_asked: how many it takes for the class that was asked for; None where none was.
+    """
+
+    n: int
+    sums: Sums
+    features: Tensor | None = None
+    logits: Tensor | None = None
+    recognised: Tensor | None = None
+    as_asked: int | None = None
+
+
+def collect(
+    images: Callable[[range], Tensor],
+    n: int,
+    size: int,
+    extractors: Sequence[Extractor],
+    *,
+    features: Collection[str] = (),
+    logits: Collection[str] = (),
+    labels: Tensor | None = None,
+    processes: Processes | None = None,
+    progress: str = "",
+) -> dict[str, Collected]:
+    """The features of n images, each made and measured by one process, in every extractor.
+
+    Args:
+        images: gives the images of a block: uint8, or float in [−1, 1] that must be finite, (b, C, H, W).
+        n: how many.
+        size: images of a block; memory does not depend on n unless features or logits are kept.
+        extractors: on the device where they work.
+        features: names of the extractors whose features are kept, of the first 10,000 images.
+        logits: names of the extractors whose logits are kept, of all.
+        labels: int64 (n,), the classes that were asked for.
+        processes: those that share the work.
+        progress: what a bar says; none if empty.
+
+    Returns:
+        Extractor's name → the same in every process.
+
+    Raises:
+        ValueError: fewer than 2 images, NaN (in every process, whichever met it), or what `images` raises.
+    """
+    processes = processes or Processes()
+    if n < 2:
+        raise ValueError(f"n={n}: a distance needs at least 2 images")
+    tallies = {e.name: _Tally(e, n, min(n, MOST) if e.name in features else 0, e.name in logits) for e in extractors}
+    error: Exception | None = None
+    try:
+        with tqdm(total=n, desc=progress, unit="image", leave=False, disable=not progress or processes.rank > 0) as bar:
+            for block in blocks(n, size, processes.rank, processes.world):
+                made = images(block)
+                if made.is_floating_point():
+                    refuse_nan(made, block.start, "the pixels")
+                    made = to_uint8(made)
+                for tally in tallies.values():
+                    tally.add(made, block, None if labels is None else labels[block.start : block.stop])
+                bar.update(min(len(block) * processes.world, n - bar.n))
+    except (ValueError, OSError, torch.OutOfMemoryError) as met:
+        error = met
+    processes.agree(error)
+    return {name: tally.reduced(processes) for name, tally in tallies.items()}
+
+
+def sampled(
+    denoiser: Denoiser,
+    sampler: Sampler,
+    shape: tuple[int, int, int],
+    *,
+    seed: int = 0,
+    labels: Tensor | None = None,
+    device: torch.device | str = "cpu",
+) -> Callable[[range], Tensor]:
+    """What makes the samples of a block, float32 (b, C, H, W): image i depends on (seed, i) alone.
+
+    Args:
+        denoiser: whose network is on `device`, in eval mode.
+        sampler: any.
+        shape: (C, H, W).
+        seed: of all noise.
+        labels: int64 (n,), for a network that takes them.
+        device: where it works.
+
+    Raises (when called):
+        ValueError: NaN from the network, with the images that it came from.
+    """
+
+    @torch.no_grad()
+    def block(part: range) -> Tensor:
+        index = torch.arange(part.start, part.stop, device=device)
+        condition = {} if labels is None else {"label": labels[part.start : part.stop].to(device)}
+        x_T = prior(denoiser.schedule, normal(shape, seed=seed, index=index))
+
+        def run(callback: Callback | None = None) -> Tensor:
+            return sampler(denoiser, x_T, seed=seed, index=index, condition=condition, callback=callback).float()
+
+        try:
+            return run()
+        except ValueError as error:
+            bad = _not_finite(run, len(part), device)
+            raise ValueError(f"image {part.start + bad[0]}: {error}" if bad else str(error)) from error
+
+    return block
+
+
+def _not_finite(run: Callable[[Callback], Tensor], n: int, device: torch.device | str) -> list[int]:
+    """Which images of a run that was refused had an estimate that is not finite: the run is repeated, watched."""
+    finite = torch.ones(n, dtype=torch.bool, device=device)
+
+    def watch(i: int, t: float, x: Tensor, prediction: Prediction) -> None:
+        finite.logical_and_(prediction.x0.isfinite().flatten(1).all(1))
+
+    with suppress(ValueError):
+        run(watch)
+    return [int(i) for i in (~finite).nonzero()[:, 0]]
+
+
+class _Tally:
+    """Running sums of one extractor in one process."""
+
+    def __init__(self, extractor: Extractor, n: int, features: int, logits: bool) -> None:
+        self.extractor, self.n = extractor, n
+        self.sums = Sums(extractor.dim, extractor.device)
+        self.features = torch.zeros(features, extractor.dim)
+        self.logits = torch.zeros(n if logits else 0, extractor.classes)
+        self.judged = torch.zeros(extractor.classes + 2, dtype=torch.float64)  # recognised by class, as asked, asked
+
+    def add(self, images: Tensor, block: range, labels: Tensor | None) -> None:
+        found = self.extractor(images)
+        refuse_nan(found.features, block.start)
+        self.sums.add(found.features)
+        stop = min(block.stop, len(self.features))
+        if block.start < stop:
+            self.features[block.start : stop] = found.features[: stop - block.start].cpu()
+        if found.logits is not None and len(self.logits):
+            self.logits[block.start : block.stop] = found.logits.cpu()
+        if found.logits is not None and self.extractor.judges:
+            self.judged += _judged(found.logits.cpu(), labels)
+
+    def reduced(self, processes: Processes) -> Collected:
+        """Of all processes. Each adds its rows to zeros, so that sums of features are exact."""
+        self.sums.vector = processes.sum(self.sums.vector)
+        features = processes.sum(self.features) if len(self.features) else None
+        logits = processes.sum(self.logits) if len(self.logits) else None
+        if not self.extractor.judges:
+            return Collected(self.n, self.sums, features, logits)
+        judged = processes.sum(self.judged)
+        return Collected(self.n, self.sums, features, logits, judged[:-2], int(judged[-2]) if judged[-1] else None)
+
+
+def _judged(logits: Tensor, labels: Tensor | None) -> Tensor:
+    """Of a batch, float64 (K + 2,): how many are recognised as each class, are what was asked for, were asked for a class."""
+    confidence, classes = logits.softmax(1).max(1)
+    sure = torch.bincount(classes[confidence >= CONFIDENT], minlength=logits.shape[1])
+    right = torch.tensor([0, 0] if labels is None else [int((classes == labels).sum()), len(labels)])
+    return torch.cat([sure, right]).double()

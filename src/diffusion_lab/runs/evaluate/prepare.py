@@ -1,0 +1,192 @@
+"""Everything an evaluation needs, built and checked before the first image: what is wrong is known within seconds."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffusion_lab.data.datamodule import DataModule
+from diffusion_lab.data.images import Examples
+from diffusion_lab.metrics import classifier, extractors, measure, reference
+from diffusion_lab.metrics.extractors import Extractor
+from diffusion_lab.metrics.measure import Plan
+from diffusion_lab.metrics.moments import singular
+from diffusion_lab.metrics.reference import Reference
+from diffusion_lab.metrics.scores import MOST
+from diffusion_lab.runs import files
+from diffusion_lab.runs.checkpoints import Run, load_checkpoint, rewrapped
+from diffusion_lab.runs.evaluate import likelihoods, samplers
+from diffusion_lab.runs.evaluate.images import Given
+from diffusion_lab.runs.evaluate.likelihoods import Likelihood
+from diffusion_lab.runs.evaluate.samplers import Asked
+from diffusion_lab.runs.instantiate import instantiate
+from diffusion_lab.runs.sample import device, labels
+
+
+@dataclass
+class Prepared:
+    """What is measured (a run with samplers, or given images), by what, against what."""
+
+    settings: dict[str, Any]
+    out: Path
+    device: str
+    run: Run | None
+    given: Given | None
+    samplers: list[Asked]
+    data: DataModule
+    plan: Plan
+    extractors: dict[str, Extractor]  # by the plan's names
+    references: dict[str, Reference]
+    likelihoods: list[Likelihood | None]  # what nll is of, for each sampler; empty unless it is asked for
+    held_out: Examples | None  # nll's images
+    n: int
+    labels: Tensor | None
+    warnings: list[str] = field(default_factory=list)
+
+
+def prepare(settings: dict[str, Any], rank: int = 0) -> Prepared:
+    """Builds and checks. Files that are missing (the classifier, reference statistics) are made by the first process.
+
+    Raises:
+        ValueError: anything that cannot be, in one line; nothing is written then but into the cache.
+    """
+    chosen = _checked(settings, rank)
+    metrics = [metric for metric in settings["metrics"] if metric != "nll"]
+    on = device(settings["device"])
+    if on == "cuda" and settings["devices"] > 1:
+        if settings["devices"] > torch.cuda.device_count():
+            raise ValueError(f"devices={settings['devices']}, but torch sees {torch.cuda.device_count()} GPU(s)")
+        on = f"cuda:{rank}"
+    nll = "nll" in settings["metrics"]
+    plan = measure.plan(metrics, chosen) if metrics or not nll else Plan({}, "")
+    run = _run(settings, on) if settings["ckpt"] else None
+    asked = samplers.build(settings, run) if run else []
+    if "inception" in plan.asked:
+        extractors.weights(settings["weights_path"])  # before the data are opened, let alone a classifier trained
+    data = _data(settings, run)
+    shape = (data.channels, data.image_size[0], data.image_size[1])
+    if run and run.shape != shape:
+        raise ValueError(
+            f"the checkpoint makes images {_size(run.shape)}, and the data set's are {_size(shape)}: choose another data="
+        )
+    given = Given(Path(settings["images"]), shape) if settings["images"] else None
+    real = data.images(settings["split"])
+    if len(real) < 2:
+        raise ValueError(
+            f"split={settings['split']} holds {len(real)} image(s), and 2 at least are needed: write split=all"
+        )
+    judges = {name: _extractor(name, settings, data, shape).to(on) for name in plan.asked}
+    references = {name: _reference(settings, plan, name, judge, data, real) for name, judge in judges.items()}
+    n = settings["n"] or (given.count if given else min(len(real), MOST))
+    if given and n > given.count:
+        raise ValueError(f"n={n}, but {settings['images']} holds {given.count} images: write n={given.count} or less")
+    prepared = Prepared(
+        settings,
+        Path(settings["out"] or settings["run_dir"]),
+        on,
+        run,
+        given,
+        asked,
+        data,
+        plan,
+        judges,
+        references,
+        likelihoods.kinds(asked) if nll else [],
+        likelihoods.held_out(data, settings) if nll else None,
+        n,
+        None,
+    )
+    if run:
+        prepared.labels = labels(settings["labels"], run, n)
+    elif given and given.labels is not None:
+        prepared.labels = given.labels[:n]
+    for name, judge in judges.items():
+        measure.check(plan.asked[name], judge, n)
+        warning = singular(n, judge.dim)
+        if warning:
+            prepared.warnings.append(f"extractor {judge.name}: {warning}")
+    return prepared
+
+
+def _checked(settings: Mapping[str, Any], rank: int) -> str | None:
+    """The extractor's name, "own" for a module, after the checks that need nothing but the settings."""
+    if bool(settings["ckpt"]) == bool(settings["images"]):
+        raise ValueError(
+            "name what to evaluate: ckpt=PATH of a checkpoint or a run folder, ckpt=latest, or images=PATH with data=…"
+        )
+    if settings["images"] and not settings["data"].get("_target_"):
+        raise ValueError("images= needs the data set that they are compared with: write data=digits, data=mnist, …")
+    for key, least in (("repeats", 1), ("devices", 1), ("batch_size", 1), ("n", 2)):
+        if settings[key] is not None and settings[key] < least:
+            raise ValueError(f"{key}={settings[key]}: write at least {least}")
+    if settings["save_reference"] and Path(settings["save_reference"]).exists() and rank == 0:
+        raise ValueError(f"save_reference={settings['save_reference']} is there already: name another file")
+    if rank == 0:
+        files.refuse_filled(Path(settings["out"] or settings["run_dir"]), "out", settings["overwrite"])
+    chosen = settings["extractor"]
+    if isinstance(chosen, dict):
+        chosen = "own"
+    elif chosen not in (None, "inception", "classifier"):
+        raise ValueError(f"extractor={chosen} is unknown: write inception, classifier, or {{_target_: package.Module}}")
+    if settings["images"] and "nll" in settings["metrics"]:
+        raise ValueError("metrics=nll is the likelihood of data under a checkpoint: write ckpt=PATH, not images=")
+    return str(chosen) if chosen else None
+
+
+def _run(settings: Mapping[str, Any], on: str) -> Run:
+    loaded = load_checkpoint(settings["ckpt"], settings["weights"], settings["trust"])
+    return rewrapped(loaded, clip=instantiate(settings.get("clip"))).to(on)
+
+
+def _data(settings: Mapping[str, Any], run: Run | None) -> DataModule:
+    """The data set: the one that is named, else the checkpoint's. All of it: a run on fewer images is judged by all."""
+    stated = settings["data"]
+    if stated.get("_target_"):
+        data: DataModule = instantiate({**stated, "limit": None})
+    else:
+        assert run is not None
+        node = {**run.config["data"], "limit": None}
+        if stated.get("root"):
+            node["root"] = stated["root"]
+        data = instantiate(node, settings["trust"])
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+def _extractor(name: str, settings: Mapping[str, Any], data: DataModule, shape: tuple[int, int, int]) -> Extractor:
+    if name == "classifier":
+        return classifier.Judge(classifier.of(data, Path(settings["cache"]), device(settings["device"])))
+    if name == "own":
+        module = instantiate(settings["extractor"])
+        if not isinstance(module, nn.Module):
+            raise ValueError(f"extractor={settings['extractor'].get('_target_')} is no torch.nn.Module")
+        return extractors.resolve(module, shape)
+    return extractors.resolve(name, shape, settings["weights_path"])
+
+
+def _reference(
+    settings: Mapping[str, Any], plan: Plan, name: str, judge: Extractor, data: DataModule, real: reference.Images
+) -> Reference:
+    key = reference.key_of(real, reference.described(data.source), settings["split"], judge)
+    if len(plan.asked) > 1 and (settings["reference"] or settings["save_reference"]):
+        raise ValueError(
+            f"reference= is of one extractor, and these metrics take {' and '.join(plan.asked)}: ask for fewer"
+        )
+    if settings["reference"]:
+        if plan.features(name):
+            raise ValueError(
+                "reference= holds moments, and kid and prdc compare images: leave them out, or leave it out"
+            )
+        return reference.read(Path(settings["reference"]), judge, key)
+    made = reference.reference(real, key, judge, Path(settings["cache"]), features=plan.features(name))
+    if settings["save_reference"] and not Path(settings["save_reference"]).exists():
+        reference.write(Path(settings["save_reference"]), made.moments, key)
+    return made
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return f"{shape[1]}×{shape[2]}×{shape[0]}"

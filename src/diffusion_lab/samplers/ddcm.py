@@ -1,0 +1,125 @@
+"""Ancestral sampling with the noise of a codebook, and the compression that follows from it."""
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffusion_lab.denoiser import Denoiser, Prediction
+from diffusion_lab.noise import Stream, normal
+from diffusion_lab.samplers.ancestral import DDPM
+from diffusion_lab.samplers.base import Model, prior
+from diffusion_lab.variances import Variance
+
+Choice = Callable[
+    [int, Tensor, Prediction], Tensor
+]  # (step, codebook (K, C, H, W), prediction) → int64 (B,), which vector
+
+
+class Code(NamedTuple):
+    """A compressed batch."""
+
+    indices: Tensor  # int64 (B, n), in [0, K): the codebook's vector of every noisy step
+    image: Tensor  # (B, C, H, W), what `decompress` makes of the indices
+    bits: float  # n log₂ K, the size of an image's indices
+
+
+class DDCM(DDPM):
+    """DDPM whose z of step i is one of K normal vectors, the same K for all images (Ohayon et al. 2025, DDCM).
+
+    As a generator it picks the vector at random by the image's key. `compress` picks, for each image, the vector that points
+    most from x̂_0 to the image, argmax_k ⟨z_k, x_0 − x̂_0⟩; the n = N − 1 choices are the code, since `decompress`
+    walks the same way by them. There x_T is one vector for all images. Codebooks are keyed by (codebook_seed, step), so that
+    both sides need the network, this configuration and nothing else; reconstructions are equal bit for bit where the kernels
+    are, that is with equal batches and threads.
+
+    Args:
+        codebook: K ≥ 2, the vectors of a step.
+        codebook_seed: of the codebooks and x_T, in [0, 2⁶⁴).
+        steps, variance, grid, budget, last_bound: as `DDPM`.
+
+    Raises:
+        ValueError: K < 2, and as `DDPM`.
+    """
+
+    def __init__(
+        self,
+        steps: int | None = None,
+        variance: Variance | None = None,
+        grid: str = "linspace",
+        budget: int | None = None,
+        last_bound: float | None = None,
+        codebook: int = 64,
+        codebook_seed: int = 0,
+    ) -> None:
+        super().__init__(steps, variance, grid, budget, last_bound)
+        if codebook < 2:
+            raise ValueError(f"sampler=ddcm needs codebook >= 2 vectors to choose from, not codebook={codebook}")
+        self.codebook, self.codebook_seed = codebook, codebook_seed
+        self._choice: Choice | None = None  # None: at random
+
+    def draw(self, i: int, prediction: Prediction, model: Model) -> Tensor:
+        x0 = prediction.x0
+        book = self._vectors(x0, torch.arange(self.codebook), i + 1)
+        if self._choice is not None:
+            return book[self._choice(i, book, prediction)]
+        first = model.noise(i).flatten(1)[:, 0].double()  # its distribution function is uniform in (0, 1)
+        chosen = (torch.special.ndtr(first) * self.codebook).long().clamp(max=self.codebook - 1)
+        return book[chosen]
+
+    def compress(self, denoiser: Denoiser, x0: Tensor, condition: Mapping[str, Tensor] | None = None) -> Code:
+        """The indices that lead to images x0, float (B, C, H, W) in [−1, 1]; `condition` as for a call, and for both ways."""
+        chosen: list[Tensor] = []
+
+        def nearest(i: int, book: Tensor, prediction: Prediction) -> Tensor:
+            chosen.append(((x0 - prediction.x0).flatten(1) @ book.flatten(1).T).argmax(1))
+            return chosen[-1]
+
+        image = self._walk(nearest, denoiser, x0, condition)
+        indices = torch.stack(chosen, 1) if chosen else torch.zeros(len(x0), 0, dtype=torch.int64)
+        return Code(indices, image, indices.shape[1] * math.log2(self.codebook))
+
+    def decompress(
+        self, denoiser: Denoiser, indices: Tensor, like: Tensor, condition: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """The images (B, C, H, W) of a code.
+
+        Args:
+            denoiser: that of `compress`.
+            indices: int64 (B, n).
+            like: any tensor (B, C, H, W) of the shape, dtype and device that the images had.
+            condition: that of `compress`.
+
+        Raises:
+            ValueError: indices for another number of steps, or outside [0, K).
+        """
+        steps = len(self.times(denoiser)) - 2
+        if indices.shape != (len(like), steps) or not bool(((indices >= 0) & (indices < self.codebook)).all()):
+            raise ValueError(
+                f"{tuple(indices.shape)} indices, but this sampler decodes {(len(like), steps)} in [0, {self.codebook}): "
+                "take the steps, the grid and the codebook that compressed them"
+            )
+        return self._walk(lambda i, book, prediction: indices[:, i], denoiser, like, condition)
+
+    def _walk(self, choice: Choice, denoiser: Denoiser, like: Tensor, condition: Mapping[str, Tensor] | None) -> Tensor:
+        """A run from the common x_T with the vectors that `choice` picks."""
+        chooser = copy.copy(self)
+        chooser._choice = choice
+        noise = self._vectors(like, torch.zeros(len(like), dtype=torch.int64), 0)
+        x: Tensor = chooser(denoiser, prior(denoiser.schedule, noise), condition=condition)
+        self.nfe = chooser.nfe
+        return x
+
+    def _vectors(self, like: Tensor, index: Tensor, draw: int) -> Tensor:
+        """Rows `index` of the codebook of a draw: 0 holds x_T, i + 1 the vectors of step i."""
+        return normal(
+            tuple(like.shape[1:]),
+            seed=self.codebook_seed,
+            index=index.to(like.device),
+            draw=draw,
+            stream=Stream.CODEBOOK,
+            dtype=like.dtype,
+        )

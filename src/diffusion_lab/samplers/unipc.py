@@ -1,0 +1,67 @@
+"""UniPC: a predictor and a corrector of any order from one formula (Zhao et al. 2023)."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from diffusion_lab.samplers.multistep import Multistep, Weights, phi
+
+
+class UniPC(Multistep):
+    """UniPC-p for x̂_0. One evaluation a step: the corrector uses the one that the next step needs anyway.
+
+    With h̃ = −(λ_s − λ_t), the p − 1 estimates before at r_j = Δλ/(λ_s − λ_t) < 0, the one at s at r_p = 1, D_j their difference
+    to the estimate at t over r_j, and B = h̃ (bh1) or e^h̃ − 1 (bh2):
+
+        x_s = DDIM − α_s B Σ_j ρ_j D_j,   Σ_j ρ_j r_j^(k−1) = k! g_k/B,   g_1 = (e^h̃ − 1)/h̃ − 1,   g_{k+1} = g_k/h̃ − 1/(k+1)!
+
+    The predictor solves for k, j < p, the corrector for k, j ≤ p; the published ρ = 1/2 of the smallest systems stands. The last
+    step has no corrector, and the estimates stay those at the predicted states. Between times with σ > 0 it measures p + 1
+    from an exact start, and 2 with `lower_last`.
+
+    Args:
+        steps: how many, at least `order`; None is every step of the schedule.
+        order: p ≥ 1, published 2 and 3.
+        b: bh1 or bh2.
+        lower_last: lower the order of the last steps.
+        grid: the time grid.
+        budget: network evaluations, instead of `steps`.
+
+    Raises:
+        ValueError: another B, an order below 1, fewer steps than `order`.
+    """
+
+    def __init__(
+        self,
+        steps: int | None = 10,
+        order: int = 2,
+        b: str = "bh2",
+        lower_last: bool = True,
+        grid: str = "trailing",
+        budget: int | None = None,
+    ) -> None:
+        if b not in ("bh1", "bh2"):
+            raise ValueError(f"sampler=unipc has b=bh1 and b=bh2, not b={b}")
+        if order < 1:
+            raise ValueError(f"sampler=unipc needs order >= 1 (published: 2 and 3), not order={order}")
+        super().__init__(steps, grid, budget, order=order, lower_below=math.inf if lower_last else 0)
+        self.b = b
+
+    def weights(self, h: float, r: Sequence[float]) -> Weights:
+        scale = -h if self.b == "bh1" else math.expm1(-h)
+        p = len(r) + 1
+        before = [0.5] if p == 2 else self._rho(h, r, scale)
+        *during, last = [0.5] if p == 1 else self._rho(h, [*r, 1.0], scale)
+        return Weights(
+            [-scale * rho / at for rho, at in zip(before, r, strict=True)],
+            [-scale * last, *(-scale * rho / at for rho, at in zip(during, r, strict=True))],
+        )
+
+    @staticmethod
+    def _rho(h: float, r: Sequence[float], scale: float) -> list[float]:
+        """Solves Σ_j ρ_j r_j^(k−1) = k! g_k/B, k = 1 … len(r); g_k = h̃ φ_{k+1}(h̃)."""
+        powers = torch.tensor([[at**k for at in r] for k in range(len(r))], dtype=torch.float64).reshape(len(r), len(r))
+        right = [math.factorial(k) * -h * phi(k + 1, -h) / scale for k in range(1, len(r) + 1)]
+        rho: list[float] = torch.linalg.solve(powers, torch.tensor(right, dtype=torch.float64)).tolist()
+        return rho

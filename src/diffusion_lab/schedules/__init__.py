@@ -1,0 +1,29 @@
+"""Noise schedules: curves (α_t, σ_t) for t ∈ [0, 1], so that x_t = α_t x_0 + σ_t ε; t = 0 is data.
+
+All arithmetic is float64, because σ recomputed from a rounded ᾱ = α² vanishes for the first steps; results come back in the
+dtype of t, float32 at least.
+"""
+
+from diffusion_lab.schedules.base import Schedule, Times, like, match, move, noise_level
+from diffusion_lab.schedules.curves import EDM, VE, VP, Flow, SubVP
+from diffusion_lab.schedules.tables import NODE_TOLERANCE, Cosine, Linear, ScaledLinear, Sigmoid, Table
+
+__all__ = [
+    "EDM",
+    "NODE_TOLERANCE",
+    "VE",
+    "VP",
+    "Cosine",
+    "Flow",
+    "Linear",
+    "ScaledLinear",
+    "Schedule",
+    "Sigmoid",
+    "SubVP",
+    "Table",
+    "Times",
+    "like",
+    "match",
+    "move",
+    "noise_level",
+]

@@ -1,0 +1,96 @@
+"""What a curve is, and the arithmetic that all of them share."""
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Times = Float[Tensor, "*shape"]
+
+
+def like(value: Tensor, t: Tensor) -> Tensor:
+    """`value` in t's dtype, float32 at least."""
+    return value.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def move(value: Tensor, device: torch.device) -> Tensor:
+    """`value` on `device`, without waiting for what the device still has to do where it comes from the host."""
+    return value.to(device, non_blocking=value.device.type == "cpu")
+
+
+def match(value: Tensor, x: Tensor) -> Tensor:
+    """A per-example value (0-d or (B,)) in the dtype of x, shaped to multiply x (B, …). The one broadcast of the package."""
+    value = value.to(x.dtype)
+    return value if value.ndim == 0 else move(value, x.device).reshape(-1, *[1] * (x.ndim - 1))
+
+
+class Schedule(ABC):
+    """A curve (α_t, σ_t) with λ(t) = ln(α/σ) strictly decreasing. What a new curve must give: the first four methods."""
+
+    steps: int | None = None  # T of a table; None for a continuous curve
+    least: float = 1e-3  # the smallest time at which samplers ask the network; 1/T of a table
+    after_data: float = 1e-12  # t = 0+, where limits towards data are read: σ is not 0 there, on VE and EDM it is σ_min
+
+    @abstractmethod
+    def alpha_sigma(self, t: Times) -> tuple[Times, Times]:
+        """(α, σ) at times t ∈ [0, 1] of any shape, in t's dtype or float32, whichever is wider. t = 0 is (1, 0)."""
+
+    @abstractmethod
+    def derivatives(self, t: Times) -> tuple[Times, Times]:
+        """(dα/dt, dσ/dt), same shapes."""
+
+    @abstractmethod
+    def time(self, lam: Times) -> Times:
+        """The inverse of λ: the time t ∈ [0, 1] at which ln(α/σ) = lam; beyond the curve's ends, the end."""
+
+    @abstractmethod
+    def conditioning(self, t: Times) -> Times:
+        """What the network is told of the time."""
+
+    def lam(self, t: Times) -> Times:
+        """λ = ln(α/σ) = ½ ln SNR; +∞ at t = 0, −∞ where α = 0."""
+        alpha, sigma = self.alpha_sigma(t.double())
+        return like(alpha.log() - sigma.log(), t)
+
+    def drift_diffusion(self, t: Times) -> tuple[Times, Times]:
+        """(f, g²) of the forward SDE dx = f x dt + g dw whose marginals are this curve's, same shapes.
+
+        f = d ln α/dt and g² = dσ²/dt − 2fσ² (Song et al. 2021; Kingma et al. 2021, section 2). At t = 0 the limit from
+        above; where α = 0 they are −∞ and +∞.
+        """
+        wide = self.off_data(t)
+        alpha, sigma = self.alpha_sigma(wide)
+        d_alpha, d_sigma = self.derivatives(wide)
+        f = d_alpha / alpha
+        return like(f, t), like(2 * sigma * (d_sigma - f * sigma), t)
+
+    def off_data(self, t: Times) -> Times:
+        """t in float64, with 0+ for what is below it."""
+        return t.double().clamp(min=self.after_data)
+
+    @property
+    def ends_in_noise(self) -> bool:
+        """Whether α(1) = 0 exactly (zero terminal SNR, flow): then ε says nothing of x_0 at t = 1."""
+        return bool(self.alpha_sigma(torch.ones((), dtype=torch.float64))[0] == 0)
+
+
+def noise_level(schedule: Schedule, t: Times) -> Times:
+    """ln(σ/α)/4, what EDM's networks are told (Karras et al. 2022, table 1); at t = 0 that of 0+, so that it is finite."""
+    return like(-schedule.lam(schedule.off_data(t)) / 4, t)
+
+
+def checked_shift(name: str, shift: float) -> float:
+    """`shift` if it is a factor; ValueError if not."""
+    if not 0 < shift < math.inf:
+        raise ValueError(
+            f"schedule {name} needs a finite shift > 0, the factor on sigma/alpha (1 is none), not shift={shift}"
+        )
+    return shift
+
+
+def shifted(alpha: Tensor, sigma: Tensor, shift: float) -> tuple[Tensor, Tensor]:
+    """α² + σ² = 1 kept, σ/α multiplied by `shift`: λ' = λ − ln shift (Hoogeboom et al. 2023, section 3.1)."""
+    norm = (alpha.square() + (shift * sigma).square()).sqrt()
+    return alpha / norm, shift * sigma / norm

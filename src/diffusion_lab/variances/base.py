@@ -1,0 +1,66 @@
+"""The one signature of all variances."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from diffusion_lab.objectives import Prediction
+from diffusion_lab.schedules import Schedule, Times
+
+
+class Variance(ABC):
+    """variance(schedule, t, s, prediction, floor) → σ² ≥ 0, broadcastable to x_t; t > s and the floor 0-d or (B,).
+
+    At s = 0, where only a likelihood asks, the floor is the caller's choice, σ̃² of the posterior being 0 there (improved DDPM:
+    σ̃² of the next pair). Every variance but the learned one then is that floor, if it is positive.
+    """
+
+    ancestral_only = False  # whether DDIM must refuse it, because it does not know of a floor
+    extra_channels = False  # whether it reads C channels of the network's output beyond the first C
+    last_bound: float | None = None  # y, how many levels the last noisy step of a sampler may add unless told otherwise
+
+    @abstractmethod
+    def __call__(
+        self, schedule: Schedule, t: Times, s: Times, prediction: Prediction, floor: Tensor | float = 0.0
+    ) -> Tensor: ...
+
+    def check(self, network: object) -> None:  # noqa: B027 most variances work with every network
+        """Raise ValueError where `network` is known not to give what this variance reads (its attribute `extra` says)."""
+
+
+class FromExtra(Variance):
+    """A variance that reads `prediction.extra`.
+
+    Attributes:
+        kind: what a network's attribute `extra` is called if these are its channels.
+        remedy: how to get them, and the end of the line that refuses.
+    """
+
+    extra_channels = True
+    kind: str
+    remedy: str
+
+    def check(self, network: object) -> None:
+        if getattr(network, "extra", self.kind) != self.kind:  # of one's own network the first call shows it
+            raise self._refusal("this network gives none of its kind")
+
+    def read(self, prediction: Prediction) -> Tensor:
+        """prediction.extra (B, C, H, W); ValueError: there is none, or of another shape."""
+        if prediction.extra is None or prediction.extra.shape != prediction.x0.shape:
+            found = 0 if prediction.extra is None else prediction.extra.shape[1]
+            raise self._refusal(f"the network gives {found} of them for images of {prediction.x0.shape[1]}")
+        return prediction.extra
+
+    def _refusal(self, found: str) -> ValueError:
+        return ValueError(f"variance={self.kind} needs extra channels, and {found}: {self.remedy}")
+
+
+def stands_for_all(s: Times, floor: Tensor) -> Tensor:
+    """Whether the step is that into data with a floor to go by, bool of their shape."""
+    return (s == 0) & (floor > 0)
+
+
+def wide(floor: Tensor | float, s: Times) -> Tensor:
+    """The floor in float64, where s is."""
+    return torch.as_tensor(floor, dtype=torch.float64, device=s.device)

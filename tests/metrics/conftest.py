@@ -1,0 +1,27 @@
+"""A classifier that was hardly trained, where a test needs one and not its accuracy."""
+
+from dataclasses import replace
+
+import judge as judge_tools
+import pytest
+
+from diffusion_lab.metrics import classifier
+from diffusion_lab.metrics.classifier import Judge, Recipe, trained
+
+
+@pytest.fixture(scope="session")
+def digits():
+    return judge_tools.digits()
+
+
+@pytest.fixture(scope="session")
+def quick(digits, tmp_path_factory):
+    """Two epochs of the digits."""
+    folder = tmp_path_factory.mktemp("classifier")
+    recipe = replace(Recipe(), epochs=2, width=8)
+    return trained(digits.examples("train"), digits.examples("test"), folder, name="digits", recipe=recipe)
+
+
+@pytest.fixture
+def judge(quick):
+    return Judge(classifier.load(quick.path))

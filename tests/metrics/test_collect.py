@@ -1,0 +1,230 @@
+"""Exactly n images, each in one process, whatever their number; NaN by index; memory that does not grow."""
+
+import itertools
+import tracemalloc
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import Gaussian, oracle
+from torch import distributed, multiprocessing, nn
+
+from diffusion_lab.denoiser import Denoiser
+from diffusion_lab.metrics.collect import Processes, blocks, collect, sampled
+from diffusion_lab.metrics.extractors import Extractor, Features
+from diffusion_lab.metrics.frechet import frechet_distance, moments
+from diffusion_lab.metrics.measure import label, measure, plan
+from diffusion_lab.metrics.reference import Reference
+from diffusion_lab.models.classifier import Classifier
+from diffusion_lab.noise import normal
+from diffusion_lab.objectives import PredNoise
+from diffusion_lab.samplers import DDIM, DDPM
+from diffusion_lab.schedules import Cosine
+
+
+class Judging(Extractor):
+    """A random classifier: the same in every process."""
+
+    name, key, dim, classes, judges = "classifier", "0" * 16, 64, 10, True
+
+    def __init__(self):
+        torch.manual_seed(3)
+        super().__init__(Classifier(channels=1, num_classes=10))
+
+    def extract(self, images):
+        hidden = self.network.features(images / 127.5 - 1)
+        return Features(hidden, 40 * self.network.head(hidden))
+
+
+class Small(nn.Module):
+    """A denoising network of one convolution."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(4)
+        self.layer = nn.Conv2d(1, 1, 3, padding=1)
+
+    def forward(self, x, c, label=None):
+        shift = 0 if label is None else 0.02 * label[:, None, None, None]
+        return self.layer(x) + shift
+
+
+def measured(n, size, processes, keep=True):
+    """What a whole evaluation does, and the images that this process made."""
+    made = {}
+    make = sampled(
+        Denoiser(Small(), Cosine(50), PredNoise(), clip=1.0), DDPM(4), (1, 8, 8), labels=torch.arange(n) % 10
+    )
+
+    def images(block):
+        made[block.start] = make(block)
+        return made[block.start]
+
+    judge = Judging()
+    names = [judge.name] if keep else []
+    labels = torch.arange(n) % 10
+    got = collect(images, n, size, [judge], features=names, logits=names, labels=labels, processes=processes)[
+        judge.name
+    ]
+    return made, got
+
+
+def test_blocks_hold_every_image_once():
+    for n, size, world in itertools.product((2, 7, 12, 100), (1, 4, 12, 500), (1, 2, 3, 5)):
+        parts = [list(blocks(n, size, rank, world)) for rank in range(world)]
+        assert sorted(i for part in parts for block in part for i in block) == list(range(n))
+        assert sorted((b.start, b.stop) for part in parts for b in part) == [
+            (b.start, b.stop) for b in blocks(n, size)
+        ]  # the same blocks, whoever has them
+    with pytest.raises(ValueError, match="at least 1"):
+        list(blocks(4, 0))
+
+
+CASES = (
+    (30, 10),
+    (23, 5),
+    (9, 4),
+)  # n divides into blocks and processes or not; with (9, 4) the third of three has one image
+
+
+def _work(rank, folder, world):
+    torch.set_num_threads(1)
+    for count in range(world, 1, -1):  # 3 processes, then 2 of them
+        if rank < count:
+            distributed.init_process_group("gloo", init_method=f"file://{folder}/{count}", rank=rank, world_size=count)
+            found = [measured(n, size, Processes()) for n, size in CASES]
+            torch.save(
+                [(made, vars(got) | {"sums": got.sums.vector}) for made, got in found], f"{folder}/{count}-{rank}.pt"
+            )
+            distributed.destroy_process_group()
+
+
+@pytest.mark.ddp
+def test_one_two_and_three_processes_give_the_same_images_and_values(tmp_path):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        alone = [measured(n, size, Processes()) for n, size in CASES]
+    finally:
+        torch.set_num_threads(threads)
+    multiprocessing.spawn(_work, (str(tmp_path), 3), nprocs=3)
+    reference = Reference(moments(torch.randn(200, 64)), torch.randn(200, 64), None, Path())
+    for count in (2, 3):
+        parts = [torch.load(tmp_path / f"{count}-{rank}.pt", weights_only=True) for rank in range(count)]
+        for case, (made, want) in enumerate(alone):
+            shares = [part[case][0] for part in parts]
+            assert sorted(start for share in shares for start in share) == sorted(made)
+            for share in shares:
+                for start, images in share.items():
+                    assert torch.equal(images, made[start])  # bit for bit
+            for got in (part[case][1] for part in parts):
+                assert torch.equal(got["features"], want.features)
+                assert torch.equal(got["logits"], want.logits)
+                assert torch.equal(got["recognised"], want.recognised)
+                assert got["as_asked"] == want.as_asked
+                assert torch.allclose(got["sums"], want.sums.vector, rtol=1e-12, atol=1e-10)
+                want_value = frechet_distance(want.sums.moments(), reference.moments)
+                sums = type(want.sums)(64)
+                sums.vector = got["sums"]
+                assert frechet_distance(sums.moments(), reference.moments) == pytest.approx(want_value, rel=1e-6)
+
+
+def test_nothing_is_counted_twice_or_dropped():
+    _, got = measured(23, 5, Processes())
+    assert got.n == got.sums.n == 23
+    assert len(got.features) == len(got.logits) == 23
+    sure, classes = got.logits.softmax(1).max(1)
+    assert got.recognised.tolist() == torch.bincount(classes[sure >= 0.9], minlength=10).tolist()
+    assert 0 < got.recognised.sum() <= 23
+    assert got.as_asked == int((classes == torch.arange(23) % 10).sum())
+    assert torch.allclose(got.sums.moments().covariance, moments(got.features).covariance, atol=1e-9)
+
+
+def test_images_do_not_depend_on_the_size_of_blocks():
+    gaussian = Gaussian(torch.zeros(1, 4, 4).double(), 0.3)
+    denoiser = oracle(gaussian, Cosine(), PredNoise())
+    noise = normal((1, 4, 4), seed=0, index=torch.arange(6))
+    assert noise.dtype == torch.float32
+    network = denoiser.network
+    wide = Denoiser(
+        lambda x, c, **k: network(x.double(), c.double(), **k).float(), denoiser.schedule, denoiser.objective
+    )
+    make = sampled(wide, DDIM(5), (1, 4, 4), seed=1)
+    whole = make(range(6))
+    assert torch.allclose(torch.cat([make(range(2)), make(range(2, 6))]), whole, atol=1e-6)
+
+
+def test_nan_is_named_by_its_index_in_the_whole_set():
+    images = torch.zeros(20, 1, 8, 8)
+    images[13, 0, 2, 2] = float("nan")
+    with pytest.raises(ValueError, match="the pixels of image 13 hold NaN"):
+        collect(lambda b: images[b.start : b.stop], 20, 6, [Judging()])
+
+    class Broken(Judging):
+        def extract(self, images):
+            found = super().extract(images)
+            found.features[images.flatten(1).float().mean(1) > 200] = float("inf")
+            return found
+
+    bright = torch.zeros(20, 1, 8, 8, dtype=torch.uint8)
+    bright[17] = 255
+    with pytest.raises(ValueError, match="the features of image 17 hold"):
+        collect(lambda b: bright[b.start : b.stop], 20, 6, [Broken()])
+
+
+def test_a_network_that_gives_nan_is_refused_with_the_image():
+    class Sick(Small):
+        def forward(self, x, c, label=None):
+            out = super().forward(x, c)
+            out[label == 7] = float("nan")
+            return out
+
+    make = sampled(
+        Denoiser(Sick(), Cosine(50), PredNoise(), clip=1.0), DDPM(4), (1, 8, 8), labels=torch.arange(20) % 10
+    )
+    assert bool(make(range(7)).isfinite().all())
+    with pytest.raises(ValueError, match="image 17: the network gave NaN"):
+        make(range(10, 20))
+    with pytest.raises(ValueError, match="image 7: the network gave NaN"):
+        collect(make, 20, 10, [Judging()])
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_fewer_than_two_images_are_refused(n):
+    with pytest.raises(ValueError, match="at least 2 images"):
+        collect(lambda b: torch.zeros(len(b), 1, 8, 8, dtype=torch.uint8), n, 6, [Judging()])
+
+
+def test_memory_does_not_grow_with_n():
+    """Python's and NumPy's allocations aside, nothing of n images stays: what is kept is the same vector."""
+
+    def kept(n):
+        tracemalloc.start()
+        got = collect(lambda b: torch.zeros(len(b), 1, 8, 8, dtype=torch.uint8), n, 50, [Judging()])["classifier"]
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return got, peak
+
+    (few, small), (many, large) = kept(100), kept(500)
+    assert few.features is many.features is None
+    assert few.sums.vector.numel() == many.sums.vector.numel()
+    assert large < small + 50_000
+
+
+def test_metrics_are_sorted_by_extractor_and_named_by_it():
+    assert plan(["fid", "prdc", "fd_classifier"], None).asked == {
+        "inception": ["fid", "prdc"],
+        "classifier": ["fd_classifier"],
+    }
+    assert plan(["fd_classifier", "prdc"], None).asked == {"classifier": ["fd_classifier", "prdc"]}
+    assert plan(["kid", "is", "fid"], "classifier").asked == {"classifier": ["kid", "is"], "inception": ["fid"]}
+    assert plan(["fd", "fd"], "own").asked == {"own": ["fd"]}
+    for bad in (["fidd"], []):
+        with pytest.raises(ValueError, match="write some of fid, kid"):
+            plan(bad, None)
+    _, got = measured(23, 5, Processes())
+    reference = Reference(moments(torch.randn(200, 64)), torch.randn(200, 64), None, Path())
+    named = measure(["kid", "is", "prdc", "fd"], Judging(), got, reference)
+    assert {"kid_classifier", "is_classifier", "precision", "coverage", "fd_classifier", "recognised"} <= set(named)
+    assert not {"fid", "kid", "is"} & set(named)
+    assert [label("fid", n) for n in (1000, 50_000, 2500, 900)] == ["fid_1k", "fid_50k", "fid_2500", "fid_900"]

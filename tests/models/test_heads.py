@@ -1,0 +1,83 @@
+"""The second head: the network's own output unchanged, the backbone frozen and without dropout, any size of image."""
+
+import pytest
+import torch
+from torch import nn
+
+from diffusion_lab.models import ClassicUNet, SecondHead, UNet
+
+BUILD = {
+    "unet": lambda **o: UNet(
+        channels=2, image_size=[8, 8], width=8, multipliers=[1, 2], blocks=1, attention=[4], groups=4, **o
+    ),
+    "classic": lambda **o: ClassicUNet(channels=2, image_size=[8, 8], width=4, levels=2, **o),
+}
+every = pytest.mark.parametrize("build", list(BUILD))
+
+
+def inputs(batch: int = 3, height: int = 8, width: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(batch, 2, height, width), torch.linspace(0, 900, batch)
+
+
+@every
+@pytest.mark.parametrize("size", [(8, 8), (7, 5), (1, 9)])
+def test_the_network_s_output_first_then_the_head_s(build, size):
+    network = BUILD[build](zero_init=False) if build == "unet" else BUILD[build]()
+    x, c = inputs(3, *size)
+    want = network.eval()(x, c)
+    both = SecondHead(network, "sn").eval()
+    got = both(x, c)
+    assert got.shape == (3, 4, *size)
+    assert torch.equal(got[:, :2], want)
+    assert (got[:, 2:] == 0).all(), "it starts from nothing"
+    nn.init.normal_(both.head[-1].weight)
+    assert torch.equal(both(x, c)[:, :2], want)
+    assert (both(x, c)[:, 2:] != 0).any()
+
+
+@every
+def test_only_the_head_trains_and_the_backbone_stays_in_eval_mode(build):
+    network = BUILD[build](dropout=0.5) if build == "unet" else BUILD[build]()
+    both = SecondHead(network.train(), "npr").train()
+    assert both.head.training
+    assert not any(m.training for m in network.modules())
+    x, c = inputs()
+    assert torch.equal(both(x, c), both(x, c)), "no dropout"
+    nn.init.normal_(both.head[-1].weight)
+    before = {name: p.clone() for name, p in network.named_parameters()}
+    optimiser = torch.optim.SGD([p for p in both.parameters() if p.requires_grad], 0.1)
+    both(x, c).square().mean().backward()
+    optimiser.step()
+    assert all(p.grad is not None for p in both.head.parameters())
+    assert all(p.grad is None and torch.equal(p, before[name]) for name, p in network.named_parameters())
+
+
+@every
+def test_what_is_known_of_it(build):
+    plain, learned = BUILD[build](), BUILD[build](learned_variance=True)
+    assert (plain.extra, learned.extra) == (None, "learned")
+    both = SecondHead(learned, "sn").eval()
+    assert (both.extra, both.self_conditioning, both.channels) == ("sn", False, 2)
+    x, c = inputs()
+    assert both(x, c).shape == (3, 4, 8, 8)
+    assert torch.equal(both(x, c)[:, :2], learned.eval()(x, c)[:, :2]), "the learned variance is left out"
+
+
+@every
+def test_labels_and_the_estimate_before_reach_the_network(build):
+    network = BUILD[build](num_classes=3, self_conditioning=True).eval()
+    for p in network.parameters():  # nothing starts as zero
+        nn.init.normal_(p, std=0.3)
+    both, (x, c) = SecondHead(network, "sn").eval(), inputs()
+    nn.init.normal_(both.head[-1].weight)
+    given = {"label": torch.tensor([0, 1, 3]), "previous": torch.randn_like(x)}
+    got = both(x, c, **given)
+    assert torch.equal(got[:, :2], network(x, c, **given))
+    for name in given:
+        changed = both(x, c, **{**given, name: torch.zeros_like(given[name])})
+        assert not torch.equal(changed[:, 2:], got[:, 2:]), name
+
+
+def test_a_network_that_shows_no_features_is_refused():
+    with pytest.raises(ValueError, match="Conv2d does not show: write variance=analytic"):
+        SecondHead(nn.Conv2d(1, 1, 3), "npr")

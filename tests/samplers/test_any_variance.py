@@ -1,0 +1,322 @@
+"""DDPM and DDIM with every variance: the data's own spread at few steps, DDIM with η = 1 as DDPM, the bound on the last noisy
+step, the optimal grid, improved DDPM's range against diffusers."""
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from contracts import SAMPLERS, SCHEDULES
+from oracle import Gaussian, Mixture, WithHead, oracle
+
+from diffusion_lab.denoiser import Denoiser, Prediction
+from diffusion_lab.gaussian import posterior
+from diffusion_lab.noise import normal
+from diffusion_lab.objectives import PredNoise, PredV
+from diffusion_lab.samplers import DDIM, DDPM
+from diffusion_lab.samplers.ancestral import LEVEL, optimal_times
+from diffusion_lab.samplers.grids import times
+from diffusion_lab.schedules import Cosine, Linear, Schedule
+from diffusion_lab.variances import NPR, SN, Analytic, FixedLarge, FixedSmall, Learned, Variance
+from diffusion_lab.variances.trajectory import costs
+
+D = torch.float64
+MEAN, VAR = 0.3, 0.25
+DATA = Gaussian(torch.full((1, 1, 1), MEAN), VAR**0.5)
+MIXTURE = Mixture(torch.tensor([-0.6, 0.6]).reshape(2, 1, 1, 1), torch.tensor([0.1, 0.2]), torch.tensor([0.3, 0.7]))
+X = torch.tensor([-2.0, -0.5, 0.3, 1.0, 2.0], dtype=D).reshape(5, 1, 1, 1)
+FREE = math.inf  # no bound on the last noisy step
+
+
+def fitted(curve: Schedule, count: int = 1000) -> Analytic:
+    fit = torch.arange(1, count + 1, dtype=D) / count
+    alpha, sigma = curve.alpha_sigma(fit)
+    return Analytic(fit, sigma**2 / (alpha**2 * VAR + sigma**2))
+
+
+def best(name: str, curve: Schedule, data: Mixture = DATA) -> tuple[Variance, Denoiser]:
+    """A variance and a denoiser whose network gives what it reads."""
+    if name == "analytic":
+        return fitted(curve), oracle(data, curve, PredV())
+    return {"sn": SN(), "npr": NPR()}[name], Denoiser(WithHead(data, curve, PredV(), name), curve, PredV())
+
+
+def propagated(curve: Schedule, variance: Variance, grid: torch.Tensor, eta: float, x: Prediction) -> float:
+    """Var[x] at the end of the grid, exactly: each step is affine in x for Gaussian data, x̂_0 = m + αv(x − αm)/(α²v + σ²)."""
+    var = curve.alpha_sigma(grid[0])[1] ** 2 + curve.alpha_sigma(grid[0])[0] ** 2 * VAR
+    for t, s in itertools.pairwise(grid):
+        (alpha, sigma), (alpha_s, sigma_s) = curve.alpha_sigma(t), curve.alpha_sigma(s)
+        floor = eta**2 * posterior(curve, t, s).variance
+        shrink = alpha * VAR / (alpha**2 * VAR + sigma**2)
+        slope = alpha_s * shrink + (sigma_s**2 - floor).clamp(min=0).sqrt() * (1 - alpha * shrink) / sigma
+        var = slope**2 * var + (float(variance(curve, t, s, x, floor)) if s > 0 else 0)
+    return float(var)
+
+
+@pytest.mark.parametrize("schedule", ["Linear", "Cosine", "VP", "Flow"])
+@pytest.mark.parametrize("n", [2, 5])
+@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
+def test_the_optimal_variance_keeps_the_marginal_of_gaussian_data_at_any_stride(
+    schedule: str, n: int, eta: float
+) -> None:
+    """Var[x_s] = α_s²v + σ_s² at the end of 2 and 5 steps to s = 0.1, exactly (1e-7: with α² = 2e-9 a moment near 1 has that many
+    digits; 1e-3 from α = 0, where c is that of the next time); the fixed ones miss it by 2 %, from opposite sides."""
+    curve, x = SCHEDULES[schedule], Prediction(X, X, X)
+    grid = torch.linspace(1, 0.1, n + 1, dtype=D)
+    alpha, sigma = curve.alpha_sigma(grid[-1])
+    want = float(alpha**2 * VAR + sigma**2)
+    got = propagated(curve, fitted(curve), grid, eta, x)
+    assert got == pytest.approx(want, rel=1e-3 if curve.ends_in_noise else 1e-7)
+    if eta == 1:
+        assert propagated(curve, FixedSmall(), grid, 1, x) < 0.98 * want
+        assert propagated(curve, FixedLarge(), grid, 1, x) > 1.02 * want
+
+
+@pytest.mark.parametrize("name", ["analytic", "sn", "npr"])
+@pytest.mark.parametrize("cls", [DDPM, DDIM])
+def test_few_steps_return_the_spread_of_the_data(name: str, cls: Any) -> None:
+    """5 steps, 20,000 images of N(0.3, 0.25): the deviation within 4 standard errors of that of x̂_0 at the first node, 0.5; with
+    fixed_small it is 10 % short for DDPM. DDIM with η = 0 alike."""
+    curve = Linear()
+    variance, den = best(name, curve)
+    x_T = normal((1, 1, 1), seed=3, index=torch.arange(20000), dtype=D)
+    x = cls(5, variance=variance, grid="linspace", last_bound=FREE)(den, x_T, seed=4)
+    alpha, sigma = (float(v) for v in curve.alpha_sigma(torch.tensor(1e-3, dtype=D)))
+    std = (VAR * alpha**2 * VAR / (alpha**2 * VAR + sigma**2)) ** 0.5
+    assert float(x.std()) == pytest.approx(std, abs=4 * std / 40000**0.5)
+    assert float(x.mean()) == pytest.approx(MEAN, abs=4 * std / 20000**0.5)
+    assert float(DDPM(5)(den, x_T, seed=4).std()) < 0.9 * std
+
+
+def test_second_heads_keep_both_modes_narrow_where_one_number_cannot() -> None:
+    """Mixture data, from t = 0.35 to 0.2 in one step: NPR and SN give each image its own spread, so that all lie closer to the
+    exact Var[x_s] per image than with Γ. In closed form, no sampling: KL-optimal σ² is floor + gain · Var[x_0 | x_t]."""
+    curve, t, s = Cosine(), torch.tensor(0.35, dtype=D), torch.tensor(0.2, dtype=D)
+    index = torch.arange(4000)
+    x0 = torch.where(normal((1, 1, 1), seed=0, index=index, dtype=D) < -0.524, -0.6, 0.6)
+    alpha, sigma = curve.alpha_sigma(t)
+    x = alpha * x0 + sigma * normal((1, 1, 1), seed=1, index=index, dtype=D)
+    true = MIXTURE.spread(x, alpha, sigma)
+    moment = 1 - float(true.mean()) * float(alpha / sigma) ** 2
+    floor = posterior(curve, t, s).variance
+    p = oracle(MIXTURE, curve, PredV())(x, t)
+    one = Analytic([0.35], [moment])(curve, t, s, p, floor)
+    _, den = best("npr", curve, MIXTURE)
+    each = NPR()(curve, t, s, den(x, t), floor)
+    gain = posterior(curve, t, s).c0 ** 2
+    want = floor + gain * true
+
+    def kl(guess: torch.Tensor) -> float:
+        return float((0.5 * (guess.log() - want.log() - 1 + want / guess)).mean())
+
+    assert kl(each) < 1e-12
+    assert kl(one.expand_as(want)) > 1e-3
+
+
+@pytest.mark.parametrize("schedule", ["Linear-40", "Cosine-40", "Cosine-40-zero"])
+@pytest.mark.parametrize("name", ["analytic", "sn", "npr"])
+@pytest.mark.parametrize("grid", ["linspace", "trailing"])
+def test_ddim_with_eta_1_is_ddpm_for_every_variance_that_knows_a_floor(schedule: str, name: str, grid: str) -> None:
+    """All steps and 7 of 40, with the default bound on the last: 1e-9."""
+    variance, den = best(name, SCHEDULES[schedule], MIXTURE)
+    for n in (None, 7):
+        got = DDIM(n, eta=1.0, variance=variance, grid=grid)(den, X, seed=5)
+        torch.testing.assert_close(got, DDPM(n, variance, grid=grid)(den, X, seed=5), rtol=1e-9, atol=1e-9)
+
+
+def test_the_bound_acts_on_the_last_noisy_step_alone() -> None:
+    """σ² ≤ (y · 2/255 · √(π/2))², so that E|σz| = y levels: seen by the noise it lets through, step by step."""
+    curve, n = Linear(), 6
+    variance, den = best("analytic", curve)
+
+    def kicks(sampler: DDPM | DDIM, stop: float = 0.0) -> list[float]:
+        """|noise| of each step of one image, from the states and what the step would be without noise."""
+        seen: list[tuple[float, torch.Tensor, Prediction]] = []
+        end = sampler(den, X[:1], seed=2, stop=stop, callback=lambda i, t, x, p: seen.append((t, x, p)))
+        grid, out = [*sampler.times(den, stop=stop)], []
+        for k, (_, x, p) in enumerate(seen):
+            q = posterior(curve, grid[k], grid[k + 1])
+            after = seen[k + 1][1] if k + 1 < len(seen) else end
+            out.append(
+                float(
+                    (after - q.mean(x, p.x0)).abs()
+                    / normal((1, 1, 1), seed=2, index=torch.arange(1), draw=k + 1, dtype=D).abs()
+                )
+            )
+        return out
+
+    free, bound, half = (kicks(DDPM(n, variance, last_bound=y)) for y in (FREE, None, 0.5))
+    assert free[:-2] == pytest.approx(bound[:-2], rel=1e-9)
+    assert free[-2] > LEVEL
+    assert bound[-2] == pytest.approx(2 / 255 * (math.pi / 2) ** 0.5, rel=1e-9)
+    assert half[-2] == pytest.approx(bound[-2] / 2, rel=1e-9)
+    assert free[-1] == bound[-1] == 0
+    assert 2 * LEVEL * (2 / math.pi) ** 0.5 * 255 / 2 == pytest.approx(2)  # y = 2: two levels of 2/255 on average
+    assert kicks(DDPM(n, variance), stop=0.2) == pytest.approx(kicks(DDPM(n, variance, last_bound=FREE), stop=0.2))
+    assert kicks(DDPM(n, FixedLarge()))[-2] > LEVEL, "no bound unless asked for"
+    assert kicks(DDPM(n, FixedLarge(), last_bound=1))[-2] == pytest.approx(LEVEL, rel=1e-9)
+    with pytest.raises(ValueError, match="not above 0"):
+        DDPM(n, last_bound=0)
+
+
+def test_a_sampler_refuses_a_variance_that_the_network_does_not_have() -> None:
+    class Net:
+        extra = None
+
+        def __call__(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+            return x
+
+    den = Denoiser(Net(), Linear(), PredV())
+    for sampler in (DDPM(5, Learned()), DDPM(5, SN()), DDIM(5, variance=NPR())):
+        with pytest.raises(ValueError, match="needs extra channels, and this network gives none"):
+            sampler.check(den)
+        with pytest.raises(ValueError, match="needs extra channels, and the network gives 0"):
+            sampler(den, X)
+    with pytest.raises(ValueError, match="sampler=ddpm"):
+        DDIM(5, variance=Learned())
+
+
+# ------------------------------------------------------------------------------------------------ the optimal grid
+
+
+def mixture_fit(curve: Schedule, count: int) -> Analytic:
+    """Γ of the mixture: 1 − (α²/σ²) E Var[x_0 | x_t], by a sum over 400 values of x_t."""
+    fit = torch.arange(1, count + 1, dtype=D) / count
+    x = torch.linspace(-6, 6, 400, dtype=D)
+    found = []
+    for t in fit:
+        alpha, sigma = curve.alpha_sigma(t)
+        std = ((alpha * MIXTURE.stds) ** 2 + sigma**2).sqrt()
+        gap = (x[:, None] - alpha * MIXTURE.means.flatten()) / std
+        density = (MIXTURE.weights / std * (-0.5 * gap**2).exp()).sum(1)
+        spread = MIXTURE.spread(x.reshape(-1, 1, 1, 1), alpha, sigma).flatten()
+        found.append(1 - (alpha / sigma) ** 2 * (density * spread).sum() / density.sum())
+    return Analytic(fit, torch.stack(found))
+
+
+@pytest.mark.parametrize("cls", [DDPM, DDIM])
+def test_the_optimal_grid_loses_less_of_the_bound_than_any_other(cls: Any) -> None:
+    """On mixture data, at 5 and 10 steps by 1 % at least; for Gaussian data every grid is as good, because
+    q(x_s | x_t) is a Gaussian for every pair."""
+    curve, nodes = Linear(200), torch.arange(1, 201, dtype=D) / 200
+    mixture, gaussian = mixture_fit(curve, 200), fitted(curve, 200)
+    table, flat = (costs(v, curve, nodes) for v in (mixture, gaussian))
+    den = oracle(MIXTURE, curve, PredV())
+
+    def loss(of: torch.Tensor, grid: torch.Tensor) -> float:
+        path = (grid[:-1] * 200).round().long().flip(0) - 1
+        return sum(float(of[i, j]) for i, j in itertools.pairwise(path.tolist()))
+
+    for n in (5, 10, 50):
+        sampler = cls(n, variance=mixture, grid="optimal")
+        found = sampler.times(den)
+        assert len(found) == n + 1
+        assert (found.diff() < 0).all()
+        assert (float(found[0]), float(found[-2]), float(found[-1])) == (1.0, 0.005, 0.0)
+        assert found is sampler.times(den), "computed once"
+        for name in ("linspace", "quadratic"):
+            other = times(name, curve, n)
+            other[-2] = 0.005
+            assert loss(table, found) < (1 if n == 50 else 0.99) * loss(table, other)
+            assert loss(flat, found) == pytest.approx(loss(flat, other), rel=1e-9)
+        x = sampler(den, X, seed=1)
+        assert sampler.nfe == n
+        assert x.isfinite().all()
+
+
+def test_the_optimal_grid_between_two_times_and_on_a_curve() -> None:
+    curve = Linear(40)
+    part = optimal_times(fitted(curve, 40), curve, 4, 0.8, 0.2)
+    assert (float(part[0]), float(part[-1]), len(part)) == (0.8, 0.2, 5)
+    torch.testing.assert_close((part * 40).round() / 40, part)
+    assert optimal_times(fitted(curve, 40), curve, None, 1.0, 0.0).tolist() == [k / 40 for k in range(40, -1, -1)]
+    assert optimal_times(fitted(curve, 40), curve, 1, 1.0, 0.0).tolist() == [1.0, 0.0]
+    free = SCHEDULES["VP"]
+    grid = optimal_times(fitted(free, 50), free, 7, 1.0, 0.0)
+    assert len(grid) == 8
+    assert float(grid[-2]) == 0.02, "the least fitted time"
+
+
+def test_the_optimal_grid_is_refused_where_it_cannot_be() -> None:
+    curve = Linear(40)
+    for cls in (DDPM, DDIM):
+        for variance in (FixedSmall(), SN()):
+            with pytest.raises(ValueError, match="write variance=analytic"):
+                cls(5, variance=variance, grid="optimal")
+        with pytest.raises(ValueError, match="ask for fewer"):
+            cls(41, variance=fitted(curve), grid="optimal").check(oracle(DATA, curve, PredV()))
+        with pytest.raises(ValueError, match=r"karras, optimal$"):
+            cls(5, grid="nonesuch")
+    for name in set(SAMPLERS) - {"DDPM", "DDIM", "ODE"}:
+        if "grid" in SAMPLERS[name].__init__.__code__.co_varnames:
+            with pytest.raises(ValueError, match="unknown time grid 'optimal'"):
+                SAMPLERS[name](5, grid="optimal")
+    with pytest.raises(ValueError, match="from noise to data"):
+        optimal_times(fitted(curve), curve, 5, 0.2, 0.8)
+
+
+# ------------------------------------------------------------------------------------------------ improved DDPM
+
+
+def two(x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """A network with 2C channels, v between −1.5 and 1.5."""
+    time = c[:, None, None, None] / 1000
+    return torch.cat([(x * (1 + time)).tanh(), 1.5 * (3 * x - time).sin()], dim=1)
+
+
+@pytest.mark.parametrize("steps", [None, 7])
+def test_learned_range_by_hand(steps: int | None) -> None:
+    """Improved DDPM's sampling from β alone: means of the respaced chain, log σ² between its two bounds."""
+    bar = torch.cat([torch.ones(1, dtype=D), (1 - torch.linspace(1e-4 * 25, 0.02 * 25, 40, dtype=D)).cumprod(0)])
+    kept = [round(float(t) * 40) for t in times("linspace", Linear(40), steps)]
+    x = X
+    for k, (t, s) in enumerate(itertools.pairwise(kept)):
+        out = two(x, torch.full((5,), t - 1, dtype=D))
+        x0 = (x - (1 - bar[t]).sqrt() * out[:, :1]) / bar[t].sqrt()
+        beta = 1 - bar[t] / bar[s]
+        mean = bar[s].sqrt() * beta / (1 - bar[t]) * x0 + (1 - beta).sqrt() * (1 - bar[s]) / (1 - bar[t]) * x
+        if s:
+            f = (out[:, 1:] + 1) / 2
+            log = f * beta.log() + (1 - f) * (beta * (1 - bar[s]) / (1 - bar[t])).log()
+            mean = mean + (0.5 * log).exp() * normal((1, 1, 1), seed=8, index=torch.arange(5), draw=k + 1, dtype=D)
+        x = mean
+    got = DDPM(steps, Learned())(Denoiser(two, Linear(40), PredNoise()), X, seed=8)
+    torch.testing.assert_close(got, x, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("kind", "n"), [("learned_range", 10), ("learned_range", 250), ("fixed_small_log", 10)])
+def test_learned_range_against_diffusers(kind: str, n: int) -> None:
+    """Every step of our chain through theirs, on a float64 table and our noise: 1e-9."""
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.DDPMScheduler(variance_type=kind, clip_sample=True, timestep_spacing="leading")
+    theirs.alphas_cumprod = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=D)).cumprod(0)
+    theirs.set_timesteps(n)
+    seen: list[tuple[float, torch.Tensor, Prediction]] = []
+    den = Denoiser(two, Linear(), PredNoise(), clip=1.0)
+    variance = Learned() if kind == "learned_range" else FixedSmall()
+    end = DDPM(n, variance, grid="leading")(den, X, seed=1, callback=lambda i, t, x, p: seen.append((t, x, p)))
+    for k, (t, x, p) in enumerate(seen):
+        i = round(t * 1000) - 1
+        output = two(x, torch.full((5,), float(i), dtype=D)) if kind == "learned_range" else p.output
+        step = theirs.step(output, i, x, generator=torch.Generator().manual_seed(k)).prev_sample
+        if i:
+            z = torch.randn(x.shape, generator=torch.Generator().manual_seed(k), dtype=D)
+            std = theirs._get_variance(i, predicted_variance=p.extra)
+            std = (0.5 * std).exp() if kind == "learned_range" else std
+            step = step + std * (normal((1, 1, 1), seed=1, index=torch.arange(5), draw=k + 1, dtype=D) - z)
+        torch.testing.assert_close(seen[k + 1][1] if k + 1 < len(seen) else end, step, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_where_diffusers_variances_are_wrong() -> None:
+    """`fixed_large_log` takes the square root of a logarithm, NaN; `learned` the root of what the network gives, where the
+    published network (Nichol & Dhariwal's learn_sigma without a range) gives the logarithm, here −4."""
+    diffusers = pytest.importorskip("diffusers")
+    x = torch.zeros(1, 1, 2, 2)
+    theirs = diffusers.DDPMScheduler(variance_type="fixed_large_log")
+    assert theirs.step(x, 500, x, generator=torch.Generator().manual_seed(0)).prev_sample.isnan().any()
+    theirs = diffusers.DDPMScheduler(variance_type="learned")
+    step = theirs.step(torch.cat([x, x - 4], 1), 500, x, generator=torch.Generator().manual_seed(0))
+    assert step.prev_sample.isnan().any()

@@ -1,0 +1,290 @@
+"""The adaptive probability-flow ODE: against the exact flow, against SciPy image by image, and apart from its neighbours."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from contracts import SCHEDULES
+from oracle import Gaussian, Mixture, oracle
+from scipy.integrate import solve_ivp
+
+from diffusion_lab.denoiser import Denoiser
+from diffusion_lab.noise import normal
+from diffusion_lab.objectives import PredNoise, PredV
+from diffusion_lab.samplers import ODE
+from diffusion_lab.samplers.base import prior
+from diffusion_lab.samplers.clock import Clock
+from diffusion_lab.samplers.dormand_prince import integrate
+from diffusion_lab.schedules import VE, VP, Cosine, Schedule, SubVP, match
+
+D = torch.float64
+SHAPE = (2, 2, 2)
+DATA = Gaussian(torch.full(SHAPE, 0.3), 0.5)
+MIXTURE = Mixture(torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0)) / 2, torch.tensor([0.1, 0.2, 0.4]))
+CURVES = ["VP", "VP-shift", "SubVP", "VE", "EDM", "Flow", "Cosine", "Linear-zero"]
+
+
+def begin(schedule: Schedule, count: int = 5) -> torch.Tensor:
+    return prior(schedule, normal(SHAPE, seed=1, index=torch.arange(count), dtype=D))
+
+
+@pytest.mark.parametrize("name", CURVES)
+@pytest.mark.parametrize(("start", "stop"), [(1.0, 0.0), (0.9, 0.1)])
+def test_the_exact_flow(name: str, start: float, stop: float) -> None:
+    """Within ten tolerances of the Gaussian's own solution, relative to the state it starts from; into data: then x̂_0."""
+    schedule = SCHEDULES[name]
+    x = begin(schedule)
+    got = ODE(1e-6, 1e-6)(oracle(DATA, schedule, PredV()), x, start=start, stop=stop)
+    want = DATA.flow(x, schedule, start, stop or schedule.least)
+    if stop == 0:
+        want = DATA.denoise(want, *schedule.alpha_sigma(torch.tensor(schedule.least, dtype=D)))
+    assert float((got - want).abs().max()) < 1e-5 * max(1.0, float(x.abs().max()))
+
+
+def scipys(schedule: Schedule, x: torch.Tensor, start: float, stop: float, tolerance: float) -> Any:
+    """One image, or a batch under one error norm; right-hand side f x − ½ g² score, the published form."""
+
+    def slope(t: float, flat: np.ndarray) -> np.ndarray:
+        time = torch.tensor(t, dtype=D)
+        (alpha, sigma), (f, g2) = schedule.alpha_sigma(time), schedule.drift_diffusion(time)
+        state = torch.from_numpy(flat).reshape(x.shape)
+        score = (alpha * MIXTURE.denoise(state, alpha, sigma) - state) / sigma**2
+        return (f * state - g2 / 2 * score).flatten().numpy()
+
+    return solve_ivp(slope, (start, stop), x.flatten().numpy(), rtol=tolerance, atol=tolerance, method="RK45")
+
+
+@pytest.mark.parametrize("schedule", [VP(), SubVP(), VE()])
+def test_single_images_are_scipys(schedule: Schedule) -> None:
+    """Published settings, 1e-5 from 1 to the curve's end: the same number of evaluations, states equal to 1e-7 of σ_max.
+    The right-hand side is written in another form, so the roundings differ, and with them the steps by a little."""
+    x = begin(schedule, 2)
+    sampler = ODE()
+    stop = schedule.least
+    got = sampler(oracle(MIXTURE, schedule, PredNoise()), x, stop=stop)
+    for i, image in enumerate(x):
+        want = scipys(schedule, image[None], 1.0, stop, 1e-5)
+        assert int(sampler.evaluations[i]) == want.nfev
+        end = torch.from_numpy(want.y[:, -1]).reshape(SHAPE)
+        torch.testing.assert_close(got[i], end, rtol=0, atol=1e-7 * float(x.abs().max()))
+
+
+def test_an_image_does_not_know_its_neighbours_and_scipys_does() -> None:
+    """In batches of 1, 3 and 5 the same to 1e-10. One step for the whole batch, as published codes take it, moves an
+    image by more than 1e-6 when the others change."""
+    schedule = VP()
+    x = begin(schedule)
+    den = oracle(MIXTURE, schedule, PredV())
+    sampler = ODE()
+    want = sampler(den, x)
+    evaluations = sampler.evaluations
+    for rows in ([0], [4, 0, 1], [4, 3, 2, 1, 0]):
+        got = sampler(den, x[rows])
+        torch.testing.assert_close(got, want[rows], rtol=0, atol=1e-10)
+        assert torch.equal(sampler.evaluations, evaluations[rows])
+    alone, among = (scipys(schedule, rows, 1.0, 1e-3, 1e-5).y[:8, -1] for rows in (x[:1], x))
+    assert np.abs(alone - among).max() > 1e-6
+
+
+def test_evaluations_of_each_image() -> None:
+    """What the network was really asked: rows that have arrived are left out; nfe is the most, the step into data included."""
+    asked: list[int] = []
+    inner = oracle(MIXTURE, Cosine(), PredV())
+
+    def network(x: torch.Tensor, c: torch.Tensor, **_: Any) -> torch.Tensor:
+        asked.append(len(x))
+        return inner.network(x, c)
+
+    sampler, x = ODE(1e-3, 1e-3), begin(Cosine(), 8)
+    sampler(Denoiser(network, Cosine(), PredV()), x)
+    assert sampler.nfe == len(asked) == int(sampler.evaluations.max())
+    assert int(sampler.evaluations.sum()) == sum(asked) < 8 * len(asked)
+    assert sampler.evaluations.dtype == torch.int64
+
+
+def test_budget() -> None:
+    """What suffices is used, one less is refused in one line; no step is possible with less than nine."""
+    den, x = oracle(DATA, VP(), PredV()), begin(VP())
+    sampler = ODE(1e-3, 1e-3)
+    want = sampler(den, x)
+    assert torch.equal(ODE(1e-3, 1e-3, budget=sampler.nfe)(den, x), want)
+    for budget in (sampler.nfe - 1, 8, 1):
+        with pytest.raises(ValueError, match=r"raise the budget, or loosen rtol=0.001"):
+            ODE(1e-3, 1e-3, budget=budget)(den, x)
+
+
+def test_the_condition_follows_its_image() -> None:
+    """Every image gets its own label while others drop out: as if each were sampled alone."""
+
+    def network(x: torch.Tensor, c: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        assert len(label) == len(x)
+        return (x * (1 + label[:, None, None, None])).tanh()
+
+    den, x, label = Denoiser(network, Cosine(), PredV()), begin(Cosine(), 4), torch.tensor([3, 0, 9, 1])
+    sampler = ODE(1e-4, 1e-4)
+    got = sampler(den, x, condition={"label": label})
+    assert len(set(sampler.evaluations.tolist())) > 1
+    for i in range(4):
+        alone = sampler(den, x[i : i + 1], condition={"label": label[i : i + 1]})
+        torch.testing.assert_close(got[i : i + 1], alone, rtol=0, atol=1e-12)
+
+
+# ------------------------------------------------------------------------------------------- tables: over the angle
+
+
+@pytest.mark.parametrize("name", ["Cosine", "Linear-40", "Linear-zero", "VE", "SubVP"])
+def test_a_clock_runs_along_the_curve(name: str) -> None:
+    """u ↦ t and back, and (dα/du, dσ/du) against differences of (α, σ)(t(u)), at times between nodes."""
+    schedule, clock = SCHEDULES[name], Clock(SCHEDULES[name])
+    for t in (1.0, 0.9876, 0.5013, 0.1234, 0.0312):
+        u = torch.tensor(clock.at(t), dtype=D)
+        assert float(clock.time(u)) == pytest.approx(t, abs=1e-12)
+        if t == 1:
+            continue
+        low, high = (schedule.alpha_sigma(clock.time(u + h)) for h in (-1e-6, 1e-6))
+        for slope, a, b in zip(clock.tangent(u), low, high, strict=True):
+            assert float(slope) == pytest.approx(float(b - a) / 2e-6, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["Linear-40", "Cosine-40"])
+def test_over_the_angle_a_table_is_smooth(name: str) -> None:
+    """Why not over t: with a kink at each node it takes more than twice the evaluations and is ten times as far off."""
+    schedule, x = SCHEDULES[name], begin(SCHEDULES[name], 3)
+    den, least = oracle(DATA, schedule, PredV()), schedule.least
+    want = DATA.flow(x, schedule, 1.0, least)
+    sampler = ODE()
+    ours = float((sampler(den, x, stop=least) - want).abs().max())
+
+    def slope(t: torch.Tensor, y: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        prediction, (d_alpha, d_sigma) = den(y, t), schedule.derivatives(t)
+        return match(d_alpha, y) * prediction.x0 + match(d_sigma, y) * prediction.noise
+
+    over_t = integrate(slope, x, 1.0, least)
+    assert ours < 1e-4
+    assert float((over_t.y - want).abs().max()) > 10 * ours
+    assert over_t.calls > 2 * sampler.nfe
+
+
+# --------------------------------------------------------------------------------------------------- both directions
+
+
+@pytest.mark.parametrize("name", ["SubVP", "VE", "Cosine"])
+def test_there_and_back(name: str) -> None:
+    """Encode 0.1 → 0.9 and decode: back to 1e-3 at tolerance 1e-6."""
+    schedule, x = SCHEDULES[name], torch.linspace(-1, 1, 24, dtype=D).reshape(3, *SHAPE)
+    den = oracle(MIXTURE, schedule, PredV())
+    there = ODE(1e-6, 1e-6)(den, x, start=0.1, stop=0.9)
+    assert (there - x).abs().mean() > 0.1
+    back = ODE(1e-6, 1e-6)(den, there, start=0.9, stop=0.1)
+    torch.testing.assert_close(back, x, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("schedule", [VP(), VE(), Cosine()])
+def test_data_is_encoded_and_comes_back(schedule: Schedule) -> None:
+    """From t = 0 the step out of data is that of DDIM, ε̂ asked of x_0 at the least time: what comes back is x_0 but for σ²."""
+    x = torch.linspace(-0.5, 1.1, 24, dtype=D).reshape(3, *SHAPE)
+    den = oracle(DATA, schedule, PredV())
+    sampler = ODE()
+    latent = sampler(den, x, start=0.0, stop=1.0)
+    least = torch.tensor(schedule.least, dtype=D)
+    alpha, sigma = schedule.alpha_sigma(least)
+    first = alpha * x + sigma * den(x, least).noise
+    torch.testing.assert_close(latent, DATA.flow(first, schedule, schedule.least, 1.0), rtol=1e-3, atol=1e-3)
+    back = sampler(den, latent)
+    assert float((back - x).abs().max()) < 10 * float(sigma) ** 2 + 1e-4
+
+
+def test_ends_below_the_least_time() -> None:
+    """stop inside (0, least) is gone to; from there into data no ODE is left to solve; as for encoding up to there."""
+    den, x = oracle(DATA, VP(), PredV()), begin(VP())
+    sampler = ODE(1e-6, 1e-6)
+    torch.testing.assert_close(sampler(den, x, stop=5e-4), DATA.flow(x, VP(), 1.0, 5e-4), rtol=0, atol=1e-4)
+    assert torch.equal(sampler(den, x, start=5e-4), den(x, torch.tensor(5e-4, dtype=D)).x0)
+    assert sampler.nfe == 1
+    sampler(den, x, start=0.0, stop=5e-4)
+    assert sampler.nfe == 1
+
+
+# -------------------------------------------------------------------------------------------------- callback, dtypes
+
+
+def test_the_callback_sees_each_image_at_its_own_time() -> None:
+    """The prediction solved from x and dx/dt is the network's: the states fall towards data, t is the image farthest behind,
+    the last report is the step into data."""
+    seen: list[Any] = []
+    den, x = oracle(DATA, VP(), PredV()), begin(VP(), 1)
+    out = ODE(1e-4, 1e-4)(den, x, callback=lambda *report: seen.append(report))
+    assert [i for i, *_ in seen] == list(range(len(seen)))
+    for _, t, state, prediction in seen:  # one image, so that t is its time
+        want = den(state, torch.tensor(t, dtype=D))
+        for got, true in zip(prediction[:3], want[:3], strict=True):
+            torch.testing.assert_close(got, true, rtol=1e-7, atol=1e-7)
+    assert torch.equal(seen[0][2], x)
+    assert seen[-1][1] == VP().least
+    assert torch.equal(seen[-1][3].x0, out)
+    many: list[Any] = []
+    ODE(1e-4, 1e-4)(den, begin(VP(), 6).float().double(), start=0.1, stop=0.9, callback=lambda *r: many.append(r))
+    assert [t for _, t, *_ in many] == sorted(t for _, t, *_ in many)
+
+
+def test_a_float32_network_and_state() -> None:
+    """The state is float64 inside, the network's and the result's dtype their own; images within 1e-3 of float64's."""
+    net = torch.nn.Conv2d(2, 2, 1)
+    torch.nn.init.constant_(net.weight, 0.1)
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = net
+
+        def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+            assert x.dtype == c.dtype == torch.float32
+            return self.inner(x).tanh()
+
+    seen: list[torch.Tensor] = []
+    x = begin(VP()).float()
+    got = ODE()(Denoiser(Net(), VP(), PredV()), x, callback=lambda i, t, x, p: seen.extend((x, p.x0, p.output)))
+    assert got.dtype == torch.float32
+    assert {v.dtype for v in seen[:-3]} == {torch.float32}
+    torch.testing.assert_close(got.double(), ODE()(Denoiser(Net(), VP(), PredV()), x.double()), rtol=0, atol=1e-5)
+
+
+def test_clipping_is_part_of_the_equation() -> None:
+    """With x̂_0 clipped to ±0.1 the end is a clipped x̂_0, and the callback is told the clipped one."""
+    seen: list[Any] = []
+    den = oracle(DATA, VP(), PredV(), clip=0.1)
+    assert float(ODE(1e-3, 1e-3)(den, begin(VP()), callback=lambda *r: seen.append(r)).abs().max()) <= 0.1
+    assert all(float(p.x0.abs().max()) < 0.1 + 1e-9 for *_, p in seen)
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+def test_nan_is_named_with_its_evaluation_and_time() -> None:
+    """One image of three goes bad below t = 0.5: found there, not at the time of its neighbours."""
+    inner = oracle(DATA, VP(), PredV())
+
+    def network(x: torch.Tensor, c: torch.Tensor, bad: torch.Tensor) -> torch.Tensor:
+        return torch.where((bad & (c < 0.5 * 999))[:, None, None, None], torch.nan, inner.network(x, c))
+
+    den, x = Denoiser(network, VP(), PredV()), begin(VP(), 3)
+    with pytest.raises(ValueError, match=r"NaN or infinity at evaluation \d+ of \d+, t=0\.[34]"):
+        ODE()(den, x, condition={"bad": torch.tensor([False, True, False])})
+
+
+@pytest.mark.parametrize("options", [{"rtol": 0.0}, {"atol": -1e-5}, {"budget": 0}])
+def test_arguments(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"rtol > 0|allow more"):
+        ODE(**options)
+
+
+def test_self_conditioning_is_refused() -> None:
+    def network(x: torch.Tensor, c: torch.Tensor, previous: Any = None) -> torch.Tensor:
+        return x
+
+    network.self_conditioning = True  # type: ignore[attr-defined]
+    den = Denoiser(network, VP(), PredV())
+    for refused in (lambda: ODE().check(den), lambda: ODE()(den, begin(VP()))):
+        with pytest.raises(ValueError, match="self-conditioning network takes: write sampler=ddim"):
+            refused()
