@@ -36,7 +36,7 @@ evaluate: setup ## how good is the latest run?
 	$(PYTHON) src/evaluate.py ckpt=latest $(ARGS)
 
 test: setup ## the test suite, under ten minutes on two cores
-	$(PYTHON) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-slow: setup ## full-length runs and long statistics
 	$(PYTHON) -m pytest -m slow --timeout 3600 $(ARGS)
