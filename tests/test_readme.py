@@ -60,9 +60,7 @@ def workplace(tmp_path_factory):
             path.parent.mkdir(parents=True, exist_ok=True)
             size = rng.integers(33, 50, 2)
             Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(path.with_suffix(".png"))
-    (place / "my_package.py").write_text(
-        (ROOT / "tests" / "own_network.py").read_text().replace("Own", "MyNetwork")
-    )
+    (place / "my_package.py").write_text((ROOT / "tests" / "own_network.py").read_text().replace("Own", "MyNetwork"))
     return place
 
 

@@ -29,7 +29,8 @@ def test_the_network_s_output_first_then_the_head_s(build, size):
     got = both(x, c)
     assert got.shape == (3, 4, *size)
     assert torch.equal(got[:, :2], want)
-    assert (got[:, 2:] == 0).all(), "it starts from nothing"
+    assert (got[:, 2:] == 1).all(), "it starts from the mean of what it learns, E ε² = 1"
+    assert (SecondHead(network, "npr").eval()(x, c)[:, 2:] == 0).all()
     nn.init.normal_(both.head[-1].weight)
     assert torch.equal(both(x, c)[:, :2], want)
     assert (both(x, c)[:, 2:] != 0).any()

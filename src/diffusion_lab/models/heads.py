@@ -13,7 +13,7 @@ class SecondHead(nn.Module):
     2022, "Estimating the optimal covariance with imperfect mean in diffusion probabilistic models").
 
     The network stays in eval mode, without dropout, whatever mode the whole is put into. A learned variance of its own is
-    left out: the channels beyond C are the head's.
+    left out: the channels beyond C are the head's. It starts from E ε² = 1 for "sn", else from 0.
 
     Args:
         network: one of this package.
@@ -36,7 +36,7 @@ class SecondHead(nn.Module):
         width = network.feature_channels
         last = nn.Conv2d(width, network.channels, 3, padding=1)
         nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)  # type: ignore[arg-type]
+        nn.init.constant_(last.bias, 1.0 if kind == "sn" else 0.0)  # type: ignore[arg-type]
         self.head = nn.Sequential(nn.GroupNorm(math.gcd(32, width), width, eps=1e-6), nn.SiLU(), last)
 
     def train(self, mode: bool = True) -> "SecondHead":
