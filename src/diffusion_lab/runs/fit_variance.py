@@ -17,9 +17,9 @@ from diffusion_lab.models import SecondHead
 from diffusion_lab.runs import files, variances
 from diffusion_lab.runs.checkpoints import Run, load_checkpoint
 from diffusion_lab.runs.cli import refusals
+from diffusion_lab.runs.device import device
 from diffusion_lab.runs.evaluate.processes import shared
 from diffusion_lab.runs.instantiate import instantiate
-from diffusion_lab.runs.sample import device
 from diffusion_lab.times import Stratified
 from diffusion_lab.training.variance import fit_times, moments, second_moments, train_head
 from diffusion_lab.variances import Analytic

@@ -25,7 +25,7 @@ NULLABLE: dict[str, type | tuple[type, ...]] = {
     "init": str,
     "out": str,
     "n": int,
-    "images": str,
+    "images": (str, list),
     "weights_path": str,
     "reference": str,
     "save_reference": str,

@@ -5,14 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from diffusion_lab.data.pictures import grid, save_png, to_uint8
-from diffusion_lab.runs import files
-from diffusion_lab.runs.checkpoints import Run, load_checkpoint, rewrapped
+from diffusion_lab.runs import conditions, files
+from diffusion_lab.runs.checkpoints import load_checkpoint, rewrapped
 from diffusion_lab.runs.cli import refusals
+from diffusion_lab.runs.device import device
+from diffusion_lab.runs.guidance import guided
 from diffusion_lab.runs.instantiate import instantiate
 from diffusion_lab.runs.variances import sampler_for
 from diffusion_lab.samplers import Sampler
@@ -33,17 +34,18 @@ def run(config: DictConfig) -> int:
         loaded = load_checkpoint(settings["ckpt"], settings["weights"], settings["trust"])
         loaded = rewrapped(loaded, clip=instantiate(settings.get("clip")))
         sampler, loaded = sampler_for(settings["sampler"], loaded)
+        loaded = guided(settings.get("guidance"), loaded)
         sampler.check(loaded.denoiser)
-        asked = labels(settings["labels"], loaded, settings["n"])
+        condition = conditions.asked(settings, loaded, settings["n"])
         images = loaded.to(device(settings["device"])).sample(
             settings["n"],
             sampler,
             seed=settings["seed"],
             batch_size=settings["batch_size"],
-            condition={} if asked is None else {"label": asked},
+            condition=condition,
             progress=True,
         )
-        write(out, images, asked, settings["save_images"])
+        write(out, images, condition.get("label"), settings["save_images"])
     print(
         f"{len(images)} images, {named(sampler)}, {sampler.nfe} network evaluations each, weights {loaded.weights}, "
         f"step {loaded.step:,}, seed {settings['seed']}\nlook at  {out / 'grid.png'}"
@@ -55,32 +57,6 @@ def named(sampler: Sampler) -> str:
     """A sampler's name, with that of the variance where it has one."""
     variance = getattr(sampler, "variance", None)
     return type(sampler).__name__ + ("" if variance is None else f" with {type(variance).__name__}")
-
-
-def labels(asked: str | list[int], loaded: Run, n: int) -> Tensor | None:
-    """The labels that `labels=` asks for, int64 (n,); None for an unconditional checkpoint. ValueError: not to be had."""
-    count = loaded.num_classes
-    if count is None:
-        if asked != "cycle":
-            raise ValueError("labels= needs a checkpoint that was trained with condition=label")
-        return None
-    if asked == "cycle":
-        return torch.arange(n) % count
-    if not isinstance(asked, list) or not asked or not all(isinstance(label, int) for label in asked):
-        raise ValueError(f"labels={asked} must be cycle or a list of classes, e.g. labels=[0,1,2]")
-    bad = [label for label in asked if not 0 <= label < count]
-    if bad:
-        raise ValueError(f"label {bad[0]} is out of range: this checkpoint knows 0 … {count - 1}")
-    return torch.tensor(asked).repeat(-(-n // len(asked)))[:n]
-
-
-def device(name: str) -> str:
-    """The device that `device=` means. ValueError: unknown, or not there."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device={name} is unknown: write auto, cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device=cuda, but torch sees no CUDA device: write device=cpu")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def write(out: Path, images: Tensor, asked: Tensor | None, save_images: bool) -> None:

@@ -11,8 +11,8 @@ from diffusion_lab.metrics import classifier
 from diffusion_lab.metrics.classifier import Noise, Trained
 from diffusion_lab.runs import files
 from diffusion_lab.runs.cli import refusals
+from diffusion_lab.runs.device import device
 from diffusion_lab.runs.instantiate import instantiate
-from diffusion_lab.runs.sample import device
 
 
 def run(config: DictConfig) -> int:

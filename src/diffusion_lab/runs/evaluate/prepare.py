@@ -16,14 +16,14 @@ from diffusion_lab.metrics.measure import Plan
 from diffusion_lab.metrics.moments import singular
 from diffusion_lab.metrics.reference import Reference
 from diffusion_lab.metrics.scores import MOST
-from diffusion_lab.runs import files
+from diffusion_lab.runs import conditions, files
 from diffusion_lab.runs.checkpoints import Run, load_checkpoint, rewrapped
+from diffusion_lab.runs.device import device
 from diffusion_lab.runs.evaluate import likelihoods, samplers
 from diffusion_lab.runs.evaluate.images import Given
 from diffusion_lab.runs.evaluate.likelihoods import Likelihood
 from diffusion_lab.runs.evaluate.samplers import Asked
 from diffusion_lab.runs.instantiate import instantiate
-from diffusion_lab.runs.sample import device, labels
 
 
 @dataclass
@@ -100,7 +100,7 @@ def prepare(settings: dict[str, Any], rank: int = 0) -> Prepared:
         None,
     )
     if run:
-        prepared.labels = labels(settings["labels"], run, n)
+        prepared.labels = conditions.labels(settings["labels"], run, n)
     elif given and given.labels is not None:
         prepared.labels = given.labels[:n]
     for name, judge in judges.items():
