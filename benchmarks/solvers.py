@@ -22,6 +22,7 @@ FIXED, FITTED = ["fixed_small", "fixed_large"], ["analytic", "sn", "npr"]
 OTHERS = [
     "euler",
     "heun",
+    "{heun:{grid:trailing}}",
     "{dpm_solver_pp:{order:1}}",
     "{dpm_solver_pp:{order:2}}",
     "{dpm_solver_pp:{order:3}}",
@@ -75,23 +76,21 @@ def distances(quick: bool) -> str:
     budgets = [b for part in parts for b in part]
     found: dict[str, dict[int, float]] = {}
 
-    def add(name: str, ckpt: Path, samplers: list[str], *more: str, suffix: str = "") -> None:
-        for part in parts:
-            asked = samplers if part != [LONG] else [s for s in samplers if s not in ONCE_CONVERGED]
-            if not asked:
-                continue
-            rows = measured(
-                f"{name}_{part[-1]}_{n}", ckpt, f"samplers=[{','.join(asked)}]", f"budget={part}", *common, *more
-            )
-            for i, row in enumerate(rows):
-                cells = found.setdefault(row["sampler"] + suffix, {})
-                cells[part[i % len(part)]] = row["metrics"]["fd_classifier"]
+    def add(part: list[int], name: str, ckpt: Path, samplers: list[str], *more: str, suffix: str = "") -> None:
+        asked = samplers if part != [LONG] else [s for s in samplers if s not in ONCE_CONVERGED]
+        rows = measured(
+            f"{name}_{part[-1]}_{n}", ckpt, f"samplers=[{','.join(asked)}]", f"budget={part}", *common, *more
+        )
+        for i, row in enumerate(rows):
+            cells = found.setdefault(row["sampler"] + suffix, {})
+            cells[part[i % len(part)]] = row["metrics"]["fd_classifier"]
 
-    for variance in [*FIXED, "learned", *FITTED]:
-        ckpt, ancestral = (LEARNED if variance == "learned" else PLAIN), variance in ("fixed_large", "learned")
-        samplers = ["ddpm"] if ancestral else ["ddpm", "ddim"]
-        add(variance, ckpt, samplers, f"variance={variance}", suffix=f", {variance}")
-    add("solvers", PLAIN, OTHERS)
+    for part in parts:  # the long ones last
+        for variance in [*FIXED, "learned", *FITTED]:
+            ckpt, ancestral = (LEARNED if variance == "learned" else PLAIN), variance in ("fixed_large", "learned")
+            samplers = ["ddpm"] if ancestral else ["ddpm", "ddim"]
+            add(part, variance, ckpt, samplers, f"variance={variance}", suffix=f", {variance}")
+        add(part, "solvers", PLAIN, OTHERS)
     rows = [[name, *(f"{cells[b]:.2f}" if b in cells else "" for b in budgets)] for name, cells in found.items()]
     adaptive = [
         f"at {row['nfe']} evaluations {row['metrics']['fd_classifier']:.2f} (`{row['sampler']}`)"
