@@ -1,12 +1,32 @@
-"""Thresholding of x̂_0."""
+"""Thresholding of x̂_0, and guidance on data whose class-conditional scores are known."""
+
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
+from contracts import OBJECTIVES, PAIRS, SCHEDULES
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import Mixture, Network, WithHead, oracle
+from scipy.integrate import solve_ivp
+from torch import Tensor, nn
 
-from diffusion_lab.guidance import DynamicThreshold, StaticThreshold
+from diffusion_lab.denoiser import Denoiser
+from diffusion_lab.gaussian import posterior
+from diffusion_lab.guidance import (
+    ClassifierFree,
+    ClassifierGuidance,
+    DynamicThreshold,
+    Guided,
+    NoisyClassifier,
+    StaticThreshold,
+)
+from diffusion_lab.noise import normal
+from diffusion_lab.objectives import Objective, PredV
+from diffusion_lab.samplers import DDIM, DDPM, ODE, DPMSolverPP, Heun, ReverseDiffusion, Sampler, UniPC, prior
+from diffusion_lab.schedules import VP, Cosine, Schedule, match
+from diffusion_lab.variances import NPR, SN, FixedLarge, FixedSmall
 
 
 def test_static() -> None:
@@ -64,3 +84,297 @@ def test_halves(dtype: torch.dtype) -> None:
 def test_refusals(make: object, remedy: str) -> None:
     with pytest.raises(ValueError, match=remedy):
         make()  # type: ignore[operator]
+
+
+# guidance: data whose classes are the components of a mixture, so that every conditional score is known ------------------------
+
+D = torch.float64
+MEANS = torch.tensor([[-0.8, 0.3], [0.1, -0.5], [0.6, 0.7]]).reshape(3, 1, 1, 2)
+STDS = torch.tensor([0.15, 0.3, 0.2])
+WEIGHTS = torch.tensor([0.5, 0.2, 0.3])
+DATA = Mixture(MEANS, STDS, WEIGHTS)
+CLASSES = [Mixture(MEANS[k : k + 1], STDS[k : k + 1]) for k in range(3)]
+
+
+class Labelled:
+    """The best network that takes labels: 0 … 2 one component each, 3 all of them. Counts the images it is asked about."""
+
+    num_classes, asked = 3, 0
+
+    def __init__(self, schedule: Schedule, objective: Objective, head: str | None = None) -> None:
+        make = (
+            (lambda d: WithHead(d, schedule, objective, head)) if head else (lambda d: Network(d, schedule, objective))
+        )
+        self.networks = [make(data) for data in (*CLASSES, DATA)]
+        self.extra = head
+
+    def __call__(self, x: Tensor, c: Tensor, label: Tensor) -> Tensor:
+        self.asked += len(x)
+        each = torch.stack([network(x, c) for network in self.networks])
+        return each[label, torch.arange(len(x))]
+
+
+def posterior_log(x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """log p(k, x_t) of each component up to a constant, (B, 3), written apart from the oracle."""
+    spread = (alpha.reshape(-1, 1) * STDS.double()) ** 2 + sigma.reshape(-1, 1) ** 2
+    gap = x[:, None] - alpha.reshape(-1, 1, 1, 1, 1) * MEANS.double()
+    return WEIGHTS.double().log() - gap.square().sum((2, 3, 4)) / (2 * spread) - spread.log()
+
+
+def exact_classifier(schedule: Schedule) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda x, t: posterior_log(x, *schedule.alpha_sigma(t.double()))
+
+
+def labelled(schedule: Schedule, objective: Objective, head: str | None = None) -> Denoiser:
+    return Denoiser(Labelled(schedule, objective, head), schedule, objective)
+
+
+def states(schedule: Schedule, t: Tensor, n: int = 6) -> Tensor:
+    alpha, sigma = schedule.alpha_sigma(t)
+    return normal((1, 1, 2), seed=3, index=torch.arange(n), dtype=D) * (alpha + sigma).reshape(-1, 1, 1, 1)
+
+
+LABEL = torch.tensor([0, 1, 2, 0, 1, 2])
+
+
+@pytest.mark.parametrize(("schedule", "objective"), PAIRS)
+def test_both_kinds_agree_where_the_classifier_is_exact(schedule: str, objective: str) -> None:
+    """∇ log p(y|x_t) = −(ε_c − ε_u)/σ: one formula in two forms, at any scale; with one time, and with a time for each image."""
+    s, o = SCHEDULES[schedule], OBJECTIVES[objective]
+    for t in (torch.tensor(0.3, dtype=D), torch.linspace(0.2, 0.9, 6, dtype=D)):
+        x = states(s, t)
+        for scale in (0.0, 2.5):
+            free = ClassifierFree(labelled(s, o), scale)(x, t, label=LABEL)
+            by = ClassifierGuidance(oracle(DATA, s, o), exact_classifier(s), 3, scale)(x, t, label=LABEL)
+            for got, want in zip(by[:3], free[:3], strict=True):
+                torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+            alpha, sigma = (match(v, x) for v in s.alpha_sigma(t))
+            torch.testing.assert_close(alpha * free.x0 + sigma * free.noise, x, rtol=1e-9, atol=1e-9)
+
+
+def test_scale_1_is_the_conditional_network_bit_for_bit_and_costs_nothing() -> None:
+    den, t = labelled(Cosine(), PredV()), torch.tensor(0.4, dtype=D)
+    x = states(Cosine(), t)
+    plain, asked = den(x, t, label=LABEL), den.network.asked  # type: ignore[attr-defined]
+    guided = ClassifierFree(den, 1.0)(x, t, label=LABEL)
+    assert den.network.asked == 2 * asked == 12  # type: ignore[attr-defined]
+    assert all(torch.equal(a, b) for a, b in zip(guided[:3], plain[:3], strict=True))
+    ClassifierFree(den, 2.0)(x, t, label=LABEL)
+    assert den.network.asked == 24  # type: ignore[attr-defined]  # one call, twice the images
+
+
+def guided_score(x: np.ndarray, t: float, s: Schedule, scale: float, k: int) -> np.ndarray:
+    """∇ log [p_u^(1−s) p_c^s] in NumPy from densities alone, for SciPy."""
+    alpha, sigma = (float(v) for v in s.alpha_sigma(torch.tensor(t, dtype=D)))
+    spread = (alpha * STDS.double().numpy()) ** 2 + sigma**2
+    gap = x - alpha * MEANS.double().numpy().reshape(3, 2)
+    log = np.log(WEIGHTS.double().numpy()) - (gap**2).sum(1) / (2 * spread) - np.log(spread)
+    share = np.exp(log - log.max())
+    each = -gap / spread[:, None]
+    unconditional = (share[:, None] * each).sum(0) / share.sum()
+    return (1 - scale) * unconditional + scale * each[k]
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
+@pytest.mark.parametrize("kind", ["free", "classifier"])
+def test_the_guided_ode_against_scipy(kind: str, scale: float) -> None:
+    """The probability-flow ODE of the tilted score, an independent right-hand side under DOP853."""
+    s, o = VP(), PredV()  # smooth everywhere
+    x_T = normal((1, 1, 2), seed=0, index=torch.arange(3), dtype=D)
+    label, stop = torch.tensor([0, 1, 2]), 0.02
+    den = (
+        ClassifierFree(labelled(s, o), scale)
+        if kind == "free"
+        else ClassifierGuidance(oracle(DATA, s, o), exact_classifier(s), 3, scale)
+    )
+    got = ODE(rtol=1e-7, atol=1e-8)(den, x_T, condition={"label": label}, start=0.98, stop=stop)
+    for k in (0, 2):
+
+        def slope(t: float, x: np.ndarray, k: int = k) -> np.ndarray:
+            f, g2 = (float(v) for v in s.drift_diffusion(torch.tensor(t, dtype=D)))
+            return f * x - 0.5 * g2 * guided_score(x, t, s, scale, k)
+
+        want = solve_ivp(slope, (0.98, stop), x_T[k].flatten().numpy(), method="DOP853", rtol=1e-8, atol=1e-9).y[:, -1]
+        np.testing.assert_allclose(got[k].flatten().numpy(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [lambda: DDIM(50), lambda: DDPM(60), lambda: Heun(20), lambda: UniPC(20)])
+@pytest.mark.parametrize("kind", ["free", "classifier"])
+def test_at_scale_1_samples_are_of_the_class(make: Callable[[], Sampler], kind: str) -> None:
+    """p(x|y): mean and deviation of each component, within 4 standard errors (n = 1,500 a class) and the solver's bias, 0.02."""
+    s, o, n = Cosine(), PredV(), 4500
+    index = torch.arange(n)
+    label = index % 3
+    den = (
+        ClassifierFree(labelled(s, o), 1.0)
+        if kind == "free"
+        else ClassifierGuidance(oracle(DATA, s, o), exact_classifier(s), 3, 1.0)
+    )
+    x = make()(den, prior(s, normal((1, 1, 2), seed=1, index=index, dtype=D)), seed=1, condition={"label": label})
+    for k in range(3):
+        own, std = x[label == k].reshape(-1, 2), float(STDS[k])
+        margin = 4 * std / 1500**0.5 + 0.02
+        torch.testing.assert_close(own.mean(0), MEANS[k].double().flatten(), rtol=0, atol=margin)
+        torch.testing.assert_close(own.std(0), torch.full((2,), std, dtype=D), rtol=0, atol=margin)
+
+
+def test_the_published_form_moves_the_mean_by_the_variance_times_the_gradient() -> None:
+    """Dhariwal & Nichol 2021, algorithm 1, by hand, with any variance; of many steps the exact form."""
+    s, o, t, u = Cosine(), PredV(), torch.tensor(0.6, dtype=D), torch.tensor(0.4, dtype=D)
+    x, plain = states(s, t), oracle(DATA, s, o)
+    den = ClassifierGuidance(plain, exact_classifier(s), 3, 1.5, form="published")
+    given = {"condition": {"label": LABEL}, "start": 0.6, "stop": 0.4, "seed": 4}
+    for variance in (FixedSmall(), FixedLarge()):
+        got = DDPM(1, variance)(den, x, **given) - DDPM(1, variance)(plain, x, seed=4, start=0.6, stop=0.4)
+        y = x.clone().requires_grad_()
+        asked = exact_classifier(s)(y, t).log_softmax(1)[torch.arange(6), LABEL].sum()
+        (gradient,) = torch.autograd.grad(asked, y)
+        spread = variance(s, t, u, plain(x, t), posterior(s, t, u).variance)
+        torch.testing.assert_close(got, 1.5 * spread * gradient, rtol=1e-9, atol=1e-9)
+    exact = ClassifierGuidance(plain, exact_classifier(s), 3, 1.5)
+    gaps = []
+    for steps in (30, 100, 300):
+        a, b = (
+            DDPM(steps)(d, states(s, torch.ones((), dtype=D)), seed=4, condition={"label": LABEL}) for d in (den, exact)
+        )
+        gaps.append(float((a - b).abs().mean()))
+    assert gaps[1] < 0.5 * gaps[0]
+    assert gaps[2] < 0.5 * gaps[1]
+    for sampler in (DDIM(5), Heun(5), DPMSolverPP(5), ReverseDiffusion(5)):
+        with pytest.raises(ValueError, match=r"guidance\.form=exact"):
+            sampler(den, x, condition={"label": LABEL})
+
+
+def test_rescale_is_the_papers() -> None:
+    """Lin et al. 2024, eq. 15 and 16, in NumPy."""
+    s, o, t = Cosine(), PredV(), torch.tensor(0.5, dtype=D)
+    x, den = states(s, t), labelled(s, o)
+    c = den(x, t, label=LABEL).output.numpy()
+    u = den(x, t, label=torch.full_like(LABEL, 3)).output.numpy()
+    for phi in (0.0, 0.7, 1.0):
+        cfg = u + 4 * (c - u)
+        factor = c.reshape(6, -1).std(1) / cfg.reshape(6, -1).std(1)
+        want = phi * cfg * factor[:, None, None, None] + (1 - phi) * cfg
+        got = ClassifierFree(den, 4.0, rescale=phi)(x, t, label=LABEL).output
+        np.testing.assert_allclose(got.numpy(), want, rtol=1e-10)
+
+
+def test_the_interval() -> None:
+    """Outside it the conditional network and its cost; where each image has its own time, each by itself. (low, high]."""
+    s, o = Cosine(), PredV()
+    den = labelled(s, o)
+    for guided, plain in (
+        (ClassifierFree(den, 3.0, interval=(0.3, 0.6)), den),
+        (ClassifierGuidance(den, exact_classifier(s), 3, 3.0, interval=(0.3, 0.6)), den),
+    ):
+        whole = replace_interval(guided)
+        times = torch.tensor([0.2, 0.3, 0.31, 0.6, 0.61, 1.0], dtype=D)
+        x = states(s, times)
+        together = guided(x, times, label=LABEL).output
+        for i, inside in enumerate([False, False, True, True, False, False]):
+            row = slice(i, i + 1)
+            want = (whole if inside else plain)(x[row], times[i], label=LABEL[row]).output
+            torch.testing.assert_close(together[row], want, rtol=1e-9, atol=1e-9)
+            before = den.network.asked  # type: ignore[attr-defined]
+            torch.testing.assert_close(guided(x[row], times[i], label=LABEL[row]).output, want, rtol=1e-9, atol=1e-9)
+            cost = den.network.asked - before  # type: ignore[attr-defined]
+            assert cost == (2 if inside and isinstance(guided, ClassifierFree) else 1)
+
+
+def replace_interval(guided: Guided) -> Guided:
+    if isinstance(guided, ClassifierFree):
+        return ClassifierFree(guided, guided.scale)
+    assert isinstance(guided, ClassifierGuidance)
+    plain = Denoiser(guided.network, guided.schedule, guided.objective)
+    return ClassifierGuidance(plain, guided.classifier, 3, guided.scale)
+
+
+@pytest.mark.parametrize("head", ["sn", "npr"])
+def test_the_variance_stays_the_conditional_one(head: str) -> None:
+    """A second head says the spread around its own ε̂: guided or not, clipped or not, the variance is that of the conditional."""
+    s, o = Cosine(), PredV()
+    den, t, u = labelled(s, o, head), torch.tensor(0.6, dtype=D), torch.tensor(0.5, dtype=D)
+    x, variance = states(s, t), {"sn": SN(), "npr": NPR()}[head]
+    want = variance(s, t, u, den(x, t, label=LABEL))
+    for scale, clip in ((1.0, None), (3.0, None), (3.0, 0.5)):
+        guided = ClassifierFree(Denoiser(den.network, s, o, clip=clip), scale)
+        torch.testing.assert_close(variance(s, t, u, guided(x, t, label=LABEL)), want, rtol=1e-9, atol=1e-12)
+    by = ClassifierGuidance(den, exact_classifier(s), 3, 2.0, labelled=True)
+    torch.testing.assert_close(variance(s, t, u, by(x, t, label=LABEL)), want, rtol=1e-9, atol=1e-12)
+
+
+def test_clipping_comes_once_and_last() -> None:
+    s, o, t = Cosine(), PredV(), torch.tensor(0.9, dtype=D)
+    x, den = states(s, t), labelled(s, o)
+    bare = ClassifierFree(den, 6.0)(x, t, label=LABEL)
+    assert bare.x0.abs().max() > 1
+    clipped = ClassifierFree(Denoiser(den.network, s, o, clip=1.0), 6.0)(x, t, label=LABEL)
+    assert torch.equal(clipped.x0, bare.x0.clamp(-1, 1))
+    assert torch.equal(clipped.output, bare.output)
+
+
+def test_attributes_and_the_null_label() -> None:
+    """Floats say nothing where they are zero; the null label asks for no class: neither is guided anywhere."""
+
+    class Sum:
+        num_classes = 2
+
+        def __call__(self, x: Tensor, c: Tensor, label: Tensor) -> Tensor:
+            return x + label.sum(1).reshape(-1, 1, 1, 1)
+
+    x = torch.randn(2, 1, 2, 2, dtype=D)
+    label = torch.tensor([[1.0, 0.0], [1.0, -1.0]], dtype=D)
+    got = ClassifierFree(Denoiser(Sum(), Cosine(), PredV()), 3.0)(x, 0.5, label=label).output
+    torch.testing.assert_close(got, x + torch.tensor([3.0, 0.0], dtype=D).reshape(2, 1, 1, 1))
+    s = Cosine()
+    den, t = oracle(DATA, s, PredV()), torch.tensor(0.5, dtype=D)
+    y = states(s, t, 2)
+    got = ClassifierGuidance(den, exact_classifier(s), 3, 2.0)(y, t, label=torch.tensor([3, 1])).output
+    assert torch.equal(got[0], den(y, t).output[0])
+    assert not torch.allclose(got[1], den(y, t).output[1])
+
+
+@pytest.mark.parametrize("own", ["Cosine", "Linear", "VP", "EDM", "VE"])
+@pytest.mark.parametrize("schedule", ["Cosine", "Linear", "VP", "Flow", "EDM", "VE", "SubVP"])
+def test_a_classifier_of_one_curve_serves_another(own: str, schedule: str) -> None:
+    """The exact classifier along `own`, told only what `own` tells it, against the exact one along `schedule`."""
+    mine, other = SCHEDULES[own], SCHEDULES[schedule]
+
+    class Judge(nn.Module):
+        def forward(self, x: Tensor, c: Tensor) -> Tensor:
+            assert x.dtype == c.dtype == torch.float32
+            return posterior_log(x.double(), *mine.alpha_sigma(told(c)))
+
+    def told(c: Tensor) -> Tensor:
+        grid = torch.linspace(0, 1, 200_001, dtype=D)[1:]
+        return torch.from_numpy(np.interp(c.double(), mine.conditioning(grid), grid))
+
+    for t in (torch.tensor(0.4, dtype=D), torch.linspace(0.3, 0.7, 6, dtype=D)):
+        lam = other.lam(t)
+        if not bool(
+            ((lam < mine.lam(torch.tensor(mine.least, dtype=D))) & (lam > mine.lam(torch.ones((), dtype=D)))).all()
+        ):
+            continue
+        x = states(other, t)
+        got = NoisyClassifier(Judge(), mine, other)(x, t).log_softmax(1)
+        torch.testing.assert_close(got, exact_classifier(other)(x, t).log_softmax(1), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("make", "remedy"),
+    [
+        (lambda den: ClassifierFree(den, -1.0), r"guidance\.scale"),
+        (lambda den: ClassifierFree(den, rescale=1.5), "0.7"),
+        (lambda den: ClassifierFree(den, interval=(0.6, 0.3)), "low < high"),
+        (lambda den: ClassifierFree(oracle(DATA, Cosine(), PredV())), "condition=label"),
+        (lambda den: ClassifierGuidance(den, exact_classifier(Cosine()), 3, form="other"), "exact or published"),
+        (lambda den: ClassifierFree(den)(torch.zeros(1, 1, 1, 2, dtype=D), 0.5), "label"),
+        (
+            lambda den: ClassifierGuidance(den, exact_classifier(Cosine()), 3)(torch.zeros(1, 1, 1, 2, dtype=D), 0.5),
+            "label",
+        ),
+    ],
+)
+def test_guidance_refusals(make: Callable[[Denoiser], object], remedy: str) -> None:
+    with pytest.raises(ValueError, match=remedy):
+        make(labelled(Cosine(), PredV()))

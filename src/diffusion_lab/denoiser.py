@@ -34,6 +34,8 @@ class Denoiser:
     ) -> None:
         objective.check(schedule)
         self.network, self.schedule, self.objective, self.clip = network, schedule, objective, clip
+        #: whether it is the mean of ancestral steps that a classifier moves (guidance.py); other samplers refuse such a denoiser
+        self.moves_mean = False
         #: whether the network takes x̂_0 of the step before; samplers pass it always, it goes on only where it is wanted
         self.self_conditioning = bool(getattr(network, "self_conditioning", False))
 
@@ -48,8 +50,11 @@ class Denoiser:
             previous: x̂_0 of the step before, for a self-conditioning network; None is zeros.
             condition: keyword arguments for the network, e.g. label int64 (B,).
         """
-        t = torch.as_tensor(t, dtype=None if isinstance(t, Tensor) else torch.float64)
-        output, extra = self.output(x_t, t, previous, **condition)
+        t = as_time(t)
+        return self.solved(x_t, t, *self.output(x_t, t, previous, **condition))
+
+    def solved(self, x_t: Tensor, t: Tensor, output: Tensor, extra: Tensor | None) -> Prediction:
+        """What an output y (B, C, H, W) at x_t and times t, 0-d or (B,), says of x_0 and ε, clipped."""
         x0, noise = self.objective.solve(self.schedule, t, x_t, output)
         if self.clip is None:
             return Prediction(x0, noise, output, extra)
@@ -61,7 +66,7 @@ class Denoiser:
         self, x_t: Tensor, t: Tensor | float, previous: Tensor | None = None, **condition: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """The network's y (B, C, H, W) in x_t's dtype and its channels beyond C, if any. Arguments as for a call."""
-        t = torch.as_tensor(t, dtype=None if isinstance(t, Tensor) else torch.float64)
+        t = as_time(t)
         dtype = _dtype(self.network, x_t)
         scale = self.objective.input_scale(self.schedule, t)
         c = self.objective.conditioning(self.schedule, t).to(dtype)
@@ -72,6 +77,11 @@ class Denoiser:
         y = self.network((match(scale, x_t) * x_t).to(dtype), c.expand(len(x_t)), **inputs).to(x_t.dtype)
         channels = x_t.shape[1]
         return (y, None) if y.shape[1] == channels else (y[:, :channels], y[:, channels:])
+
+
+def as_time(t: Tensor | float) -> Tensor:
+    """A time as a tensor; a number in float64."""
+    return torch.as_tensor(t, dtype=None if isinstance(t, Tensor) else torch.float64)
 
 
 def _host(c: Tensor) -> bool:

@@ -24,7 +24,8 @@ class Prediction(NamedTuple):
     noise: Tensor  # ε̂, derived again from the clipped x̂_0
     output: Tensor  # y, before any clipping
     extra: Tensor | None = None  # the network's channels beyond C: a learned variance, a second head
-    unclipped: Tensor | None = None  # ε̂ of y itself; None where nothing was clipped, and `noise` is it
+    unclipped: Tensor | None = None  # ε̂ as `extra` belongs to it: unclipped, unguided; None where `noise` is that
+    gradient: Tensor | None = None  # s ∇ log p(y | x_t), which ancestral steps add Σ times; None without such guidance
 
 
 class Objective(ABC):

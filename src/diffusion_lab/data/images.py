@@ -1,6 +1,7 @@
 """Images as arrays: bytes to [-1, 1] (and back: `pictures.to_uint8`), and a set of examples read a batch at a time."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -46,11 +47,13 @@ class Examples:
     images: uint8 (N, C, H, W), an array or `Rows` of one.
     labels: int64 (N,), or None.
     attributes: int8 (N, A) of -1 (no) and 1 (yes), or None.
+    more: further arrays of N rows, by the names that a batch gives them; those of four dimensions are images, mirrored with it.
     """
 
     images: NDArray[np.uint8] | Rows
     labels: Index | None = None
     attributes: NDArray[np.int8] | None = None
+    more: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -60,10 +63,12 @@ class Examples:
         images = self.images
         rows = Rows(images.array, images.index[index]) if isinstance(images, Rows) else Rows(images, index)
         labels = None if self.labels is None else self.labels[index]
-        return Examples(rows, labels, None if self.attributes is None else self.attributes[index])
+        attributes = None if self.attributes is None else self.attributes[index]
+        return Examples(rows, labels, attributes, {name: array[index] for name, array in self.more.items()})
 
     def take(self, index: Index, flip: NDArray[np.bool_] | None = None) -> dict[str, Tensor]:
-        """One batch: "image" float32 (n, C, H, W) in [-1, 1]; where known, "label" int64 (n,), "attributes" float32 (n, A) of ±1.
+        """One batch: "image" float32 (n, C, H, W) in [-1, 1]; where known, "label" int64 (n,), "attributes" float32 (n, A) of ±1,
+        and each array of `more` by its name.
 
         `flip`, bool (n,), says which images are mirrored left to right.
         """
@@ -75,4 +80,9 @@ class Examples:
             batch["label"] = torch.from_numpy(self.labels[index])
         if self.attributes is not None:
             batch["attributes"] = torch.from_numpy(self.attributes[index]).float()
+        for name, array in self.more.items():
+            rows = array[index]
+            if flip is not None and rows.ndim == 4:
+                rows[flip] = rows[flip, ..., ::-1]
+            batch[name] = torch.from_numpy(rows)
         return batch

@@ -1,6 +1,6 @@
 """Every image once, whoever shares the work: blocks of images to processes, running sums, one reduction at the end."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -138,13 +138,19 @@ def collect(
     return {name: tally.reduced(processes) for name, tally in tallies.items()}
 
 
+def classes(condition: Mapping[str, Tensor]) -> Tensor | None:
+    """The classes that a condition asks for, int64 (n,), where it does."""
+    label = condition.get("label")
+    return None if label is None or label.is_floating_point() else label
+
+
 def sampled(
     denoiser: Denoiser,
     sampler: Sampler,
     shape: tuple[int, int, int],
     *,
     seed: int = 0,
-    labels: Tensor | None = None,
+    condition: Mapping[str, Tensor] | None = None,
     device: torch.device | str = "cpu",
 ) -> Callable[[range], Tensor]:
     """What makes the samples of a block, float32 (b, C, H, W): image i depends on (seed, i) alone.
@@ -154,7 +160,7 @@ def sampled(
         sampler: any.
         shape: (C, H, W).
         seed: of all noise.
-        labels: int64 (n,), for a network that takes them.
+        condition: keyword arguments for the network, each with n rows.
         device: where it works.
 
     Raises (when called):
@@ -164,11 +170,11 @@ def sampled(
     @torch.no_grad()
     def block(part: range) -> Tensor:
         index = torch.arange(part.start, part.stop, device=device)
-        condition = {} if labels is None else {"label": labels[part.start : part.stop].to(device)}
+        given = {name: value[part.start : part.stop].to(device) for name, value in (condition or {}).items()}
         x_T = prior(denoiser.schedule, normal(shape, seed=seed, index=index))
 
         def run(callback: Callback | None = None) -> Tensor:
-            return sampler(denoiser, x_T, seed=seed, index=index, condition=condition, callback=callback).float()
+            return sampler(denoiser, x_T, seed=seed, index=index, condition=given, callback=callback).float()
 
         try:
             return run()

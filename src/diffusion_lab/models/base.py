@@ -10,8 +10,8 @@ from diffusion_lab.models.embeddings import Embedding
 
 
 class Network(nn.Module):
-    """(x, c, label, previous) → output, for images of any size; a subclass gives `body`, which sees whole multiples only, and
-    `readout`.
+    """(x, c, label, previous, given) → output, for images of any size; a subclass gives `body`, which sees whole
+    multiples only, and `readout`.
 
     Args:
         channels: C of the images.
@@ -21,10 +21,12 @@ class Network(nn.Module):
         embedding: of c and the label.
         self_conditioning: take the previous x̂_0 as C more input channels (Chen et al. 2022, "Analog bits").
         learned_variance: give 2C channels, the second half for the variance (Nichol & Dhariwal 2021).
+        given_channels: of images that are given as a condition and read beside x (Saharia et al. 2021, "SR3"); 0 for none.
 
     Attributes:
-        channels, image_size, num_classes, self_conditioning: as given.
-        in_channels, out_channels: what `body` takes, C or 2C; what `readout` gives, C or 2C.
+        channels, image_size, num_classes, self_conditioning, given_channels: as stated.
+        in_channels: what `body` takes, C or with self-conditioning 2C, and `given_channels` more.
+        out_channels: what `readout` gives, C or 2C.
         feature_channels: of the last features, between the two.
         extra: what the channels beyond C are: "learned", a variance, or None where there are none.
         side: multiple to which H and W are padded.
@@ -43,6 +45,7 @@ class Network(nn.Module):
         embedding: Embedding,
         self_conditioning: bool,
         learned_variance: bool,
+        given_channels: int = 0,
     ) -> None:
         super().__init__()
         if channels < 1 or len(image_size) != 2 or min(image_size) < 1:
@@ -51,7 +54,8 @@ class Network(nn.Module):
         self.image_size = (image_size[0], image_size[1])
         self.num_classes = embedding.num_classes
         self.self_conditioning = self_conditioning
-        self.in_channels = channels * (1 + self_conditioning)
+        self.given_channels = given_channels
+        self.in_channels = channels * (1 + self_conditioning) + given_channels
         self.out_channels = channels * (1 + learned_variance)
         self.feature_channels = feature_channels
         self.extra = "learned" if learned_variance else None
@@ -66,7 +70,14 @@ class Network(nn.Module):
         """(B, feature_channels, H, W) → (B, out_channels, H, W)."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, c: Tensor, label: Tensor | None = None, previous: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        c: Tensor,
+        label: Tensor | None = None,
+        previous: Tensor | None = None,
+        given: Tensor | None = None,
+    ) -> Tensor:
         """Evaluate the network.
 
         Args:
@@ -74,16 +85,24 @@ class Network(nn.Module):
             c: float (B,), what the schedule's or the objective's `conditioning` says of the time.
             label: int64 (B,) in [0, num_classes], the last meaning "none"; None means none for all. See `Embedding`.
             previous: the last estimate of x_0, of x's shape, for a self-conditioned network; None is zeros.
+            given: float (B, given_channels, H, W), images that it is told, for a network that reads some.
 
         Returns:
             float (B, out_channels, H, W).
 
         Raises:
-            ValueError: a shape, label or `previous` that the network was not built for.
+            ValueError: a shape, label, `previous` or `given` that the network was not built for.
         """
-        return self.cut(self.readout(self.features(x, c, label, previous)), x)
+        return self.cut(self.readout(self.features(x, c, label, previous, given)), x)
 
-    def features(self, x: Tensor, c: Tensor, label: Tensor | None = None, previous: Tensor | None = None) -> Tensor:
+    def features(
+        self,
+        x: Tensor,
+        c: Tensor,
+        label: Tensor | None = None,
+        previous: Tensor | None = None,
+        given: Tensor | None = None,
+    ) -> Tensor:
         """What the output is read from, (B, feature_channels, H', W'), padded to whole levels. Arguments as for a call."""
         if x.ndim != 4 or x.shape[1] != self.channels:
             raise ValueError(
@@ -96,6 +115,13 @@ class Network(nn.Module):
             x = torch.cat([x, torch.zeros_like(x) if previous is None else previous], dim=1)
         elif previous is not None:
             raise ValueError("got `previous`, but the network does not read it: build it with self_conditioning=true")
+        if (0 if given is None else given.shape[1]) != self.given_channels:
+            has = "none" if given is None else f"{given.shape[1]} channels"
+            raise ValueError(
+                f"`given` has {has}, and the network reads {self.given_channels}: set given_channels to fit"
+            )
+        if given is not None:
+            x = torch.cat([x, given.to(x.dtype)], dim=1)
         e = self.embedding(c, label)
         down, right, top, left = self._padding(x)
         # Zeros, as the convolutions pad: unlike reflection they fit every size, and they repeat none of the noise.

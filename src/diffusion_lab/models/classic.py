@@ -38,7 +38,7 @@ class ClassicUNet(Network):
         image_size: [H, W] of the data; any other size works too.
         width: channels of the first level (64 in the paper).
         levels: number of resolutions (5 in the paper).
-        num_classes, self_conditioning, learned_variance, channels_last: as for `UNet`.
+        num_classes, self_conditioning, learned_variance, given_channels, channels_last: as for `UNet`.
 
     Raises:
         ValueError: numbers that are not positive, a width that is odd.
@@ -54,6 +54,7 @@ class ClassicUNet(Network):
         num_classes: int | None = None,
         self_conditioning: bool = False,
         learned_variance: bool = False,
+        given_channels: int = 0,
         channels_last: bool = False,
     ) -> None:
         if levels < 1:
@@ -66,6 +67,7 @@ class ClassicUNet(Network):
             embedding=Embedding(width, "sinusoidal", nn.ReLU, num_classes),
             self_conditioning=self_conditioning,
             learned_variance=learned_variance,
+            given_channels=given_channels,
         )
         size = self.embedding.size
         widths = [width * 2**i for i in range(levels)]

@@ -44,8 +44,15 @@ class SecondHead(nn.Module):
         self.network.eval()
         return self
 
-    def forward(self, x: Tensor, c: Tensor, label: Tensor | None = None, previous: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        c: Tensor,
+        label: Tensor | None = None,
+        previous: Tensor | None = None,
+        given: Tensor | None = None,
+    ) -> Tensor:
         """(B, 2C, H, W): the network's output, then the head's. Arguments as for the network."""
-        features = self.network.features(x, c, label, previous)
+        features = self.network.features(x, c, label, previous, given)
         both = torch.cat([self.network.readout(features)[:, : self.channels], self.head(features)], dim=1)
         return self.network.cut(both, x)

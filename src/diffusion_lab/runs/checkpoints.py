@@ -14,6 +14,7 @@ from diffusion_lab.denoiser import Clip, Denoiser
 from diffusion_lab.noise import normal
 from diffusion_lab.runs.instantiate import instantiate
 from diffusion_lab.samplers import Sampler, prior
+from diffusion_lab.training.condition import Condition
 
 FORMAT = 1  # of what this project adds to Lightning's checkpoint
 
@@ -45,9 +46,16 @@ class Run:
         return (int(data["channels"]), int(data["image_size"][0]), int(data["image_size"][1]))
 
     @property
+    def condition(self) -> Condition:
+        """What the network was told beside the image."""
+        condition: Condition = instantiate(self.config["condition"], self.trust)
+        return condition
+
+    @property
     def num_classes(self) -> int | None:
-        """How many labels the network was trained on; None for an unconditional one."""
+        """How many labels the network, or what guides it, knows; None for an unconditional one."""
         count = self.config["condition"].get("num_classes")
+        count = getattr(self.denoiser, "num_classes", None) if count is None else count
         return None if count is None else int(count)
 
     @property
@@ -123,6 +131,8 @@ class Run:
             raise ValueError(
                 "this checkpoint was trained without labels: leave them out, or train with condition=label"
             )
+        if label.is_floating_point():
+            return
         if int(label.min()) < 0 or int(label.max()) > self.num_classes:
             bad = int(label.max()) if int(label.max()) > self.num_classes else int(label.min())
             raise ValueError(f"label {bad} is out of range: this checkpoint knows 0 … {self.num_classes - 1}")

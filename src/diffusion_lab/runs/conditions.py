@@ -1,36 +1,126 @@
 """What a command asks of a conditional network: from options to the tensors that go beside each image."""
 
+import re
+import zipfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion_lab.data.images import Examples, to_float
 from diffusion_lab.runs.checkpoints import Run
+from diffusion_lab.runs.given import Given
+from diffusion_lab.training.condition import Attributes, LowResolution
+
+Settings = Mapping[str, Any]
 
 
-def asked(settings: Mapping[str, Any], loaded: Run, n: int) -> dict[str, Tensor]:
+def asked(settings: Settings, run: Run, n: int) -> dict[str, Tensor]:
     """Keyword arguments for the network, each with n rows; none for an unconditional checkpoint.
 
+    Classes and attributes come from `labels`. Any other condition is made of `given`, an image, a folder or .zip of them, or
+    an .npz of images (arr_0) and further arrays; image i is given its row i mod their number.
+
     Raises:
-        ValueError: something asked for that this checkpoint does not know.
+        ValueError: something asked for that this checkpoint does not know, or nothing where it needs something.
     """
-    label = labels(settings["labels"], loaded, n)
-    return {} if label is None else {"label": label}
+    condition, given = run.condition, settings.get("given")
+    found: dict[str, Tensor] = {}
+    if condition.of_data:
+        if not given:
+            raise ValueError(
+                f"this checkpoint was trained with condition={_name(condition)}: write given=PATH of what it is made of"
+            )
+        rows = condition(_batch(Path(given), run))
+        found = {name: value[torch.arange(n) % len(value)] for name, value in rows.items()}
+    elif given:
+        raise ValueError(
+            f"given= is for conditions made of data, and this checkpoint has condition={_name(condition)}: leave it out"
+        )
+    if isinstance(condition, Attributes):
+        return {**found, "label": attributes(settings["labels"], condition, n)}
+    label = labels(settings["labels"], run, n)
+    return found if label is None else {**found, "label": label}
 
 
-def labels(asked: str | list[int], loaded: Run, n: int) -> Tensor | None:
-    """The labels that `labels=` asks for, int64 (n,); None for an unconditional checkpoint. ValueError: not to be had."""
-    count = loaded.num_classes
+def of_examples(run: Run, examples: Examples, n: int) -> dict[str, Tensor]:
+    """The condition of n real examples, in turn, as the network was trained on it."""
+    return run.condition(examples.take(np.arange(n) % len(examples)))
+
+
+def attributes(wanted: str | list[Any], condition: Attributes, n: int) -> Tensor:
+    """±1 for what labels=[Smiling,-Male] names, 0 for the rest, the same for all: float (n, A). ValueError: unknown names."""
+    row = torch.zeros(condition.num_classes)
+    if wanted != "cycle":
+        for entry in wanted if isinstance(wanted, list) else [wanted]:
+            name = str(entry).lstrip("+-")
+            if name not in condition.names:
+                raise ValueError(
+                    f"attribute {name} is unknown: write some of {', '.join(condition.names)}, -NAME for its absence"
+                )
+            row[condition.names.index(name)] = -1.0 if str(entry).startswith("-") else 1.0
+    return row.expand(n, -1)
+
+
+def labels(wanted: str | list[Any], run: Run, n: int) -> Tensor | None:
+    """The classes that `labels=` asks for, int64 (n,); None for a network without. ValueError: not to be had."""
+    count = run.num_classes
     if count is None:
-        if asked != "cycle":
-            raise ValueError("labels= needs a checkpoint that was trained with condition=label")
+        if wanted != "cycle":
+            raise ValueError(
+                "labels= needs a checkpoint that was trained with condition=label, or guidance=classifier guidance.ckpt=…"
+            )
         return None
-    if asked == "cycle":
+    if wanted == "cycle":
         return torch.arange(n) % count
-    if not isinstance(asked, list) or not asked or not all(isinstance(label, int) for label in asked):
-        raise ValueError(f"labels={asked} must be cycle or a list of classes, e.g. labels=[0,1,2]")
-    bad = [label for label in asked if not 0 <= label < count]
+    if not isinstance(wanted, list) or not wanted or not all(type(label) is int for label in wanted):
+        raise ValueError(f"labels={wanted} must be cycle or a list of classes, e.g. labels=[0,1,2]")
+    bad = [label for label in wanted if not 0 <= label < count]
     if bad:
         raise ValueError(f"label {bad[0]} is out of range: this checkpoint knows 0 … {count - 1}")
-    return torch.tensor(asked).repeat(-(-n // len(asked)))[:n]
+    return torch.tensor(wanted).repeat(-(-n // len(wanted)))[:n]
+
+
+def _name(condition: Any) -> str:
+    """The option that means a condition; its class for one's own."""
+    words = re.sub(r"(?<!^)(?=[A-Z])", "_", type(condition).__name__).lower()
+    return {"unconditional": "none"}.get(words, words)
+
+
+def _batch(path: Path, run: Run) -> dict[str, Any]:
+    """What a data module would yield for the images, or the arrays, of a file or folder."""
+    batch: dict[str, Any] = {}
+    if path.suffix == ".npz":
+        try:
+            with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+                batch = {name: torch.from_numpy(file[name]) for name in file.files if name not in ("arr_0", "arr_1")}
+                has_images = "arr_0" in file.files
+        except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
+            raise ValueError(f"given={path} cannot be read as .npz of plain arrays ({error})") from None
+        if not has_images:
+            return batch
+    images = _images(path, run)
+    return {**batch, "image": images if images.is_floating_point() else to_float(images)}
+
+
+def _images(path: Path, run: Run) -> Tensor:
+    """Images of the run's size; where the condition is a lower resolution of them, images of that are enlarged."""
+    condition, (channels, height, width) = run.condition, run.shape
+    factor = condition.factor if isinstance(condition, LowResolution) else 1
+    try:
+        found = Given(path, run.shape, "given")
+        return found.block(range(found.count))
+    except ValueError:
+        if factor == 1:
+            raise
+        try:
+            small = Given(path, (channels, height // factor, width // factor), "given")
+        except ValueError:
+            small = None
+        if small is None:
+            raise
+        images = small.block(range(small.count))
+        return images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)

@@ -47,7 +47,7 @@ def chain(sampler: Sampler, denoiser: Denoiser) -> dict[str, Any]:
 def measure(
     run: Run,
     images: NDArray[np.uint8] | Rows | Tensor,
-    labels: NDArray[np.int64] | Tensor | None = None,
+    condition: Mapping[str, Tensor] | None = None,
     *,
     kind: str = "vlb",
     steps: int | None = None,
@@ -62,7 +62,7 @@ def measure(
     Args:
         run: of a checkpoint, on the device that is to work.
         images: uint8 (N, C, H, W); say which split they are.
-        labels: int64 (N,), for a run that was trained on labels; None asks it without one.
+        condition: keyword arguments for the network, each with N rows; None asks it without.
         kind: "vlb", the variational bound of the ancestral chain, or "ode", the density of the ODE on dequantised images.
         steps: of the bound's chain; None is every step of a table, or its `times` among the options.
         variance: of the bound's chain; default fixed_small.
@@ -82,14 +82,15 @@ def measure(
           up to bpd. For the ODE the prior and the divergence, which with log₂ 127.5 add up to it.
 
     Raises:
-        ValueError: as the likelihoods do; images that are not uint8, no image, or labels of another number.
+        ValueError: as the likelihoods do; images that are not uint8, no image, or a condition of another number.
     """
     if kind not in KINDS:
         raise ValueError(f"nll kind {kind!r} is unknown: write {' or '.join(KINDS)}")
     if images.dtype not in (np.uint8, torch.uint8) or len(images) < 1:
         raise ValueError(f"nll needs images as uint8, at least one, and has {len(images)} of {images.dtype}")
-    if labels is not None and len(labels) != len(images):
-        raise ValueError(f"nll has {len(labels)} labels for {len(images)} images: give one for each")
+    for name, value in (condition or {}).items():
+        if len(value) != len(images):
+            raise ValueError(f"nll has {len(value)} rows of {name} for {len(images)} images: give one for each")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: write at least 1")
     if kind == "vlb":
@@ -99,11 +100,10 @@ def measure(
     starts = range(0, n, batch_size or n)
     for start in _bar(starts, progress and len(starts) > 1):
         rows = slice(start, min(start + (batch_size or n), n))
-        condition = {} if labels is None or run.num_classes is None else {"label": torch.as_tensor(labels[rows])}
         part = (_bound if kind == "vlb" else _density)(
             run.denoiser,
             to_float(images[rows]).to(run.device),
-            condition={name: value.to(run.device) for name, value in condition.items()},
+            condition={name: value[rows].to(run.device) for name, value in (condition or {}).items()},
             seed=seed,
             index=torch.arange(rows.start, rows.stop),
             **options,

@@ -24,6 +24,8 @@ NULLABLE: dict[str, type | tuple[type, ...]] = {
     "ckpt": str,
     "init": str,
     "out": str,
+    "given": str,
+    "guidance.ckpt": str,
     "n": int,
     "images": (str, list),
     "weights_path": str,

@@ -62,7 +62,11 @@ def run(config: DictConfig) -> int:
                 raise ValueError(f"{path} has {step} steps already: write trainer.max_steps= above that")
             data.start_at(step)
         data.setup()
-        data.train_dataloader()  # refuses a batch size that does not divide
+        module.condition(
+            data.train_dataloader().batch(0)
+        )  # refuses a batch size that does not divide, a condition without data
+        if "names" in settings["condition"]:
+            module.saved["config"]["condition"]["names"] = list(data.attribute_names)
         for hook in hooks:
             if isinstance(hook, Quality):
                 hook.check(data)

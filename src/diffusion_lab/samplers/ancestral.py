@@ -67,11 +67,12 @@ class Ancestral(Sampler):
         return self._computed[2]
 
     def kick(self, x: Tensor, times: Tensor, i: int, floor: Tensor, prediction: Prediction, model: Model) -> Tensor:
-        """σ z of step i, from times[i] to times[i + 1] > 0; the floor 0-d float64."""
+        """σ z of step i, and what a classifier moves its mean by, σ² s∇; from times[i] to times[i + 1] > 0, floor 0-d float64."""
         variance = self.variance(model.schedule, times[i], times[i + 1], prediction, floor=floor)
         if self.last_bound is not None and i == len(times) - 3 and times[-1] == 0:
             variance = variance.clamp(max=(self.last_bound * LEVEL) ** 2)
-        return variance.sqrt().to(x.dtype) * self.draw(i, prediction, model)
+        kick = variance.sqrt().to(x.dtype) * self.draw(i, prediction, model)
+        return kick if prediction.gradient is None else kick + variance.to(x.dtype) * prediction.gradient
 
     def draw(self, i: int, prediction: Prediction, model: Model) -> Tensor:
         """z of step i."""
@@ -84,7 +85,7 @@ class DDPM(Ancestral):
     Arguments as `Ancestral`.
     """
 
-    deterministic = False
+    deterministic, moves_mean = False, True
 
     def __init__(
         self,

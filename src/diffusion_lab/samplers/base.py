@@ -95,6 +95,7 @@ class Sampler(ABC):
 
     grid_names: tuple[str, ...] = grids.NAMES  # the time grids it knows
     uses_previous = True  # whether a self-conditioning network may be given the x̂_0 of the evaluation before
+    moves_mean = False  # whether it adds Σ times the gradient of a classifier to the mean of a step
 
     def __init__(self, steps: int | None, grid: str, budget: int | None = None) -> None:
         if grid not in self.grid_names:
@@ -133,10 +134,15 @@ class Sampler(ABC):
 
     def check(self, denoiser: Denoiser) -> None:
         """Raise ValueError where this sampler cannot work with that denoiser."""
-        self._refuse_previous(denoiser)
+        self._refuse(denoiser)
         self.times(denoiser)
 
-    def _refuse_previous(self, denoiser: Denoiser) -> None:
+    def _refuse(self, denoiser: Denoiser) -> None:
+        if denoiser.moves_mean and not self.moves_mean:
+            raise ValueError(
+                f"sampler {type(self).__name__} takes no ancestral steps, whose mean the published form of classifier guidance "
+                "moves: write guidance.form=exact, or sampler=ddpm"
+            )
         if denoiser.self_conditioning and not self.uses_previous:
             raise ValueError(
                 f"sampler {type(self).__name__} solves an ODE in x alone and cannot carry the previous estimate that this "
@@ -181,7 +187,7 @@ class Sampler(ABC):
                 f"sampler {type(self).__name__} as configured is stochastic and runs from noise to data only: to encode "
                 "(start < stop) write sampler=ddim with eta=0 and variance=fixed_small"
             )
-        self._refuse_previous(denoiser)
+        self._refuse(denoiser)
         times = self.times(denoiser, start, stop)
         key = torch.arange(len(x_T), device=x_T.device) if index is None else index.to(x_T.device)
 

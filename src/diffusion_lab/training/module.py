@@ -103,6 +103,18 @@ class DiffusionModule(pl.LightningModule):
         networks = {**self._evaluated, "raw": self.network}
         return {name: Denoiser(network, self.schedule, self.objective) for name, network in networks.items()}
 
+    def asked(self, index: Tensor) -> dict[str, Tensor]:
+        """What samples of these indices, int64 (n,), are asked for: by validation images where the condition is made of data."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        examples = data.examples("val" if data.size("val") else "train")
+
+        def batch(i: Tensor) -> dict[str, Tensor]:
+            return {
+                name: value.to(i.device) for name, value in examples.take((i % len(examples)).cpu().numpy()).items()
+            }
+
+        return self.condition.sampled(index, batch)
+
     def log_row(self, values: Mapping[str, float | Tensor], everywhere: bool = False) -> None:
         """Log values of this moment with the number of optimiser steps done and of passes over the training images.
 

@@ -59,7 +59,7 @@ def measured(asked: Asked, likelihood: Likelihood, images: Examples, settings: M
     return nll.measure(
         asked.run,
         images.images[:],
-        images.labels,
+        asked.run.condition(images.take(np.arange(len(images)))),
         kind=likelihood.kind,
         seed=settings["seed"],
         batch_size=settings["batch_size"],

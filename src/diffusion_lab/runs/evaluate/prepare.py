@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from diffusion_lab.data.datamodule import DataModule
 from diffusion_lab.data.images import Examples
 from diffusion_lab.metrics import classifier, extractors, measure, reference
+from diffusion_lab.metrics.collect import classes
 from diffusion_lab.metrics.extractors import Extractor
 from diffusion_lab.metrics.measure import Plan
 from diffusion_lab.metrics.moments import singular
@@ -20,9 +21,9 @@ from diffusion_lab.runs import conditions, files
 from diffusion_lab.runs.checkpoints import Run, load_checkpoint, rewrapped
 from diffusion_lab.runs.device import device
 from diffusion_lab.runs.evaluate import likelihoods, samplers
-from diffusion_lab.runs.evaluate.images import Given
 from diffusion_lab.runs.evaluate.likelihoods import Likelihood
 from diffusion_lab.runs.evaluate.samplers import Asked
+from diffusion_lab.runs.given import Given
 from diffusion_lab.runs.instantiate import instantiate
 
 
@@ -43,7 +44,8 @@ class Prepared:
     likelihoods: list[Likelihood | None]  # what nll is of, for each sampler; empty unless it is asked for
     held_out: Examples | None  # nll's images
     n: int
-    labels: Tensor | None
+    condition: dict[str, Tensor]  # what the network is told, a row for each image
+    labels: Tensor | None  # the classes among it, or of given images
     warnings: list[str] = field(default_factory=list)
 
 
@@ -72,7 +74,7 @@ def prepare(settings: dict[str, Any], rank: int = 0) -> Prepared:
         raise ValueError(
             f"the checkpoint makes images {_size(run.shape)}, and the data set's are {_size(shape)}: choose another data="
         )
-    given = Given(Path(settings["images"]), shape) if settings["images"] else None
+    given = Given(Path(settings["images"]), shape, least=2) if settings["images"] else None
     real = data.images(settings["split"])
     if len(real) < 2:
         raise ValueError(
@@ -97,10 +99,17 @@ def prepare(settings: dict[str, Any], rank: int = 0) -> Prepared:
         likelihoods.kinds(asked) if nll else [],
         likelihoods.held_out(data, settings) if nll else None,
         n,
+        {},
         None,
     )
     if run:
-        prepared.labels = conditions.labels(settings["labels"], run, n)
+        told = asked[0].run
+        prepared.condition = (
+            conditions.of_examples(told, data.examples(settings["split"]), n)
+            if told.condition.of_data
+            else conditions.asked(settings, told, n)
+        )
+        prepared.labels = classes(prepared.condition)
     elif given and given.labels is not None:
         prepared.labels = given.labels[:n]
     for name, judge in judges.items():
@@ -131,6 +140,12 @@ def _checked(settings: Mapping[str, Any], rank: int) -> str | None:
         chosen = "own"
     elif chosen not in (None, "inception", "classifier"):
         raise ValueError(f"extractor={chosen} is unknown: write inception, classifier, or {{_target_: package.Module}}")
+    if settings["guidance"] and "nll" in settings["metrics"]:
+        raise ValueError(
+            "metrics=nll is the likelihood of a model, and guided denoisers are none of one: leave out guidance="
+        )
+    if settings["images"] and settings["guidance"]:
+        raise ValueError("guidance= is for samples of a checkpoint: write ckpt=PATH, not images=")
     if settings["images"] and "nll" in settings["metrics"]:
         raise ValueError("metrics=nll is the likelihood of data under a checkpoint: write ckpt=PATH, not images=")
     return str(chosen) if chosen else None

@@ -7,6 +7,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from diffusion_lab.runs.checkpoints import Run
+from diffusion_lab.runs.guidance import guided
 from diffusion_lab.runs.options import CONF, first_line, group_options
 from diffusion_lab.runs.variances import sampler_for
 from diffusion_lab.samplers import Sampler
@@ -45,6 +46,7 @@ def build(settings: Mapping[str, Any], run: Run) -> list[Asked]:
         shown = name + ("(" + ",".join(f"{k}={v}" for k, v in options.items()) + ")" if options else "")
         for length in _lengths(settings, node, options):
             sampler, own = sampler_for({**node, **options, **length}, run)
+            own = guided(settings["guidance"], own)
             sampler.check(own.denoiser)
             asked.append(Asked(shown, sampler, own))
     if not asked:

@@ -96,7 +96,7 @@ def _once(prepared: Prepared, processes: Processes, asked: Asked | None, seed: i
     work = torch.zeros(2, dtype=torch.float64)  # network evaluations, of how many images
     if asked is not None:
         run = asked.run.to(p.device)
-        make = sampled(run.denoiser, asked.sampler, run.shape, seed=seed, labels=p.labels, device=p.device)
+        make = sampled(run.denoiser, asked.sampler, run.shape, seed=seed, condition=p.condition, device=p.device)
         said = f"{asked.name}, {asked.sampler.steps or 'all'} steps"
     else:
         assert p.given is not None
@@ -147,6 +147,7 @@ def _common(prepared: Prepared, processes: Processes) -> Row:
             "step": p.run.step,
             "ema_decay": None if p.run.weights == "live" else float(average),
             "clip": (p.settings.get("clip") or {}).get("_target_", "none").rsplit(".", 1)[-1],
+            "guidance": _guidance(p.settings["guidance"]),
             "variance": (p.settings["variance"] or {}).get("_target_", "its own").rsplit(".", 1)[-1],
         }
     else:
@@ -154,6 +155,15 @@ def _common(prepared: Prepared, processes: Processes) -> Row:
     if p.warnings:
         out["warnings"] = p.warnings
     return out
+
+
+def _guidance(node: Row | None) -> Row | None:
+    """What guided the samples, in plain values; None where nothing did."""
+    return (
+        {"kind": node["_target_"].rsplit(".", 1)[-1], **{k: v for k, v in node.items() if k != "_target_"}}
+        if node
+        else None
+    )
 
 
 def _accuracy(judge: Any) -> Row:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from diffusion_lab.data.datamodule import DataModule
 from diffusion_lab.denoiser import Clip, Denoiser
 from diffusion_lab.metrics import classifier, extractors, reference
-from diffusion_lab.metrics.collect import Processes, collect, sampled
+from diffusion_lab.metrics.collect import Processes, classes, collect, sampled
 from diffusion_lab.metrics.extractors import Extractor
 from diffusion_lab.metrics.frechet import frechet_distance
 from diffusion_lab.metrics.measure import label
@@ -150,7 +150,7 @@ class Quality(pl.Callback):
         with self._evaluated(module) as denoiser:
             index = torch.arange(size, device=module.device)
             x = prior(module.schedule, normal(shape, seed=self.seed, index=index))
-            condition = {} if self._labels(module) is None else {"label": index % (module.condition.num_classes or 1)}
+            condition = module.asked(index)
             forward = _seconds(lambda: denoiser(x, 1.0, **condition), module.device) / size
             images = torch.zeros(TRIAL, *shape, dtype=torch.uint8)
             features = _seconds(lambda: judge(images), module.device) / TRIAL
@@ -190,14 +190,15 @@ class Quality(pl.Callback):
         assert self._judge is not None
         assert self._reference is not None
         data = trainer.datamodule  # type: ignore[attr-defined]
-        shape, labels = (data.channels, data.image_size[0], data.image_size[1]), self._labels(module)
+        shape = (data.channels, data.image_size[0], data.image_size[1])
+        condition = module.asked(torch.arange(self.n))
         with self._evaluated(module) as denoiser:
             collected = collect(
-                sampled(denoiser, self.sampler, shape, seed=self.seed, labels=labels, device=module.device),
+                sampled(denoiser, self.sampler, shape, seed=self.seed, condition=condition, device=module.device),
                 self.n,
                 self.batch_size,
                 [self._judge],
-                labels=labels,
+                labels=classes(condition),
                 processes=Processes(module.device),
             )[self._judge.name]
         distance = frechet_distance(collected.sums.moments(), self._reference.moments)
@@ -211,11 +212,6 @@ class Quality(pl.Callback):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Checkpoints):
                 callback.consider(trainer, self.value, "quality", self.label)
-
-    def _labels(self, module: DiffusionModule) -> Tensor | None:
-        """Every class in turn, for a network that takes labels."""
-        classes = module.condition.num_classes
-        return None if not classes else torch.arange(self.n) % classes
 
     @contextmanager
     def _evaluated(self, module: DiffusionModule) -> Iterator[Denoiser]:

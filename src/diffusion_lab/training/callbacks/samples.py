@@ -100,9 +100,7 @@ class Samples(pl.Callback):
         channels, size = module.trainer.datamodule.channels, module.trainer.datamodule.image_size  # type: ignore[attr-defined]
         index = torch.arange(self.n, device=module.device)
         noise = normal((channels, *size), seed=self.seed, index=index)
-        condition: dict[str, Tensor] = {}
-        if module.condition.num_classes:
-            condition["label"] = index % module.condition.num_classes
+        condition = module.asked(index)
         panels: list[Panel] = []
         way: list[Tensor] = []
         kept, moments = self.strip or (0, 0)
@@ -124,4 +122,6 @@ class Samples(pl.Callback):
             chosen = torch.linspace(0, len(way) - 1, min(moments, len(way))).round().long().tolist()
             strip = torch.stack([way[i] for i in chosen], dim=1).flatten(0, 1).float()
             panels.append(Panel("estimates of x0 along the way, from noise to data", strip, columns=len(chosen)))
+        if "given" in condition:
+            panels.append(Panel("given", condition["given"].float().cpu()))
         return panels

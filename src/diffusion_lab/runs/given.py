@@ -21,17 +21,19 @@ class Given:
     Args:
         path: of them.
         shape: (C, H, W) that each must have; files in colour become grey where C = 1.
+        option: what named the path, for messages.
+        least: how many there must be.
 
     Raises:
         ValueError: nothing there, another size, NaN (with the image's index), values out of range.
     """
 
-    def __init__(self, path: Path, shape: tuple[int, int, int]) -> None:
-        self.path, self.shape = path, shape
+    def __init__(self, path: Path, shape: tuple[int, int, int], option: str = "images", least: int = 1) -> None:
+        self.path, self.shape, self.option = path, shape, option
         self.labels: Tensor | None = None
         self._array: np.ndarray | None = None
         if not path.exists():
-            raise ValueError(f"images={path}: there is no such folder or file")
+            raise ValueError(f"{option}={path}: there is no such folder or file")
         if path.suffix == ".npz":
             self._array, self.labels = self._read()
             self.count = len(self._array)
@@ -40,8 +42,8 @@ class Given:
             self._decoder = Decoder(shape, resize="none", centre=False)
             self.count = len(self._files.names)
             self._decode(self._files.names[0])  # a wrong size is known now
-        if self.count < 2:
-            raise ValueError(f"images={path} holds {self.count} image(s), and a distance needs at least 2")
+        if self.count < least:
+            raise ValueError(f"{option}={path} holds {self.count} image(s), and at least {least} are needed")
 
     def block(self, part: range) -> Tensor:
         """The images of a block, (b, C, H, W), uint8 or float in [−1, 1]."""
