@@ -2,8 +2,11 @@
 
 import copy
 import itertools
+import json
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +20,8 @@ from torch import Tensor, nn
 
 from diffusion_lab.data.images import to_float
 from diffusion_lab.runs import build, options
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def configuration(*overrides: str) -> dict[str, Any]:
@@ -156,3 +161,18 @@ def machine() -> str:
     """What the figures were taken on."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
     return f"{device}, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def command(name: str, *arguments: str) -> None:
+    """One of the project's commands, typed as a user does."""
+    subprocess.run(
+        [sys.executable, str(ROOT / "src" / f"{name}.py"), *arguments], check=True, stdout=subprocess.DEVNULL
+    )
+
+
+def measured(out: Path, *arguments: str) -> list[dict[str, Any]]:
+    """The rows of one evaluation against all images of the set, from its file if it has been made."""
+    if not (out / "metrics.json").is_file():
+        command("evaluate", f"out={out}", "split=all", *arguments)
+    rows: list[dict[str, Any]] = json.loads((out / "metrics.json").read_text())
+    return rows

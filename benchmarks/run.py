@@ -4,13 +4,20 @@ import logging
 import sys
 import warnings
 
+import guidance
 import overhead
 import quality
 import samplers
 import solvers
 from common import machine
 
-PARTS = {"overhead": overhead.main, "quality": quality.main, "samplers_cost": samplers.cost, "solvers": solvers.main}
+PARTS = {
+    "overhead": overhead.main,
+    "quality": quality.main,
+    "samplers_cost": samplers.cost,
+    "solvers": solvers.main,
+    "guidance": guidance.main,
+}
 
 
 def main(arguments: list[str]) -> int:

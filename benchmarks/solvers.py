@@ -5,15 +5,11 @@ The networks (the quick start's, and the same with variance=learned) are trained
 and what was measured, so that an interrupted run goes on where it stopped.
 """
 
-import json
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-from common import table
+from common import command, measured, table
 
-ROOT = Path(__file__).resolve().parents[1]
 HOME = Path("outputs/bench")
 PLAIN, LEARNED = HOME / "digits", HOME / "digits_learned"
 SHORT, LONG = [5, 10, 20, 50], 1000
@@ -42,13 +38,6 @@ ONCE_CONVERGED = [
 ADAPTIVE = ["{ode:{rtol:0.1,atol:0.1}}", "{ode:{rtol:0.01,atol:0.01}}", "{ode:{}}"]
 
 
-def command(name: str, *arguments: str) -> None:
-    """One of the project's commands, typed as a user does."""
-    subprocess.run(
-        [sys.executable, str(ROOT / "src" / f"{name}.py"), *arguments], check=True, stdout=subprocess.DEVNULL
-    )
-
-
 def trained(quick: bool) -> None:
     """The two networks and the three fits, where they are not there yet."""
     short = ["trainer.max_steps=60", "trainer.val_every=60"] if quick else []
@@ -58,15 +47,6 @@ def trained(quick: bool) -> None:
     for kind in FITTED:
         if not list((PLAIN / "checkpoints").glob(f"variance_{kind}_*.pt")):
             command("fit_variance", f"ckpt={PLAIN}", f"variance={kind}", *(["n=2", "steps=5"] if quick else []))
-
-
-def measured(name: str, ckpt: Path, *arguments: str) -> list[dict[str, Any]]:
-    """The rows of one evaluation, from its file if it has been made."""
-    out = HOME / "measured" / name
-    if not (out / "metrics.json").is_file():
-        command("evaluate", f"ckpt={ckpt}", f"out={out}", "split=all", *arguments)
-    rows: list[dict[str, Any]] = json.loads((out / "metrics.json").read_text())
-    return rows
 
 
 def distances(quick: bool) -> str:
@@ -79,7 +59,12 @@ def distances(quick: bool) -> str:
     def add(part: list[int], name: str, ckpt: Path, samplers: list[str], *more: str, suffix: str = "") -> None:
         asked = samplers if part != [LONG] else [s for s in samplers if s not in ONCE_CONVERGED]
         rows = measured(
-            f"{name}_{part[-1]}_{n}", ckpt, f"samplers=[{','.join(asked)}]", f"budget={part}", *common, *more
+            HOME / "measured" / f"{name}_{part[-1]}_{n}",
+            f"ckpt={ckpt}",
+            f"samplers=[{','.join(asked)}]",
+            f"budget={part}",
+            *common,
+            *more,
         )
         for i, row in enumerate(rows):
             cells = found.setdefault(row["sampler"] + suffix, {})
@@ -94,7 +79,9 @@ def distances(quick: bool) -> str:
     rows = [[name, *(f"{cells[b]:.2f}" if b in cells else "" for b in budgets)] for name, cells in found.items()]
     adaptive = [
         f"at {row['nfe']} evaluations {row['metrics']['fd_classifier']:.2f} (`{row['sampler']}`)"
-        for row in measured(f"ode_{n}", PLAIN, f"samplers=[{','.join(ADAPTIVE)}]", *common)
+        for row in measured(
+            HOME / "measured" / f"ode_{n}", f"ckpt={PLAIN}", f"samplers=[{','.join(ADAPTIVE)}]", *common
+        )
     ]
     head = ["sampler", *(f"{b} evaluations" for b in budgets)]
     return table(head, rows) + "\n\nThe adaptive ODE, which chooses its own steps: " + ", ".join(adaptive) + "."
@@ -108,10 +95,9 @@ def bits(quick: bool) -> str:
         ckpt = LEARNED if variance == "learned" else PLAIN
         cells = []
         for steps in counts:
-            row = measured(
-                f"nll_{variance}_{steps}_{n}", ckpt, f"n={n}", "metrics=[nll]", "samplers=[ddpm]", f"steps=[{steps}]",
-                f"variance={variance}",
-            )[0]  # fmt: skip
+            out = HOME / "measured" / f"nll_{variance}_{steps}_{n}"
+            chosen = ["metrics=[nll]", "samplers=[ddpm]", f"steps=[{steps}]", f"variance={variance}"]
+            row = measured(out, f"ckpt={ckpt}", f"n={n}", *chosen)[0]
             m = row["metrics"]
             cells.append(f"{m['nll']:.3f} ± {m['nll_std']:.3f}")
         rows.append([variance, *cells])
