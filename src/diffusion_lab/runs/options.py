@@ -26,6 +26,7 @@ NULLABLE: dict[str, type | tuple[type, ...]] = {
     "out": str,
     "given": str,
     "guidance.ckpt": str,
+    "condition.names": list,
     "n": int,
     "images": (str, list),
     "weights_path": str,
@@ -53,6 +54,7 @@ NULLABLE: dict[str, type | tuple[type, ...]] = {
 # Keys that take values of several types.
 MIXED: dict[str, tuple[type, ...]] = {
     "labels": (str, list),
+    "condition.keys": (list,),
     "extractor": (str, dict, type(None)),
     "callbacks.ema.decay": (float, int, list),
     "trainer.devices": (int, str, list),
