@@ -102,11 +102,11 @@ def test_the_readme_s_commands_run_in_its_order(workplace, monkeypatch, capfd):
         if name == "train":
             extra = _shortening(line)
         elif name == "sample":
-            extra = "n=2 sampler.steps=2" + (" out=outputs/few" if "out=" in line else "")
+            extra = "n=2 sampler.steps=2"
         elif name == "fit_variance":
             extra = "n=2 nodes=5"
         elif name == "train_classifier":
-            extra = "steps=2"
+            extra = "steps=1"
         else:
             extra = "n=20 steps=[2] batch_size=20"
         time.sleep(1.1)  # output folders are named by the second

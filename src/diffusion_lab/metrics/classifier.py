@@ -147,7 +147,13 @@ def trained(
     return load(path)
 
 
-def of(data: "DataModule", folder: Path, device: str | torch.device = "cpu", noise: Noise | None = None) -> Trained:
+def of(
+    data: "DataModule",
+    folder: Path,
+    device: str | torch.device = "cpu",
+    noise: Noise | None = None,
+    steps: int | None = None,
+) -> Trained:
     """The classifier of a data set, the same for every run on it: trained on all but the test images, or but the validation
     images where no others are held out; those in colour are mirrored at random.
 
@@ -156,12 +162,14 @@ def of(data: "DataModule", folder: Path, device: str | torch.device = "cpu", noi
         folder: where the file is.
         device: where it is trained if it must be.
         noise: train on x_t along this schedule.
+        steps: at most so many of training, but one pass over the images at least; None is the recipe's number.
 
     Raises:
         ValueError: as `trained`.
     """
     tested = data.size("test") > 0
     recipe = replace(Recipe() if noise is None else NOISY, flip=data.channels == 3)
+    recipe = recipe if steps is None else replace(recipe, steps=steps)
     return trained(
         data.examples("train+val" if tested else "train"),
         data.examples("test" if tested else "val"),

@@ -21,11 +21,13 @@ def run(config: DictConfig) -> int:
         settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
         out = Path(settings["out"] or settings["run_dir"])
         files.refuse_filled(out, "out", settings["overwrite"])
+        if settings["steps"] is not None and not (isinstance(settings["steps"], int) and settings["steps"] >= 1):
+            raise ValueError(f"steps={settings['steps']}: write at least 1, or null for the recipe's number")
         data: DataModule = instantiate({**settings["data"], "limit": None})
         data.prepare_data()
         data.setup()
         noise = Noise(instantiate(settings["schedule"]), settings["schedule"]) if settings["noisy"] else None
-        trained = classifier.of(data, Path(settings["cache"]), device(settings["device"]), noise)
+        trained = classifier.of(data, Path(settings["cache"]), device(settings["device"]), noise, settings["steps"])
         files.write(out / "classifier.pt", trained.path.read_bytes())
         report = {
             "accuracy": trained.accuracy,
