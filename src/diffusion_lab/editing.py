@@ -36,7 +36,7 @@ def slerp(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
     w = weights.double().to(a.device)[:, None]
     p, q = (end / end.norm().clamp(min=torch.finfo(end.dtype).tiny) for end in (u, v))
     angle = 2 * torch.atan2((p - q).norm(), (p + q).norm())  # Kahan's: arccos loses half the digits of small angles
-    if angle.sin() < PARALLEL:
+    if angle.sin() < PARALLEL or u.norm() * v.norm() == 0:
         between = (1 - w) * u + w * v
     else:
         between = (((1 - w) * angle).sin() * u + (w * angle).sin() * v) / angle.sin()
@@ -143,7 +143,8 @@ def inpaint(
     and 50 ancestral steps the mean of the unknown one stays 0.96 (projection) and 0.94 (RePaint's) of its conditional
     deviations behind. What removes this is resampling, for both alike: going back up by q(x_t | x_s) and down again lets
     the unknown pixels answer (0.14 and 0.16 behind with jump_length 5, resample 10). So it is the projection here, for all
-    samplers, and resampling on top; the bias vanishes as jumps get short in time and resamplings many.
+    samplers, and resampling on top. The bias vanishes as resamplings get many, jumps short in time, and steps in each jump
+    many: every repetition repeats the error of its steps as well, so that few steps resampled often come out too narrow.
 
     Args:
         sampler: any; its grid is cut into parts of `jump_length` steps.
