@@ -39,7 +39,9 @@ def check(settings: Mapping[str, Any]) -> None:
                 raise ValueError(f"task={task} needs {key}=PATH, {what}")
         elif key not in (*NEEDS[task], *MAY.get(task, ())):
             users = [t for t in NEEDS if key in (*NEEDS[t], *MAY.get(t, ()))]
-            raise ValueError(f"{key}= means nothing to task={task}: leave it out, or write task={' or '.join(users)}")
+            raise ValueError(
+                f"{key}= means nothing to task={task}: leave it out, or write task={' or task='.join(users)}"
+            )
         else:
             _exist(key, value)
     if task == "interpolate" and settings["n"] is not None and settings["n"] < 2:
