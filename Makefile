@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup lock train sample evaluate test test-slow lint format bench clean
+.PHONY: help setup lock train sample evaluate test test-slow lint format bench pictures clean
 
 VENV   := .venv
 PYTHON := $(VENV)/bin/python
@@ -52,6 +52,9 @@ format: setup ## ruff's formatter and safe fixes
 
 bench: setup ## speed and quality beside peers; the tables of docs/benchmarks.md
 	$(PYTHON) benchmarks/run.py $(ARGS)
+
+pictures: setup ## what the tasks of src/sample.py make of the latest run, in docs/tasks
+	$(PYTHON) benchmarks/tasks.py $(ARGS)
 
 clean: ## caches and build products; never runs, data or the environment
 	rm -rf build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

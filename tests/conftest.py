@@ -16,6 +16,7 @@ MATHEMATICS = (
     "samplers",
     "likelihood",
     "guidance",
+    "editing",
 )
 
 install_import_hook([f"diffusion_lab.{room}" for room in MATHEMATICS], "typecheck.checked")

@@ -13,7 +13,7 @@ FLOORS = (
     ("runs",),
     ("training",),
     ("metrics", "data"),
-    ("samplers", "likelihood", "guidance"),
+    ("editing", "samplers", "likelihood", "guidance"),
     ("losses", "times"),
     ("denoiser",),
     ("variances", "gaussian"),

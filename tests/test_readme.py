@@ -53,6 +53,7 @@ def workplace(tmp_path_factory):
     """A folder like a user's: the sources linked, a data set of each kind that needs files, a network of one's own."""
     place = tmp_path_factory.mktemp("workplace")
     (place / "src").symlink_to(ROOT / "src")
+    (place / "docs").symlink_to(ROOT / "docs")
     rng = np.random.default_rng(0)
     for name in ("cats/one", "dogs/two"):
         for i in range(20):

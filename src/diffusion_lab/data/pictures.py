@@ -53,6 +53,37 @@ def grid(images: Tensor, columns: int | None = None, least: int = 40) -> np.ndar
     return out
 
 
+def class_grid(images: Tensor, labels: Tensor, shown: int) -> np.ndarray:
+    """A row a class with its label before it, in the order in which labels int64 (N,) first come; some `shown` images at most."""
+    order = list(dict.fromkeys(labels.tolist()))
+    most = max(int((labels == label).sum()) for label in order)
+    columns = max(1, min(most, shown // len(order)))
+    empty = torch.full((1, *images.shape[1:]), _PAPER / 127.5 - 1)
+    rows = []
+    for label in order:
+        row = images[labels == label][:columns]
+        rows += [row, empty.expand(columns - len(row), -1, -1, -1)]
+    picture = grid(torch.cat(rows), columns)
+    font = ImageFont.load_default(13)
+    wide = _GAP + 4 + max(int(font.getlength(str(label))) for label in order)
+    sheet = Image.new("RGB", (picture.shape[1] + wide, picture.shape[0]), (_PAPER,) * 3)
+    sheet.paste(Image.fromarray(picture), (wide, 0))
+    height, draw = (picture.shape[0] + _GAP) / len(order), ImageDraw.Draw(sheet)
+    for i, label in enumerate(order):
+        draw.text((2, (i + 0.5) * height - _GAP / 2), str(label), fill=_INK, font=font, anchor="lm")
+    return np.asarray(sheet)
+
+
+def save_animation(path: Path, frames: Sequence[np.ndarray], milliseconds: int = 80, last: int = 1500) -> None:
+    """An animated GIF of uint8 frames (H, W, 3), written under a temporary name and renamed; the last is held for `last` ms."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    first, *others = [Image.fromarray(frame) for frame in frames]
+    durations = [milliseconds] * len(others) + [last]
+    first.save(partial, format="GIF", save_all=True, append_images=others, duration=durations, loop=0)
+    os.replace(partial, path)
+
+
 def save_sheet(path: Path, panels: Sequence[Panel]) -> None:
     """Panels with captions on one sheet: those with free columns side by side, the others (strips) below, one a row."""
     font = ImageFont.load_default(13)

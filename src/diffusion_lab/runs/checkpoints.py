@@ -2,7 +2,7 @@
 
 import pickle
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from diffusion_lab.noise import normal
 from diffusion_lab.runs.instantiate import instantiate
 from diffusion_lab.samplers import Sampler, prior
 from diffusion_lab.training.condition import Condition
+
+Make = Callable[[Tensor, dict[str, Tensor], bool], Tensor]  # (index, condition, progress) → (B, …)
 
 FORMAT = 1  # of what this project adds to Lightning's checkpoint
 
@@ -96,28 +98,43 @@ class Run:
         Raises:
             ValueError: n < 1, a condition of another length, a label out of range, NaN from the network.
         """
+        chosen = sampler or self.sampler()
+
+        def make(index: Tensor, condition: dict[str, Tensor], progress: bool) -> Tensor:
+            x_T = prior(self.denoiser.schedule, normal(self.shape, seed=seed, index=index))
+            x = chosen(self.denoiser, x_T, seed=seed, index=index, condition=condition, progress=progress)
+            return x.float().clamp(-1, 1)
+
+        return self.batched(n, make, batch_size, condition, progress)
+
+    def batched(
+        self,
+        n: int,
+        make: Make,
+        batch_size: int | None = None,
+        condition: Mapping[str, Tensor] | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """What `make` makes of images 0 … n − 1, a batch at a time, (n, …) on the CPU.
+
+        Args:
+            n: how many.
+            make: make(index, condition, progress) with int64 (B,), which images, and their condition, both on the network's
+                device; shows a bar of its own where there is one batch.
+            batch_size, condition, progress: as for `sample`, and what is raised too.
+        """
         if not isinstance(n, int) or n < 1:
             raise ValueError(f"n={n}: ask for at least one image")
         condition = dict(condition or {})
         self._check(condition, n)
-        sampler = sampler or self.sampler()
         size = n if batch_size is None else min(batch_size, n)
         if size < 1:
             raise ValueError(f"batch_size={batch_size}: write at least 1")
         parts, starts = [], range(0, n, size)
         for start in _bar(starts, progress and len(starts) > 1):
             index = torch.arange(start, min(start + size, n), device=self.device)
-            noise = normal(self.shape, seed=seed, index=index)
             part = {name: value[start : start + size].to(self.device) for name, value in condition.items()}
-            x = sampler(
-                self.denoiser,
-                prior(self.denoiser.schedule, noise),
-                seed=seed,
-                index=index,
-                condition=part,
-                progress=progress and len(starts) == 1,
-            )
-            parts.append(x.float().clamp(-1, 1).cpu())
+            parts.append(make(index, part, progress and len(starts) == 1).cpu())
         return torch.cat(parts)
 
     def _check(self, condition: Mapping[str, Tensor], n: int) -> None:

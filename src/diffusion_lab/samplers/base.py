@@ -194,8 +194,38 @@ class Sampler(ABC):
         def noise(i: int) -> Tensor:
             return normal(tuple(x_T.shape[1:]), seed=seed, index=key, draw=i + 1, dtype=x_T.dtype)
 
+        return self.walk(denoiser, x_T, times, noise=noise, condition=condition, callback=callback, progress=progress)
+
+    @torch.no_grad()
+    def walk(
+        self,
+        denoiser: Denoiser,
+        x: Tensor,
+        times: Tensor,
+        *,
+        noise: Callable[[int], Tensor],
+        condition: Mapping[str, Tensor] | None = None,
+        callback: Callback | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """Integrate over times of one's own, for example a part of the grid: a call, once it has checked and has times and noise.
+
+        Args:
+            denoiser: what predicts (x̂_0, ε̂).
+            x: the state at times[0], float (B, C, H, W).
+            times: float64 (N + 1,) on the CPU, strictly monotone; increasing ones are for deterministic samplers.
+            noise: noise(i) is standard normal of x's shape and dtype, another draw for each i. Who walks several parts of one
+                way gives each draws of its own (see editing.py).
+            condition, callback, progress: as for a call.
+
+        Returns:
+            The state at times[-1], in x's shape and dtype.
+
+        Raises:
+            ValueError: NaN from the network. `check` says whether sampler and denoiser go together.
+        """
         model = Model(denoiser, condition or {}, callback, noise)
-        x = self.integrate(x_T, times, model, _bar(len(times) - 1, progress))
+        x = self.integrate(x, times, model, bar(len(times) - 1, progress))
         self.nfe = model.nfe
         model.refuse_nan()
         return x
@@ -206,10 +236,11 @@ def prior(schedule: Schedule, noise: Tensor) -> Tensor:
     return match(schedule.alpha_sigma(torch.ones((), dtype=torch.float64))[1], noise) * noise
 
 
-def _bar(n: int, progress: bool) -> Iterable[int]:
+def bar(n: int, progress: bool) -> Iterable[int]:
+    """0 … n − 1, with a progress bar if one was asked for."""
     if not progress:
         return range(n)
     from tqdm import tqdm
 
-    bar: Iterable[int] = tqdm(range(n), desc="sampling", unit="step", leave=False)
-    return bar
+    steps: Iterable[int] = tqdm(range(n), desc="sampling", unit="step", leave=False)
+    return steps

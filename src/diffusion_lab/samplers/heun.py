@@ -84,7 +84,7 @@ class Heun(Sampler):
 
     def _raised(self, schedule: Schedule, times: Tensor) -> Tensor:
         """t̂ of every step."""
-        gamma = min(self.s_churn / len(times), math.sqrt(2) - 1)
+        gamma = min(self.s_churn / (self.steps or len(times)), math.sqrt(2) - 1)  # N also on a part of the way
         lam = schedule.lam(times)
         raised = schedule.time(lam - math.log1p(gamma))
         inside = ((-lam).exp() >= self.s_min) & ((-lam).exp() <= self.s_max) & (raised > times)
