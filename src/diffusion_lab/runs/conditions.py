@@ -1,7 +1,6 @@
 """What a command asks of a conditional network: from options to the tensors that go beside each image."""
 
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_lab.data.images import Examples, to_float
+from diffusion_lab.data.images import Examples
 from diffusion_lab.runs.checkpoints import Run
-from diffusion_lab.runs.given import Given
+from diffusion_lab.runs.inputs import arrays, read
 from diffusion_lab.training.condition import Attributes, LowResolution
 
 Settings = Mapping[str, Any]
@@ -92,35 +91,28 @@ def _name(condition: Any) -> str:
 
 def _batch(path: Path, run: Run) -> dict[str, Any]:
     """What a data module would yield for the images, or the arrays, of a file or folder."""
-    batch: dict[str, Any] = {}
-    if path.suffix == ".npz":
-        try:
-            with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-                batch = {name: torch.from_numpy(file[name]) for name in file.files if name not in ("arr_0", "arr_1")}
-                has_images = "arr_0" in file.files
-        except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
-            raise ValueError(f"given={path} cannot be read as .npz of plain arrays ({error})") from None
-        if not has_images:
-            return batch
-    images = _images(path, run)
-    return {**batch, "image": images if images.is_floating_point() else to_float(images)}
+    if not path.exists():
+        raise ValueError(f"given={path}: there is no such file or folder")
+    if path.suffix != ".npz":
+        return {"image": _images(path, run)}
+    found = arrays("given", path)
+    batch: dict[str, Any] = {name: torch.from_numpy(v) for name, v in found.items() if name not in ("arr_0", "arr_1")}
+    return {**batch, "image": _images(path, run)} if "arr_0" in found else batch
 
 
 def _images(path: Path, run: Run) -> Tensor:
     """Images of the run's size; where the condition is a lower resolution of them, images of that are enlarged."""
     condition, (channels, height, width) = run.condition, run.shape
-    factor = condition.factor if isinstance(condition, LowResolution) else 1
     try:
-        found = Given(path, run.shape, "given")
-        return found.block(range(found.count))
+        return read("given", path, run.shape)[0]
     except ValueError:
-        if factor == 1:
+        if not isinstance(condition, LowResolution):
             raise
+        factor = condition.factor
         try:
-            small = Given(path, (channels, height // factor, width // factor), "given")
+            small, _ = read("given", path, (channels, height // factor, width // factor))
         except ValueError:
             small = None
         if small is None:
             raise
-        images = small.block(range(small.count))
-        return images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+        return small.repeat_interleave(factor, 2).repeat_interleave(factor, 3)

@@ -21,9 +21,9 @@ from diffusion_lab.runs import conditions, files
 from diffusion_lab.runs.checkpoints import Run, load_checkpoint, rewrapped
 from diffusion_lab.runs.device import device
 from diffusion_lab.runs.evaluate import likelihoods, samplers
+from diffusion_lab.runs.evaluate.images import Given
 from diffusion_lab.runs.evaluate.likelihoods import Likelihood
 from diffusion_lab.runs.evaluate.samplers import Asked
-from diffusion_lab.runs.given import Given
 from diffusion_lab.runs.instantiate import instantiate
 
 
@@ -74,7 +74,7 @@ def prepare(settings: dict[str, Any], rank: int = 0) -> Prepared:
         raise ValueError(
             f"the checkpoint makes images {_size(run.shape)}, and the data set's are {_size(shape)}: choose another data="
         )
-    given = Given(Path(settings["images"]), shape, least=2) if settings["images"] else None
+    given = Given(Path(settings["images"]), shape) if settings["images"] else None
     real = data.images(settings["split"])
     if len(real) < 2:
         raise ValueError(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from diffusion_lab.data.pictures import Panel, save_sheet
 from diffusion_lab.editing import noised
-from diffusion_lab.runs.sample.inputs import read_one
+from diffusion_lab.runs.inputs import read_one
 from diffusion_lab.runs.sample.work import SHOWN, Work, visible, write
 
 

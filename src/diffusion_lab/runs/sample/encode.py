@@ -8,7 +8,7 @@ from torch import Tensor
 
 from diffusion_lab.data.pictures import Panel, save_sheet
 from diffusion_lab.runs import files
-from diffusion_lab.runs.sample.inputs import read
+from diffusion_lab.runs.inputs import read
 from diffusion_lab.runs.sample.latents import save
 from diffusion_lab.runs.sample.work import SHOWN, Work, named, visible, write
 

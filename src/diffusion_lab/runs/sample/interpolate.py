@@ -7,7 +7,7 @@ from torch import Tensor
 
 from diffusion_lab.data.pictures import grid, save_png
 from diffusion_lab.editing import slerp
-from diffusion_lab.runs.sample.inputs import read_one
+from diffusion_lab.runs.inputs import read_one
 from diffusion_lab.runs.sample.latents import save
 from diffusion_lab.runs.sample.work import Work, write
 from diffusion_lab.samplers import prior

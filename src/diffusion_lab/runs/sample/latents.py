@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_lab.runs.sample.inputs import arrays
+from diffusion_lab.runs.inputs import arrays
 from diffusion_lab.runs.sample.work import Work, write_arrays
 from diffusion_lab.runs.variances import fingerprint
 

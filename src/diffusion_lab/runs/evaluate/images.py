@@ -1,7 +1,6 @@
 """Images that somebody else made: a folder, a .zip of one, or an .npz of arrays."""
 
 import io
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from diffusion_lab.data.decode import Decoder, Files
 from diffusion_lab.metrics.moments import refuse_nan
+from diffusion_lab.runs.inputs import arrays
 
 
 class Given:
@@ -21,19 +21,17 @@ class Given:
     Args:
         path: of them.
         shape: (C, H, W) that each must have; files in colour become grey where C = 1.
-        option: what named the path, for messages.
-        least: how many there must be.
 
     Raises:
         ValueError: nothing there, another size, NaN (with the image's index), values out of range.
     """
 
-    def __init__(self, path: Path, shape: tuple[int, int, int], option: str = "images", least: int = 1) -> None:
-        self.path, self.shape, self.option = path, shape, option
+    def __init__(self, path: Path, shape: tuple[int, int, int]) -> None:
+        self.path, self.shape = path, shape
         self.labels: Tensor | None = None
         self._array: np.ndarray | None = None
         if not path.exists():
-            raise ValueError(f"{option}={path}: there is no such folder or file")
+            raise ValueError(f"images={path}: there is no such folder or file")
         if path.suffix == ".npz":
             self._array, self.labels = self._read()
             self.count = len(self._array)
@@ -42,8 +40,8 @@ class Given:
             self._decoder = Decoder(shape, resize="none", centre=False)
             self.count = len(self._files.names)
             self._decode(self._files.names[0])  # a wrong size is known now
-        if self.count < least:
-            raise ValueError(f"{option}={path} holds {self.count} image(s), and at least {least} are needed")
+        if self.count < 2:
+            raise ValueError(f"images={path} holds {self.count} image(s), and a distance needs at least 2")
 
     def block(self, part: range) -> Tensor:
         """The images of a block, (b, C, H, W), uint8 or float in [−1, 1]."""
@@ -63,15 +61,10 @@ class Given:
         return self._decoder(data, name)
 
     def _read(self) -> tuple[np.ndarray, Tensor | None]:
-        try:
-            with self.path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in ("arr_0", "arr_1") if name in file.files}
-                names = ", ".join(file.files)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{self.path.absolute()} cannot be read as .npz of plain arrays ({error})") from None
-        if "arr_0" not in arrays:
-            raise ValueError(f"{self.path.absolute()} holds {names}: name the images arr_0, uint8 N×H×W×C")
-        images = arrays["arr_0"]
+        found = arrays("images", self.path)
+        if "arr_0" not in found:
+            raise ValueError(f"{self.path.absolute()} holds {', '.join(found)}: name the images arr_0, uint8 N×H×W×C")
+        images = found["arr_0"]
         if images.ndim == 3:
             images = images[..., None]
         if images.ndim != 4 or not (images.dtype == np.uint8 or images.dtype.kind == "f"):
@@ -87,7 +80,7 @@ class Given:
                 raise ValueError(
                     f"{self.path.absolute()} holds floats up to {np.abs(images).max():.3g}: scale to [-1, 1]"
                 )
-        labels = arrays.get("arr_1")
+        labels = found.get("arr_1")
         fits = labels is not None and labels.shape == (len(images),) and labels.dtype.kind in "iu"
         return images, torch.from_numpy(labels.astype(np.int64)) if fits and labels is not None else None
 
