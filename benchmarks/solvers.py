@@ -12,7 +12,9 @@ from common import command, measured, table
 
 HOME = Path("outputs/bench")
 PLAIN, LEARNED = HOME / "digits", HOME / "digits_learned"
-SHORT, LONG = [5, 10, 20, 50], 1000
+PARTS = [[5, 10, 20], [50], [1000]]  # evaluations, the long ones last
+REPEATS = {1000: 1}  # seeds, else 3: at few evaluations one seed differs from another by more than most variances do
+LONG = PARTS[-1]
 STEPS = [10, 50, 1000]
 FIXED, FITTED = ["fixed_small", "fixed_large"], ["analytic", "sn", "npr"]
 OTHERS = [
@@ -51,32 +53,35 @@ def trained(quick: bool) -> None:
 
 def distances(quick: bool) -> str:
     """Fréchet distance in the classifier's features by sampler, variance and evaluations."""
-    n, parts = (200, [[5, 10]]) if quick else (1797, [SHORT, [LONG]])
+    n, parts = (200, [[5, 10]]) if quick else (1797, PARTS)
     common = [f"n={n}", "metrics=[fd_classifier]", "batch_size=600"]
     budgets = [b for part in parts for b in part]
-    found: dict[str, dict[int, float]] = {}
+    found: dict[str, dict[int, str]] = {}
 
     def add(part: list[int], name: str, ckpt: Path, samplers: list[str], *more: str, suffix: str = "") -> None:
-        asked = samplers if part != [LONG] else [s for s in samplers if s not in ONCE_CONVERGED]
+        repeats = REPEATS.get(part[-1], 3)
+        asked = samplers if part != LONG else [s for s in samplers if s not in ONCE_CONVERGED]
         rows = measured(
-            HOME / "measured" / f"{name}_{part[-1]}_{n}",
+            HOME / "measured" / f"{name}_{part[-1]}_{n}_{repeats}",
             f"ckpt={ckpt}",
             f"samplers=[{','.join(asked)}]",
             f"budget={part}",
+            f"repeats={repeats}",
             *common,
             *more,
         )
         for i, row in enumerate(rows):
             cells = found.setdefault(row["sampler"] + suffix, {})
-            cells[part[i % len(part)]] = row["metrics"]["fd_classifier"]
+            spread = f" ± {row['spread']['fd_classifier']:.2f}" if repeats > 1 else ""
+            cells[part[i % len(part)]] = f"{row['metrics']['fd_classifier']:.2f}{spread}"
 
-    for part in parts:  # the long ones last
+    for part in parts:
         for variance in [*FIXED, "learned", *FITTED]:
             ckpt, ancestral = (LEARNED if variance == "learned" else PLAIN), variance in ("fixed_large", "learned")
             samplers = ["ddpm"] if ancestral else ["ddpm", "ddim"]
             add(part, variance, ckpt, samplers, f"variance={variance}", suffix=f", {variance}")
         add(part, "solvers", PLAIN, OTHERS)
-    rows = [[name, *(f"{cells[b]:.2f}" if b in cells else "" for b in budgets)] for name, cells in found.items()]
+    rows = [[name, *(cells.get(b, "") for b in budgets)] for name, cells in found.items()]
     adaptive = [
         f"at {row['nfe']} evaluations {row['metrics']['fd_classifier']:.2f} (`{row['sampler']}`)"
         for row in measured(
