@@ -39,7 +39,7 @@ test: setup ## the test suite, under ten minutes on two cores
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-slow: setup ## full-length runs and long statistics
-	$(PYTHON) -m pytest -m slow --timeout 3600 $(ARGS)
+	$(PYTHON) -m pytest -m slow --timeout 7200 $(ARGS)
 
 lint: setup ## ruff and mypy
 	$(PYTHON) -m ruff check .
