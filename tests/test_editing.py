@@ -87,7 +87,7 @@ def test_encoding_and_decoding_lose_what_the_solver_s_order_says(make: type[Samp
     gaussian = Gaussian(torch.full((1, 1, 1), 0.3), 0.5)
     x = torch.linspace(-1, 1, 9, dtype=D).reshape(-1, 1, 1, 1)
     encoded, errors = [], []
-    for steps in (20, 40, 80):
+    for steps in (20, 40):
         sampler = make(steps, grid="trailing")  # type: ignore[call-arg]
         z = sampler(oracle(gaussian, schedule, PredV()), x, **times)
         encoded.append(float((z - gaussian.flow(x, schedule, *times.values())).abs().max()))
