@@ -70,7 +70,8 @@ class Known(Denoiser):
         x0 = torch.where(self.unknown, prediction.x0, self.known.to(prediction.x0))
         alpha, sigma = self.schedule.alpha_sigma(torch.as_tensor(t).double())
         noise = (x_t - match(alpha, x_t) * x0) / match(sigma, x_t)
-        return prediction._replace(x0=x0, noise=torch.where(self.unknown, prediction.noise, noise))
+        gradient = None if prediction.gradient is None else torch.where(self.unknown, prediction.gradient, 0.0)
+        return prediction._replace(x0=x0, noise=torch.where(self.unknown, prediction.noise, noise), gradient=gradient)
 
     def output(
         self, x_t: Tensor, t: Tensor | float, previous: Tensor | None = None, **condition: Tensor
