@@ -53,7 +53,10 @@ def measured(n, size, processes, keep=True):
     """What a whole evaluation does, and the images that this process made."""
     made = {}
     make = sampled(
-        Denoiser(Small(), Cosine(50), PredNoise(), clip=1.0), DDPM(4), (1, 8, 8), labels=torch.arange(n) % 10
+        Denoiser(Small(), Cosine(50), PredNoise(), clip=1.0),
+        DDPM(4),
+        (1, 8, 8),
+        condition={"label": torch.arange(n) % 10},
     )
 
     def images(block):
@@ -180,7 +183,10 @@ def test_a_network_that_gives_nan_is_refused_with_the_image():
             return out
 
     make = sampled(
-        Denoiser(Sick(), Cosine(50), PredNoise(), clip=1.0), DDPM(4), (1, 8, 8), labels=torch.arange(20) % 10
+        Denoiser(Sick(), Cosine(50), PredNoise(), clip=1.0),
+        DDPM(4),
+        (1, 8, 8),
+        condition={"label": torch.arange(20) % 10},
     )
     assert bool(make(range(7)).isfinite().all())
     with pytest.raises(ValueError, match="image 17: the network gave NaN"):

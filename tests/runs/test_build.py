@@ -29,7 +29,8 @@ BUILT = (
 )
 
 
-UNBUILT = ("own", "analytic")  # a class of the user's; a variance that fit_variance.py fills
+# a class of the user's; a variance that fit_variance.py fills; conditions of data that the digits do not have
+UNBUILT = ("own", "analytic", "tensors", "attributes")
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ def build(config: Mapping[str, Any], resolved: Mapping[str, Any], folder: Path) 
             name=options["name"] or f"{_leaf(resolved, 'schedule')}-{_leaf(resolved, 'objective')}",
             save_dir=str(folder),
             offline=offline,
+            mode="offline" if offline else "online",  # Lightning sets the environment, which W&B reads once a process
             config=dict(resolved),
             log_model=False,
         )

@@ -91,6 +91,7 @@ def check(config_name: str, arguments: Sequence[str], sweep: bool = False) -> Di
         chosen = [o for o in overrides if _is_group(o.key_or_group)]
         for override in chosen:
             _check_group(override)
+            _check_command(override, config_name)
         base = _compose(config_name, [_single(o) for o in chosen])
         for override in overrides:
             if override not in chosen:
@@ -183,6 +184,23 @@ def _check_group(override: Override) -> None:
                 raise ValueError(
                     f"unknown option {group}={text}{_closest(text, options)}: write one of {', '.join(options)}"
                 )
+
+
+def _check_command(override: Override, config_name: str) -> None:
+    """Raise ValueError for a group that this command has not, naming those that have it."""
+    group = override.key_or_group.split("@")[0]
+    users = [path.stem for path in sorted(CONF.glob("*.yaml")) if _lists(path, group)]
+    if config_name not in users and not override.is_add():
+        others = " or ".join(f"python src/{name}.py {override.input_line}" for name in users)
+        raise ValueError(f"{override.input_line} means nothing to {config_name}.py: leave it out, or write {others}")
+
+
+def _lists(path: Path, group: str) -> bool:
+    """Whether a group stands in the defaults list of a file."""
+    entries = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    assert isinstance(entries, dict)
+    names = [name for entry in entries["defaults"] if isinstance(entry, dict) for name in entry]
+    return any(str(name).removeprefix("optional ").removeprefix("override ") == group for name in names)
 
 
 # values -----------------------------------------------------------------------------------------------------------------
