@@ -18,7 +18,9 @@ class Squares(Source):
         images = np.zeros((60, *shape), np.uint8)
         for image, side in zip(images, sides, strict=True):
             image[:, :side, :side] = 255
-        return Dataset(Examples(images, more={"size": (sides / shape[1]).astype(np.float32)}))
+        size = (sides / shape[1]).astype(np.float32)
+        attributes = np.stack([np.where(size > 0.5, 1, -1), np.where(sides % 2, 1, -1)], 1).astype(np.int8)
+        return Dataset(Examples(images, attributes=attributes, more={"size": size}), attribute_names=("big", "odd"))
 
 
 class SizedNetwork(nn.Module):

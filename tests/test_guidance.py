@@ -334,6 +334,23 @@ def test_attributes_and_the_null_label() -> None:
     assert not torch.allclose(got[1], den(y, t).output[1])
 
 
+def test_the_previous_estimate_reaches_both_halves() -> None:
+    """Self-conditioning: one x̂_0, the guided one of the step before, for the network with and without its label."""
+
+    class Remembers:
+        num_classes, self_conditioning = 2, True
+
+        def __call__(self, x: Tensor, c: Tensor, label: Tensor, previous: Tensor | None) -> Tensor:
+            return x * match(label, x) + (0 if previous is None else previous * match(label + 1, x))
+
+    x, previous, label = torch.randn(3, 1, 2, 2, dtype=D), torch.randn(3, 1, 2, 2, dtype=D), torch.tensor([0, 1, 0])
+    den = Denoiser(Remembers(), Cosine(), PredV())
+    for p in (None, previous):
+        c, u = (den(x, 0.5, p, label=k).output for k in (label, torch.full_like(label, 2)))
+        got = ClassifierFree(den, 3.0)(x, 0.5, p, label=label).output
+        torch.testing.assert_close(got, u + 3 * (c - u), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("own", ["Cosine", "Linear", "VP", "EDM", "VE"])
 @pytest.mark.parametrize("schedule", ["Cosine", "Linear", "VP", "Flow", "EDM", "VE", "SubVP"])
 def test_a_classifier_of_one_curve_serves_another(own: str, schedule: str) -> None:

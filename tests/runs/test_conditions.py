@@ -9,7 +9,7 @@ from command import TINY, command, train
 
 from diffusion_lab.guidance import ClassifierFree, ClassifierGuidance
 from diffusion_lab.metrics.classifier import Noise, Recipe, trained
-from diffusion_lab.runs import load_checkpoint
+from diffusion_lab.runs import conditions, load_checkpoint
 from diffusion_lab.runs.build import data as data_of
 from diffusion_lab.runs.guidance import guided
 from diffusion_lab.samplers import DDIM, DDPM
@@ -183,6 +183,34 @@ def test_tensors_of_ones_own_data_set(tmp_path, capfd, monkeypatch):
     outcome = command("sample", [*common, "overwrite=true"], capfd)
     assert outcome.code == 2
     assert "given=PATH" in outcome.err
+
+
+def test_attributes_by_their_names(tmp_path, capfd, monkeypatch):
+    """The names come with the checkpoint; what is not named is not said; guidance moves away from saying nothing."""
+    from pathlib import Path
+
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1]))
+    run = tmp_path / "run"
+    data = [
+        "data.source._target_=own_data.Squares",
+        "data.num_classes=0",
+        "data.num_attributes=2",
+        "data.stratify=false",
+    ]
+    chosen = ["condition=attributes", "trust=[own_data]", "trainer.max_steps=3", f"hydra.run.dir={run}"]
+    outcome = command("train", [*TINY, *data, *chosen], capfd)
+    assert outcome.code == 0, outcome.err
+    loaded = load_checkpoint(run)
+    assert loaded.config["condition"]["names"] == ["big", "odd"]
+    asked = conditions.asked({"labels": ["odd", "-big"]}, loaded, 3)["label"]
+    assert asked.tolist() == [[-1.0, 1.0]] * 3
+    assert conditions.asked({"labels": "cycle"}, loaded, 2)["label"].tolist() == [[0.0, 0.0]] * 2
+    common = [*QUICK, f"ckpt={run}", "n=4", "guidance=cfg"]
+    outcome = command("sample", [*common, "labels=[odd,-big]", f"out={tmp_path / 'a'}"], capfd)
+    assert outcome.code == 0, outcome.err
+    outcome = command("sample", [*common, "labels=[old]", f"out={tmp_path / 'b'}"], capfd)
+    assert outcome.code == 2
+    assert "some of big, odd" in outcome.err
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ def read(key: str, path: Path, shape: tuple[int, int, int]) -> tuple[Tensor, lis
 
     Args:
         key: the option that named it.
-        path: a file, a folder, or an .npz of arr_0, uint8 N×H×W×C (or N×H×W) as sample.py writes, or floats in [−1, 1].
+        path: a file, a folder or .zip of them, or an .npz of arr_0: uint8 N×H×W×C (or N×H×W), or floats in [−1, 1].
         shape: (C, H, W) that each must have.
 
     Raises:
@@ -26,7 +26,7 @@ def read(key: str, path: Path, shape: tuple[int, int, int]) -> tuple[Tensor, lis
     """
     if path.suffix == ".npz":
         return _read_npz(key, path, shape)
-    if path.is_dir():
+    if path.is_dir() or path.suffix == ".zip":
         found = Files(path)
         pictures = [_decode(key, name, found.read(name), shape) for name in found.names]
     else:
