@@ -38,19 +38,23 @@ class Outcome(NamedTuple):
     err: str
 
 
-def command(name: str, arguments: Sequence[str], capfd: pytest.CaptureFixture[str]) -> Outcome:
-    """`python src/{name}.py arguments…` → its exit code and what it printed."""
-    capfd.readouterr()
+def code(name: str, arguments: Sequence[str]) -> int:
+    """The exit code of `python src/{name}.py arguments…`."""
     before = sys.argv
     sys.argv = [str(ROOT / "src" / f"{name}.py"), *arguments]
     try:
-        code = cli.main(name, f"{name}:run")
+        return cli.main(name, f"{name}:run")
     except SystemExit as stopped:
-        code = int(stopped.code or 0)
+        return int(stopped.code or 0)
     finally:
         sys.argv = before
         GlobalHydra.instance().clear()
-    return Outcome(code, *capfd.readouterr())
+
+
+def command(name: str, arguments: Sequence[str], capfd: pytest.CaptureFixture[str]) -> Outcome:
+    """`python src/{name}.py arguments…` → its exit code and what it printed."""
+    capfd.readouterr()
+    return Outcome(code(name, arguments), *capfd.readouterr())
 
 
 @functools.cache

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from command import TINY, command, train
+from command import TINY, code, command, train
 
 from diffusion_lab.guidance import ClassifierFree, ClassifierGuidance
 from diffusion_lab.metrics.classifier import Noise, Recipe, trained
@@ -23,25 +23,8 @@ COSINE = {"_target_": "diffusion_lab.schedules.Cosine"}
 def plain(tmp_path_factory):
     """A run without labels."""
     folder = tmp_path_factory.mktemp("plain") / "run"
-    trained_by("condition=none", folder)
+    assert code("train", [*TINY, "trainer.max_steps=2", f"hydra.run.dir={folder}"]) == 0
     return folder
-
-
-def trained_by(choice, folder):
-    import sys
-
-    from command import ROOT
-    from hydra.core.global_hydra import GlobalHydra
-
-    from diffusion_lab.runs import cli
-
-    before = sys.argv
-    sys.argv = [str(ROOT / "src" / "train.py"), *TINY, "trainer.max_steps=2", choice, f"hydra.run.dir={folder}"]
-    try:
-        assert cli.main("train", "train:run") == 0
-    finally:
-        sys.argv = before
-        GlobalHydra.instance().clear()
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +45,11 @@ def judges(tmp_path_factory, run):
 
 @pytest.fixture
 def sample(tmp_path, capfd):
-    def call(*arguments, code=0):
+    def call(*arguments, refused=False):
         out = tmp_path / "out"
         outcome = command("sample", [*QUICK, f"out={out}", "overwrite=true", *arguments], capfd)
-        assert outcome.code == code, outcome.err
-        if code:
+        assert outcome.code == (2 if refused else 0), outcome.err
+        if refused:
             assert not out.exists()
             assert outcome.err.count("error: ") == 1
             assert "Traceback" not in outcome.err
@@ -233,21 +216,21 @@ def test_attributes_by_their_names(tmp_path, capfd, monkeypatch):
 )
 def test_refusals(which, arguments, remedy, sample, run, plain, judges):
     places = {name: str(folder) for name, folder in judges.items()}
-    line = sample(f"ckpt={run if which == 'run' else plain}", *[a.format(**places) for a in arguments], code=2)
+    line = sample(f"ckpt={run if which == 'run' else plain}", *[a.format(**places) for a in arguments], refused=True)
     assert remedy in line
 
 
 def test_a_checkpoint_without_a_null_label_is_not_guided(tmp_path, sample, capfd):
     folder = tmp_path / "run"
     train(folder, "condition=label", "condition.drop=0", "trainer.max_steps=1", capfd=capfd)
-    assert "condition.drop=0.1" in sample(f"ckpt={folder}", "guidance=cfg", code=2)
+    assert "condition.drop=0.1" in sample(f"ckpt={folder}", "guidance=cfg", refused=True)
 
 
 def test_a_classifier_of_other_images_is_refused(sample, plain, judges, tmp_path):
     saved = torch.load(judges["noisy"] / "classifier.pt", weights_only=True)
     saved["config"]["data"]["name"] = "mnist"
     torch.save(saved, tmp_path / "classifier.pt")
-    line = sample(f"ckpt={plain}", "guidance=classifier", f"guidance.ckpt={tmp_path}", code=2)
+    line = sample(f"ckpt={plain}", "guidance=classifier", f"guidance.ckpt={tmp_path}", refused=True)
     assert "classifies mnist" in line
 
 

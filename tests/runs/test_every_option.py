@@ -1,0 +1,82 @@
+"""Every option of the four choices, from the command line: trained for a step, sampled from, fitted, measured."""
+
+import json
+
+import numpy as np
+import pytest
+from command import TINY, code, command, train
+
+from diffusion_lab.runs import options
+
+CURVES = [o for o in options.group_options("schedule") if o != "own"]
+ONE_STEP = ("trainer.max_steps=1", "data.batch_size=16")
+QUICK = ("device=cpu", "n=3", "save_images=false")
+
+
+def sampled(folder, capfd, *arguments):
+    """samples.npz of a `sample.py` command that must succeed."""
+    outcome = command("sample", [*QUICK, f"out={folder}", *arguments], capfd)
+    assert outcome.code == 0, outcome.err
+    with np.load(folder / "samples.npz") as file:
+        return file["arr_0"]
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        *(f"schedule={o}" for o in CURVES),
+        *(f"objective={o}" for o in options.group_options("objective")),
+        *(f"times={o}" for o in options.group_options("times")),
+        *(f"weighting={o}" for o in options.group_options("weighting")),
+        "variance=learned",
+    ],
+)
+def test_a_checkpoint_of_every_choice_trains_and_samples(choice, tmp_path, capfd):
+    train(tmp_path / "run", *ONE_STEP, choice, capfd=capfd)
+    sampler = () if choice == "variance=learned" else ("sampler=ddim",)
+    images = sampled(tmp_path / "out", capfd, f"ckpt={tmp_path / 'run'}", *sampler, "sampler.steps=2")
+    assert images.shape == (3, 8, 8, 1)
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    """A run without labels, with a fit of every optimal variance beside its checkpoint."""
+    run = tmp_path_factory.mktemp("fitted") / "run"
+    assert code("train", [*TINY, *ONE_STEP, f"hydra.run.dir={run}"]) == 0
+    for kind, short in (("analytic", "nodes=5"), ("sn", "steps=2"), ("npr", "steps=2")):
+        arguments = [f"ckpt={run}", f"variance={kind}", "n=2", short, "device=cpu"]
+        assert code("fit_variance", [*arguments, f"hydra.run.dir={run.parent / kind}"]) == 0
+    return run
+
+
+@pytest.mark.parametrize("sampler", options.group_options("sampler"))
+def test_every_sampler_samples(sampler, fitted, tmp_path, capfd):
+    short = "sampler.rtol=0.5" if sampler == "ode" else "sampler.steps=3"
+    assert sampled(tmp_path / "out", capfd, f"ckpt={fitted}", f"sampler={sampler}", short).shape == (3, 8, 8, 1)
+
+
+@pytest.mark.parametrize("variance", [o for o in options.group_options("variance") if o != "learned"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_every_variance_samples_and_bounds(variance, sampler, fitted, tmp_path, capfd):
+    chosen = (f"ckpt={fitted}", f"variance={variance}")
+    if variance == "fixed_large" and sampler == "ddim":
+        outcome = command("sample", [*QUICK, *chosen, "sampler=ddim", f"out={tmp_path / 'out'}"], capfd)
+        assert outcome.code == 2
+        assert "sampler=ddpm" in outcome.err
+        return
+    assert sampled(tmp_path / "out", capfd, *chosen, f"sampler={sampler}", "sampler.steps=3").shape == (3, 8, 8, 1)
+    if sampler == "ddim":
+        return
+    asked = ["metrics=[nll]", "samplers=[ddpm]", "steps=[3]", "n=4", "device=cpu", f"out={tmp_path / 'nll'}"]
+    outcome = command("evaluate", [*chosen, *asked], capfd)
+    assert outcome.code == 0, outcome.err
+    (row,) = json.loads((tmp_path / "nll" / "metrics.json").read_text())
+    assert np.isfinite(row["metrics"]["nll"])
+
+
+@pytest.mark.parametrize(
+    "grid", ["leading", "trailing", "linspace", "quadratic", "uniform_lambda", "karras", "optimal"]
+)
+def test_every_grid_samples(grid, fitted, tmp_path, capfd):
+    chosen = ("sampler=ddpm", f"sampler.grid={grid}", "sampler.steps=3", "variance=analytic")
+    assert sampled(tmp_path / "out", capfd, f"ckpt={fitted}", *chosen).shape == (3, 8, 8, 1)
