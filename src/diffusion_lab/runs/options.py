@@ -189,10 +189,11 @@ def _check_group(override: Override) -> None:
 def _check_command(override: Override, config_name: str) -> None:
     """Raise ValueError for a group that this command has not, naming those that have it."""
     group = override.key_or_group.split("@")[0]
+    if override.is_add() or _lists(CONF / f"{config_name}.yaml", group):
+        return
     users = [path.stem for path in sorted(CONF.glob("*.yaml")) if _lists(path, group)]
-    if config_name not in users and not override.is_add():
-        others = " or ".join(f"python src/{name}.py {override.input_line}" for name in users)
-        raise ValueError(f"{override.input_line} means nothing to {config_name}.py: leave it out, or write {others}")
+    others = " or ".join(f"python src/{name}.py {override.input_line}" for name in users)
+    raise ValueError(f"{override.input_line} means nothing to {config_name}.py: leave it out, or write {others}")
 
 
 def _lists(path: Path, group: str) -> bool:
