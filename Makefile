@@ -23,7 +23,7 @@ $(READY): requirements.lock pyproject.toml
 	@touch $@
 
 lock: ## requirements.lock anew from pyproject.toml (needs uv)
-	uv pip compile pyproject.toml --universal --python-version 3.11 --extra dev --extra peers --generate-hashes \
+	uv pip compile pyproject.toml --universal --python-version 3.11 --extra dev --extra peers --extra sweeps --generate-hashes \
 		--no-emit-index-url --custom-compile-command "make lock" --quiet -o requirements.lock
 
 train: setup ## train on real digits, about two minutes on two cores
