@@ -262,22 +262,6 @@ def test_a_sweep_runs_every_combination(tmp_path, capfd):
     assert got == {("Linear", "PredNoise"), ("Linear", "PredV"), ("Cosine", "PredNoise"), ("Cosine", "PredV")}
 
 
-def test_a_sweep_goes_on_after_a_combination_that_cannot_be(tmp_path, capfd):
-    sweep = tmp_path / "sweep"
-    arguments = [
-        "--multirun",
-        *TINY,
-        "trainer.max_steps=1",
-        "schedule.zero_terminal_snr=true",
-        "objective=pred_noise,pred_v",
-    ]
-    code, _, err = command("train", [*arguments, f"hydra.sweep.dir={sweep}"], capfd)
-    assert code == 2
-    assert err.count("error: ") == 1
-    assert not (sweep / "0" / "checkpoints").exists()
-    assert _state(sweep / "1")["global_step"] == 1
-
-
 def test_tensorboard_and_offline_wandb_record_the_run(tmp_path, capfd, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))

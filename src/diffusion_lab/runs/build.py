@@ -12,6 +12,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.plugins.environments import SLURMEnvironment
 from torch import nn
 
 import diffusion_lab
@@ -155,14 +156,19 @@ def trainer(config: Config, folder: Path, loggers: list[Any], hooks: list[pl.Cal
             enable_progress_bar=False,
             enable_model_summary=False,
             use_distributed_sampler=False,
+            plugins=[SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None,  # Interrupt does it
         )
     except (pl.utilities.exceptions.MisconfigurationException, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"trainer: Lightning refuses these options: {error}") from error
 
 
-def saved(resolved: Config, composed: Config, overrides: Sequence[str]) -> dict[str, Any]:
+def saved(
+    resolved: Config, composed: Config, overrides: Sequence[str], choices: Mapping[str, str], wandb_id: str
+) -> dict[str, Any]:
     """What this project adds to a checkpoint: plain values only, so that it loads with weights_only=True."""
     return {
+        "choices": dict(choices),
+        "wandb_id": wandb_id,
         "config": copy.deepcopy(dict(resolved)),
         "overrides": list(overrides),
         "composed": copy.deepcopy(dict(composed)),  # the same with its interpolations, to resume with overrides on top

@@ -5,25 +5,24 @@ Nothing heavy is imported here: a wrong option is reported before torch is loade
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from diffusion_lab.runs import files, options
+from diffusion_lab.runs import files, launchers, options, sweeps
+from diffusion_lab.runs.sweeps import Refusal, Result
 
-REFUSED = 2  # the exit code of every refusal
 CONFIG_ENV = "DIFFUSION_LAB_CONFIG"  # in further processes of a run: the configuration that the first one resolved
 _INFORMATION = {"--help", "-h", "--hydra-help", "--version", "--info", "-i", "--shell-completion", "-sc"}
 
-Task = Callable[[DictConfig], int]
-
-
-class Refusal(SystemExit):
-    """Ends the command with exit code 2; the line is on stderr already."""
+Task = Callable[[DictConfig], int | Result]
 
 
 @contextmanager
@@ -50,11 +49,11 @@ def _ours(error: BaseException) -> bool:
     return trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).startswith("diffusion_lab")
 
 
-def refuse(error: BaseException) -> None:
+def refuse(error: BaseException) -> NoReturn:
     """One line on stderr, exit code 2. DIFFUSION_LAB_DEBUG=1 shows tracebacks instead."""
     line = " ".join(str(error).split())
     print(f"error: {line}", file=sys.stderr, flush=True)
-    raise Refusal(REFUSED)
+    raise Refusal(line)
 
 
 def main(config_name: str, task: str) -> int:
@@ -63,47 +62,71 @@ def main(config_name: str, task: str) -> int:
     Args:
         config_name: the file of conf/ that it composes, without its suffix.
         task: "module:function" of this package's runs, imported after the checks; it gets the configuration and returns the
-            exit code.
+            exit code, or a Result.
     """
     inherited = os.environ.get(CONFIG_ENV)
     if int(os.environ.get("LOCAL_RANK", "0")) > 0 and inherited:
-        return _call(task, OmegaConf.load(inherited))
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        with refusals():
-            raise ValueError(
-                "started by torchrun: start one process, python src/train.py trainer=ddp, which starts the others"
-            )
+        return _code(_call(task, OmegaConf.load(inherited)))
     arguments = sys.argv[1:]
-    flags = [a for a in arguments if a.startswith("-")]
-    overrides = [a for a in arguments if (not a.startswith("-") and "=" in a) or a.startswith(("~", "+"))]
-    stray = [
-        a for a in arguments if not a.startswith(("-", "~", "+")) and "=" not in a and not _is_flag_value(arguments, a)
-    ]
-    if not _INFORMATION & set(flags):
+    flags = {a for a in arguments if a.startswith("-")}
+    overrides = [a for a in arguments if _is_override(a)]
+    stray = [a for a in arguments if not a.startswith("-") and not _is_override(a) and not _is_flag_value(arguments, a)]
+    sweep = bool(flags & {"--multirun", "-m"})
+    folder = None
+    if not _INFORMATION & flags:
         with refusals():
             if stray:
                 raise ValueError(f"{stray[0]!r} is neither KEY=VALUE nor a flag; --help lists what can be written")
-            sweep = "--multirun" in flags or "-m" in flags
             config = options.check(config_name, overrides, sweep)
-            if "--cfg" not in flags and "-c" not in flags:
-                _check_folder(config, sweep)
+            sweep = sweep or config.hydra.mode == RunMode.MULTIRUN
+            if not flags & {"--cfg", "-c"}:
+                started = launchers.launched()
+                if started:
+                    named = any(o.startswith("hydra.run.dir=") for o in overrides)
+                    launchers.check(started, config_name, sweep, named, bool(config.get("overwrite")))
+                    if started.rank > 0:
+                        written = launchers.wait_for(Path(str(config.hydra.run.dir)) / "config.yaml")
+                        return _code(_call(task, OmegaConf.load(written)))
+                folder = _check_folder(config, sweep)
     import hydra
 
-    sweep = bool({"--multirun", "-m"} & set(flags))
     outcome: list[int] = []
+    begun, first_process = time.time(), os.getpid()
 
-    def job(config: DictConfig) -> None:
-        try:
-            outcome.append(_call(task, config))  # Hydra returns nothing of a job, so the exit code is kept aside
-        except Refusal:
-            if not sweep:
-                raise
-            outcome.append(REFUSED)  # the other jobs of a sweep go on
-        if sweep and outcome[-1] > 128:  # a signal ends the sweep, not one job of it
-            raise SystemExit(outcome[-1])
+    def run(config: DictConfig) -> Any:
+        if not sweep:
+            outcome.append(_code(_call(task, config)))
+            return None
+        hydra_config = HydraConfig.get()
+        job = sweeps.job(
+            lambda: _call(task, config), Path(hydra_config.runtime.output_dir), list(hydra_config.overrides.task)
+        )
+        if job["code"] > 128 and os.getpid() == first_process:  # a signal ends the sweep, not one job of it
+            raise SystemExit(job["code"])
+        return job
 
-    hydra.main(str(options.CONF), config_name, version_base="1.3")(job)()
-    return max(outcome, default=0)
+    if sweep and folder:  # said once, so that every part of Hydra means the same moment by ${now:}
+        quoted = str(folder).replace("\\", "\\\\").replace('"', '\\"')
+        overrides = [*(o for o in overrides if not o.startswith("hydra.sweep.dir=")), f'hydra.sweep.dir="{quoted}"']
+    sys.argv = [sys.argv[0], *(a for a in arguments if not _is_override(a)), *overrides]  # Hydra wants flags first
+    command = hydra.main(str(options.CONF), config_name, version_base="1.3")(run)
+    if not (sweep and folder):
+        command()
+        return max(outcome, default=0)
+    code = 0
+    try:
+        command()
+    except SystemExit as end:  # a signal, or a process of the sweep that died
+        code = end.code if isinstance(end.code, int) else 1
+    return max(code, sweeps.summarise(folder, begun))
+
+
+def _code(done: int | Result) -> int:
+    return done.code if isinstance(done, Result) else done
+
+
+def _is_override(argument: str) -> bool:
+    return argument.startswith(("~", "+")) or ("=" in argument and not argument.startswith("-"))
 
 
 def _is_flag_value(arguments: list[str], value: str) -> bool:
@@ -123,7 +146,7 @@ def _is_flag_value(arguments: list[str], value: str) -> bool:
     )
 
 
-def _call(task: str, config: Any) -> int:
+def _call(task: str, config: Any) -> int | Result:
     import importlib
 
     module, function = task.split(":")
@@ -131,8 +154,8 @@ def _call(task: str, config: Any) -> int:
     return call(config)
 
 
-def _check_folder(config: DictConfig, sweep: bool) -> None:
-    """Refuse an output folder that was named and is not empty, before Hydra writes into it."""
+def _check_folder(config: DictConfig, sweep: bool) -> Path:
+    """The output folder. Refuses one that was named and is not empty, before Hydra writes into it."""
     key, node = ("hydra.sweep.dir", config.hydra.sweep) if sweep else ("hydra.run.dir", config.hydra.run)
     overwrite = bool(config.get("overwrite"))
     try:
@@ -142,3 +165,4 @@ def _check_folder(config: DictConfig, sweep: bool) -> None:
     files.refuse_filled(folder, key, overwrite)
     if config.get("out"):
         files.refuse_filled(Path(str(config.out)), "out", overwrite)
+    return folder

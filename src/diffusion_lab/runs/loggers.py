@@ -2,11 +2,12 @@
 
 import netrc
 import os
+import secrets
 import socket
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlparse
 
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
@@ -14,7 +15,56 @@ from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 CONNECT_SECONDS = 3.0
 
 
-def build(config: Mapping[str, Any], resolved: Mapping[str, Any], folder: Path) -> list[Logger]:
+class Identity(NamedTuple):
+    """What a run is called beside others.
+
+    Attributes:
+        name: from the choices made, and of a sweep from the values too.
+        group: of the jobs of a sweep, its folder's name.
+        tags: GROUP=OPTION of the choices made.
+        id: W&B's, kept in the checkpoint, so that a resumed run is the same run there.
+    """
+
+    name: str
+    group: str | None
+    tags: list[str]
+    id: str
+
+
+# The choices that tell runs apart, and values that say nothing of the result.
+_TAGGED = ("data", "model", "condition", "schedule", "objective", "weighting", "variance", "sampler", "experiment")
+_MUTE = (
+    "trainer.",
+    "logger",
+    "callbacks.",
+    "hydra",
+    "data.root",
+    "data.download",
+    "overwrite",
+    "trust",
+    "ckpt",
+    "init",
+)
+
+
+def identity(choices: Mapping[str, Any], overrides: Sequence[str], sweep: Path | None, held: str | None) -> Identity:
+    """The identity of a run.
+
+    Args:
+        choices: group → option, as Hydra composed them.
+        overrides: KEY=VALUE of the command line.
+        sweep: the folder of the sweep that the run is a job of.
+        held: W&B's id where the run is continued.
+    """
+    values = [o.lstrip("+") for o in overrides]
+    values = [o for o in values if o.split("=", 1)[0] not in choices and not o.startswith((*_MUTE, "sweep"))]
+    recipe = choices.get("experiment")
+    name = "-".join([*([recipe] if recipe else []), str(choices.get("schedule")), str(choices.get("objective"))])
+    tags = [f"{group}={choices[group]}" for group in _TAGGED if choices.get(group)]
+    return Identity(" ".join([name, *values]), sweep.name if sweep else None, tags, held or secrets.token_hex(4))
+
+
+def build(config: Mapping[str, Any], resolved: Mapping[str, Any], folder: Path, who: Identity) -> list[Logger]:
     """The loggers of a run that writes to `folder`.
 
     Raises:
@@ -31,10 +81,15 @@ def build(config: Mapping[str, Any], resolved: Mapping[str, Any], folder: Path) 
             os.environ.setdefault("WANDB_SILENT", "true")  # nothing to say without a page to look at
         logger = WandbLogger(
             project=options["project"],
-            name=options["name"] or f"{_leaf(resolved, 'schedule')}-{_leaf(resolved, 'objective')}",
+            name=options["name"] or who.name,
+            version=who.id,
             save_dir=str(folder),
             offline=offline,
             mode="offline" if offline else "online",  # Lightning sets the environment, which W&B reads once a process
+            resume=None if offline else "allow",  # offline the id alone says it, to `wandb sync`
+            group=options.get("group") or who.group,
+            tags=[*who.tags, *options.get("tags", [])],
+            job_type="train",
             config=dict(resolved),
             log_model=False,
         )
@@ -68,10 +123,6 @@ def log_table(
         run.log({name: wandb.Table(columns=list(columns), data=rows)})
         if (folder / f"{name}.png").is_file():
             run.log({f"{name}_plot": wandb.Image(str(folder / f"{name}.png"))})
-
-
-def _leaf(resolved: Mapping[str, Any], group: str) -> str:
-    return str(resolved[group]["_target_"]).rsplit(".", 1)[-1]
 
 
 def _offline(mode: str) -> bool:

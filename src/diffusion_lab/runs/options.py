@@ -12,7 +12,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Override, Quote, QuotedString, Sweep
+from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, Quote, QuotedString, Sweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -53,6 +53,7 @@ NULLABLE: dict[str, type | tuple[type, ...]] = {
     "model.num_classes": int,
     "model.head_channels": int,
     "logger.wandb.name": str,
+    "logger.wandb.group": str,
 }
 # Keys that take values of several types.
 MIXED: dict[str, tuple[type, ...]] = {
@@ -90,15 +91,24 @@ def check(config_name: str, arguments: Sequence[str], sweep: bool = False) -> Di
     with _own_hydra(), initialize_config_dir(str(CONF), version_base="1.3", job_name=config_name):
         chosen = [o for o in overrides if _is_group(o.key_or_group)]
         for override in chosen:
-            _check_group(override)
-            _check_command(override, config_name)
+            if not override.key_or_group.startswith("hydra/"):
+                _check_group(override)
+                _check_command(override, config_name)
         base = _compose(config_name, [_single(o) for o in chosen])
         for override in overrides:
             if override not in chosen:
                 _check_value(override, base)
         config = _compose(config_name, [_single(o) for o in overrides])
         _resolve(config)
-        return config
+        interval = next((o.input_line for o in overrides if o.is_interval_sweep()), None)
+        if interval and "Basic" in config.hydra.sweeper._target_:
+            key = interval.split("=", 1)[0]
+            raise ValueError(
+                f"{interval} is an interval: name its values, {key}=A,B or {key}=range(1,4), or write hydra/sweeper=optuna"
+            )
+    named = {o.key_or_group for o in overrides}
+    swept = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items() if key not in named]
+    return check(config_name, [*arguments, *swept], sweep=True) if swept else config
 
 
 def _resolve(config: DictConfig) -> None:
@@ -154,7 +164,8 @@ def _single(override: Override) -> str:
         return str(override.input_line)
     key = str(override.input_line).split("=", 1)[0]
     if not override.is_discrete_sweep():
-        raise ValueError(f"{override.input_line}: name the values of a sweep, {key}=A,B or {key}=range(1,4)")
+        value = override.value()
+        return f"{key}={value.start}" if isinstance(value, IntervalSweep) else str(override.input_line)
     return f"{key}={next(iter(override.sweep_string_iterator()))}"
 
 
@@ -162,7 +173,7 @@ def _single(override: Override) -> str:
 
 
 def _is_group(key: str) -> bool:
-    return (CONF / key.split("@")[0]).is_dir() and not key.startswith("hydra/")
+    return (CONF / key.split("@")[0]).is_dir() or key.startswith("hydra/")  # of Hydra's own, Hydra knows the options
 
 
 def group_options(group: str) -> list[str]:
@@ -187,21 +198,30 @@ def _check_group(override: Override) -> None:
 
 
 def _check_command(override: Override, config_name: str) -> None:
-    """Raise ValueError for a group that this command has not, naming those that have it."""
+    """Raise ValueError for a group, or a sweep over one, that this command has not, naming those that have it."""
     group = override.key_or_group.split("@")[0]
-    if override.is_add() or _lists(CONF / f"{config_name}.yaml", group):
+    groups = {group}
+    if group == "sweep" and override.value() is not None:
+        groups |= {name for name in _defaults(CONF / group / f"{_plain(override.value())}.yaml") if "hydra" not in name}
+    missing = [name for name in sorted(groups) if not _lists(CONF / f"{config_name}.yaml", name)]
+    if override.is_add() or not missing:
         return
-    users = [path.stem for path in sorted(CONF.glob("*.yaml")) if _lists(path, group)]
+    users = [path.stem for path in sorted(CONF.glob("*.yaml")) if all(_lists(path, name) for name in groups)]
     others = " or ".join(f"python src/{name}.py {override.input_line}" for name in users)
     raise ValueError(f"{override.input_line} means nothing to {config_name}.py: leave it out, or write {others}")
 
 
 def _lists(path: Path, group: str) -> bool:
     """Whether a group stands in the defaults list of a file."""
+    return group in _defaults(path)
+
+
+def _defaults(path: Path) -> list[str]:
+    """The groups in the defaults list of a file."""
     entries = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     assert isinstance(entries, dict)
-    names = [name for entry in entries["defaults"] if isinstance(entry, dict) for name in entry]
-    return any(str(name).removeprefix("optional ").removeprefix("override ") == group for name in names)
+    names = [str(name) for entry in entries.get("defaults", []) if isinstance(entry, dict) for name in entry]
+    return [name.removeprefix("optional ").removeprefix("override ").removeprefix("/") for name in names]
 
 
 # values -----------------------------------------------------------------------------------------------------------------
@@ -210,7 +230,7 @@ def _lists(path: Path, group: str) -> bool:
 def _check_value(override: Override, base: DictConfig) -> None:
     key = override.key_or_group
     known = _keys(base)
-    if key.startswith("hydra/") or ((override.is_add() or override.is_force_add()) and key not in known):
+    if (override.is_add() or override.is_force_add()) and key not in known:
         return
     if key not in known:
         if "." not in key and key not in ("seed", "ckpt"):

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from signal import SIGUSR1
 from typing import Any
 
 import pytorch_lightning as pl
@@ -18,21 +19,23 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from diffusion_lab.runs import build, checkpoints, files, loggers
+from diffusion_lab.runs import build, checkpoints, files, launchers, loggers
 from diffusion_lab.runs.cli import CONFIG_ENV, refusals
 from diffusion_lab.runs.instantiate import check_targets, instantiate
 from diffusion_lab.runs.options import check
-from diffusion_lab.training.callbacks import Checkpoints, Interrupt, Quality, Samples
+from diffusion_lab.runs.sweeps import Result
+from diffusion_lab.training.callbacks import Checkpoints, Dashboard, Interrupt, Losses, Pruning, Quality, Samples
 
 _NOT_FROM_CHECKPOINT = ("ckpt", "init", "overwrite", "trust", "run_dir")
 
 
-def run(config: DictConfig) -> int:
-    """Train as configured; returns the exit code: 0, or 128 + the signal that ended the run."""
+def run(config: DictConfig) -> Result:
+    """Train as configured. The exit code is 0, or 128 + the signal that ended the run; the value is the best of what
+    best.ckpt goes by."""
     _quiet()
     with refusals():
         resume = _resume(config)
-        composed, overrides = _merged(config, resume)
+        composed, overrides, choices = _merged(config, resume)
         settings = _plain(OmegaConf.create(composed))
         if resume:
             check_targets({k: v for k, v in settings.items() if k not in _NOT_FROM_CHECKPOINT}, settings["trust"])
@@ -45,10 +48,12 @@ def run(config: DictConfig) -> int:
             raise ValueError("ckpt= resumes a run and init= begins one from weights: write one of them")
         if settings["init"]:
             _say(f"weights from {checkpoints.initialise(network, settings['init'])}")
-        module = build.module(settings, network, build.saved(settings, composed, overrides))
+        who = _identity(choices, overrides, resume)
+        module = build.module(settings, network, build.saved(settings, composed, overrides, choices, who.id))
         instantiate(settings["sampler"]).check(module.denoiser)
         hooks = build.callbacks(settings, folder)
-        trainer = build.trainer(settings, folder, loggers.build(settings, settings, folder), hooks)
+        hooks += _hooks(settings, hooks)
+        trainer = build.trainer(settings, folder, loggers.build(settings, settings, folder, who), hooks)
         _check_disk(folder, network, settings)
         data.trainer = trainer
         if trainer.is_global_zero:
@@ -97,8 +102,8 @@ def _resume(config: DictConfig) -> tuple[Path, int] | None:
     return path, int(checkpoints.read(path)["global_step"])
 
 
-def _merged(config: DictConfig, resume: tuple[Path, int] | None) -> tuple[dict[str, Any], list[str]]:
-    """The configuration to run, interpolations unresolved, and the overrides that made it.
+def _merged(config: DictConfig, resume: tuple[Path, int] | None) -> tuple[dict[str, Any], list[str], dict[str, str]]:
+    """The configuration to run, interpolations unresolved, the overrides that made it, and the options of its groups.
 
     Of a resumed run it is the checkpoint's. On top comes what the overrides of this command line name, as the files and the
     overrides of both command lines compose it: trainer=ddp keeps a trainer.max_steps= of the first run.
@@ -108,19 +113,20 @@ def _merged(config: DictConfig, resume: tuple[Path, int] | None) -> tuple[dict[s
     if (
         not HydraConfig.initialized()
     ):  # a further process of a run, whose configuration the first one has merged already
-        return own, []
+        return own, [], {}
     given = list(HydraConfig.get().overrides.task)
     if resume is None:
-        return own, given
+        return own, given, _choices(HydraConfig.get())
     checkpoint = checkpoints.read(resume[0])
     parse = OverridesParser.create().parse_overrides
     latest = {o.key_or_group: str(o.input_line) for o in parse([*checkpoint["overrides"], *given])}
-    overrides = [line for key, line in latest.items() if key not in _NOT_FROM_CHECKPOINT]
-    both = OmegaConf.to_container(check("train", overrides), resolve=False)
+    overrides = [line for key, line in latest.items() if key not in (*_NOT_FROM_CHECKPOINT, "sweep")]
+    composed = check("train", overrides)
+    both = OmegaConf.to_container(composed, resolve=False)
     held = OmegaConf.create(checkpoint["composed"])
     for override in parse(given):
         key = override.key_or_group
-        if key in ("experiment", "recipe"):
+        if key in ("experiment", "recipe", "sweep"):
             raise ValueError(
                 f"{override.input_line} begins a run and ckpt= continues one: write the values that are to change"
             )
@@ -131,7 +137,35 @@ def _merged(config: DictConfig, resume: tuple[Path, int] | None) -> tuple[dict[s
     for key in _NOT_FROM_CHECKPOINT:
         held[key] = own[key]
     merged: dict[str, Any] = OmegaConf.to_container(held, resolve=False)  # type: ignore[assignment]
-    return merged, overrides
+    return merged, overrides, _choices(composed.hydra)
+
+
+def _choices(hydra: Any) -> dict[str, str]:
+    """Group → option, without Hydra's own groups."""
+    return {g: str(o) for g, o in hydra.runtime.choices.items() if o is not None and not str(g).startswith("hydra/")}
+
+
+def _identity(choices: Mapping[str, str], overrides: list[str], resume: tuple[Path, int] | None) -> loggers.Identity:
+    job = HydraConfig.get() if HydraConfig.initialized() else None
+    sweep = Path(job.sweep.dir) if job and job.mode == RunMode.MULTIRUN else None
+    held = checkpoints.read(resume[0]).get("wandb_id") if resume else None
+    return loggers.identity(choices, overrides, sweep, held)
+
+
+def _hooks(settings: Mapping[str, Any], named: list[pl.Callback]) -> list[pl.Callback]:
+    """The callbacks that no file names: W&B's summaries, and the word of a search."""
+    hooks: list[pl.Callback] = []
+    options = (settings.get("logger") or {}).get("wandb")
+    if options:
+        labels = [hook.label for hook in named if isinstance(hook, Quality)]
+        hooks.append(Dashboard(["val/loss", *labels], options.get("gradients", 0)))
+    if "DIFFUSION_LAB_TRIAL" in os.environ:
+        from hydra_plugins.diffusion_lab_optuna import reporter
+
+        report = reporter()
+        if report:
+            hooks.append(Pruning(report))
+    return hooks
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:
@@ -170,6 +204,16 @@ def _check_processes(settings: Mapping[str, Any]) -> None:
             "--multirun with several processes would run the sweep again in every process: write trainer.devices=1, "
             "or start each run on its own"
         )
+    started = launchers.launched()
+    if started:
+        nodes = options["num_nodes"]
+        each = len(devices) if isinstance(devices, list) else devices
+        if each != "auto" and (nodes, int(each) * nodes) != (started.nodes, started.world):
+            raise ValueError(
+                f"{started.by} started {started.world} processes on {started.nodes} node(s), and trainer.devices={each} "
+                f"trainer.num_nodes={nodes} are others: write trainer=ddp trainer.devices={started.world // started.nodes} "
+                f"trainer.num_nodes={started.nodes}"
+            )
 
 
 def _check_disk(folder: Path, network: torch.nn.Module, settings: Mapping[str, Any]) -> None:
@@ -202,7 +246,7 @@ def _quiet() -> None:
 
 
 def _say(text: str) -> None:
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+    if launchers.rank() == 0:
         print(text, flush=True)
 
 
@@ -218,8 +262,8 @@ def _announce(trainer: pl.Trainer, network: torch.nn.Module, data: Any, settings
     )
 
 
-def _report(trainer: pl.Trainer, hooks: list[pl.Callback], settings: Mapping[str, Any]) -> int:
-    """Says where things are and how to go on; the exit code."""
+def _report(trainer: pl.Trainer, hooks: list[pl.Callback], settings: Mapping[str, Any]) -> Result:
+    """Says where things are and how to go on; what it came to."""
     signal = next(h for h in hooks if isinstance(h, Interrupt)).received
     kept = next((h for h in hooks if isinstance(h, Checkpoints)), None)
     grids = next((h for h in hooks if isinstance(h, Samples)), None)
@@ -236,4 +280,14 @@ def _report(trainer: pl.Trainer, hooks: list[pl.Callback], settings: Mapping[str
         if trainer.global_step < settings["trainer"]["max_steps"]:
             _say(f"resume   python {program} ckpt={shlex.quote(str(kept.last_path))}")
         _say(f"sample   python {program.with_name('sample.py')} ckpt={shlex.quote(str(kept.last_path))} n=64")
-    return 0 if signal is None else 128 + signal
+    code = 0 if signal is None else 128 + signal
+    if signal == SIGUSR1 and launchers.rank() == 0 and (job := launchers.requeue()):
+        _say(f"requeued SLURM's job {job}")
+    losses = next((h for h in hooks if isinstance(h, Losses)), None)
+    if losses and losses.ended:
+        print(f"error: the loss is no number since step {losses.diverged:,}", file=sys.stderr, flush=True)
+        code = 1
+    pruned = any(h.pruned for h in hooks if isinstance(h, Pruning))
+    if kept and kept.best is not None:
+        return Result(code, quality.label if quality and kept.monitor == "quality" else kept.monitor, kept.best, pruned)
+    return Result(code, "val/loss", None if value is None else float(value), pruned)

@@ -17,6 +17,10 @@ class Checkpoints(pl.Callback):
         folder: where.
         every: steps between two writes of last.ckpt.
         monitor: the logged value whose lowest decides best.ckpt; "quality" is the Quality callback's, whatever its label.
+
+    Attributes:
+        best: the lowest value so far.
+        latest: the newest value and its step.
     """
 
     def __init__(self, folder: str, every: int = 1000, monitor: str = "val/loss") -> None:
@@ -24,6 +28,7 @@ class Checkpoints(pl.Callback):
             raise ValueError(f"callbacks.checkpoints.every={every} must be at least 1")
         self.folder, self.every, self.monitor = Path(folder), every, monitor
         self.best: float | None = None
+        self.latest: tuple[float, int] | None = None
         self._saved = -1  # the step of last.ckpt
 
     @property
@@ -49,7 +54,10 @@ class Checkpoints(pl.Callback):
 
     def consider(self, trainer: pl.Trainer, value: float, *names: str) -> None:
         """Writes best.ckpt if a value of one of these names is the lowest so far; every process calls it with the same value."""
-        if self.monitor in names and math.isfinite(value) and (self.best is None or value < self.best):
+        if self.monitor not in names:
+            return
+        self.latest = (value, trainer.global_step)
+        if math.isfinite(value) and (self.best is None or value < self.best):
             self.best = value
             self._write(trainer, self.best_path)
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run between two steps, so that nothing is lost."""
+"""Ctrl-C, SIGTERM and SIGUSR1 end a run between two steps, so that nothing is lost."""
 
 import signal
 import threading
@@ -9,7 +9,9 @@ import pytorch_lightning as pl
 
 
 class Interrupt(pl.Callback):
-    """The first SIGINT or SIGTERM lets the current step finish and stops; a second one stops at once.
+    """The first SIGINT, SIGTERM or SIGUSR1 lets the current step finish and stops; a second one stops at once.
+
+    SLURM announces the end of a job's time by SIGUSR1 where the job asked for it (`--signal=USR1@120`).
 
     Attributes:
         received: the signal that ended the run, or None.
@@ -23,7 +25,7 @@ class Interrupt(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if threading.current_thread() is threading.main_thread():  # only there may handlers be set
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
                 self._before[number] = signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

@@ -1,10 +1,13 @@
 """The training loss, and where along the curve it lies."""
 
+import math
+import sys
 from itertools import pairwise
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.loggers import WandbLogger
 
 from diffusion_lab.schedules import move
 from diffusion_lab.training.module import DiffusionModule
@@ -13,10 +16,15 @@ from diffusion_lab.training.module import DiffusionModule
 class Losses(pl.Callback):
     """Logs `train/loss`, the mean over all images since the last row, and the same for each bin of ln SNR = 2λ.
 
-    Sums stay on the device and are reduced over the processes once a row.
+    Sums stay on the device and are reduced over the processes once a row. A row that is no number is said aloud (and is a W&B
+    alert); two in a row end the run, whose weights are lost.
 
     Args:
         edges: increasing bounds of the bins of ln SNR; `train/loss_snr/…` are named by them. None for no bins.
+
+    Attributes:
+        diverged: the step of the first of the rows that are no numbers, None where the last one is one.
+        ended: whether they ended the run.
     """
 
     def __init__(self, edges: list[float] | None = None) -> None:
@@ -25,6 +33,8 @@ class Losses(pl.Callback):
         self.edges = edges or []
         bounds = ["-inf", *(f"{edge:g}" for edge in self.edges), "inf"]
         self._bounds = torch.tensor(self.edges, dtype=torch.float64)
+        self.diverged: int | None = None
+        self.ended = False
         self.names = [f"train/loss_snr/{low}_{high}" for low, high in pairwise(bounds)]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -53,3 +63,18 @@ class Losses(pl.Callback):
             }
         pl_module.log_row(values)
         self._reset(pl_module.device)
+        self._judge(trainer, values["train/loss"])
+
+    def _judge(self, trainer: pl.Trainer, loss: float) -> None:
+        if math.isfinite(loss):
+            self.diverged = None
+        elif self.diverged is not None:
+            self.ended = trainer.should_stop = True
+        else:
+            self.diverged = trainer.global_step
+            if trainer.is_global_zero:
+                text = f"train/loss is {loss} at step {trainer.global_step:,}: lower optimizer.lr=, or resume an earlier ckpt="
+                print(f"warning: {text}", file=sys.stderr, flush=True)
+                for logger in trainer.loggers:
+                    if isinstance(logger, WandbLogger):
+                        logger.experiment.alert(title="the loss is no number", text=text)

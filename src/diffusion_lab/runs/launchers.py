@@ -1,0 +1,87 @@
+"""Processes that something outside this project started: torchrun, or SLURM's srun. No heavy imports.
+
+Process 0 does what a run alone does. The others wait for the configuration that it writes and take part with it, as the
+processes do that Lightning starts by itself.
+"""
+
+import os
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+_POLL_SECONDS = 0.5
+
+
+class Launched(NamedTuple):
+    """Who started this process, and its place among the others.
+
+    Attributes:
+        by: torchrun or srun.
+        rank: of all processes, 0 is the first.
+        world: processes in all.
+        nodes: machines.
+    """
+
+    by: str
+    rank: int
+    world: int
+    nodes: int
+
+
+def launched(env: Mapping[str, str] = os.environ) -> Launched | None:
+    """How this process was started, None where nothing but the user did. One task of SLURM is such a process, too."""
+    if "TORCHELASTIC_RUN_ID" in env:
+        world = int(env["WORLD_SIZE"])
+        return Launched("torchrun", int(env["RANK"]), world, world // int(env["LOCAL_WORLD_SIZE"]))
+    interactive = env.get("SLURM_JOB_NAME") in ("bash", "interactive")  # Lightning reads it as this
+    if int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env and not interactive:
+        return Launched("srun", int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_NNODES", "1")))
+    return None
+
+
+def rank(env: Mapping[str, str] = os.environ) -> int:
+    """This process's place among all of a run, however they were started; 0 is the one that speaks."""
+    started = launched(env)
+    return started.rank if started else int(env.get("LOCAL_RANK", "0"))
+
+
+def check(started: Launched, command: str, sweep: bool, named_folder: bool, overwrite: bool) -> None:
+    """Raise ValueError for a command that several processes of `started` cannot run together."""
+    if command != "train":
+        raise ValueError(f"{command}.py starts its own processes, without {started.by}: write devices={started.world}")
+    if sweep:
+        raise ValueError(
+            f"--multirun under {started.by} would run the sweep in every process: start each run on its own"
+        )
+    if not named_folder:
+        raise ValueError(
+            f"started by {started.by}, {started.world} processes must agree on a folder: write hydra.run.dir=FOLDER"
+        )
+    if overwrite:
+        raise ValueError(
+            f"overwrite=true under {started.by}: the processes meet in a new folder, write another hydra.run.dir="
+        )
+
+
+def wait_for(path: Path) -> Path:
+    """Waits until process 0 has written `path`; whoever started the processes ends this one if process 0 fails."""
+    while not (path.is_file() and path.stat().st_size):
+        time.sleep(_POLL_SECONDS)
+    return path
+
+
+def requeue(env: Mapping[str, str] = os.environ) -> str | None:
+    """Asks SLURM to run this job again, which it does where the job is `--requeue`; the job's name there, None outside SLURM.
+
+    Raises:
+        subprocess.CalledProcessError: SLURM refuses.
+    """
+    if "SLURM_JOB_ID" not in env:
+        return None
+    job = env["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_JOB_ID" in env:
+        job = f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
+    subprocess.run(["scontrol", "requeue", job], check=True)
+    return job
