@@ -7,12 +7,14 @@ import copy
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.environments import SLURMEnvironment
+from pytorch_lightning.profilers import PyTorchProfiler, SimpleProfiler
 from torch import nn
 
 import diffusion_lab
@@ -148,6 +150,8 @@ def trainer(config: Config, folder: Path, loggers: list[Any], hooks: list[pl.Cal
             limit_val_batches=1.0 if validate else 0,
             num_sanity_val_steps=0,
             deterministic=options["deterministic"],
+            detect_anomaly=options["detect_anomaly"],
+            profiler=_profiler(options["profiler"], folder),
             benchmark=not options["deterministic"],
             logger=loggers,
             callbacks=hooks,
@@ -160,6 +164,13 @@ def trainer(config: Config, folder: Path, loggers: list[Any], hooks: list[pl.Cal
         )
     except (pl.utilities.exceptions.MisconfigurationException, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"trainer: Lightning refuses these options: {error}") from error
+
+
+def _profiler(name: str | None, folder: Path) -> SimpleProfiler | PyTorchProfiler | None:
+    kinds = {"simple": SimpleProfiler, "pytorch": PyTorchProfiler}
+    if name is not None and name not in kinds:
+        raise ValueError(f"trainer.profiler={name} is unknown: write simple or pytorch")
+    return kinds[name](dirpath=folder, filename="profile") if name else None
 
 
 def saved(
@@ -178,6 +189,7 @@ def saved(
             "torch": str(torch.__version__),
             "lightning": str(pl.__version__),
             "python": platform.python_version(),
+            **{name: version(name) for name in ("torchvision", "numpy", "hydra-core", "omegaconf", "torchmetrics")},
             "commit": _commit(),
         },
     }

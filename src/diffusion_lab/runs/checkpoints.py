@@ -1,5 +1,6 @@
 """Checkpoints: finding one, reading it safely, and what is rebuilt from it."""
 
+import json
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from diffusion_lab.denoiser import Clip, Denoiser
@@ -19,6 +21,7 @@ from diffusion_lab.training.condition import Condition
 Make = Callable[[Tensor, dict[str, Tensor], bool], Tensor]  # (index, condition, progress) → (B, …)
 
 FORMAT = 1  # of what this project adds to Lightning's checkpoint
+EXPORTED = "diffusion_lab"  # where a .safetensors file of src/export.py holds its configuration
 
 
 @dataclass
@@ -212,7 +215,10 @@ def find(path: str | Path) -> Path:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A checkpoint's tensors and plain values; ValueError unless it is one of this project, whole."""
+    """A checkpoint's tensors and plain values; ValueError unless it is one of this project, whole. A file of src/export.py reads
+    as a checkpoint that holds one set of weights."""
+    if path.suffix == ".safetensors":
+        return _exported(path)
     if not zipfile.is_zipfile(path):
         raise ValueError(
             f"{path} is not a whole checkpoint: truncated, or something else; take another file (best.ckpt?)"
@@ -225,6 +231,32 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or checkpoint.get("diffusion_lab", {}).get("format") != FORMAT:
         raise ValueError(f"{path} is no checkpoint of diffusion-lab: name one that src/train.py wrote")
     return checkpoint
+
+
+def _exported(path: Path) -> dict[str, Any]:
+    told = _told(path)
+    if told is None:
+        raise ValueError(
+            f"{path} holds weights without their configuration: train.py init= can begin from them; "
+            "to sample take what src/export.py wrote, or a checkpoint"
+        )
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    kind, _, decay = str(told["weights"]).partition(" ")
+    if kind == "ema":
+        return {**told, "ema": {decay: tensors}, "state_dict": {}}
+    return {**told, "ema": {}, "state_dict": {f"network.{name}": tensor for name, tensor in tensors.items()}}
+
+
+def _told(path: Path) -> dict[str, Any] | None:
+    """What src/export.py wrote beside the weights; None for weights from elsewhere. ValueError: a damaged file."""
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get(EXPORTED)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a whole .safetensors file: fetch it again ({error})") from error
+    told: dict[str, Any] | None = None if text is None else json.loads(text)
+    return told
 
 
 def select(checkpoint: dict[str, Any], weights: str | float) -> tuple[str, dict[str, Tensor]]:
@@ -249,7 +281,7 @@ def initialise(network: nn.Module, path: str) -> str:
 
     Args:
         network: what is trained.
-        path: a checkpoint of this project, a run folder, latest, or diffusers' `.safetensors`.
+        path: a checkpoint of this project, a run folder, latest, a file of src/export.py, or diffusers' `.safetensors`.
 
     Returns:
         What was loaded, for the screen.
@@ -257,7 +289,7 @@ def initialise(network: nn.Module, path: str) -> str:
     Raises:
         ValueError: weights that do not fit but for the label embedding.
     """
-    if path.endswith(".safetensors"):
+    if path.endswith(".safetensors") and Path(path).is_file() and _told(Path(path)) is None:
         from diffusion_lab.models.external import load_diffusers
 
         load_diffusers(path, network)  # type: ignore[arg-type]

@@ -93,14 +93,18 @@ def main(config_name: str, task: str) -> int:
     outcome: list[int] = []
     begun, first_process = time.time(), os.getpid()
 
+    def call(config: DictConfig) -> int | Result:
+        done = _call(task, config)
+        if config_name != "train":  # which writes its own before the first step
+            _keep_configuration(config)
+        return done
+
     def run(config: DictConfig) -> Any:
         if not sweep:
-            outcome.append(_code(_call(task, config)))
+            outcome.append(_code(call(config)))
             return None
         hydra_config = HydraConfig.get()
-        job = sweeps.job(
-            lambda: _call(task, config), Path(hydra_config.runtime.output_dir), list(hydra_config.overrides.task)
-        )
+        job = sweeps.job(lambda: call(config), Path(hydra_config.runtime.output_dir), list(hydra_config.overrides.task))
         if job["code"] > 128 and os.getpid() == first_process:  # a signal ends the sweep, not one job of it
             raise SystemExit(job["code"])
         return job
@@ -119,6 +123,14 @@ def main(config_name: str, task: str) -> int:
     except SystemExit as end:  # a signal, or a process of the sweep that died
         code = end.code if isinstance(end.code, int) else 1
     return max(code, sweeps.summarise(folder, begun))
+
+
+def _keep_configuration(config: DictConfig) -> None:
+    """config.yaml, resolved, in the folder that a command wrote."""
+    folder = Path(str(config.get("out") or config.run_dir))
+    folder = folder if folder.is_dir() else Path(str(config.run_dir))  # export.py writes a file
+    if folder.is_dir() and not (folder / "config.yaml").exists():
+        files.write(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
 
 
 def _code(done: int | Result) -> int:
@@ -163,6 +175,6 @@ def _check_folder(config: DictConfig, sweep: bool) -> Path:
     except OmegaConfBaseException as error:
         raise ValueError(f"{key} cannot be resolved: {options.first_line(error)}") from None
     files.refuse_filled(folder, key, overwrite)
-    if config.get("out"):
+    if config.get("out") and not str(config.out).endswith(".safetensors"):  # the one output that is a file
         files.refuse_filled(Path(str(config.out)), "out", overwrite)
     return folder

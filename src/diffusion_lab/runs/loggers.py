@@ -13,6 +13,7 @@ from urllib.parse import urlparse
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
 CONNECT_SECONDS = 3.0
+FINISH_SECONDS = 120.0  # for what W&B has still to send when a run ends; the rest is for `wandb sync`
 
 
 class Identity(NamedTuple):
@@ -38,6 +39,7 @@ _MUTE = (
     "logger",
     "callbacks.",
     "hydra",
+    "print_config",
     "data.root",
     "data.download",
     "overwrite",
@@ -90,6 +92,7 @@ def build(config: Mapping[str, Any], resolved: Mapping[str, Any], folder: Path, 
             group=options.get("group") or who.group,
             tags=[*who.tags, *options.get("tags", [])],
             job_type="train",
+            settings={"finish_timeout": FINISH_SECONDS},
             config=dict(resolved),
             log_model=False,
         )
@@ -105,8 +108,9 @@ def log_table(
     name: str,
     columns: Sequence[str],
     rows: list[list[Any]],
+    curves: Sequence[str],
 ) -> None:
-    """One W&B run that holds one table, and the picture `name`.png where `folder` has it.
+    """One W&B run that holds one table, its figures against network evaluations, and the picture `name`.png of `folder`.
 
     Raises:
         ValueError: as `build`.
@@ -120,7 +124,11 @@ def log_table(
     with wandb.init(
         project=options["project"], name=options["name"] or folder.name, dir=str(folder), mode=mode, config=config
     ) as run:
-        run.log({name: wandb.Table(columns=list(columns), data=rows)})
+        table = wandb.Table(columns=list(columns), data=rows)
+        run.log({name: table})
+        for metric in curves:
+            title = f"{metric} against network evaluations"
+            run.log({f"{name}_curve/{metric}": wandb.plot.line(table, "nfe", metric, stroke="sampler", title=title)})
         if (folder / f"{name}.png").is_file():
             run.log({f"{name}_plot": wandb.Image(str(folder / f"{name}.png"))})
 

@@ -37,6 +37,7 @@ NULLABLE: dict[str, type | tuple[type, ...]] = {
     "save_reference": str,
     "budget": (int, list),
     "trainer.max_time": (str, dict),
+    "trainer.profiler": str,
     "sampler.steps": int,
     "sampler.budget": int,
     "sampler.last_bound": (int, float),
@@ -183,7 +184,7 @@ def group_options(group: str) -> list[str]:
 
 def _check_group(override: Override) -> None:
     if override.is_delete():
-        if override.key_or_group not in ("experiment", "recipe", "callbacks", "logger", "clip"):
+        if override.key_or_group not in ("experiment", "recipe", "sweep", "debug", "callbacks", "logger", "clip"):
             raise ValueError(f"{override.input_line}: a run needs every group; write {override.key_or_group}=OPTION")
         return
     group = override.key_or_group.split("@")[0]

@@ -52,7 +52,7 @@ def run(config: DictConfig) -> Result:
         module = build.module(settings, network, build.saved(settings, composed, overrides, choices, who.id))
         instantiate(settings["sampler"]).check(module.denoiser)
         hooks = build.callbacks(settings, folder)
-        hooks += _hooks(settings, hooks)
+        hooks += _hooks(settings)
         trainer = build.trainer(settings, folder, loggers.build(settings, settings, folder, who), hooks)
         _check_disk(folder, network, settings)
         data.trainer = trainer
@@ -99,6 +99,8 @@ def _resume(config: DictConfig) -> tuple[Path, int] | None:
     if not config.ckpt:
         return None
     path = checkpoints.find(config.ckpt)
+    if path.suffix == ".safetensors":
+        raise ValueError(f"{path} holds weights alone, and resuming needs the optimiser's state: write init={path}")
     return path, int(checkpoints.read(path)["global_step"])
 
 
@@ -152,13 +154,12 @@ def _identity(choices: Mapping[str, str], overrides: list[str], resume: tuple[Pa
     return loggers.identity(choices, overrides, sweep, held)
 
 
-def _hooks(settings: Mapping[str, Any], named: list[pl.Callback]) -> list[pl.Callback]:
+def _hooks(settings: Mapping[str, Any]) -> list[pl.Callback]:
     """The callbacks that no file names: W&B's summaries, and the word of a search."""
     hooks: list[pl.Callback] = []
     options = (settings.get("logger") or {}).get("wandb")
     if options:
-        labels = [hook.label for hook in named if isinstance(hook, Quality)]
-        hooks.append(Dashboard(["val/loss", *labels], options.get("gradients", 0)))
+        hooks.append(Dashboard(options.get("gradients", 0)))
     if "DIFFUSION_LAB_TRIAL" in os.environ:
         from hydra_plugins.diffusion_lab_optuna import reporter
 
@@ -255,9 +256,12 @@ def _announce(trainer: pl.Trainer, network: torch.nn.Module, data: Any, settings
     parameters = sum(p.numel() for p in network.parameters())
     device = "GPU" if trainer.accelerator.__class__.__name__ == "CUDAAccelerator" else "CPU"
     workers = f"{trainer.world_size} processes" if trainer.world_size > 1 else "1 process"
+    if settings["print_config"]:
+        _say(yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
+    threads = "" if device == "GPU" else f" of {torch.get_num_threads()} thread(s)"
     _say(
         f"{' · '.join(names)} with {parameters:,} parameters\n"
-        f"{settings['trainer']['max_steps']:,} steps of {settings['data']['batch_size']} images on {device}, {workers}\n"
+        f"{settings['trainer']['max_steps']:,} steps of {settings['data']['batch_size']} images on {device}, {workers}{threads}\n"
         f"run folder {settings['run_dir']}"
     )
 

@@ -187,6 +187,6 @@ def to_wandb(settings: Mapping[str, Any], out: Path, rows: list[Row]) -> None:
         return
     flat = [_flat(row) for row in rows]
     names = list(dict.fromkeys(name for row in flat for name in row))
-    loggers.log_table(
-        options, out, dict(settings), "quality", names, [[row.get(name) for name in names] for row in flat]
-    )
+    values = [[row.get(name) for name in names] for row in flat]
+    curves = list(scalars(rows[0])) if rows[0]["sampler"] else []
+    loggers.log_table(options, out, dict(settings), "quality", names, values, curves)

@@ -8,10 +8,10 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from PIL import Image
-from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
-from diffusion_lab.data.pictures import Panel, save_sheet
+from diffusion_lab.data.pictures import Panel, grid, save_sheet
 from diffusion_lab.denoiser import Clip, Denoiser
 from diffusion_lab.noise import normal
 from diffusion_lab.samplers import Sampler, prior
@@ -89,12 +89,16 @@ class Samples(pl.Callback):
             module.network.train(training)
         self.path = self.folder / f"step_{step:07d}.png"
         save_sheet(self.path, panels)
+        what = " | ".join(panel.caption for panel in panels if panel.columns is None)
+        caption = f"step {step:,}, {type(self.sampler).__name__}, seed {self.seed}: {what}"
+        pictures = [("samples", np.asarray(Image.open(self.path)), caption)]
+        pictures += [("trajectory", grid(p.images, p.columns), p.caption) for p in panels if p.columns is not None]
         for logger in trainer.loggers:
-            if hasattr(logger, "log_image"):  # W&B
-                logger.log_image("samples", [str(self.path)], step=step)
-            elif isinstance(logger, TensorBoardLogger):
-                picture = np.asarray(Image.open(self.path))
-                logger.experiment.add_image("samples", picture, step, dataformats="HWC")
+            for name, picture, said in pictures:
+                if isinstance(logger, WandbLogger):
+                    logger.log_image(name, [picture], step=step, caption=[said])
+                elif isinstance(logger, TensorBoardLogger):
+                    logger.experiment.add_image(name, picture, step, dataformats="HWC")
 
     def _panels(self, module: DiffusionModule) -> list[Panel]:
         channels, size = module.trainer.datamodule.channels, module.trainer.datamodule.image_size  # type: ignore[attr-defined]

@@ -1,0 +1,42 @@
+"""`src/export.py`: one file of weights with the configuration that rebuilds their network."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import save
+
+from diffusion_lab.models.external import to_diffusers
+from diffusion_lab.models.unet import UNet
+from diffusion_lab.runs import checkpoints, files
+from diffusion_lab.runs.checkpoints import EXPORTED
+from diffusion_lab.runs.cli import refusals
+
+
+def run(config: DictConfig) -> int:
+    """Writes the file; returns the exit code."""
+    with refusals(OSError):
+        settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+        out = Path(settings["out"])
+        if out.suffix != ".safetensors":
+            raise ValueError(f"out={out}: name a file that ends in .safetensors")
+        if out.exists() and not settings["overwrite"]:
+            raise ValueError(f"{out} exists: write overwrite=true, or another out=")
+        found = checkpoints.find(settings["ckpt"] or "latest")
+        loaded = checkpoints.load_checkpoint(found, settings["weights"], settings["trust"])
+        network = loaded.denoiser.network
+        if settings["diffusers"]:
+            if not isinstance(network, UNet):
+                raise ValueError(f"{type(network).__name__} has no namesake in diffusers: leave diffusers= out")
+            tensors, told = to_diffusers(network), {}
+        else:
+            source = checkpoints.read(found)
+            kept = {key: source[key] for key in ("config", "choices", "global_step", "diffusion_lab") if key in source}
+            tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}  # type: ignore[attr-defined]
+            told = {EXPORTED: json.dumps({**kept, "weights": loaded.weights})}
+        files.write(out, save(tensors, metadata=told or None))
+    count = sum(tensor.numel() for tensor in tensors.values())
+    print(f"{found} ({loaded.weights}, step {loaded.step:,}): {count:,} numbers, {out.stat().st_size / 2**20:.1f} MiB")
+    print(f"written to {out}")
+    return 0
