@@ -34,3 +34,16 @@ class SizedNetwork(nn.Module):
         told = torch.stack([c / 1000, size], 1)[:, :, None, None].expand(-1, -1, *x.shape[2:])
         out: Tensor = self.convolution(torch.cat([x, told], 1))
         return out
+
+
+class Noise(Source):
+    """Twelve images of noise, labelled: a stand-in for a data set that is not there, whatever its options."""
+
+    def __init__(self, **options: object) -> None:
+        pass
+
+    def load(self, root: Path, shape: tuple[int, int, int], *, download: bool) -> Dataset:
+        images = np.random.default_rng(0).integers(0, 256, (12, *shape), np.uint8)
+        attributes = np.ones((12, 40), np.int8)
+        names = tuple(f"attribute {i}" for i in range(40))
+        return Dataset(Examples(images, np.arange(12) % 10, attributes), tuple("0123456789"), names)
