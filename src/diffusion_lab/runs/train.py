@@ -205,6 +205,10 @@ def _check_processes(settings: Mapping[str, Any]) -> None:
             "--multirun with several processes would run the sweep again in every process: write trainer.devices=1, "
             "or start each run on its own"
         )
+    if str(options["strategy"]).startswith("fsdp") and (settings.get("callbacks") or {}).get("ema"):
+        raise ValueError(
+            "trainer=fsdp cuts the weights into parts, of which no average is kept: write callbacks.ema=null, or trainer=ddp"
+        )
     started = launchers.launched()
     if started:
         nodes = options["num_nodes"]
@@ -273,7 +277,14 @@ def _report(trainer: pl.Trainer, hooks: list[pl.Callback], settings: Mapping[str
     grids = next((h for h in hooks if isinstance(h, Samples)), None)
     quality = next((h for h in hooks if isinstance(h, Quality)), None)
     value = trainer.callback_metrics.get("val/loss")
-    _say(f"{trainer.global_step:,} steps done" + ("" if value is None else f", validation loss {float(value):.4f}"))
+    step = trainer.global_step
+    if kept and str(settings["trainer"]["strategy"]).endswith(
+        "spawn"
+    ):  # what the spawned processes knew is in their checkpoint
+        last = checkpoints.read(kept.last_path)
+        step = int(last["global_step"])
+        kept.load_state_dict(last["callbacks"][kept.state_key])
+    _say(f"{step:,} steps done" + ("" if value is None else f", validation loss {float(value):.4f}"))
     if quality and quality.value is not None:
         best = f", best {kept.best:.4g}" if kept and kept.monitor in ("quality", quality.label) and kept.best else ""
         _say(f"{quality.label} {quality.value:.4g}{best}")
@@ -281,7 +292,7 @@ def _report(trainer: pl.Trainer, hooks: list[pl.Callback], settings: Mapping[str
         _say(f"look at  {grids.path}")
     if kept:
         program = Path(sys.argv[0]).parent / "train.py"
-        if trainer.global_step < settings["trainer"]["max_steps"]:
+        if step < settings["trainer"]["max_steps"]:
             _say(f"resume   python {program} ckpt={shlex.quote(str(kept.last_path))}")
         _say(f"sample   python {program.with_name('sample.py')} ckpt={shlex.quote(str(kept.last_path))} n=64")
     code = 0 if signal is None else 128 + signal
