@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup lock train sample evaluate test test-slow lint format bench pictures clean
+.PHONY: help setup lock train sample evaluate test test-slow lint format bench pictures notebooks clean
 
 VENV   := .venv
 PYTHON := $(VENV)/bin/python
@@ -55,6 +55,9 @@ bench: setup ## speed and quality beside peers; the tables of docs/benchmarks.md
 
 pictures: setup ## what the tasks of src/sample.py make of the latest run, in docs/tasks
 	$(PYTHON) benchmarks/tasks.py $(ARGS)
+
+notebooks: setup ## run notebooks/*.py and write their .ipynb, with figures, beside them
+	OMP_NUM_THREADS=1 $(PYTHON) notebooks/execute.py $(ARGS)
 
 clean: ## caches and build products; never runs, data or the environment
 	rm -rf build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,0 +1,282 @@
+# %% [markdown]
+# # Samplers
+#
+# One denoiser, all samplers. Here it is no trained network: for a mixture of Gaussians the best $\hat\varepsilon$ is known in closed form,
+# so whatever is wrong with a sample is the sampler's doing. At the end the network is made to err, and the order of the samplers turns round.
+
+# %%
+import math
+
+import matplotlib.pyplot as plt
+import torch
+
+from diffusion_lab import objectives, samplers, schedules, variances
+from diffusion_lab.denoiser import Denoiser
+from diffusion_lab.noise import normal
+from diffusion_lab.samplers import grids
+
+plt.style.use("lab.mplstyle")
+
+# %% [markdown]
+# ## 1. Data and the best network
+#
+# Eighty Gaussians along two arms of a spiral. Samplers take images $(B, C, H, W)$; ours has two channels, the coordinates, and each of its
+# pixels is a point of its own. For components of mean $m_k$ and standard deviation $w$, with $n^2 = \alpha^2w^2 + \sigma^2$,
+#
+# $$\hat x_0 = \sum_k p_k\,\frac{\sigma^2 m_k + \alpha w^2 x_t}{n^2}, \qquad p_k \propto \exp\left(-\frac{\|x_t - \alpha m_k\|^2}{2n^2}\right).$$
+
+# %%
+reach = torch.linspace(0.15, 1, 40, dtype=torch.float64)
+angle = 3.2 * math.pi * reach
+arm = torch.stack([reach * angle.cos(), reach * angle.sin()], dim=1)
+means, width = torch.cat([arm, -arm]), 0.04
+schedule = schedules.VP()
+
+
+def best(x_t, c):
+    """E[ε | x_t]; a network of `vp` is told c = 999 t."""
+    alpha, sigma = (v.reshape(-1, 1, 1, 1) for v in schedule.alpha_sigma(c / 999))
+    n2 = (alpha * width) ** 2 + sigma**2
+    logits = alpha * torch.einsum("kd,bdhw->bkhw", means, x_t) - alpha**2 / 2 * means.square().sum(1)[:, None, None]
+    mean = torch.einsum("kd,bkhw->bdhw", means, (logits / n2).softmax(1))
+    x0 = (sigma**2 * mean + alpha * width**2 * x_t) / n2
+    return (x_t - alpha * x0) / sigma
+
+
+denoiser = Denoiser(best, schedule, objectives.PredNoise())
+side = 40
+one = torch.tensor([0])
+
+
+def data(seed):
+    """1600 points of the mixture as an image (1, 2, 40, 40), and the component of each."""
+    generator = torch.Generator().manual_seed(seed)
+    k = torch.randint(len(means), (side, side), generator=generator)
+    return means[k].permute(2, 0, 1)[None] + width * normal(
+        (2, side, side), seed=seed, index=one, dtype=torch.float64
+    ), k
+
+
+def points(ax, x, **style):
+    """The pixels of an image as points."""
+    ax.scatter(*x[0].flatten(1), **{"s": 2, "lw": 0, "color": "0.75", **style})
+    ax.set(xticks=[], yticks=[], aspect="equal")
+    ax.spines[:].set_visible(False)
+    ax.grid(False)
+
+
+# %% [markdown]
+# Two ways from data to noise: the forward process, in which each point forgets where it came from, and the probability-flow ODE run
+# backwards, $dx/dt = \dot\alpha\hat x_0 + \dot\sigma\hat\varepsilon$, which winds the spiral into a Gaussian and can be unwound. At each $t$ both rows
+# have the same distribution; the colour is the place on the spiral.
+
+# %%
+x0, k = data(0)
+eps = normal((2, side, side), seed=7, index=one, dtype=torch.float64)
+order = (k % 40).flatten() + 40 * (k >= 40).flatten()
+stops = [0, 0.1, 0.2, 0.3, 0.5, 1.0]
+
+fig, axes = plt.subplots(2, len(stops), figsize=(7.2, 2.5))
+state = x0
+for column, (before, t) in zip(axes.T, zip([0, *stops], stops, strict=False), strict=True):
+    alpha, sigma = schedule.alpha_sigma(torch.tensor(t, dtype=torch.float64))
+    if t > 0:
+        state = samplers.ODE(rtol=1e-4, atol=1e-4)(denoiser, state, start=before, stop=t)
+    for ax, x in zip(column, (alpha * x0 + sigma * eps, state), strict=True):
+        points(ax, x, color=None, c=order, cmap="viridis")
+        ax.set(xlim=(-2.3, 2.3), ylim=(-2.3, 2.3))
+    column[0].set_title(f"$t$ = {t:g}", loc="center")
+axes[0, 0].set_ylabel("forward")
+axes[1, 0].set_ylabel("ODE")
+plt.show()
+
+# %% [markdown]
+# ## 2. Trajectories
+#
+# Every sampler has the same signature, `sampler(denoiser, x_T, seed=, callback=)`, and `budget` says how many network evaluations it may
+# spend. Twenty evaluations from the same five points (rings); in grey the data, in brackets the evaluations used:
+
+# %%
+turn = torch.arange(5, dtype=torch.float64) * 2 * math.pi / 5 + 0.4
+start = 1.4 * torch.stack([turn.cos(), turn.sin()])[None, :, :, None]  # (1, 2, 5, 1): five pixels
+shown = {
+    "ODE, adaptive": samplers.ODE(),
+    "ddim": samplers.DDIM(budget=20),
+    "heun": samplers.Heun(budget=20, grid="uniform_lambda"),
+    "dpm_solver_pp": samplers.DPMSolverPP(budget=20, grid="uniform_lambda"),
+    "ddpm": samplers.DDPM(budget=20, grid="uniform_lambda"),
+    "ddim, η = 0.5": samplers.DDIM(budget=20, eta=0.5, grid="uniform_lambda"),
+    "dpm_solver_pp, sde": samplers.DPMSolverPP(budget=20, sde=True, grid="uniform_lambda"),
+    "heun, churn": samplers.Heun(budget=20, s_churn=8, grid="uniform_lambda"),
+}
+
+fig, axes = plt.subplots(2, 4, figsize=(7.2, 3.9))
+ends = {}
+for ax, (name, sampler) in zip(axes.flat, shown.items(), strict=True):
+    path = []
+    ends[name] = sampler(denoiser, start, seed=4, callback=lambda i, t, x, prediction, path=path: path.append(x))
+    path = torch.cat([*path, ends[name]]).flatten(2)  # (steps, 2, 5)
+    points(ax, x0, s=1, color="0.8")
+    for n in range(5):
+        ax.plot(*path[:, :, n].T, ".-", color=f"C{n}", lw=0.8, ms=0 if sampler.nfe > 20 else 2.5)
+        ax.plot(*path[0, :, n], "o", color=f"C{n}", ms=5, mfc="white")
+        ax.plot(*path[-1, :, n], "o", color=f"C{n}", ms=5)
+    ax.set(xlim=(-1.9, 1.9), ylim=(-1.9, 1.9))
+    ax.set_title(f"{name} ({sampler.nfe})", loc="center", fontsize=8.5)
+plt.show()
+for name, end in ends.items():
+    if shown[name].deterministic:
+        print(f"{name:15} {(end - ends['ODE, adaptive']).square().sum(1).sqrt().mean():.4f} from where the ODE ends")
+
+# %% [markdown]
+# The upper four approximate one curve, the flow of the ODE; the lower four draw another point of the data with every seed.
+#
+# ## 3. Where to take the steps
+#
+# The grids put the same number of steps elsewhere. Solvers that are exact in $\lambda = \ln(\alpha/\sigma)$ (`dpm_solver_pp`, `unipc`) want
+# equal steps in it; `trailing` with `vp` spends most of its steps on noise.
+
+# %%
+fig, axes = plt.subplots(1, 2, figsize=(7.2, 2.4), sharey=True)
+for row, name in enumerate(reversed(grids.NAMES)):
+    at = grids.times(name, schedule, 15)[:-1]
+    for ax, where in zip(axes, (at, schedule.lam(at)), strict=True):
+        ax.plot(where, [row] * len(where), "o", ms=3.5, color="C0")
+axes[0].set_yticks(range(len(grids.NAMES)), reversed(grids.NAMES))
+axes[0].set(xlabel="$t$", ylim=(-0.6, len(grids.NAMES) - 0.4), title="15 steps of each grid (that into data not shown)")
+axes[1].set(xlabel=r"$\lambda = \ln(\alpha/\sigma)$")
+for ax in axes:
+    ax.grid(axis="y", visible=False)
+    ax.tick_params(axis="y", length=0)
+plt.show()
+
+# %% [markdown]
+# ## 4. Order
+#
+# From $t = 1$ to $t = 0.1$, against the ODE solved to 11 digits. A method of order $p$ has error $\propto N^{-p}$. Its
+# constants are theory's where no step is special: equal steps in $\lambda$, no last step into data, none lowered in order (`lower_last=False`).
+# The published third-order rule of DPM-Solver++ takes half of the second difference that it should, and bends to slope 2; `corrected=True`
+# takes the whole. UniPC-2's corrector gives it one order more.
+
+# %%
+few = normal((2, 6, 6), seed=3, index=one, dtype=torch.float64)
+exact = samplers.ODE(rtol=1e-11, atol=1e-11)(denoiser, few, stop=0.1)
+even = {"grid": "uniform_lambda"}
+solvers = {
+    "ddim": (1, lambda n: samplers.DDIM(n, **even)),
+    "heun": (2, lambda n: samplers.Heun(budget=n, **even)),
+    "dpm_solver_pp, 2M": (2, lambda n: samplers.DPMSolverPP(n, corrected=True, lower_last=False, **even)),
+    "3M, published": (2, lambda n: samplers.DPMSolverPP(n, order=3, lower_last=False, **even)),
+    "3M, corrected": (3, lambda n: samplers.DPMSolverPP(n, order=3, corrected=True, lower_last=False, **even)),
+    "unipc-2": (3, lambda n: samplers.UniPC(n, lower_last=False, **even)),
+}
+budgets = [16, 32, 64, 128, 256, 512]
+errors = {}
+for name, (_, make) in solvers.items():
+    errors[name] = []
+    for n in budgets:
+        end = make(n)(denoiser, few, stop=0.1)
+        errors[name].append(float((end - exact).square().mean().sqrt()))
+
+fig, ax = plt.subplots(figsize=(7.2, 3.4))
+for name, curve in errors.items():
+    ax.loglog(budgets, curve, "o-", label=name)
+for slope, end in ((1, 2 * errors["ddim"][-1]), (2, 2.2 * errors["heun"][-1]), (3, 0.45 * errors["unipc-2"][-1])):
+    ax.loglog(budgets[-3:], [end * (n / budgets[-1]) ** -slope for n in budgets[-3:]], color="0.5", lw=0.9, ls="--")
+    ax.text(budgets[-1] * 1.06, end, f"slope {slope}", color="0.4", fontsize=8, va="center")
+ax.set(xlabel="network evaluations", ylabel="distance from the exact solution", xlim=(14, 760))
+ax.set_xticks(budgets, [str(n) for n in budgets])
+ax.minorticks_off()
+ax.legend(loc="lower left")
+plt.show()
+
+for name, (p, _) in solvers.items():
+    slope = -math.log2(errors[name][-1] / errors[name][-2])
+    print(f"{name:18} order {p}, measured {slope:.2f}")
+    assert abs(slope - p) < 0.3
+
+# %% [markdown]
+# ## 5. Quality against network evaluations
+#
+# Now all the way to data, 1600 samples, and the distance of their distribution from the data's: the sliced Wasserstein distance, the mean
+# over 32 directions of the distance between sorted projections. The dotted line is where 1600 true points lie. On the right the same with a
+# network that errs by a tenth of a standard deviation, smoothly in $x$, as trained ones do.
+
+# %%
+directions = torch.arange(32, dtype=torch.float64) * math.pi / 32
+directions = torch.stack([directions.cos(), directions.sin()])
+truth = torch.cat([data(100 + i)[0][0].flatten(1) for i in range(10)], dim=1).T @ directions
+truth = truth.sort(0).values[5::10]  # the quantiles that 1600 sorted points stand for
+
+
+def distance(x):
+    return float((x[0].flatten(1).T @ directions).sort(0).values.sub(truth).square().mean().sqrt())
+
+
+def erring(x_t, c):
+    return best(x_t, c) + 0.1 * torch.sin(2.5 * x_t.flip(1) + 1)
+
+
+compared = {
+    "ddim": lambda n: samplers.DDIM(budget=n, **even),
+    "heun": lambda n: samplers.Heun(budget=n, **even),
+    "unipc": lambda n: samplers.UniPC(budget=n, **even),
+    "ddpm, fixed_small": lambda n: samplers.DDPM(budget=n, **even),
+    "ddpm, fixed_large": lambda n: samplers.DDPM(budget=n, variance=variances.FixedLarge(), **even),
+    "dpm_solver_pp, sde": lambda n: samplers.DPMSolverPP(budget=n, sde=True, **even),
+    "predictor_corrector": lambda n: samplers.PredictorCorrector(budget=n, **even),
+}
+budgets = [6, 10, 20, 50, 100]
+x_T = samplers.prior(schedule, normal((2, side, side), seed=0, index=one, dtype=torch.float64))
+floor = distance(data(50)[0])
+
+fig, axes = plt.subplots(1, 2, figsize=(7.2, 3.4), sharey=True)
+final = {}
+for ax, network, title in zip(axes, (best, erring), ("The best network", "A network that errs"), strict=True):
+    judged = Denoiser(network, schedule, objectives.PredNoise())
+    for name, make in compared.items():
+        found = [distance(make(n)(judged, x_T)) for n in budgets]
+        final[title, name] = found[-1]
+        ax.loglog(budgets, found, "o-" if make(6).deterministic else "s--", label=name)
+    ax.axhline(floor, color="black", lw=0.9, ls=":")
+    ax.set_xticks(budgets, [str(n) for n in budgets])
+    ax.minorticks_off()
+    ax.set(xlabel="network evaluations", title=title)
+axes[0].set_ylabel("distance from the data")
+fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+plt.show()
+
+# %% [markdown]
+# With the best network UniPC is as close as true points are after ten evaluations, Heun after twenty, and the stochastic ones
+# follow at fifty or a hundred. With one that errs, the deterministic ones all converge to the *same wrong* distribution: they solve the
+# ODE of that network ever better. Each stochastic step partly forgets what earlier errors did, and the stochastic samplers end closer to
+# the data. That is the reason for churn, for correctors, and for DDPM's good figures at a thousand steps.
+
+# %%
+names = [("errs" in title, title, name) for title, name in final]
+worst_noisy = max(final[title, name] for errs, title, name in names if errs and not compared[name](6).deterministic)
+best_exact = min(final[title, name] for errs, title, name in names if errs and compared[name](6).deterministic)
+print(f"with the erring network: stochastic {worst_noisy:.3f} at most, deterministic {best_exact:.3f} at least")
+assert worst_noisy < best_exact
+
+samples = {
+    "data": data(50)[0],
+    "ddim": compared["ddim"](10)(denoiser, x_T),
+    "unipc": compared["unipc"](10)(denoiser, x_T),
+    "ddpm, fixed_small": compared["ddpm, fixed_small"](10)(denoiser, x_T),
+    "ddpm, fixed_large": compared["ddpm, fixed_large"](10)(denoiser, x_T),
+}
+fig, axes = plt.subplots(1, len(samples), figsize=(7.2, 1.75))
+for ax, (name, x) in zip(axes, samples.items(), strict=True):
+    points(ax, x, color="C0", s=2.5)
+    ax.set(xlim=(-1.15, 1.15), ylim=(-1.15, 1.15))
+    ax.set_title(name, loc="center", fontsize=8.5)
+fig.suptitle("Ten evaluations, the best network", fontsize=9.5)
+plt.show()
+
+# %% [markdown]
+# At ten steps `fixed_small` is sure of what it cannot know and pulls the points together; `fixed_large` blurs. The measured variance of
+# [01_formulas](01_formulas.ipynb), `variance=analytic`, lies between.
+#
+# On the command line, with any checkpoint: `python src/evaluate.py ckpt=latest samplers=[ddim,unipc,ddpm] steps=[10,20,50]` draws the picture of
+# section 5 for it. Next: [04_guidance_and_editing](04_guidance_and_editing.ipynb).
