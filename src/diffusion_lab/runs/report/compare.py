@@ -69,9 +69,9 @@ class Column:
         )
 
     def best(self) -> int | None:
-        """The run with the best value; None where there is no best or nothing to choose from."""
+        """The run with the best value; None where there is no best, or no two values."""
         finite = [(v, i) for i, v in enumerate(self.values) if isinstance(v, int | float) and math.isfinite(v)]
-        if not self.better or len(finite) < 2:
+        if not self.better or len({value for value, _ in finite}) < 2:
             return None
         return min(finite)[1] if self.better == "low" else max(finite, key=lambda pair: (pair[0], -pair[1]))[1]
 
@@ -140,18 +140,23 @@ def _text(node: Any) -> str:
 def choices(runs: Sequence[Run]) -> list[Column]:
     """The columns that tell runs apart: what their command lines name and what differs, or else what differs at all."""
     if len(runs) == 1:
-        return [Column(group, [_value(runs[0], group)]) for group in _ALONE if group in runs[0].config]
+        return [_choice(group, [_value(runs[0], group)]) for group in _ALONE if group in runs[0].config]
     named = dict.fromkeys(_key(line) for run in runs for line in run.overrides or ())
     columns: dict[tuple[Any, ...], Column] = {}
     for key in named:
         values = [_value(run, key) for run in runs]
         if key and key.split(".")[0] not in _IGNORED and len(set(values)) > 1:
-            columns.setdefault(tuple(values), Column(key, values))
+            columns.setdefault(tuple(values), _choice(key, values))
     if not columns:
         for difference in differences([run.config for run in runs])[:_COLUMNS]:
             values = [NONE if v is None else v for v in difference.values]
-            columns[tuple(values)] = Column(difference.keys[0], values)
+            columns[tuple(values)] = _choice(difference.keys[0], values)
     return list(columns.values())
+
+
+def _choice(key: str, values: list[Any]) -> Column:
+    """Numbers read as they were written, not rounded."""
+    return Column(key, values, texts=[f"{v:g}" if isinstance(v, float) else str(v) for v in values])
 
 
 def _key(line: str) -> str:

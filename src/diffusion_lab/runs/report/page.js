@@ -25,7 +25,9 @@ for (const table of $$('table.sortable')) {
     if (!column) return;
     const down = column.getAttribute('aria-sort') === 'ascending';
     sort(table, column, down);
-    if (table.id === 'runs') history.replaceState(null, '', '#sort=' + (down ? '-' : '') + encodeURIComponent(column.dataset.key));
+    if (table.id !== 'runs') return;
+    const address = '#sort=' + (down ? '-' : '') + encodeURIComponent(column.dataset.key);
+    try { history.replaceState(null, '', address); } catch { /* in a frame without an address of its own */ }
   });
 }
 function sortAsAddressed() {
