@@ -165,7 +165,7 @@ class Page(HTMLParser):
         if self._code:
             self.codes[-1] += data
 
-    def column(self, name: str, section: str = "table") -> dict[str, str]:
+    def column(self, name: str, section: str = "runs") -> dict[str, str]:
         """First cell → the cell below that heading."""
         head, *rows = self.tables[section]
         return {row[0]: row[head.index(name)] for row in rows}

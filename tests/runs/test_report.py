@@ -63,7 +63,7 @@ def columns(folder):
     return found
 
 
-def names(page, section="table"):
+def names(page, section="runs"):
     return [row[0].removeprefix("run ") for row in page.tables[section][1:]]
 
 
@@ -119,8 +119,8 @@ def test_losses_of_one_thing_compare(tmp_path, report):
             losses(0.3 - rate),
         )
     page = report(tmp_path / "sweep")
-    assert page.tables["table"][0][:4] == ["run", "optimizer.lr", "seed", "min val/loss"]
-    assert [row[1] for row in page.tables["table"][1:]] == ["0.004", "0.002", "0.001"]
+    assert page.tables["runs"][0][:4] == ["run", "optimizer.lr", "seed", "min val/loss"]
+    assert [row[1] for row in page.tables["runs"][1:]] == ["0.004", "0.002", "0.001"]
     assert "compare across" not in page.words
     assert "not of one thing" not in page.words
     assert len([a for _, a in page.elements if a.get("class") == "number best"]) == 2
@@ -204,7 +204,7 @@ def test_quality_against_evaluations(sweep, tmp_path, report):
 def test_evaluations_of_different_protocols_stand_apart(sweep, tmp_path, report):
     evaluation(tmp_path / "eval" / "a", str(sweep / "0"), {("ddim", 20): 3.0})
     evaluation(tmp_path / "eval" / "b", str(sweep / "1"), {("ddim", 20): 2.0}, n=100)
-    head = report(sweep, tmp_path / "eval").tables["table"][0]
+    head = report(sweep, tmp_path / "eval").tables["runs"][0]
     assert {"fd_classifier (n=500)", "fd_classifier (n=100)"} <= set(head)
 
 
@@ -226,7 +226,7 @@ def test_what_differs_is_what_the_configurations_say(tmp_path, report):
     )
     folders = [made(tmp_path / "sweep" / str(i), line, losses(0.3)) for i, line in enumerate(variants)]
     page = report(tmp_path / "sweep")
-    rows = {row[0]: row[1] for row in page.tables["differs"][1:] if "\n" not in row[0]}
+    rows = {row[0]: row[1] for row in page.tables["what-differs"][1:] if "\n" not in row[0]}
     assert {"seeddata.seed": "1run 02run 13run 2", "schedule": "Linearrun 0Cosine2 runs: 1, 2"}.items() <= rows.items()
     assert rows["schedule.shift"] == "1.0run 12run 2"
     flat = [_leaves(yaml.safe_load((f / "config.yaml").read_text())) for f in folders]
@@ -400,7 +400,7 @@ except SystemExit as end:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "code 0 False"
     assert main([str(sweep)]) == 0
-    assert Page((sweep / "report.html").read_text(encoding="utf-8")).tables["table"]
+    assert Page((sweep / "report.html").read_text(encoding="utf-8")).tables["runs"]
 
 
 # size -----------------------------------------------------------------------------------------------------------------------
@@ -421,8 +421,8 @@ def test_a_hundred_runs_are_under_ten_megabytes(tmp_path, report):
         write(folder / "config.yaml", re.sub(r"(?m)^(\s*)seed: 0$", rf"\1seed: {i}", text))
         write(folder / ".hydra" / "overrides.yaml", f"- seed={i}\n")
     page = report(tmp_path / "sweep")
-    assert len(page.tables["table"]) == 101
-    assert page.tables["table"][0][1] == "seed"
+    assert len(page.tables["runs"]) == 101
+    assert page.tables["runs"][0][1] == "seed"
     assert sum(name == "img" and bool(a["src"]) for name, a in page.elements if "src" in a) == 100
     assert all(len(s["x"]) <= charts.POINTS for c in page.data["charts"]["curves"] for s in c["series"])
     assert 5_000_000 < (tmp_path / "report.html").stat().st_size < 10_000_000
@@ -498,7 +498,7 @@ def _without_names(page):
 
 
 def rows_of(dumped):
-    body = dumped.split('id="runs"')[1].split("</tbody>")[0].split("<tbody>")[1]
+    body = dumped.split('<section id="runs"')[1].split("</tbody>")[0].split("<tbody>")[1]
     return [re.search(r'data-v="([^"]*)"', row).group(1) for row in body.split("</tr>")[:-1]]
 
 
@@ -526,9 +526,9 @@ def test_the_browser_shows_it_on_a_phone(sweep, tmp_path, report):
       out.width = [d.documentElement.clientWidth, d.documentElement.scrollWidth];
       out.wide = all('body *').filter(e => !e.closest('.scroll, nav, svg, dialog') && e.getBoundingClientRect().right > 360.5)
         .map(e => e.outerHTML.slice(0, 80));
-      out.table = all('#table .scroll').map(e => e.scrollWidth > e.clientWidth);
+      out.table = all('#runs .scroll').map(e => e.scrollWidth > e.clientWidth);
       out.drawn = all('.plot').map(e => e.querySelectorAll('path').length);
-      const names = () => [...d.getElementById('runs').tBodies[0].rows].map(r => r.cells[0].dataset.v);
+      const names = () => [...d.querySelector('#runs table').tBodies[0].rows].map(r => r.cells[0].dataset.v);
       out.first = names();
       const heading = all('#runs thead th').find(h => h.dataset.key === 'objective').firstChild;
       heading.click(); out.once = names();

@@ -31,7 +31,7 @@ def thinned(curve: Curve, points: int = POINTS) -> Curve:
 def curves(runs: Sequence[Run]) -> list[Chart]:
     """A chart for each column of metrics.csv that is a loss, a figure of quality, or the user's own."""
     names = dict.fromkeys(name for run in runs for name in run.curves)
-    shown = [n for n in names if not n.startswith(("speed/", "train/loss_snr/"))]
+    shown = [n for n in names if not n.startswith("speed/")]
     shown.sort(key=lambda n: ("val/loss", "train/loss").index(n) if n in ("val/loss", "train/loss") else 2)
     return [
         {

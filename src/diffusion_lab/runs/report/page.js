@@ -2,6 +2,8 @@
 const data = JSON.parse(document.getElementById('data').textContent);
 const $$ = (selector, root = document) => [...root.querySelectorAll(selector)];
 
+const main = document.querySelector('#runs table');
+
 // tables: a click on a heading sorts, and so does #sort=COLUMN or #sort=-COLUMN ------------------------------------------
 function sort(table, column, down) {
   const at = $$('thead th', table).indexOf(column);
@@ -15,7 +17,7 @@ function sort(table, column, down) {
   table.tBodies[0].append(...[...table.tBodies[0].rows].sort(compare));
   for (const th of $$('thead th', table)) th.removeAttribute('aria-sort');
   column.setAttribute('aria-sort', down ? 'descending' : 'ascending');
-  if (table.id !== 'runs') return;
+  if (table !== main) return;
   const cards = new Map($$('.grids figure').map(card => [card.dataset.run, card]));
   for (const row of table.tBodies[0].rows) document.querySelector('.grids').append(cards.get(row.cells[0].dataset.v));
 }
@@ -25,7 +27,7 @@ for (const table of $$('table.sortable')) {
     if (!column) return;
     const down = column.getAttribute('aria-sort') === 'ascending';
     sort(table, column, down);
-    if (table.id !== 'runs') return;
+    if (table !== main) return;
     const address = '#sort=' + (down ? '-' : '') + encodeURIComponent(column.dataset.key);
     try { history.replaceState(null, '', address); } catch { /* in a frame without an address of its own */ }
   });
@@ -33,9 +35,8 @@ for (const table of $$('table.sortable')) {
 function sortAsAddressed() {
   let asked;
   try { asked = decodeURIComponent(location.hash).match(/^#sort=(-?)(.*)$/); } catch { return; }
-  const table = document.getElementById('runs');
-  const column = asked && table && $$('thead th', table).find(th => th.dataset.key === asked[2]);
-  if (column) sort(table, column, asked[1] === '-');
+  const column = asked && main && $$('thead th', main).find(th => th.dataset.key === asked[2]);
+  if (column) sort(main, column, asked[1] === '-');
 }
 addEventListener('hashchange', sortAsAddressed);
 sortAsAddressed();

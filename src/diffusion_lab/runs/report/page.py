@@ -23,26 +23,25 @@ _NAMED = 12  # runs named beside a value that they share
 def page(found: Found, title: str) -> str:
     """The whole file."""
     runs, chosen, results = _ordered(found.runs)
-    sections = [
-        _table(runs, chosen, results),
-        _charts("curves", "Curves", charts.curves(runs)),
-        _charts("nfe", "Quality against network evaluations", charts.against_nfe(runs, found.evaluations)),
-        _grids(runs, chosen, results),
-        _differences(runs),
-        _commands(runs, chosen),
-        _evaluations(runs, found.evaluations),
-        _left_out(found.left_out),
-    ]
-    ids = {"table": "Runs", "curves": "Curves", "nfe": "NFE", "grids": "Samples", "differs": "What differs"}
-    ids |= {"commands": "Commands", "evaluations": "Evaluations", "left-out": "Left out"}
-    there = [key for key in ids if any(f'id="{key}"' in section[:60] for section in sections)]
+    curves, nfe = charts.curves(runs), charts.against_nfe(runs, found.evaluations)
+    sections = {
+        "Runs": _table(runs, chosen, results),
+        "Curves": _charts("curves", "Curves", curves),
+        "NFE": _charts("nfe", "Quality against network evaluations", nfe),
+        "Samples": _grids(runs, chosen, results),
+        "What differs": _differences(runs),
+        "Commands": _commands(runs, chosen),
+        "Evaluations": _evaluations(runs, found.evaluations),
+        "Left out": _left_out(found.left_out),
+    }
+    there = {name: section for name, section in sections.items() if section}
     body = [
         el("header", el("h1", title), _summary(runs, chosen, results, found)),
-        el("nav", [el("a", ids[key], href=f"#{key}") for key in there], aria_label="Sections"),
-        el("main", *sections),
+        el("nav", [el("a", name, href=f"#{_key(name)}") for name in there], aria_label="Sections"),
+        el("main", *there.values()),
         el("dialog", el("form", el("button", "Close"), method="dialog"), el("img", alt=""), id="large"),
     ]
-    return _document(title, join(body), _data(runs, chosen, found.evaluations))
+    return _document(title, join(body), _data(runs, chosen, found.evaluations, {"curves": curves, "nfe": nfe}))
 
 
 def _ordered(runs: list[Run]) -> tuple[list[Run], list[Column], list[Column]]:
@@ -75,7 +74,9 @@ def _document(title: str, body: Html, data: str) -> str:
     return f'<!doctype html>\n<html lang="en"><head>{join(head)}</head>\n<body>{body}\n{join(tail)}</body></html>\n'
 
 
-def _data(runs: Sequence[Run], chosen: Sequence[Column], others: Sequence[Evaluation]) -> str:
+def _data(
+    runs: Sequence[Run], chosen: Sequence[Column], others: Sequence[Evaluation], drawn: dict[str, list[charts.Chart]]
+) -> str:
     """What the script draws. `<` never stands in it, so that no text ends the element."""
     named = [
         {"name": run.name, "label": compare.label(chosen, i, run), "values": [str(c.text(i)) for c in chosen]}
@@ -85,7 +86,7 @@ def _data(runs: Sequence[Run], chosen: Sequence[Column], others: Sequence[Evalua
     content = {
         "runs": named,
         "choices": [column.key for column in chosen] if len(runs) > 1 else [],
-        "charts": {"curves": charts.curves(runs), "nfe": charts.against_nfe(runs, others)},
+        "charts": drawn,
     }
     return json.dumps(content, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c").replace("&", "\\u0026")
 
@@ -158,8 +159,14 @@ def _id(run: Run) -> str:
 # sections -----------------------------------------------------------------------------------------------------------------
 
 
-def _section(key: str, title: str, *children: Any) -> Html:
+def _section(name: str, title: str, *children: Any) -> Html:
+    """A section that the navigation calls `name`."""
+    key = _key(name)
     return el("section", el("h2", title, id=f"{key}-title"), *children, id=key, aria_labelledby=f"{key}-title")
+
+
+def _key(name: str) -> str:
+    return name.lower().replace(" ", "-")
 
 
 def _scroll(label: str, content: Html) -> Html:
@@ -197,10 +204,10 @@ def _table(runs: Sequence[Run], chosen: Sequence[Column], results: Sequence[Colu
             cells.append(el("td", text, class_=" ".join(kinds) or None, data_v=_sortable(c.values[i])))
         rows.append(el("tr", *cells))
     told = el("p", "A click on a heading sorts; the best value of a column is marked.", class_="note")
-    table = el("table", el("thead", el("tr", *head)), el("tbody", *rows), id="runs", class_="sortable")
+    table = el("table", el("thead", el("tr", *head)), el("tbody", *rows), class_="sortable")
     notes = [el("li", _link(run), ": ", "; ".join(said)) for run in runs if (said := _remarks(run))]
     return _section(
-        "table", "Runs", _scroll("Table of runs", table), told, el("ul", *notes, class_="note") if notes else None
+        "Runs", "Runs", _scroll("Table of runs", table), told, el("ul", *notes, class_="note") if notes else None
     )
 
 
@@ -248,29 +255,25 @@ def _said(chart: charts.Chart) -> str:
 
 
 def _grids(runs: Sequence[Run], chosen: Sequence[Column], results: Sequence[Column]) -> Html:
-    limit, cards = grids.limit(sum(run.grid is not None for run in runs)), []
-    for i, run in enumerate(runs):
+    cards = []
+    for i, (run, p) in enumerate(zip(runs, grids.pictures([run.grid for run in runs]), strict=True)):
         first = results[0]
         said = [
             el("b", f"run {run.name}"),
             el("span", compare.label(chosen, i, run)) if len(runs) > 1 else None,
             el("span", f"{first.key} {first.text(i)}") if first.values[i] is not None else None,
         ]
-        shown: Html = el("p", "no grid of samples", class_="none")
-        if run.grid is not None:
-            try:
-                p = grids.picture(run.grid, limit)
-                step = run.grid.stem.removeprefix("step_").lstrip("0") or "0"
-                alt = f"Samples of run {run.name} at step {step}"
-                image = el(
-                    "img", src=p.address, alt=alt, width=p.width, height=p.height, loading="lazy", decoding="async"
-                )
-                shown = el("button", image, class_="enlarge", title="larger")
-                said.append(el("span", f"step {int(step):,}" if step.isdecimal() else step))
-            except ValueError as error:
-                shown = el("p", str(error), class_="none")
+        if isinstance(p, grids.Picture) and run.grid is not None:
+            step = run.grid.stem.removeprefix("step_").lstrip("0") or "0"
+            said.append(el("span", f"step {step}"))
+            alt = f"Samples of run {run.name} at step {step}"
+            size = {"width": p.width, "height": p.height}
+            image = el("img", src=p.address, alt=alt, **size, loading="lazy", decoding="async")
+            shown = el("button", image, class_="enlarge", title="larger")
+        else:
+            shown = el("p", p or "no grid of samples", class_="none")
         cards.append(el("figure", shown, el("figcaption", *said), id=_id(run), data_run=run.name))
-    return _section("grids", "Samples", el("div", *cards, class_="grids")) if cards else Html("")
+    return _section("Samples", "Samples", el("div", *cards, class_="grids")) if cards else Html("")
 
 
 def _differences(runs: Sequence[Run]) -> Html:
@@ -308,7 +311,7 @@ def _differences(runs: Sequence[Run]) -> Html:
     same = [el("tr", el("th", el("code", k), scope="row"), el("td", el("code", v))) for k, v in shared.items()]
     title = f"{len(same)} keys that {'all runs share' if len(runs) > 1 else 'the run has'}"
     folded = el("details", el("summary", title), _scroll(title, el("table", el("tbody", *same))))
-    return _section("differs", "What differs", differing, folded if same else None)
+    return _section("What differs", "What differs", differing, folded if same else None)
 
 
 def _holders(names: Sequence[str]) -> str:
@@ -331,7 +334,7 @@ def _commands(runs: Sequence[Run], chosen: Sequence[Column]) -> Html:
             line = _line(command(run.overrides))
         rows.append(el("li", said, line))
     intro = el("p", "Run from the project's folder, each begins such a run anew.", class_="note")
-    return _section("commands", "Commands", intro, el("ol", *rows, class_="commands")) if rows else Html("")
+    return _section("Commands", "Commands", intro, el("ol", *rows, class_="commands")) if rows else Html("")
 
 
 def _line(text: str) -> Html:
@@ -362,7 +365,7 @@ def _evaluations(runs: Sequence[Run], others: Sequence[Evaluation]) -> Html:
     table = el("table", el("thead", el("tr", *head)), el("tbody", *lines), class_="sortable")
     title = f"{len(rows)} rows, one for each sampler and number of steps"
     folded = el("details", el("summary", title), _scroll("Evaluations", table), open=not runs)
-    return _section("evaluations", "Evaluations", folded)
+    return _section("Evaluations", "Evaluations", folded)
 
 
 def _left_out(found: Sequence[LeftOut]) -> Html:
@@ -376,4 +379,4 @@ def _left_out(found: Sequence[LeftOut]) -> Html:
         )
         for left in found
     ]
-    return _section("left-out", "Left out", el("ul", *items, class_="left-out")) if items else Html("")
+    return _section("Left out", "Left out", el("ul", *items, class_="left-out")) if items else Html("")

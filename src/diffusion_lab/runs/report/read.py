@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,12 @@ _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fas
 _RUN = {"config.yaml", "metrics.csv", "checkpoints", ".hydra", "outcome.json"}  # any of these makes a folder a run
 _LEAVES = {"checkpoints", "samples", "wandb", "tensorboard", "images", "cache"}  # nothing to look for below
 _LOSSES = ("val/loss", "train/loss")
+_UNSHOWN = {
+    "step",
+    "epoch",
+    "speed/peak_memory_gib",
+    "speed/hours_to_go",
+}  # of metrics.csv; and the loss by bins of ln SNR
 
 
 @dataclass
@@ -31,7 +38,7 @@ class Run:
         config: the resolved configuration.
         overrides: of its command line; None where the file is gone.
         choices: group → option, of the groups as they were composed; empty for a resumed run, which keeps its checkpoint's.
-        curves: metrics.csv by column, without the columns that are empty.
+        curves: metrics.csv by column, those that a report shows and that are not empty.
         status: "done", or in words what became of it.
         notes: what a reader should know of its files.
         seconds: of the job; None where nothing says.
@@ -256,25 +263,25 @@ def _curves(path: Path, notes: list[str]) -> dict[str, Curve]:
         raise ValueError(
             "metrics.csv has no columns step and val/loss or train/loss: its first line is cut, or not ours"
         )
-    curves: dict[str, Curve] = {name: [] for name in head if name not in ("step", "epoch")}
-    at = head.index("step")
+    shown = {i: name for i, name in enumerate(head) if name not in _UNSHOWN and not name.startswith("train/loss_snr/")}
+    curves: dict[str, Curve] = {name: [] for name in shown.values()}
+    at, width = head.index("step"), len(head)
     for row in body:
         try:
-            values = [float(cell) if cell else None for cell in row]
-            step = int(float(row[at]))
-            if len(row) != len(head):
+            if len(row) != width:
                 raise ValueError
-        except (ValueError, IndexError, OverflowError):
+            step = int(float(row[at]))
+            values = [(i, float(row[i])) for i in shown if row[i]]
+        except (ValueError, OverflowError):
             bad += 1
             continue
-        for name, value in zip(head, values, strict=True):
-            if value is not None and name in curves:
-                curves[name].append((step, value))
+        for i, value in values:
+            curves[shown[i]].append((step, value))
     if bad:
         notes.append(
             f"{bad} line{'s' * (bad > 1)} of metrics.csv cannot be read, and {'are' if bad > 1 else 'is'} left out"
         )
-    curves = {name: sorted(curve, key=lambda point: point[0]) for name, curve in curves.items() if curve}
+    curves = {name: sorted(curve, key=itemgetter(0)) for name, curve in curves.items() if curve}
     if not set(_LOSSES) & set(curves):
         raise ValueError("metrics.csv holds no loss: it stopped before its first row was logged, or is cut")
     return curves
