@@ -117,7 +117,7 @@ def evaluation(folder: Path, ckpt: str, values: Mapping[tuple[str, int], float],
 
 
 class Page(HTMLParser):
-    """What a page consists of: elements with their attributes, the texts of tables, the embedded data."""
+    """What a page consists of: elements with their attributes, the texts of tables by section, the embedded data."""
 
     def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -136,6 +136,8 @@ class Page(HTMLParser):
         self.elements.append((tag, attributes))
         if tag == "section":
             self._section = attributes["id"] or ""
+        elif tag == "h3":
+            self._section += " / more"
         elif tag == "tr":
             self.tables.setdefault(self._section, []).append([])
         elif tag in ("td", "th"):

@@ -38,6 +38,7 @@ def curves(runs: Sequence[Run]) -> list[Chart]:
             "name": name,
             "note": figures.better(name),
             "x": "step",
+            "axis": "step",
             "points": False,
             "series": [_series(i, "", thinned(run.curves[name])) for i, run in enumerate(runs) if name in run.curves],
         }
@@ -65,9 +66,8 @@ def against_nfe(runs: Sequence[Run], others: Sequence[Evaluation]) -> list[Chart
                 series += [_series(i, sampler, sorted(line)) for sampler, line in lines.items()]
             if series:
                 title = f"{name} ({said})" if said else name
-                charts.append(
-                    {"name": title, "note": figures.better(name), "x": "NFE", "points": True, "series": series}
-                )
+                note, axis = figures.better(name), "network evaluations a sample"
+                charts.append({"name": title, "note": note, "x": "NFE", "axis": axis, "points": True, "series": series})
     return charts
 
 

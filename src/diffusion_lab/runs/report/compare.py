@@ -45,6 +45,7 @@ class Column:
         about: what it is, in words.
         texts: how the values read, where not as numbers of four digits.
         ranks: whether the best value may be called best.
+        details: what stands small beside each value.
     """
 
     key: str
@@ -53,6 +54,7 @@ class Column:
     about: str = ""
     texts: list[str] | None = None
     ranks: bool = True
+    details: list[str] | None = None
 
     def text(self, i: int) -> str:
         value = self.values[i]
@@ -259,14 +261,14 @@ def _evaluated(runs: Sequence[Run]) -> list[Column]:
                     [None if b is None else b[0] for b in best],
                     _way(name),
                     f"evaluation, the best of its samplers and steps; {figures.better(name)}",
-                    [NONE if b is None else f"{figures.number(b[0])} {_how(b[1])}" for b in best],
+                    details=["" if b is None else _how(b[1]) for b in best],
                 )
             )
     return columns
 
 
 def _how(row: Row) -> str:
-    return f"({row['sampler']}, {row['nfe']} NFE)" if row.get("sampler") and row.get("nfe") else ""
+    return f"{row['sampler']}, {row['nfe']} NFE" if row.get("sampler") and row.get("nfe") else ""
 
 
 def _way(name: str) -> str:
@@ -350,6 +352,37 @@ def _main(runs: Sequence[Run]) -> list[Difference]:
 
 def _learns(run: Run) -> bool:
     return str((run.config.get("variance") or {}).get("_target_", "")).endswith(".Learned")
+
+
+def over_seeds(runs: Sequence[Run], chosen: Sequence[Column], figure: Column) -> list[Column]:
+    """Columns of a table with one row for each set of choices but the seed, the best first: choices, number of runs, mean and
+    spread of a figure. Empty unless several runs differ by their seed alone."""
+    others = [column for column in chosen if column.key != "seed"]
+    if len(others) == len(chosen):
+        return []
+    groups: dict[tuple[str, ...], list[float]] = {}
+    for i, value in enumerate(figure.values):
+        if isinstance(value, int | float) and math.isfinite(value):
+            groups.setdefault(tuple(column.text(i) for column in others), []).append(value)
+    if max(map(len, groups.values()), default=0) < 2:
+        return []
+    rows = sorted(groups.items(), key=lambda row: statistics.fmean(row[1]), reverse=figure.better == "high")
+    return [
+        *(Column(column.key, [key[k] for key, _ in rows]) for k, column in enumerate(others)),
+        Column("runs", [len(values) for _, values in rows]),
+        Column(
+            figure.key,
+            [statistics.fmean(values) for _, values in rows],
+            figure.better,
+            "mean over seeds",
+            ranks=figure.ranks,
+        ),
+        Column(
+            "spread",
+            [statistics.stdev(v) if len(v) > 1 else None for _, v in rows],
+            about="standard deviation over seeds",
+        ),
+    ]
 
 
 def label(columns: Sequence[Column], i: int, run: Run) -> str:

@@ -12,7 +12,7 @@ from PIL import Image
 
 LARGEST = 60_000  # bytes of one grid
 ALL = 5_000_000  # bytes of all grids
-_DENSE = 0.25  # bytes that a pixel of samples takes as WebP, about
+_DENSE = 0.32  # bytes that a pixel of samples takes as WebP, about
 _SHRINK = 0.8
 
 
@@ -48,7 +48,7 @@ def picture(path: Path, limit: int) -> Picture:
     image.thumbnail((max(1, round(fits * image.width)), max(1, round(fits * image.height))), reducing_gap=2.0)
     while True:
         stream = io.BytesIO()
-        image.save(stream, "webp", quality=80, method=2)
+        image.save(stream, "webp", quality=75, method=2)
         if stream.tell() <= limit or max(image.size) <= 64:
             return Picture(_address("webp", stream.getvalue()), *image.size)
         image = image.resize((max(1, round(image.width * _SHRINK)), max(1, round(image.height * _SHRINK))))

@@ -4,40 +4,38 @@ import base64
 import hashlib
 import json
 import math
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusion_lab.runs import figures
-from diffusion_lab.runs.report import charts, compare, grids
+from diffusion_lab.runs.report import charts, compare, sections
 from diffusion_lab.runs.report.compare import NONE, Column
 from diffusion_lab.runs.report.html import Html, el, join
-from diffusion_lab.runs.report.read import Evaluation, Found, LeftOut, Row, Run
+from diffusion_lab.runs.report.read import Evaluation, Found, Run
+from diffusion_lab.runs.report.sections import link
 
 MARK = "diffusion-lab report"  # says of a file that it may be written anew
 _HERE = Path(__file__).parent
-_NAMED = 12  # runs named beside a value that they share
 
 
 def page(found: Found, title: str) -> str:
     """The whole file."""
     runs, chosen, results = _ordered(found.runs)
     curves, nfe = charts.curves(runs), charts.against_nfe(runs, found.evaluations)
-    sections = {
-        "Runs": _table(runs, chosen, results),
-        "Curves": _charts("curves", "Curves", curves),
-        "NFE": _charts("nfe", "Quality against network evaluations", nfe),
-        "Samples": _grids(runs, chosen, results),
-        "What differs": _differences(runs),
-        "Commands": _commands(runs, chosen),
-        "Evaluations": _evaluations(runs, found.evaluations),
-        "Left out": _left_out(found.left_out),
+    made = {
+        "Runs": sections.table(runs, chosen, results),
+        "Curves": sections.plots("curves", "Curves", curves),
+        "NFE": sections.plots("nfe", "Quality against network evaluations", nfe),
+        "Samples": sections.samples(runs, chosen, results),
+        "What differs": sections.differences(runs),
+        "Commands": sections.commands(runs, chosen),
+        "Evaluations": sections.evaluations(runs, found.evaluations),
+        "Left out": sections.left_out(found.left_out),
     }
-    there = {name: section for name, section in sections.items() if section}
+    there = {name: section for name, section in made.items() if section}
     body = [
         el("header", el("h1", title), _summary(runs, chosen, results, found)),
-        el("nav", [el("a", name, href=f"#{_key(name)}") for name in there], aria_label="Sections"),
+        el("nav", [el("a", name, href=f"#{sections.key(name)}") for name in there], aria_label="Sections"),
         el("main", *there.values()),
         el("dialog", el("form", el("button", "Close"), method="dialog"), el("img", alt=""), id="large"),
     ]
@@ -111,19 +109,33 @@ def _winner(runs: Sequence[Run], chosen: Sequence[Column], first: Column) -> lis
     if len(runs) == 1:
         value = f": {first.key} {first.text(0)}" if first.values[0] is not None else ""
         return [f"One run, {runs[0].steps:,} steps{value}.", _state(runs[0])]
-    if first.best() is None:
+    if sum(isinstance(v, int | float) and math.isfinite(v) for v in first.values) < 2:
         return [f"{len(runs)} runs, of which fewer than two have a {name} to compare."]
     extreme = "Lowest" if first.better == "low" else "Highest"
     said = compare.label(chosen, 0, runs[0])
-    told = f": {said}." if said != runs[0].name else "."
+    how = f" ({first.details[0]})" if first.details else ""
+    told = f"{how}: {said}." if said != runs[0].name else f"{how}."
+    mean = _mean(compare.over_seeds(runs, chosen, first), name)
     return [
         f"{len(runs)} runs. {extreme} {name}: ",
         el("strong", first.text(0)),
         ", ",
-        _link(runs[0]),
+        link(runs[0]),
         told,
         _state(runs[0]),
+        mean,
     ]
+
+
+def _mean(columns: Sequence[Column], name: str) -> str:
+    """The best mean over seeds, "" where there is none."""
+    if not columns:
+        return ""
+    *others, count, mean, spread = columns
+    said = " · ".join(column.text(0) for column in others)
+    extreme = "lowest" if mean.better == "low" else "highest"
+    figure = mean.text(0) if spread.values[0] is None else f"{mean.text(0)} ± {spread.text(0)} ({count.text(0)} runs)"
+    return f" Over seeds, the {extreme} mean {name} is {figure}{f': {said}' if said else ''}."
 
 
 def _caveat(runs: Sequence[Run], first: Column) -> list[Html]:
@@ -145,238 +157,3 @@ def _state(run: Run) -> str:
 
 def _listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-
-
-def _link(run: Run) -> Html:
-    return el("a", f"run {run.name}", href=f"#{_id(run)}")
-
-
-def _id(run: Run) -> str:
-    """Of a run's card: letters and digits, whatever its folder is called."""
-    return "run-" + hashlib.sha256(str(run.folder.absolute()).encode("utf-8", "replace")).hexdigest()[:8]
-
-
-# sections -----------------------------------------------------------------------------------------------------------------
-
-
-def _section(name: str, title: str, *children: Any) -> Html:
-    """A section that the navigation calls `name`."""
-    key = _key(name)
-    return el("section", el("h2", title, id=f"{key}-title"), *children, id=key, aria_labelledby=f"{key}-title")
-
-
-def _key(name: str) -> str:
-    return name.lower().replace(" ", "-")
-
-
-def _scroll(label: str, content: Html) -> Html:
-    """A box that scrolls sideways by itself, also by keyboard."""
-    return el("div", content, class_="scroll", tabindex="0", role="region", aria_label=label)
-
-
-def _table(runs: Sequence[Run], chosen: Sequence[Column], results: Sequence[Column]) -> Html:
-    if not runs:
-        return Html("")
-    name = Column("run", [run.name for run in runs])
-    columns = [name, *chosen, *results]
-    best = {id(c): c.best() for c in results if c.ranks}
-    measured = {id(c) for c in results if c.key != "state"}
-    head = [
-        el(
-            "th",
-            el("button", c.key, title=c.about or None),
-            scope="col",
-            data_key=c.key,
-            class_="number" if id(c) in measured else None,
-            aria_sort=("descending" if c.better == "high" else "ascending") if c is results[0] else None,
-        )
-        for c in columns
-    ]
-    rows = []
-    for i, run in enumerate(runs):
-        cells = [el("th", _link(run), scope="row", data_v=run.name)]
-        for c in columns[1:]:
-            top = best.get(id(c)) == i
-            kinds = ["number"] * (id(c) in measured) + ["best"] * top
-            text: Any = c.text(i)
-            if c.key == "state" and run.status != "done":
-                text = el("span", text, title=run.status, class_="warn")
-            cells.append(el("td", text, class_=" ".join(kinds) or None, data_v=_sortable(c.values[i])))
-        rows.append(el("tr", *cells))
-    told = el("p", "A click on a heading sorts; the best value of a column is marked.", class_="note")
-    table = el("table", el("thead", el("tr", *head)), el("tbody", *rows), class_="sortable")
-    notes = [el("li", _link(run), ": ", "; ".join(said)) for run in runs if (said := _remarks(run))]
-    return _section(
-        "Runs", "Runs", _scroll("Table of runs", table), told, el("ul", *notes, class_="note") if notes else None
-    )
-
-
-def _remarks(run: Run) -> list[str]:
-    return ([] if run.status == "done" else [run.status]) + run.notes
-
-
-def _sortable(value: Any) -> str | None:
-    if value is None or value == NONE or (isinstance(value, float) and not math.isfinite(value)):
-        return None
-    return repr(value) if isinstance(value, int | float) else str(value)
-
-
-def _charts(key: str, title: str, drawn: Sequence[charts.Chart]) -> Html:
-    """Places that the script fills."""
-    if not drawn:
-        return Html("")
-    figures_ = [
-        el(
-            "figure",
-            el(
-                "figcaption",
-                el("b", chart["name"]),
-                el("small", chart["note"]) if chart["note"] else None,
-                el("label", el("input", type="checkbox"), "log scale"),
-            ),
-            el("div", class_="plot", role="img", aria_label=_said(chart)),
-            data_chart=str(i),
-            data_of=key,
-        )
-        for i, chart in enumerate(drawn)
-    ]
-    scriptless = el(
-        "noscript", el("p", "The curves are drawn by this page's script, which is switched off.", class_="note")
-    )
-    tools = el("div", class_="legend", data_of=key)
-    return _section(key, title, scriptless, tools, el("div", *figures_, class_="charts"))
-
-
-def _said(chart: charts.Chart) -> str:
-    values = [y for series in chart["series"] for y in series["y"] if y is not None]
-    n = len(chart["series"])
-    span = f", from {figures.number(min(values))} to {figures.number(max(values))}" if values else ""
-    return f"{chart['name']} over {chart['x']}, {n} line{'s' * (n != 1)}{span}"
-
-
-def _grids(runs: Sequence[Run], chosen: Sequence[Column], results: Sequence[Column]) -> Html:
-    cards = []
-    for i, (run, p) in enumerate(zip(runs, grids.pictures([run.grid for run in runs]), strict=True)):
-        first = results[0]
-        said = [
-            el("b", f"run {run.name}"),
-            el("span", compare.label(chosen, i, run)) if len(runs) > 1 else None,
-            el("span", f"{first.key} {first.text(i)}") if first.values[i] is not None else None,
-        ]
-        if isinstance(p, grids.Picture) and run.grid is not None:
-            step = run.grid.stem.removeprefix("step_").lstrip("0") or "0"
-            said.append(el("span", f"step {step}"))
-            alt = f"Samples of run {run.name} at step {step}"
-            size = {"width": p.width, "height": p.height}
-            image = el("img", src=p.address, alt=alt, **size, loading="lazy", decoding="async")
-            shown = el("button", image, class_="enlarge", title="larger")
-        else:
-            shown = el("p", p or "no grid of samples", class_="none")
-        cards.append(el("figure", shown, el("figcaption", *said), id=_id(run), data_run=run.name))
-    return _section("Samples", "Samples", el("div", *cards, class_="grids")) if cards else Html("")
-
-
-def _differences(runs: Sequence[Run]) -> Html:
-    if not runs:
-        return Html("")
-    configs = [run.config for run in runs]
-    found, shared = compare.differences(configs), compare.common(configs)
-    rows = []
-    for difference in found:
-        holders: dict[str, list[str]] = {}
-        for run, value in zip(runs, difference.values, strict=True):
-            if value is not None:
-                holders.setdefault(value, []).append(run.name)
-        keys = [el("div", el("code", key)) for key in difference.keys]
-        values = [
-            el("div", el("code", v), el("small", _holders(names)), class_="holder") for v, names in holders.items()
-        ]
-        rows.append(el("tr", el("th", *keys, scope="row"), el("td", *values)))
-    differing = (
-        _scroll(
-            "What differs",
-            el(
-                "table",
-                el("thead", el("tr", el("th", "key", scope="col"), el("th", "values", scope="col"))),
-                el("tbody", *rows),
-            ),
-        )
-        if rows
-        else el(
-            "p",
-            "Nothing: the configurations are the same." if len(runs) > 1 else "There is one run only.",
-            class_="note",
-        )
-    )
-    same = [el("tr", el("th", el("code", k), scope="row"), el("td", el("code", v))) for k, v in shared.items()]
-    title = f"{len(same)} keys that {'all runs share' if len(runs) > 1 else 'the run has'}"
-    folded = el("details", el("summary", title), _scroll(title, el("table", el("tbody", *same))))
-    return _section("What differs", "What differs", differing, folded if same else None)
-
-
-def _holders(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:_NAMED]) + (", …" if len(names) > _NAMED else "")
-    return f"{'run' if len(names) == 1 else f'{len(names)} runs:'} {shown}"
-
-
-def command(overrides: Sequence[str]) -> str:
-    """The line that starts such a run, quoted for a shell."""
-    return shlex.join(["python", "src/train.py", *overrides])
-
-
-def _commands(runs: Sequence[Run], chosen: Sequence[Column]) -> Html:
-    rows = []
-    for i, run in enumerate(runs):
-        said = el("div", el("b", f"run {run.name}"), " ", compare.label(chosen, i, run) if len(runs) > 1 else "")
-        if run.overrides is None:
-            line = el("p", "its command line is not known: .hydra/overrides.yaml is missing", class_="none")
-        else:
-            line = _line(command(run.overrides))
-        rows.append(el("li", said, line))
-    intro = el("p", "Run from the project's folder, each begins such a run anew.", class_="note")
-    return _section("Commands", "Commands", intro, el("ol", *rows, class_="commands")) if rows else Html("")
-
-
-def _line(text: str) -> Html:
-    return el("div", el("code", text), el("button", "Copy", class_="copy"), class_="command")
-
-
-def _evaluations(runs: Sequence[Run], others: Sequence[Evaluation]) -> Html:
-    rows: list[tuple[Any, Row]] = [(_link(run), row) for run in runs for row in run.evaluations]
-    rows += [(e.of, row) for e in others for row in e.rows]
-    if not rows:
-        return Html("")
-    about = ("sampler", "steps", "nfe", "n", "seed", "split", "weights", "extractor")
-    names = list(dict.fromkeys(name for _, row in rows for name in compare.scalars(row)))
-    head = [el("th", el("button", name), scope="col", data_key=name) for name in ("of", *about, *names)]
-    lines = []
-    for of, row in rows:
-        cells = [el("th", of, scope="row", data_v=str(of))]
-        for key in about:
-            value = row.get(key)
-            cells.append(el("td", NONE if value is None else value, data_v=_sortable(value)))
-        for name in names:
-            metric = compare.scalars(row).get(name)
-            spread = (row.get("spread") or {}).get(name)
-            text = NONE if metric is None else figures.number(metric)
-            text += f" ± {figures.number(spread)}" if metric is not None and isinstance(spread, float) else ""
-            cells.append(el("td", text, class_="number", data_v=_sortable(metric)))
-        lines.append(el("tr", *cells))
-    table = el("table", el("thead", el("tr", *head)), el("tbody", *lines), class_="sortable")
-    title = f"{len(rows)} rows, one for each sampler and number of steps"
-    folded = el("details", el("summary", title), _scroll("Evaluations", table), open=not runs)
-    return _section("Evaluations", "Evaluations", folded)
-
-
-def _left_out(found: Sequence[LeftOut]) -> Html:
-    items = [
-        el(
-            "li",
-            el("b", left.folder),
-            ": ",
-            left.reason,
-            _line(command(left.overrides)) if left.overrides is not None else None,
-        )
-        for left in found
-    ]
-    return _section("Left out", "Left out", el("ul", *items, class_="left-out")) if items else Html("")
