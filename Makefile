@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup lock train sample evaluate test test-slow lint format bench pictures clean
+.PHONY: help setup lock train sample evaluate report test test-slow lint format bench pictures screenshots clean
 
 VENV   := .venv
 PYTHON := $(VENV)/bin/python
@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 ARGS   ?=
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | awk -F ':.*?## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | awk -F ':.*?## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 	@echo '  ARGS="..." goes to the command, e.g. make train ARGS="schedule=linear objective=pred_noise"'
 
 setup: $(READY) ## .venv with exactly the locked packages; the other targets do it when needed
@@ -35,6 +35,9 @@ sample: setup ## 64 images from the latest run
 evaluate: setup ## how good is the latest run?
 	$(PYTHON) src/evaluate.py ckpt=latest $(ARGS)
 
+report: setup ## all runs below outputs, or ARGS=FOLDER, as one HTML page
+	$(PYTHON) src/report.py $(or $(ARGS),outputs)
+
 test: setup ## the test suite, under ten minutes on two cores
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile $(ARGS)
 
@@ -55,6 +58,9 @@ bench: setup ## speed and quality beside peers; the tables of docs/benchmarks.md
 
 pictures: setup ## what the tasks of src/sample.py make of the latest run, in docs/tasks
 	$(PYTHON) benchmarks/tasks.py $(ARGS)
+
+screenshots: setup ## the report of ARGS=FOLDER as pictures, in docs (needs Chromium)
+	$(PYTHON) benchmarks/screenshots.py $(ARGS)
 
 clean: ## caches and build products; never runs, data or the environment
 	rm -rf build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

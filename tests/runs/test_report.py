@@ -350,7 +350,7 @@ def test_a_cut_line_is_left_out_and_the_run_is_not(sweep, report):
     assert page.column("fd_classifier_1k")["run 0"] == "13.50"  # the last line was the better one
 
 
-def test_a_diverged_run_is_shown_as_such_and_never_best(tmp_path, report):
+def test_a_diverged_run_is_shown_as_such(tmp_path, report):
     fine, broken = losses(0.3), losses(0.1)
     for row in broken:
         if row["step"] > 50:
@@ -376,6 +376,23 @@ def test_outcomes_of_a_sweep(sweep, report):
     page = report(sweep)
     assert page.column("state") == {"run 0": "done", "run 1": "pruned", "run 2": "interrupted", "run 10": "done"}
     assert page.column("seconds")["run 0"] == "62"
+
+
+def test_files_of_odd_shapes_are_no_crash(sweep, report):
+    """Whatever a hand or another program put where a mapping, a list or a number is expected."""
+    odd = {"data": "digits", "trainer": [1], "schedule": None, "variance": 3, "callbacks": {1: [{"a": "b"}]}}
+    config = yaml.safe_load((sweep / "0" / "config.yaml").read_text())
+    write(sweep / "0" / "config.yaml", yaml.safe_dump({**config, **odd}))
+    write(sweep / "0" / ".hydra" / "overrides.yaml", "- 3\n- {a: b}\n- schedule\n")
+    write(sweep / "0" / ".hydra" / "hydra.yaml", "[]")
+    write(sweep / "1" / ".hydra" / "overrides.yaml", "text")
+    write(sweep / "2" / "outcome.json", "[1]")
+    common = {"seeds": 3, "spread": [1], "data": 1, "checkpoint": "x", "n": [1], "sampler": {}, "nfe": "many"}
+    rows = [{"metrics": {"fid": None, "kid": "low", "nll": math.inf, "fd": True, "is": 2}, **common}, {"metrics": {}}]
+    write(sweep / "1" / "evaluate" / "metrics.json", json.dumps(rows))
+    page = report(sweep)
+    assert set(names(page)) == set(OBJECTIVES)
+    assert "its command line is not known" in page.words
 
 
 @pytest.mark.parametrize(

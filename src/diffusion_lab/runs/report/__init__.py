@@ -42,9 +42,13 @@ def main(arguments: Sequence[str]) -> int:
     for left in found.left_out:
         print(f"left out  {left.folder}: {left.reason}", file=sys.stderr)
     rows = sum(len(run.evaluations) for run in found.runs) + sum(len(e.rows) for e in found.evaluations)
-    print(f"{len(found.runs)} runs, {rows} rows of evaluations, {len(found.left_out)} left out")
+    print(f"{_counted(len(found.runs), 'run')}, {_counted(rows, 'evaluation')}, {len(found.left_out)} left out")
     print(f"open  {out}  ({out.stat().st_size / 1e6:.1f} MB)")
     return 0
+
+
+def _counted(n: int, what: str) -> str:
+    return f"{n:,} {what}{'s' * (n != 1)}"
 
 
 def _refuse_another(out: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from diffusion_lab.runs import figures
 from diffusion_lab.runs.report.compare import protocol, protocols, scalars
-from diffusion_lab.runs.report.read import Curve, Evaluation, Run
+from diffusion_lab.runs.report.read import Curve, Evaluation, Run, within
 
 POINTS = 300  # of one line
 Chart = dict[str, Any]
@@ -77,9 +77,8 @@ def _sampler(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     for key in ("seed", "weights"):
         if len({str(r.get(key)) for r in rows}) > 1:
             named.append(f"{key} {row.get(key)}" if key == "seed" else str(row.get(key)))
-    steps = {str((r.get("checkpoint") or {}).get("step")) for r in rows}
-    if len(steps) > 1:
-        named.append(f"step {(row.get('checkpoint') or {}).get('step')}")
+    if len({str(within(r, "checkpoint").get("step")) for r in rows}) > 1:
+        named.append(f"step {within(row, 'checkpoint').get('step')}")
     return ", ".join(named)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffusion_lab.runs import figures
-from diffusion_lab.runs.report.read import Row, Run
+from diffusion_lab.runs.report.read import Row, Run, within
 
 _IGNORED = {"run_dir", "overwrite", "trust", "logger"}  # where a run writes and to whom it tells, not what it is
 _COMPARABLE = (
@@ -21,6 +21,15 @@ _COMPARABLE = (
     "loss",
     "variance",
 )  # what val/loss depends on
+_IMAGES = (
+    "source",
+    "image_size",
+    "channels",
+    "val",
+    "test",
+    "split_seed",
+    "limit",
+)  # of data: which images val/loss is of
 _ALONE = ("data", "schedule", "objective", "weighting", "variance", "sampler")  # shown of a single run
 _COLUMNS = 6  # of choices, where no command line says which differences were meant
 NONE = "–"
@@ -196,7 +205,7 @@ def quality(runs: Sequence[Run]) -> list[str]:
     return [name for name in names if "/" not in name and figures.better(name)]
 
 
-def protocols(rows: Sequence[Row]) -> dict[tuple[Any, ...], str]:
+def protocols(rows: Sequence[Row]) -> dict[tuple[str, ...], str]:
     """What must agree for two evaluations to compare → how the metric's name says it; "" where all agree."""
     keys = list(dict.fromkeys(protocol(row) for row in rows))
     if len(keys) == 1:
@@ -206,16 +215,11 @@ def protocols(rows: Sequence[Row]) -> dict[tuple[Any, ...], str]:
     return {key: ", ".join(f"{names[i]}={key[i]}" for i in differing) for key in keys}
 
 
-def protocol(row: Row) -> tuple[Any, ...]:
+def protocol(row: Row) -> tuple[str, ...]:
     """Data set, number of images, split, extractor, number of seeds."""
-    data = row.get("data")
-    return (
-        data.get("name") if isinstance(data, dict) else None,
-        row.get("n"),
-        row.get("split"),
-        row.get("extractor"),
-        len(row.get("seeds") or [0]),
-    )
+    seeds = row.get("seeds")
+    told = (within(row, "data").get("name"), row.get("n"), row.get("split"), row.get("extractor"))
+    return (*map(str, told), str(len(seeds)) if isinstance(seeds, list) else "1")
 
 
 def scalars(row: Row) -> dict[str, float]:
@@ -324,7 +328,7 @@ def _seconds(run: Run, rate: float | None) -> tuple[float, bool] | None:
     """(seconds, whether they were measured)."""
     if run.seconds is not None:
         return run.seconds, True
-    batch = (run.config.get("data") or {}).get("batch_size")
+    batch = within(run.config, "data").get("batch_size")
     return (run.steps * batch / rate, False) if rate and isinstance(batch, int) else None
 
 
@@ -338,20 +342,14 @@ def incomparable(runs: Sequence[Run]) -> list[str]:
 
 def _main(runs: Sequence[Run]) -> list[Difference]:
     """Differences of the groups themselves; seeds, batches and the like leave the loss what it is."""
-    kept = {group: [run.config.get(group) for run in runs] for group in _COMPARABLE}
-    kept["data"] = [
-        {
-            k: v
-            for k, v in (node or {}).items()
-            if k in ("source", "image_size", "channels", "val", "test", "split_seed")
-        }
-        for node in kept["data"]
-    ]
-    return differences([{group: nodes[i] for group, nodes in kept.items()} for i in range(len(runs))])
+    kept = [{group: run.config.get(group) for group in _COMPARABLE} for run in runs]
+    for of in kept:
+        of["data"] = {key: within(of, "data").get(key) for key in _IMAGES}
+    return differences(kept)
 
 
 def _learns(run: Run) -> bool:
-    return str((run.config.get("variance") or {}).get("_target_", "")).endswith(".Learned")
+    return str(within(run.config, "variance").get("_target_")).endswith(".Learned")
 
 
 def over_seeds(runs: Sequence[Run], chosen: Sequence[Column], figure: Column) -> list[Column]:

@@ -95,7 +95,7 @@ function ticks(low, high, log, wanted) {
   return found;
 }
 const extent = values => values.reduce(([low, high], v) => [Math.min(low, v), Math.max(high, v)], [Infinity, -Infinity]);
-const said = v => Math.abs(v) >= 1e5 ? v.toExponential(1).replace('+', '') : String(+v.toPrecision(4));
+const said = v => v >= 1e6 ? +(v / 1e6).toPrecision(3) + 'M' : v >= 1e4 ? +(v / 1e3).toPrecision(3) + 'k' : String(+v.toPrecision(4));
 const assign = (element, attributes) => Object.entries(attributes).forEach(pair => element.setAttribute(...pair));
 function node(tag, attributes, text = '') {
   const made = document.createElementNS('http://www.w3.org/2000/svg', tag);

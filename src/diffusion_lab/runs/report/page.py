@@ -114,11 +114,12 @@ def _winner(runs: Sequence[Run], chosen: Sequence[Column], first: Column) -> lis
     extreme = "Lowest" if first.better == "low" else "Highest"
     said = compare.label(chosen, 0, runs[0])
     how = f" ({first.details[0]})" if first.details else ""
-    told = f"{how}: {said}." if said != runs[0].name else f"{how}."
+    told = f": {said}." if said != runs[0].name else "."
     mean = _mean(compare.over_seeds(runs, chosen, first), name)
     return [
         f"{len(runs)} runs. {extreme} {name}: ",
         el("strong", first.text(0)),
+        how,
         ", ",
         link(runs[0]),
         told,

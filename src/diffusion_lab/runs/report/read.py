@@ -1,11 +1,12 @@
 """What runs and evaluations leave behind, read from plain files: neither torch nor a checkpoint is opened."""
 
 import csv
+import itertools
 import json
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
@@ -89,6 +90,12 @@ class Found:
     runs: list[Run] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
+
+
+def within(mapping: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The mapping below a key; {} where there is none, or something else."""
+    found = mapping.get(key)
+    return found if isinstance(found, dict) else {}
 
 
 def find(paths: Sequence[Path]) -> Found:
@@ -184,13 +191,13 @@ def _status(run: Run, outcome: str, reason: object) -> str:
         return outcome + (f": {reason}" if reason else "")
     for name in _LOSSES:
         if name in run.curves and not math.isfinite(run.curves[name][-1][1]):
-            first = next(step for step, value in run.curves[name] if not math.isfinite(value))
+            tail = list(itertools.takewhile(lambda point: not math.isfinite(point[1]), reversed(run.curves[name])))
+            first = tail[-1][0]
             return f"diverged: {name} is no number from step {first:,} on"
-    asked = (run.config.get("trainer") or {}).get("max_steps")
-    if outcome != "done" and isinstance(asked, int) and run.steps < asked:
-        every = (run.config["trainer"].get("log_every_n_steps")) or 1
-        if run.steps + every <= asked:  # steps after the last row leave no trace in metrics.csv
-            return f"unfinished: {run.steps:,} of {asked:,} steps"
+    asked, every = (within(run.config, "trainer").get(key) for key in ("max_steps", "log_every_n_steps"))
+    row = every if isinstance(every, int) else 1  # steps after the last row leave no trace
+    if outcome != "done" and isinstance(asked, int) and run.steps + row <= asked:
+        return f"unfinished: {run.steps:,} of {asked:,} steps"
     return "done"
 
 
@@ -239,9 +246,9 @@ def _overrides(folder: Path, config: dict[str, Any] | None = None) -> list[str] 
 def _choices(folder: Path) -> dict[str, str]:
     """Hydra's own record of which option each group had."""
     try:
-        node: Any = _mapping(folder / ".hydra" / "hydra.yaml", "")
-        choices = node["hydra"]["runtime"]["choices"]
-        return {str(group): str(option) for group, option in choices.items()}
+        found: Any = _mapping(folder / ".hydra" / "hydra.yaml", "")
+        choices = found["hydra"]["runtime"]["choices"]
+        return {str(group): "–" if option is None else str(option) for group, option in choices.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         return {}
 
@@ -316,8 +323,7 @@ def _attach(found: Found, measured: list[tuple[Path, list[Row]]]) -> None:
 
 
 def _judged(row: Row) -> str:
-    checkpoint = row.get("checkpoint")
-    return str((checkpoint.get("path") if isinstance(checkpoint, dict) else None) or row.get("images") or "")
+    return str(within(row, "checkpoint").get("path") or row.get("images") or "")
 
 
 def _owner(runs: list[Run], folder: Path, of: str) -> Run | None:

@@ -12,7 +12,7 @@ from diffusion_lab.runs.report.charts import Chart
 from diffusion_lab.runs.report.compare import NONE, Column
 from diffusion_lab.runs.report.grids import Picture, pictures
 from diffusion_lab.runs.report.html import Html, el, join
-from diffusion_lab.runs.report.read import Evaluation, LeftOut, Row, Run
+from diffusion_lab.runs.report.read import Evaluation, LeftOut, Row, Run, within
 
 _NAMED = 12  # runs named beside a value that they share
 
@@ -237,7 +237,7 @@ def evaluations(runs: Sequence[Run], others: Sequence[Evaluation]) -> Html:
             cells.append(el("td", NONE if value is None else value, data_v=_sortable(value)))
         for name in names:
             metric = compare.scalars(row).get(name)
-            spread = (row.get("spread") or {}).get(name)
+            spread = within(row, "spread").get(name)
             text = NONE if metric is None else figures.number(metric)
             text += f" ± {figures.number(spread)}" if metric is not None and isinstance(spread, float) else ""
             cells.append(el("td", text, class_="number", data_v=_sortable(metric)))
