@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup lock train sample evaluate test test-slow lint format bench pictures notebooks clean
+.PHONY: help setup lock train sample evaluate sweep report dashboard test test-slow lint format bench pictures screenshots notebooks clean
 
 VENV   := .venv
 PYTHON := $(VENV)/bin/python
@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 ARGS   ?=
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | awk -F ':.*?## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | awk -F ':.*?## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 	@echo '  ARGS="..." goes to the command, e.g. make train ARGS="schedule=linear objective=pred_noise"'
 
 setup: $(READY) ## .venv with exactly the locked packages; the other targets do it when needed
@@ -35,6 +35,15 @@ sample: setup ## 64 images from the latest run
 evaluate: setup ## how good is the latest run?
 	$(PYTHON) src/evaluate.py ckpt=latest $(ARGS)
 
+sweep: setup ## schedule x objective on digits, six short runs and the page that compares them: six minutes on two cores
+	@folder=outputs/multirun/schedule_objective_$$(date +%Y-%m-%d_%H-%M-%S); \
+	$(PYTHON) src/train.py sweep=schedule_objective hydra/launcher=joblib hydra.launcher.n_jobs=2 trainer.max_steps=1000 \
+		callbacks.samples.every=1000 callbacks.progress=null hydra.sweep.dir=$$folder $(ARGS); \
+	code=$$?; $(PYTHON) src/report.py $$folder && exit $$code
+
+report: setup ## all runs below outputs, or ARGS=FOLDER, as one HTML page
+	$(PYTHON) src/report.py $(or $(ARGS),outputs)
+
 test: setup ## the test suite, under ten minutes on two cores
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile $(ARGS)
 
@@ -53,11 +62,19 @@ format: setup ## ruff's formatter and safe fixes
 bench: setup ## speed and quality beside peers; the tables of docs/benchmarks.md
 	$(PYTHON) benchmarks/run.py $(ARGS)
 
+dashboard: setup ## the W&B workspace of this project's runs, once a project, logged in
+	$(PYTHON) src/dashboard.py $(ARGS)
+
 pictures: setup ## what the tasks of src/sample.py make of the latest run, in docs/tasks
 	$(PYTHON) benchmarks/tasks.py $(ARGS)
 
+<<<<<<< HEAD
 notebooks: setup ## run notebooks/*.py and write their .ipynb, with figures, beside them
 	OMP_NUM_THREADS=1 $(PYTHON) notebooks/execute.py $(ARGS)
+=======
+screenshots: setup ## the report of ARGS=FOLDER as pictures, in docs (needs Chromium)
+	$(PYTHON) benchmarks/screenshots.py $(ARGS)
+>>>>>>> report
 
 clean: ## caches and build products; never runs, data or the environment
 	rm -rf build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -11,12 +11,15 @@ import samplers
 import solvers
 from common import machine
 
+import report
+
 PARTS = {
     "overhead": overhead.main,
     "quality": quality.main,
     "samplers_cost": samplers.cost,
     "solvers": solvers.main,
     "guidance": guidance.main,
+    "report": report.main,
 }
 
 

@@ -23,7 +23,7 @@ COMMANDS = [
     if line.strip()
 ]
 DDP = "trainer=ddp"
-DOORS = [f"src/{name}.py" for name in ("train", "sample", "evaluate", "fit_variance", "train_classifier")]
+DOORS = [f"src/{name}.py" for name in ("train", "sample", "evaluate", "fit_variance", "train_classifier", "report")]
 
 # What makes a command short: its meaning stays, and the options that it names come last.
 SHORT = (
@@ -113,6 +113,8 @@ def test_the_readme_s_commands_run_in_its_order(workplace, monkeypatch, capfd):
         time.sleep(1.1)  # output folders are named by the second
         if DDP in line:
             _apart(line, workplace, extra)
+        elif name == "report":  # no command of Hydra's
+            assert "0 left out" in _apart(line, workplace)
         else:
             outcome = command(name, [*shlex.split(line)[2:], *extra.split()], capfd)
             assert outcome.code == 0, f"{line} {extra}\n{outcome.err}"

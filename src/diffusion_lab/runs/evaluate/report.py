@@ -10,12 +10,9 @@ from typing import Any
 
 from diffusion_lab.metrics.classifier import CONFIDENT
 from diffusion_lab.runs import files, loggers
+from diffusion_lab.runs.figures import better, number
 
 Row = dict[str, Any]
-BETTER = {  # which way is good
-    **dict.fromkeys(("fid", "fd", "kid", "nll"), "lower is better"),
-    **dict.fromkeys(("is", "precision", "recall", "density", "coverage", "recognised", "as"), "higher is better"),
-}
 COLOURS = ("#1f6f8b", "#d1495b", "#5b8c5a", "#8e6c8a", "#e09f3e", "#3d405b", "#7f7f7f", "#b56576")
 
 
@@ -96,16 +93,8 @@ def table(rows: list[Row]) -> str:
 def _cell(row: Row, name: str) -> str:
     if name not in row["metrics"]:
         return "–"
-    spread = f" ± {_number(row['spread'][name])}" if "spread" in row and name in row["spread"] else ""
-    return _number(row["metrics"][name]) + spread
-
-
-def _number(value: float) -> str:
-    """Four digits that matter."""
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g}"
-    digits = max(0, 3 - math.floor(math.log10(abs(value))))
-    return f"{value:.{digits}f}" if digits < 8 else f"{value:.3g}"
+    spread = f" ± {number(row['spread'][name])}" if "spread" in row and name in row["spread"] else ""
+    return number(row["metrics"][name]) + spread
 
 
 # the plot -----------------------------------------------------------------------------------------------------------------
@@ -159,7 +148,7 @@ def _plot(rows: list[Row]) -> bytes | None:
 
 
 def _dress(axes: Any, name: str, nfe: list[int], rows: list[Row]) -> None:
-    axes.set_title(f"{name}  ({BETTER.get(name.split('_')[0], '')})", fontsize=10, loc="left")
+    axes.set_title(f"{name}  ({better(name)})", fontsize=10, loc="left")
     axes.set_xlabel("network evaluations a sample", fontsize=9)
     axes.set_xscale("log")
     axes.set_xticks(nfe, [str(v) for v in nfe])

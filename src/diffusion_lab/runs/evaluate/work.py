@@ -143,7 +143,7 @@ def _common(prepared: Prepared, processes: Processes) -> Row:
     if p.run:
         average = p.run.weights.removeprefix("ema ")
         out["checkpoint"] = {
-            "path": str(p.settings["ckpt"]),
+            "path": str(p.run.path.absolute() if p.run.path else p.settings["ckpt"]),  # what `latest` means now
             "step": p.run.step,
             "ema_decay": None if p.run.weights == "live" else float(average),
             "clip": (p.settings.get("clip") or {}).get("_target_", "none").rsplit(".", 1)[-1],

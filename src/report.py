@@ -1,0 +1,8 @@
+"""`python src/report.py --help` says what it does."""
+
+import sys
+
+from diffusion_lab.runs.report import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
