@@ -68,13 +68,11 @@ dashboard: setup ## the W&B workspace of this project's runs, once a project, lo
 pictures: setup ## what the tasks of src/sample.py make of the latest run, in docs/tasks
 	$(PYTHON) benchmarks/tasks.py $(ARGS)
 
-<<<<<<< HEAD
 notebooks: setup ## run notebooks/*.py and write their .ipynb, with figures, beside them
 	OMP_NUM_THREADS=1 $(PYTHON) notebooks/execute.py $(ARGS)
-=======
+
 screenshots: setup ## the report of ARGS=FOLDER as pictures, in docs (needs Chromium)
 	$(PYTHON) benchmarks/screenshots.py $(ARGS)
->>>>>>> report
 
 clean: ## caches and build products; never runs, data or the environment
 	rm -rf build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
