@@ -267,7 +267,7 @@ strengths = [0.2, 0.35, 0.5, 0.65, 0.8, 0.95]
 eps = normal((1, 8, 8), seed=3, index=torch.arange(4))
 columns = [drawing.expand(4, -1, -1, -1)]
 for t in strengths:
-    x_t = editing.noised(denoiser.schedule, drawing, eps, torch.tensor(t))
+    x_t = denoiser.schedule.corrupt(drawing, eps, torch.tensor(t))
     columns.append(samplers.DDIM(20)(denoiser, x_t, start=t, condition={"label": torch.full((4,), 8)}))
 
 fig, ax = plt.subplots(figsize=(4.2, 2.6))

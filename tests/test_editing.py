@@ -10,7 +10,7 @@ from oracle import Gaussian, Mixture, Network, oracle
 from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser
-from diffusion_lab.editing import Certain, Known, inpaint, noised, passes, slerp
+from diffusion_lab.editing import Certain, Known, inpaint, passes, slerp
 from diffusion_lab.noise import normal
 from diffusion_lab.objectives import PredNoise, PredV
 from diffusion_lab.samplers import DDIM, DDPM, ODE, Heun, Sampler, prior
@@ -59,7 +59,7 @@ def test_edits_of_gaussian_data_have_the_law_that_theory_gives(name: str) -> Non
     noise, image = normal((1, 1, 1), seed=3, index=torch.arange(4000), dtype=D), torch.full((1, 1, 1, 1), 1.5, dtype=D)
     kept = []
     for t in (0.3, 0.6, 0.9):
-        x_t = noised(schedule, image, noise, torch.tensor(t))
+        x_t = schedule.corrupt(image, noise, torch.tensor(t))
         x = Heun(40)(oracle(data, schedule, PredV()), x_t, start=t)
         ends = torch.tensor([0.0, 1.0], dtype=D).reshape(2, 1, 1, 1)
         low, high = data.flow(ends, schedule, t, 1e-9).flatten().tolist()  # the flow: low + (high − low) x_t

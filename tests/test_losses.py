@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from diffusion_lab.denoiser import Denoiser, Prediction
 from diffusion_lab.gaussian import posterior
-from diffusion_lab.losses import L1, L2, Error, Huber, bound_term, corrupt, diffusion_loss, head_loss
+from diffusion_lab.losses import L1, L2, Error, Huber, bound_term, diffusion_loss, head_loss
 from diffusion_lab.objectives import Objective, PredNoise, PredV, PredX0
 from diffusion_lab.schedules import Cosine, Linear
 from diffusion_lab.variances import FixedLarge, Learned
@@ -53,7 +53,7 @@ def test_huber_refuses_a_delta_of_nought() -> None:
 def test_corrupt_is_the_forward_process() -> None:
     x0, noise = torch.randn(2, 2, 1, 2, 2, dtype=D)
     t = torch.tensor([0.25, 1.0], dtype=D)
-    got = corrupt(Denoiser(lambda x, c: x, Linear(), PredNoise()), x0, noise, t)
+    got = Linear().corrupt(x0, noise, t)
     bar = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=D)).cumprod(0)[[249, 999]]
     want = bar.sqrt()[:, None, None, None] * x0 + (1 - bar).sqrt()[:, None, None, None] * noise
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
@@ -136,7 +136,7 @@ def test_float32_images_give_a_float32_loss() -> None:
     )
     assert all(v.dtype == torch.float32 and v.shape == (2,) for v in step)
     assert torch.equal(step.weighted, step.weight * step.error)
-    x_t = corrupt(Denoiser(lambda x, c: x, Cosine(), PredV()), x0, noise, torch.tensor([0.5, 0.9], dtype=D))
+    x_t = Cosine().corrupt(x0, noise, torch.tensor([0.5, 0.9], dtype=D))
     want = F.huber_loss(x_t, PredV().target(Cosine(), torch.tensor([0.5, 0.9]), x0, noise), reduction="none")
     torch.testing.assert_close(step.error, want.flatten(1).mean(1))
 
@@ -199,7 +199,7 @@ def test_hybrid_and_vlb_losses_against_numpy(objective: Objective) -> None:
         return torch.cat([objective.target(schedule, at, guess, out[:, :1]), out[:, 1:]], dim=1)
 
     den = Denoiser(network, schedule, objective, clip=0.1)  # clipping plays no part
-    x_t = corrupt(den, x0, noise, t)
+    x_t = den.schedule.corrupt(x0, noise, t)
     out = two(x_t, node.double() - 1)
     want = [term_in_numpy(*(v[k, 0].numpy() for v in (x0, x_t)), out[k].numpy(), int(i)) for k, i in enumerate(node)]
     simple = (out[:, :1] - noise).square().flatten(1).mean(1)
@@ -252,7 +252,7 @@ def test_the_expected_term_is_least_at_the_optimal_variance() -> None:
     large = FixedLarge()(s, t[0], t[0] - 1 / 40, Prediction(x0, x0, x0))
     v = 2 * float((best / q.variance).log() / (large / q.variance).log()) - 1
     den = oracle(Gaussian(torch.full((1, 1, 1), 0.2), 0.5), s, PredNoise())
-    x_t = corrupt(den, x0, noise, t)
+    x_t = den.schedule.corrupt(x0, noise, t)
     output, _ = den.output(x_t, t)
 
     def term(at: float) -> Tensor:

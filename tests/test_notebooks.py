@@ -29,8 +29,13 @@ def test_every_notebook_is_a_pair_and_listed():
         assert f"({path.stem}.ipynb)" in listed
 
 
+LONG = ("03_samplers", "04_guidance_and_editing")  # half a minute each
+
+
 @pytest.mark.filterwarnings("ignore:FigureCanvasAgg is non-interactive")
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=_name)
+@pytest.mark.parametrize(
+    "path", [pytest.param(p, id=_name(p), marks=[pytest.mark.slow] if p.stem in LONG else []) for p in NOTEBOOKS]
+)
 def test_every_notebook_runs(path, monkeypatch):
     """From top to bottom; their own assertions compare formulas with the library. Then every figure is drawn."""
     monkeypatch.chdir(FOLDER)

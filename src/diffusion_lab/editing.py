@@ -44,12 +44,6 @@ def slerp(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
     return between.to(a.dtype).reshape(len(weights), *a.shape)
 
 
-def noised(schedule: Schedule, x0: Tensor, noise: Tensor, t: Times) -> Tensor:
-    """α_t x_0 + σ_t ε, where SDEdit sets out from (Meng et al. 2022, algorithm 2); x0 broadcasts to noise (B, …)."""
-    alpha, sigma = schedule.alpha_sigma(t.double())
-    return match(alpha, noise) * x0 + match(sigma, noise) * noise
-
-
 class Known(Denoiser):
     """A denoiser that is told some pixels: x̂_0 ← m x̂_0 + (1 − m) known, after clipping and guidance, and ε̂ to match.
 

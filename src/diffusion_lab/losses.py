@@ -92,7 +92,7 @@ def diffusion_loss(
         condition: keyword arguments for the network.
     """
     schedule, objective = denoiser.schedule, denoiser.objective
-    x_t = corrupt(denoiser, x0, noise, t)
+    x_t = denoiser.schedule.corrupt(x0, noise, t)
     output, extra = denoiser.output(x_t, t, previous, **condition)
     each = error(output, objective.target(schedule, t, x0, noise))
     weight = move(weighting(schedule, objective, t).to(each.dtype), each.device)
@@ -162,13 +162,7 @@ def head_loss(
         kind: "sn" or "npr".
         x0, noise, t, previous, condition: as for `diffusion_loss`.
     """
-    prediction = denoiser(corrupt(denoiser, x0, noise, t), t, previous, **condition)
+    prediction = denoiser(denoiser.schedule.corrupt(x0, noise, t), t, previous, **condition)
     assert prediction.extra is not None
     target = (noise if kind == "sn" else noise - prediction.noise.detach()).square()
     return (prediction.extra - target).square().flatten(1).mean(1)
-
-
-def corrupt(denoiser: Denoiser, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """x_t = α_t x_0 + σ_t ε for images (B, …) and times (B,)."""
-    alpha, sigma = denoiser.schedule.alpha_sigma(t.double())
-    return match(alpha, x0) * x0 + match(sigma, x0) * noise

@@ -115,7 +115,7 @@ SWEEP = ("--multirun", *SHORT, "schedule.zero_terminal_snr=true")
     "there",
     [
         ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "objective=pred_noise,pred_v"],
-        ["hydra/launcher=submitit_local"],
+        pytest.param(["hydra/launcher=submitit_local"], marks=pytest.mark.slow),
     ],
 )
 def test_jobs_in_other_processes_are_the_same_runs(there, tmp_path, capfd, monkeypatch):

@@ -19,7 +19,7 @@ from diffusion_lab.data.images import Examples, Rows, to_float
 from diffusion_lab.metrics.extractors import Extractor, Features, digest
 from diffusion_lab.models.classifier import Classifier
 from diffusion_lab.noise import Stream, normal, permutation, uniform
-from diffusion_lab.schedules import Schedule, match
+from diffusion_lab.schedules import Schedule
 from diffusion_lab.times import Stratified
 
 if TYPE_CHECKING:  # it imports Lightning, which processes that only measure need not wait for
@@ -318,10 +318,9 @@ def _shifted(x: Tensor, by: Tensor) -> Tensor:
 
 
 def _noisy(schedule: Schedule, x: Tensor, t: Tensor, index: Tensor, draw: int) -> Tensor:
-    """x_t = α x + σ ε, ε keyed by (index, draw)."""
-    alpha, sigma = schedule.alpha_sigma(t)
+    """x_t, its ε keyed by (index, draw)."""
     noise = normal(tuple(x.shape[1:]), seed=0, index=index.to(x.device), draw=draw, stream=Stream.NOISE)
-    return match(alpha, x) * x + match(sigma, x) * noise
+    return schedule.corrupt(x, noise, t)
 
 
 @torch.no_grad()

@@ -66,6 +66,17 @@ class Schedule(ABC):
         f = d_alpha / alpha
         return like(f, t), like(2 * sigma * (d_sigma - f * sigma), t)
 
+    def corrupt(self, x0: Tensor, noise: Tensor, t: Times) -> Tensor:
+        """The forward process x_t = α_t x_0 + σ_t ε (Ho et al. 2020, eq. 4), (B, …) in noise's dtype.
+
+        Args:
+            x0: images, (B, …) or what broadcasts to noise.
+            noise: ε, (B, …).
+            t: times in [0, 1], (B,) or one for all.
+        """
+        alpha, sigma = self.alpha_sigma(t.double())
+        return match(alpha, noise) * x0 + match(sigma, noise) * noise
+
     def off_data(self, t: Times) -> Times:
         """t in float64, with 0+ for what is below it."""
         return t.double().clamp(min=self.after_data)

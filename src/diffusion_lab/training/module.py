@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_lab.denoiser import Denoiser
-from diffusion_lab.losses import Error, StepLoss, chain_steps, corrupt, diffusion_loss
+from diffusion_lab.losses import Error, StepLoss, chain_steps, diffusion_loss
 from diffusion_lab.noise import Stream, normal, uniform, word
 from diffusion_lab.objectives import Objective
 from diffusion_lab.schedules import Schedule, match, move
@@ -170,7 +170,7 @@ class DiffusionModule(pl.LightningModule):
         if not self.denoiser.self_conditioning:
             return None
         with torch.no_grad():
-            first = self.denoiser(corrupt(self.denoiser, x0, noise, t), t, **condition).x0
+            first = self.denoiser(self.schedule.corrupt(x0, noise, t), t, **condition).x0
         coin = uniform((), seed=self.seed, index=position, draw=step, stream=Stream.SELF) < 0.5
         return match(coin, first) * first
 

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from diffusion_lab.data.images import Examples
 from diffusion_lab.data.stream import BatchStream
 from diffusion_lab.denoiser import Denoiser
-from diffusion_lab.losses import corrupt, head_loss
+from diffusion_lab.losses import head_loss
 from diffusion_lab.models import SecondHead
 from diffusion_lab.noise import Stream, normal, permutation, uniform
 from diffusion_lab.schedules import Schedule, match
@@ -78,7 +78,7 @@ def second_moments(
         noise = normal(tuple(x0.shape[1:]), seed=seed, index=k.to(device), stream=Stream.VARIANCE, dtype=torch.float64)
         which = k % len(times)
         t, given = times[which], {name: v.to(device) for name, v in condition(batch).items()}
-        x_t = corrupt(denoiser, x0, noise, t)
+        x_t = denoiser.schedule.corrupt(x0, noise, t)
         previous = denoiser(x_t, t, **given).x0 if denoiser.self_conditioning else None
         guess = denoiser(x_t, t, previous, **given).noise
         each = (guess.square() - noise.square()).flatten(1).mean(1).cpu()
@@ -200,7 +200,7 @@ def _head_step(
     previous = None
     if denoiser.self_conditioning:
         with torch.no_grad():
-            first = denoiser(corrupt(denoiser, x0, noise, t), t, **given).x0
+            first = denoiser(denoiser.schedule.corrupt(x0, noise, t), t, **given).x0
         coin = uniform((), seed=seed, index=position, draw=step, stream=Stream.SELF) < 0.5
         previous = match(coin, first) * first
     return head_loss(denoiser, kind, x0, noise, t, previous, **given).mean()

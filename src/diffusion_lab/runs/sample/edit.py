@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from diffusion_lab.data.pictures import Panel, save_sheet
-from diffusion_lab.editing import noised
 from diffusion_lab.runs.inputs import read_one
 from diffusion_lab.runs.sample.work import SHOWN, Work, visible, write
 
@@ -20,7 +19,7 @@ def do(work: Work) -> str:
     condition = work.condition(n)
 
     def make(index: Tensor, condition: dict[str, Tensor], progress: bool) -> Tensor:
-        return noised(schedule, x0.to(index.device), work.noise(index), t)
+        return schedule.corrupt(x0.to(index.device), work.noise(index), t)
 
     states = work.batched(n, make, condition)
     images = work.decoded(states, condition, start=float(t))
