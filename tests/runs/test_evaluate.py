@@ -70,7 +70,7 @@ def made(run, tmp_path_factory):
     return out
 
 
-def test_several_samplers_steps_and_metrics_in_one_command(evaluate, tmp_path):
+def test_several_samplers_steps_and_metrics_in_one_command(evaluate, run, tmp_path):
     asked = ("metrics=[fd_classifier,prdc]", "extractor=classifier", "samplers=[ddim,ddpm]", "steps=[2,3]")
     outcome, found = evaluate(*asked)
     wanted = [("ddim", 2, 2), ("ddim", 3, 3), ("ddpm", 2, 2), ("ddpm", 3, 3)]
@@ -83,6 +83,7 @@ def test_several_samplers_steps_and_metrics_in_one_command(evaluate, tmp_path):
     assert set(metrics) == names
     assert len(metrics["classes"]) == 10
     assert sum(metrics["classes"]) == pytest.approx(metrics["recognised"])
+    assert first["checkpoint"]["path"] == str(run / "checkpoints" / "last.ckpt")  # the file, though a folder was named
     assert (first["checkpoint"]["ema_decay"], first["checkpoint"]["step"]) == (0.5, 4)
     assert first["references"]["classifier"]["n"] == 1617
     assert "uint8" in first["protocol"]["images"]
