@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import shlex
+import shutil
 from pathlib import Path
 
 import optuna
@@ -13,6 +15,7 @@ from omegaconf import OmegaConf
 
 from diffusion_lab.runs import options, sweeps
 from diffusion_lab.runs.loggers import identity
+from diffusion_lab.runs.report.sections import command as report_command
 from diffusion_lab.training.callbacks import Pruning
 
 SHORT = (*TINY, "trainer.max_steps=4", "trainer.val_every=2", "trainer.val_draws=1")
@@ -72,11 +75,17 @@ def test_every_sweep_composes_with_the_command_that_its_first_line_names(name):
         assert OmegaConf.select(config, key) is not None
 
 
+def test_the_command_of_a_job_is_that_run_alone():
+    line = shlex.split(report_command(["sweep=learning_rate", "optimizer.lr=1e-3"]))
+    assert line[:2] == ["python", "src/train.py"]
+    config = options.check("train", line[2:])
+    assert config.hydra.mode.name == "RUN"
+    assert config.optimizer.lr == 1e-3
+
+
 def test_a_sweep_over_an_unknown_key_is_refused_before_the_first_job(tmp_path, capfd, monkeypatch):
     sweep = tmp_path / "sweep"
     conf = tmp_path / "conf"
-    import shutil
-
     shutil.copytree(ROOT / "conf", conf)
     (conf / "sweep" / "mine.yaml").write_text(
         "# @package _global_\nhydra: { mode: MULTIRUN, sweeper: { params: { optimizer.rl: '1e-3,2e-3' } } }\n"

@@ -6,6 +6,7 @@ Hydra finds these mistakes as well, but says so in five lines and with exit code
 import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -275,7 +276,7 @@ def _check_type(key: str, default: Any, value: Any) -> None:
     elif key in NULLABLE:
         kinds = NULLABLE[key]
         allowed = (*kinds, type(None)) if isinstance(kinds, tuple) else (kinds, type(None))
-    elif default is None or (isinstance(default, str) and default.startswith("${")):
+    elif default is None or isinstance(default, Enum) or (isinstance(default, str) and default.startswith("${")):
         return  # nothing is known here; the class that gets it refuses what it cannot use
     elif isinstance(default, dict):
         allowed = (dict, type(None))  # null switches a named part off

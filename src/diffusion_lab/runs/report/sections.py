@@ -200,8 +200,9 @@ def _holders(names: Sequence[str]) -> str:
 
 
 def command(overrides: Sequence[str]) -> str:
-    """The line that starts such a run, quoted for a shell."""
-    return shlex.join(["python", "src/train.py", *overrides])
+    """The line that starts such a run, quoted for a shell; of a sweep's job this one run, not the sweep."""
+    alone = ["hydra.mode=RUN"] if any(o.startswith("sweep=") for o in overrides) else []
+    return shlex.join(["python", "src/train.py", *overrides, *alone])
 
 
 def commands(runs: Sequence[Run], chosen: Sequence[Column]) -> Html:
