@@ -124,7 +124,8 @@ def fitted(config: dict[str, Any], steps: int, warm: int) -> Callable[[], float]
             module = build.module(config, network, {})
             clock = Clock()
             hooks = [*build.callbacks(config, Path(folder)), clock]
-            trainer = build.trainer(config, Path(folder), loggers.build(config, config, Path(folder)), hooks)
+            who = loggers.identity({}, [], None, None)
+            trainer = build.trainer(config, Path(folder), loggers.build(config, config, Path(folder), who), hooks)
             trainer.fit(module, datamodule=data)
             return clock.seconds
 

@@ -5,6 +5,7 @@ import sys
 import warnings
 
 import guidance
+import logging_cost
 import overhead
 import quality
 import samplers
@@ -19,6 +20,7 @@ PARTS = {
     "samplers_cost": samplers.cost,
     "solvers": solvers.main,
     "guidance": guidance.main,
+    "logging_cost": logging_cost.main,
     "report": report.main,
 }
 
