@@ -91,7 +91,7 @@ def test_several_samplers_steps_and_metrics_in_one_command(evaluate, run, tmp_pa
     for word in ("fd_classifier", "coverage", "70 images", "1,617 images", "ema 0.5", "train+val"):
         assert word in outcome.out
     out = tmp_path / "out"
-    assert sorted(p.name for p in out.iterdir()) == ["metrics.csv", "metrics.json", "quality.png"]
+    assert sorted(p.name for p in out.iterdir()) == ["config.yaml", "metrics.csv", "metrics.json", "quality.png"]
     with (out / "metrics.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert [float(line["fd_classifier"]) for line in lines] == [r["metrics"]["fd_classifier"] for r in found]

@@ -169,7 +169,7 @@ def test_a_run_leaves_what_it_promises_and_samples_from_it(tmp_path, capfd):
     assert "sample.py ckpt=" in outcome.out
     code, _, err = command("sample", [f"ckpt={run}", "n=5", "sampler.steps=3", f"out={out}", "batch_size=2"], capfd)
     assert code == 0, err
-    assert sorted(p.name for p in out.iterdir()) == ["grid.png", "images", "samples.npz"]
+    assert sorted(p.name for p in out.iterdir()) == ["config.yaml", "grid.png", "images", "samples.npz"]
     assert len(list((out / "images").iterdir())) == 5
 
 
