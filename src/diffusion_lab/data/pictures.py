@@ -91,7 +91,8 @@ def save_sheet(path: Path, panels: Sequence[Panel]) -> None:
     below = [(panel.caption, grid(panel.images, panel.columns)) for panel in panels if panel.columns is not None]
     line = 20
     rows = ([top] if top else []) + [[strip] for strip in below]
-    width = max(sum(p.shape[1] for _, p in row) + _MARGIN * (len(row) + 1) for row in rows)
+    wide = {caption: math.ceil(font.getlength(caption)) for row in rows for caption, _ in row}  # a caption may be wider
+    width = max(sum(max(p.shape[1], wide[said]) for said, p in row) + _MARGIN * (len(row) + 1) for row in rows)
     height = sum(max(p.shape[0] for _, p in row) + line + _MARGIN for row in rows) + _MARGIN
     sheet = Image.new("RGB", (width, height), (_PAPER,) * 3)
     draw = ImageDraw.Draw(sheet)
@@ -101,6 +102,6 @@ def save_sheet(path: Path, panels: Sequence[Panel]) -> None:
         for caption, picture in row:
             draw.text((x, y), caption, fill=_INK, font=font)
             sheet.paste(Image.fromarray(picture), (x, y + line))
-            x += picture.shape[1] + _MARGIN
+            x += max(picture.shape[1], wide[caption]) + _MARGIN
         y += max(p.shape[0] for _, p in row) + line + _MARGIN
     save_png(path, np.asarray(sheet))
