@@ -123,7 +123,7 @@ SWEEP = ("--multirun", *SHORT, "schedule.zero_terminal_snr=true")
 @pytest.mark.parametrize(
     "there",
     [
-        ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "objective=pred_noise,pred_v"],
+        ["hydra/launcher=joblib", "hydra.launcher.n_jobs=1", "objective=pred_noise,pred_v"],
         pytest.param(["hydra/launcher=submitit_local"], marks=pytest.mark.slow),
     ],
 )

@@ -79,6 +79,8 @@ def main(config_name: str, task: str) -> int:
                 raise ValueError(f"{stray[0]!r} is neither KEY=VALUE nor a flag; --help lists what can be written")
             config = options.check(config_name, overrides, sweep)
             sweep = sweep or config.hydra.mode == RunMode.MULTIRUN
+            if sweep and config_name == "train":
+                launchers.check_sweep(OmegaConf.to_container(config.trainer))  # type: ignore[arg-type]
             if not flags & {"--cfg", "-c"}:
                 started = launchers.launched()
                 if started:
@@ -126,9 +128,8 @@ def main(config_name: str, task: str) -> int:
 
 
 def _keep_configuration(config: DictConfig) -> None:
-    """config.yaml, resolved, in the folder that a command wrote."""
+    """config.yaml, resolved, in the folder that a command wrote; a file that export.py wrote holds its own."""
     folder = Path(str(config.get("out") or config.run_dir))
-    folder = folder if folder.is_dir() else Path(str(config.run_dir))  # export.py writes a file
     if folder.is_dir() and not (folder / "config.yaml").exists():
         files.write(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
 

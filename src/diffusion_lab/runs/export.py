@@ -33,8 +33,9 @@ def run(config: DictConfig) -> int:
         else:
             source = checkpoints.read(found)
             kept = {key: source[key] for key in ("config", "choices", "global_step", "diffusion_lab") if key in source}
-            tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}  # type: ignore[attr-defined]
+            tensors = network.state_dict()  # type: ignore[attr-defined]
             told = {EXPORTED: json.dumps({**kept, "weights": loaded.weights})}
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}  # channels_last is not
         files.write(out, save(tensors, metadata=told or None))
     count = sum(tensor.numel() for tensor in tensors.values())
     print(f"{found} ({loaded.weights}, step {loaded.step:,}): {count:,} numbers, {out.stat().st_size / 2**20:.1f} MiB")

@@ -9,7 +9,7 @@ import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 _POLL_SECONDS = 0.5
 
@@ -62,6 +62,16 @@ def check(started: Launched, command: str, sweep: bool, named_folder: bool, over
     if overwrite:
         raise ValueError(
             f"overwrite=true under {started.by}: the processes meet in a new folder, write another hydra.run.dir="
+        )
+
+
+def check_sweep(trainer: Mapping[str, Any]) -> None:
+    """Raise ValueError where the jobs of a sweep would be of several processes each; `trainer`: the options of one, plain."""
+    devices = trainer["devices"]
+    if trainer["num_nodes"] > 1 or (len(devices) > 1 if isinstance(devices, list) else devices not in (1, "1")):
+        raise ValueError(
+            "--multirun with several processes would run the sweep again in every process: write trainer.devices=1, "
+            "or start each run on its own"
         )
 
 

@@ -100,7 +100,7 @@ def check(config_name: str, arguments: Sequence[str], sweep: bool = False) -> Di
         for override in overrides:
             if override not in chosen:
                 _check_value(override, base)
-        config = _compose(config_name, [_single(o) for o in overrides])
+        config = base if len(chosen) == len(overrides) else _compose(config_name, [_single(o) for o in overrides])
         _resolve(config)
         interval = next((o.input_line for o in overrides if o.is_interval_sweep()), None)
         if interval and "Basic" in config.hydra.sweeper._target_:

@@ -199,12 +199,8 @@ def _keep_best(resumed: Path, folder: Path) -> None:
 def _check_processes(settings: Mapping[str, Any]) -> None:
     options = settings["trainer"]
     devices = options["devices"]
-    several = options["num_nodes"] > 1 or (len(devices) > 1 if isinstance(devices, list) else devices not in (1, "1"))
-    if several and HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-        raise ValueError(
-            "--multirun with several processes would run the sweep again in every process: write trainer.devices=1, "
-            "or start each run on its own"
-        )
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        launchers.check_sweep(options)
     if str(options["strategy"]).startswith("fsdp") and (settings.get("callbacks") or {}).get("ema"):
         raise ValueError(
             "trainer=fsdp cuts the weights into parts, of which no average is kept: write callbacks.ema=null, or trainer=ddp"
