@@ -87,10 +87,12 @@ class OptunaSweeper(Sweeper):
             refuse(error)
         _in_memory[self.options.study] = study
         try:
-            done = len([t for t in study.trials if t.state.is_finished()])
             returns = []
-            while done < self.options.trials:
-                trials = [study.ask(space) for _ in range(min(self.options.parallel, self.options.trials - done))]
+            while (done := sum(t.state.is_finished() for t in study.trials)) < self.options.trials:
+                try:
+                    trials = [study.ask(space) for _ in range(min(self.options.parallel, self.options.trials - done))]
+                except ValueError as error:  # the values of a choice are others than when the study began
+                    refuse(ValueError(f"{error}: write another hydra.sweeper.study="))
                 jobs = [
                     [*fixed, *(f"{k}={v}" for k, v in t.params.items()), f"+hydra.job.env_set.{TRIAL_ENV}='{t.number}'"]
                     for t in trials
@@ -105,7 +107,6 @@ class OptunaSweeper(Sweeper):
                     else:
                         study.tell(trial, state=optuna.trial.TrialState.FAIL)
                     returns.append(result)
-                done += len(trials)
         finally:
             _in_memory.pop(self.options.study)
         return returns
@@ -152,9 +153,11 @@ def _study(options: OptunaConf) -> "optuna.Study":
     if options.storage:
         Path(options.storage).parent.mkdir(parents=True, exist_ok=True)
         storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(options.storage))
+    held = [] if storage is None else [s for s in storage.get_all_studies() if s.study_name == options.study]
+    begun = sum(len(storage.get_all_trials(s._study_id, deepcopy=False)) for s in held) if storage else 0
     return optuna.create_study(
         storage=storage,
-        sampler=samplers[options.sampler](seed=options.seed),
+        sampler=samplers[options.sampler](seed=options.seed + begun),  # one that goes on must not draw the same again
         pruner=pruners[options.pruner](),
         study_name=options.study,
         direction="minimize",

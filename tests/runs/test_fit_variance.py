@@ -261,6 +261,7 @@ def test_the_checkpoint_s_own_variance_holds(made):
 
 
 @pytest.mark.ddp
+@pytest.mark.slow
 def test_two_processes_fit_what_one_does(made, fit, capfd):
     plain = made("plain")
     found = []

@@ -46,6 +46,18 @@ def test_what_several_processes_cannot_run_together(name, arguments, said, tmp_p
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_weights_in_parts_and_lonely_tasks_are_refused(tmp_path, capfd, monkeypatch):
+    for env, arguments, said in (
+        ({}, ["trainer.strategy=fsdp"], "write trainer=ddp"),
+        ({"SLURM_NTASKS": "1"}, ["trainer=ddp", "trainer.accelerator=cpu"], "--ntasks-per-node=N"),
+    ):
+        for key, value in env.items():
+            monkeypatch.setenv(key, value)
+        code, _, err = command("train", [*arguments, f"hydra.run.dir={tmp_path / str(len(env))}"], capfd)
+        assert code == 2
+        assert said in err
+
+
 def _rows(folder):
     with (folder / "metrics.csv").open() as file:
         return [(row["step"], row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]

@@ -6,7 +6,6 @@ import re
 
 import offline_wandb
 import pytest
-import torch
 from command import TINY, code, command
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -134,7 +133,7 @@ def test_a_loss_that_is_no_number_is_said_and_ends_the_run(tmp_path, capfd, monk
     assert ended == 1
     assert "train/loss is nan at step 3" in err
     assert "the loss is no number since step 3" in err
-    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4
+    assert not (run / "checkpoints" / "last.ckpt").exists()  # such weights replace none
     ((title, text),) = offline_wandb.read(run).alerts
     assert title == "the loss is no number"
     assert "step 3" in text

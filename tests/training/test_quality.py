@@ -109,6 +109,7 @@ def test_a_network_that_diverges_ends_no_training(tmp_path, cache, capfd):
 
 
 @pytest.mark.ddp
+@pytest.mark.slow  # that processes agree is tested on metrics/collect as well
 def test_two_processes_log_the_same_figure(tmp_path, cache, capfd):
     one, two = tmp_path / "one", tmp_path / "two"
     train(one, *QUALITY, cache, "trainer.max_steps=2", capfd=capfd)

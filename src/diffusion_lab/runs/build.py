@@ -20,6 +20,7 @@ from torch import nn
 import diffusion_lab
 from diffusion_lab.data.datamodule import DataModule
 from diffusion_lab.denoiser import Denoiser, Prediction
+from diffusion_lab.runs import launchers
 from diffusion_lab.runs.checkpoints import FORMAT
 from diffusion_lab.runs.instantiate import instantiate
 from diffusion_lab.training.callbacks import Interrupt
@@ -160,10 +161,18 @@ def trainer(config: Config, folder: Path, loggers: list[Any], hooks: list[pl.Cal
             enable_progress_bar=False,
             enable_model_summary=False,
             use_distributed_sampler=False,
-            plugins=[SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None,  # Interrupt does it
+            plugins=_slurm(),
         )
     except (pl.utilities.exceptions.MisconfigurationException, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"trainer: Lightning refuses these options: {error}") from error
+
+
+def _slurm() -> list[Any] | None:
+    """SLURM without Lightning's requeueing, which is runs/train.py's; not under torchrun, which may run inside a SLURM job."""
+    started = launchers.launched()
+    if not SLURMEnvironment.detect() or (started and started.by == "torchrun"):
+        return None
+    return [SLURMEnvironment(auto_requeue=False)]
 
 
 def _profiler(name: str | None, folder: Path) -> SimpleProfiler | PyTorchProfiler | None:

@@ -255,7 +255,14 @@ def _told(path: Path) -> dict[str, Any] | None:
             text = (file.metadata() or {}).get(EXPORTED)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a whole .safetensors file: fetch it again ({error})") from error
-    told: dict[str, Any] | None = None if text is None else json.loads(text)
+    if text is None:
+        return None
+    try:
+        told: dict[str, Any] = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} holds a damaged configuration: export it again ({error})") from None
+    if told.get("diffusion_lab", {}).get("format") != FORMAT or not {"config", "weights", "global_step"} <= told.keys():
+        raise ValueError(f"{path} is of another version of diffusion-lab: export it again")
     return told
 
 

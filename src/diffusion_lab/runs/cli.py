@@ -5,7 +5,6 @@ Nothing heavy is imported here: a wrong option is reported before torch is loade
 
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,7 +92,7 @@ def main(config_name: str, task: str) -> int:
     import hydra
 
     outcome: list[int] = []
-    begun, first_process = time.time(), os.getpid()
+    first_process = os.getpid()
 
     def call(config: DictConfig) -> int | Result:
         done = _call(task, config)
@@ -124,7 +123,9 @@ def main(config_name: str, task: str) -> int:
         command()
     except SystemExit as end:  # a signal, or a process of the sweep that died
         code = end.code if isinstance(end.code, int) else 1
-    return max(code, sweeps.summarise(folder, begun))
+    except KeyboardInterrupt:  # in a process of the sweep, or between two jobs
+        code = 130
+    return max(code, sweeps.summarise(folder))
 
 
 def _keep_configuration(config: DictConfig) -> None:

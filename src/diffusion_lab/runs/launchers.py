@@ -35,10 +35,14 @@ def launched(env: Mapping[str, str] = os.environ) -> Launched | None:
     if "TORCHELASTIC_RUN_ID" in env:
         world = int(env["WORLD_SIZE"])
         return Launched("torchrun", int(env["RANK"]), world, world // int(env["LOCAL_WORLD_SIZE"]))
-    interactive = env.get("SLURM_JOB_NAME") in ("bash", "interactive")  # Lightning reads it as this
-    if int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env and not interactive:
+    if int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env and not interactive(env):
         return Launched("srun", int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_NNODES", "1")))
     return None
+
+
+def interactive(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether a person sits at this SLURM job; Lightning knows it by the name, too."""
+    return env.get("SLURM_JOB_NAME") in ("bash", "interactive")
 
 
 def rank(env: Mapping[str, str] = os.environ) -> int:
@@ -65,10 +69,16 @@ def check(started: Launched, command: str, sweep: bool, named_folder: bool, over
         )
 
 
+def several(trainer: Mapping[str, Any]) -> bool:
+    """Whether these options of the trainer, plain, ask for more than one process."""
+    devices = trainer["devices"]
+    many: bool = len(devices) > 1 if isinstance(devices, list) else devices not in (1, "1")
+    return many or trainer["num_nodes"] > 1
+
+
 def check_sweep(trainer: Mapping[str, Any]) -> None:
     """Raise ValueError where the jobs of a sweep would be of several processes each; `trainer`: the options of one, plain."""
-    devices = trainer["devices"]
-    if trainer["num_nodes"] > 1 or (len(devices) > 1 if isinstance(devices, list) else devices not in (1, "1")):
+    if several(trainer):
         raise ValueError(
             "--multirun with several processes would run the sweep again in every process: write trainer.devices=1, "
             "or start each run on its own"

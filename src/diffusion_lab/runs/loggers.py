@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlparse
+from urllib.request import getproxies
 
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
@@ -32,12 +33,11 @@ class Identity(NamedTuple):
     id: str
 
 
-# The choices that tell runs apart, and values that say nothing of the result.
+# The choices that tell runs apart.
 _TAGGED = ("data", "model", "condition", "schedule", "objective", "weighting", "variance", "sampler", "experiment")
-_MUTE = (
-    "trainer.",
+# What says nothing of the result; in a sweep only the first ones are left out of a name, for the others may be what it is about.
+_NEVER = (
     "logger",
-    "callbacks.",
     "hydra",
     "print_config",
     "data.root",
@@ -46,7 +46,9 @@ _MUTE = (
     "trust",
     "ckpt",
     "init",
+    "sweep",
 )
+_ALONE = ("trainer.", "callbacks.", "debug")
 
 
 def identity(choices: Mapping[str, Any], overrides: Sequence[str], sweep: Path | None, held: str | None) -> Identity:
@@ -58,8 +60,10 @@ def identity(choices: Mapping[str, Any], overrides: Sequence[str], sweep: Path |
         sweep: the folder of the sweep that the run is a job of.
         held: W&B's id where the run is continued.
     """
+    mute = _NEVER if sweep else _NEVER + _ALONE
+    named = ("schedule", "objective", "experiment") if sweep else tuple(choices)
     values = [o.lstrip("+") for o in overrides]
-    values = [o for o in values if o.split("=", 1)[0] not in choices and not o.startswith((*_MUTE, "sweep"))]
+    values = [o for o in values if o.split("=", 1)[0] not in named and not o.startswith(mute)]
     recipe = choices.get("experiment")
     name = "-".join([*([recipe] if recipe else []), str(choices.get("schedule")), str(choices.get("objective"))])
     tags = [f"{group}={choices[group]}" for group in _TAGGED if choices.get(group)]
@@ -74,9 +78,9 @@ def build(config: Mapping[str, Any], resolved: Mapping[str, Any], folder: Path, 
     """
     chosen = config.get("logger") or {}
     loggers: list[Logger] = [CSVLogger(str(folder), name="", version="", flush_logs_every_n_steps=100)]
-    if "tensorboard" in chosen:
+    if chosen.get("tensorboard") is not None:
         loggers.append(TensorBoardLogger(str(folder), name="tensorboard", version=""))
-    if "wandb" in chosen:
+    if chosen.get("wandb") is not None:
         options = chosen["wandb"]
         offline = _offline(str(options["mode"]))
         if offline:
@@ -171,6 +175,8 @@ def _logged_in(address: str) -> bool:
 
 def _reachable(address: str) -> bool:
     parts = urlparse(address)
+    if parts.scheme in getproxies():
+        return True  # W&B asks the proxy, which a connection of ours would not
     try:
         with socket.create_connection(
             (parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443)), CONNECT_SECONDS

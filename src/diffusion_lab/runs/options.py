@@ -108,7 +108,7 @@ def check(config_name: str, arguments: Sequence[str], sweep: bool = False) -> Di
             raise ValueError(
                 f"{interval} is an interval: name its values, {key}=A,B or {key}=range(1,4), or write hydra/sweeper=optuna"
             )
-    named = {o.key_or_group for o in overrides}
+    named = {o.get_key_element() for o in overrides}
     swept = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items() if key not in named]
     return check(config_name, [*arguments, *swept], sweep=True) if swept else config
 

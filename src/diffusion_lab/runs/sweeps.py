@@ -73,21 +73,21 @@ def job(call: Callable[[], int | Result], folder: Path, overrides: Sequence[str]
     return outcome
 
 
-def summarise(folder: Path, since: float) -> int:
+def summarise(folder: Path) -> int:
     """Says what the jobs below `folder` came to, the best first and those that failed last; the exit code of the sweep.
 
     Args:
-        folder: hydra.sweep.dir.
-        since: when the sweep began, seconds of the epoch: what was there before is not its.
+        folder: hydra.sweep.dir. What is older than its multirun.yaml, with which a sweep begins, was there before.
     """
+    began_at = (folder / "multirun.yaml").stat().st_mtime if (folder / "multirun.yaml").is_file() else 0.0
     outcomes = {
         path.parent.relative_to(folder).as_posix(): json.loads(path.read_text())
         for path in sorted(folder.rglob(FILE))
-        if path.stat().st_mtime >= since
+        if path.stat().st_mtime >= began_at
     }
     for began in sorted(folder.rglob(".hydra")):  # killed, or out of memory
         name = began.parent.relative_to(folder).as_posix()
-        if name not in outcomes and began.stat().st_mtime >= since:
+        if name not in outcomes and began.stat().st_mtime >= began_at:
             reason = "ended without a word: killed, or out of memory"
             outcomes[name] = {"status": "failed", "reason": reason, "overrides": _overrides(began), "value": None}
     if not outcomes:
@@ -97,8 +97,8 @@ def summarise(folder: Path, since: float) -> int:
         counts[outcome["status"]] = counts.get(outcome["status"], 0) + 1
     print(f"\n{len(outcomes)} jobs in {folder}: " + ", ".join(f"{n} {status}" for status, n in counts.items()))
     common = set.intersection(*(set(o["overrides"]) for o in outcomes.values())) if len(outcomes) > 1 else set()
-    valued = {name: o for name, o in outcomes.items() if o["value"] is not None}
-    for name, o in sorted(valued.items(), key=lambda item: float(item[1]["value"])):
+    valued = {name: o for name, o in outcomes.items() if o["value"] is not None and o["status"] != "failed"}
+    for name, o in sorted(valued.items(), key=lambda item: (str(item[1]["metric"]), float(item[1]["value"]))):
         print(
             f"  {o['metric']} {o['value']:<9.4g} {name}  {_told(o, common)}{'' if o['status'] == 'done' else '  ' + o['status']}"
         )

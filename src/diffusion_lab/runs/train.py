@@ -1,6 +1,7 @@
 """`src/train.py`: train, resume, fine-tune."""
 
 import logging
+import math
 import os
 import shlex
 import shutil
@@ -81,13 +82,16 @@ def run(config: DictConfig) -> Result:
             )
     os.environ[CONFIG_ENV] = str(folder / "config.yaml")  # read by the further processes that Lightning starts
     _announce(trainer, network, data, settings)
+    failed = 1
     try:
         with refusals(OSError):
             trainer.fit(module, datamodule=data, ckpt_path=str(resume[0]) if resume else None, weights_only=True)
+        failed = 0
+        _requeue(trainer, hooks)
     finally:
         os.environ.pop(CONFIG_ENV, None)
         if "wandb" in sys.modules:
-            sys.modules["wandb"].finish()  # or the next job of a sweep would go on with this job's run
+            sys.modules["wandb"].finish(exit_code=failed)  # or the next job of a sweep would go on with this job's run
     return _report(trainer, hooks, settings)
 
 
@@ -122,7 +126,7 @@ def _merged(config: DictConfig, resume: tuple[Path, int] | None) -> tuple[dict[s
     checkpoint = checkpoints.read(resume[0])
     parse = OverridesParser.create().parse_overrides
     latest = {o.key_or_group: str(o.input_line) for o in parse([*checkpoint["overrides"], *given])}
-    overrides = [line for key, line in latest.items() if key not in (*_NOT_FROM_CHECKPOINT, "sweep")]
+    overrides = [line for key, line in latest.items() if key not in _NOT_FROM_CHECKPOINT]
     composed = check("train", overrides)
     both = OmegaConf.to_container(composed, resolve=False)
     held = OmegaConf.create(checkpoint["composed"])
@@ -150,7 +154,7 @@ def _choices(hydra: Any) -> dict[str, str]:
 def _identity(choices: Mapping[str, str], overrides: list[str], resume: tuple[Path, int] | None) -> loggers.Identity:
     job = HydraConfig.get() if HydraConfig.initialized() else None
     sweep = Path(job.sweep.dir) if job and job.mode == RunMode.MULTIRUN else None
-    held = checkpoints.read(resume[0]).get("wandb_id") if resume else None
+    held = checkpoints.read(resume[0]).get("wandb_id") if resume and not sweep else None  # jobs are runs of their own
     return loggers.identity(choices, overrides, sweep, held)
 
 
@@ -201,11 +205,16 @@ def _check_processes(settings: Mapping[str, Any]) -> None:
     devices = options["devices"]
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
         launchers.check_sweep(options)
-    if str(options["strategy"]).startswith("fsdp") and (settings.get("callbacks") or {}).get("ema"):
+    if str(options["strategy"]).startswith(("fsdp", "deepspeed", "model_parallel")):
         raise ValueError(
-            "trainer=fsdp cuts the weights into parts, of which no average is kept: write callbacks.ema=null, or trainer=ddp"
+            f"trainer.strategy={options['strategy']} cuts the weights into parts, of which neither averages nor samples can be "
+            "taken: write trainer=ddp"
         )
     started = launchers.launched()
+    if started is None and "SLURM_NTASKS" in os.environ and launchers.several(options) and not launchers.interactive():
+        raise ValueError(
+            "SLURM gave this job one task, so that one process would train: ask for --ntasks-per-node=N and start it by srun"
+        )
     if started:
         nodes = options["num_nodes"]
         each = len(devices) if isinstance(devices, list) else devices
@@ -266,6 +275,15 @@ def _announce(trainer: pl.Trainer, network: torch.nn.Module, data: Any, settings
     )
 
 
+def _requeue(trainer: pl.Trainer, hooks: list[pl.Callback]) -> None:
+    """Another turn for a SLURM job whose time is over; before anything slow, because the time is."""
+    interrupt = next(h for h in hooks if isinstance(h, Interrupt))
+    if interrupt.received == SIGUSR1 and launchers.rank() == 0 and trainer.global_step < trainer.max_steps:
+        job = launchers.requeue()
+        if job:
+            _say(f"requeued SLURM's job {job}")
+
+
 def _report(trainer: pl.Trainer, hooks: list[pl.Callback], settings: Mapping[str, Any]) -> Result:
     """Says where things are and how to go on; what it came to."""
     signal = next(h for h in hooks if isinstance(h, Interrupt)).received
@@ -288,17 +306,18 @@ def _report(trainer: pl.Trainer, hooks: list[pl.Callback], settings: Mapping[str
         _say(f"look at  {grids.path}")
     if kept:
         program = Path(sys.argv[0]).parent / "train.py"
-        if step < settings["trainer"]["max_steps"]:
+        if step < settings["trainer"]["max_steps"] and kept.last_path.is_file():
             _say(f"resume   python {program} ckpt={shlex.quote(str(kept.last_path))}")
-        _say(f"sample   python {program.with_name('sample.py')} ckpt={shlex.quote(str(kept.last_path))} n=64")
+        if kept.last_path.is_file():
+            _say(f"sample   python {program.with_name('sample.py')} ckpt={shlex.quote(str(kept.last_path))} n=64")
     code = 0 if signal is None else 128 + signal
-    if signal == SIGUSR1 and launchers.rank() == 0 and (job := launchers.requeue()):
-        _say(f"requeued SLURM's job {job}")
+    if signal == SIGUSR1 and launchers.rank() > 0:
+        code = 0  # or srun --kill-on-bad-exit would end process 0 while it still sends to W&B
     losses = next((h for h in hooks if isinstance(h, Losses)), None)
     if losses and losses.ended:
         print(f"error: the loss is no number since step {losses.diverged:,}", file=sys.stderr, flush=True)
         code = 1
     pruned = any(h.pruned for h in hooks if isinstance(h, Pruning))
-    if kept and kept.best is not None:
-        return Result(code, quality.label if quality and kept.monitor == "quality" else kept.monitor, kept.best, pruned)
-    return Result(code, "val/loss", None if value is None else float(value), pruned)
+    metric = quality.label if quality and kept and kept.monitor == "quality" else kept.monitor if kept else "val/loss"
+    lowest = kept.best if kept else float(value) if value is not None and math.isfinite(value) else None
+    return Result(code, metric, lowest, pruned)

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytorch_lightning as pl
 
+from diffusion_lab.training.callbacks.losses import Losses
+
 
 class Checkpoints(pl.Callback):
     """Writes `last.ckpt` every so many steps and at the end, `best.ckpt` whenever the monitored value falls.
@@ -44,7 +46,7 @@ class Checkpoints(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         step = trainer.global_step
-        if step and step % self.every == 0 and step != self._saved:
+        if step and step % self.every == 0 and step != self._saved and not _lost(trainer):
             self._write(trainer, self.last_path)
             self._saved = step
 
@@ -62,7 +64,7 @@ class Checkpoints(pl.Callback):
             self._write(trainer, self.best_path)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.global_step != self._saved:
+        if trainer.global_step != self._saved and not _lost(trainer):
             self._write(trainer, self.last_path)
             self._saved = trainer.global_step
 
@@ -85,3 +87,8 @@ class Checkpoints(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict.get("monitor", self.monitor) == self.monitor:  # the best of another figure is no bar for this one
             self.best = state_dict["best"]
+
+
+def _lost(trainer: pl.Trainer) -> bool:
+    """Whether the loss is no number: such weights are not written over those of before."""
+    return any(isinstance(c, Losses) and c.diverged is not None for c in trainer.callbacks)  # type: ignore[attr-defined]
