@@ -27,3 +27,8 @@ import torch  # noqa: E402
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file first, or one worker would be left with it at the end."""
+    items.sort(key=lambda item: item.path.name != "test_readme.py")

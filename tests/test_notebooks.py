@@ -29,7 +29,7 @@ def test_every_notebook_is_a_pair_and_listed():
         assert f"({path.stem}.ipynb)" in listed
 
 
-LONG = ("03_samplers", "04_guidance_and_editing")  # half a minute each
+LONG = ("03_samplers", "04_guidance_and_editing", "05_bring_your_own")  # a quarter to half a minute each
 
 
 @pytest.mark.filterwarnings("ignore:FigureCanvasAgg is non-interactive")

@@ -154,6 +154,7 @@ def test_bfloat16_autocast_is_close_to_float32(conditioning):
     assert (half.float() - expected).norm() < 0.05 * expected.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"num_classes": 3, "self_conditioning": True, "gradient_checkpointing": True}])
 def test_compilation_finds_one_graph(options):
     network = tiny(**options)

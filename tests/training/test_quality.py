@@ -99,13 +99,14 @@ def test_evaluations_that_would_take_too_much_of_the_time_are_warned_of(tmp_path
         train(tmp_path / "run", *asked, cache, "trainer.max_steps=1", capfd=capfd)
 
 
-def test_a_network_that_diverges_ends_no_training(tmp_path, cache, capfd):
+def test_an_evaluation_of_a_network_that_diverges_ends_no_training(tmp_path, cache, capfd):
     with pytest.warns(UserWarning, match="no fd_classifier_70 at step 2: .*image 0: the network gave NaN"):
-        train(
+        out = train(
             tmp_path / "run", *QUALITY, cache, "trainer.max_steps=2", "optimizer.lr=1e30", "trainer.gradient_clip_val=0",
             capfd=capfd,
-        )  # fmt: skip
-    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
+        ).out  # fmt: skip
+    assert "2 steps done" in out
+    assert not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()  # such weights are not kept
 
 
 @pytest.mark.ddp
