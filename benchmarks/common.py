@@ -125,7 +125,7 @@ def fitted(config: dict[str, Any], steps: int, warm: int) -> Callable[[], float]
             clock = Clock()
             hooks = [*build.callbacks(config, Path(folder)), clock]
             who = loggers.identity({}, [], None, None)
-            trainer = build.trainer(config, Path(folder), loggers.build(config, config, Path(folder), who), hooks)
+            trainer = build.trainer(config, Path(folder), loggers.build(config, Path(folder), who), hooks)
             trainer.fit(module, datamodule=data)
             return clock.seconds
 

@@ -47,7 +47,7 @@ def measure(chosen: list[str], steps: int) -> list[str]:
         place, before = Path(folder), _children()
         data, network = build.data(config), build.network(config)
         module = build.module(config, network, {})
-        written = loggers.build(config, config, place, loggers.identity({}, [], None, None))
+        written = loggers.build(config, place, loggers.identity({}, [], None, None))
         for logger in written:
             for name in CALLS:
                 if hasattr(logger, name):

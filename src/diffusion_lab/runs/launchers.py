@@ -31,7 +31,7 @@ class Launched(NamedTuple):
 
 
 def launched(env: Mapping[str, str] = os.environ) -> Launched | None:
-    """How this process was started, None where nothing but the user did. One task of SLURM is such a process, too."""
+    """How this process was started, None where nothing but the user did. A SLURM job of one task is a run alone."""
     if "TORCHELASTIC_RUN_ID" in env:
         world = int(env["WORLD_SIZE"])
         return Launched("torchrun", int(env["RANK"]), world, world // int(env["LOCAL_WORLD_SIZE"]))

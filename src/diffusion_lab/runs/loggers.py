@@ -70,7 +70,7 @@ def identity(choices: Mapping[str, Any], overrides: Sequence[str], sweep: Path |
     return Identity(" ".join([name, *values]), sweep.name if sweep else None, tags, held or secrets.token_hex(4))
 
 
-def build(config: Mapping[str, Any], resolved: Mapping[str, Any], folder: Path, who: Identity) -> list[Logger]:
+def build(config: Mapping[str, Any], folder: Path, who: Identity) -> list[Logger]:
     """The loggers of a run that writes to `folder`.
 
     Raises:
@@ -97,7 +97,7 @@ def build(config: Mapping[str, Any], resolved: Mapping[str, Any], folder: Path, 
             tags=[*who.tags, *options.get("tags", [])],
             job_type="train",
             settings={"finish_timeout": FINISH_SECONDS},
-            config=dict(resolved),
+            config=dict(config),
             log_model=False,
         )
         logger._wandb_init.pop("anonymous", None)  # Lightning passes it always, and W&B warns of it always

@@ -28,12 +28,14 @@ class Result(NamedTuple):
         metric: the name of `value`.
         value: what a sweep compares and a sweeper minimises: the best of the figure that best.ckpt goes by.
         pruned: whether the sweeper ended the job early.
+        reason: why it failed.
     """
 
     code: int
     metric: str | None = None
     value: float | None = None
     pruned: bool = False
+    reason: str | None = None
 
 
 class Refusal(SystemExit):
@@ -51,10 +53,9 @@ def job(call: Callable[[], int | Result], folder: Path, overrides: Sequence[str]
     try:
         done = call()
         result = done if isinstance(done, Result) else Result(done)
-        if result.code == FAILED:
-            status, reason = "failed", "the loss is no number"
-        else:
-            status = "pruned" if result.pruned else "done" if not result.code else "interrupted"
+        reason = result.reason
+        ended = "pruned" if result.pruned else "interrupted" if result.code else "done"
+        status = "failed" if result.code == FAILED else ended
     except Refusal as refusal:
         status, reason = "refused", refusal.reason
     except Exception as error:

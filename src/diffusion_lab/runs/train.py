@@ -26,6 +26,7 @@ from diffusion_lab.runs.instantiate import check_targets, instantiate
 from diffusion_lab.runs.options import check
 from diffusion_lab.runs.sweeps import Result
 from diffusion_lab.training.callbacks import Checkpoints, Dashboard, Interrupt, Losses, Pruning, Quality, Samples
+from hydra_plugins.diffusion_lab_optuna import reporter
 
 _NOT_FROM_CHECKPOINT = ("ckpt", "init", "overwrite", "trust", "run_dir")
 
@@ -54,7 +55,7 @@ def run(config: DictConfig) -> Result:
         instantiate(settings["sampler"]).check(module.denoiser)
         hooks = build.callbacks(settings, folder)
         hooks += _hooks(settings)
-        trainer = build.trainer(settings, folder, loggers.build(settings, settings, folder, who), hooks)
+        trainer = build.trainer(settings, folder, loggers.build(settings, folder, who), hooks)
         _check_disk(folder, network, settings)
         data.trainer = trainer
         if trainer.is_global_zero:
@@ -164,12 +165,9 @@ def _hooks(settings: Mapping[str, Any]) -> list[pl.Callback]:
     options = (settings.get("logger") or {}).get("wandb")
     if options:
         hooks.append(Dashboard(options.get("gradients", 0)))
-    if "DIFFUSION_LAB_TRIAL" in os.environ:
-        from hydra_plugins.diffusion_lab_optuna import reporter
-
-        report = reporter()
-        if report:
-            hooks.append(Pruning(report))
+    report = reporter()
+    if report:
+        hooks.append(Pruning(report))
     return hooks
 
 
@@ -314,10 +312,11 @@ def _report(trainer: pl.Trainer, hooks: list[pl.Callback], settings: Mapping[str
     if signal == SIGUSR1 and launchers.rank() > 0:
         code = 0  # or srun --kill-on-bad-exit would end process 0 while it still sends to W&B
     losses = next((h for h in hooks if isinstance(h, Losses)), None)
+    reason = None
     if losses and losses.ended:
-        print(f"error: the loss is no number since step {losses.diverged:,}", file=sys.stderr, flush=True)
-        code = 1
+        code, reason = 1, f"the loss is no number since step {losses.diverged:,}"
+        print(f"error: {reason}", file=sys.stderr, flush=True)
     pruned = any(h.pruned for h in hooks if isinstance(h, Pruning))
     metric = quality.label if quality and kept and kept.monitor == "quality" else kept.monitor if kept else "val/loss"
     lowest = kept.best if kept else float(value) if value is not None and math.isfinite(value) else None
-    return Result(code, metric, lowest, pruned)
+    return Result(code, metric, lowest, pruned, reason)
