@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from diffusion_lab.noise import Stream, normal, permutation, philox, uniform, word, words
+from diffusion_lab.noise import Draws, Stream, normal, permutation, philox, uniform, word, words
 
 D = torch.float64
 
@@ -183,6 +183,14 @@ def test_epochs_and_seeds_have_different_orders() -> None:
 def test_refusals(key: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="outside"):
         words(1, index=torch.arange(1), **key)  # type: ignore[arg-type]
+
+
+def test_draws_are_those_of_their_steps_and_a_number_is_the_first_of_them() -> None:
+    index = torch.tensor([4, 0, 9])
+    noise = Draws((1, 3, 5), seed=7, index=index, dtype=D, first=11)
+    assert torch.equal(noise(6), normal((1, 3, 5), seed=7, index=index, draw=17, dtype=D))
+    assert torch.equal(noise.number(6), noise(6)[:, 0, 0, 0])
+    assert torch.equal(Draws((2,), 7, index)(0), normal((2,), seed=7, index=index, draw=1))
 
 
 def test_streams_keep_their_numbers() -> None:

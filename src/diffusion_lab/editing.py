@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser, Prediction
 from diffusion_lab.gaussian import transition
-from diffusion_lab.noise import normal
+from diffusion_lab.noise import Draws, normal
 from diffusion_lab.samplers.base import Sampler, bar, prior
 from diffusion_lab.schedules import Schedule, Times, match, move
 from diffusion_lab.variances import FixedSmall, Variance
@@ -176,10 +176,7 @@ def inpaint(
     x, sampler.nfe = prior(denoiser.schedule, normal(shape, seed=seed, index=index, dtype=known.dtype)), 0
     for k in bar(len(way), progress and len(way) > 1):
         part = way[k]
-
-        def noise(i: int, k: int = k) -> Tensor:
-            return normal(shape, seed=seed, index=index, draw=k * PASS + i + 1, dtype=known.dtype)
-
+        noise = Draws(shape, seed, index, known.dtype, first=k * PASS + 1)
         if part.again:
             up = transition(denoiser.schedule, times[part.begin], times[part.end])
             x = match(up.alpha, x) * x + match(up.variance.sqrt(), x) * noise(-1)

@@ -9,6 +9,7 @@ four words of 32 bits.
 """
 
 import math
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import TypeVar
 
@@ -40,22 +41,20 @@ class Stream(IntEnum):
 Word = TypeVar("Word", int, Tensor)  # philox runs on Python's integers as it does on tensors
 
 
-def _mul(a: Word, m: int) -> tuple[Word, Word]:
-    """High and low 32 bits of a·m for a < 2³², m < 2³². Where the product leaves int64 it wraps, which keeps its 64 bits."""
-    product = a * m
-    return (product >> 32) & _MASK, product & _MASK
-
-
 def philox(counter: tuple[Word, Word, Word, Word], key: tuple[int, int]) -> tuple[Word, Word, Word, Word]:
-    """Philox4x32-10: four 32-bit words, numbers or int64 tensors → four such words (Salmon et al. 2011, section 3.3)."""
+    """Philox4x32-10: four 32-bit words, numbers or int64 tensors → four such words (Salmon et al. 2011, section 3.3).
+
+    The odd words carry the whole product of the round before, not its low half alone: they enter by xor, so that one mask
+    serves both. Where a product leaves int64 it wraps, which keeps its 64 bits.
+    """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
-        high0, low0 = _mul(c0, _M0)
-        high1, low1 = _mul(c2, _M1)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        product0, product1 = c0 * _M0, c2 * _M1
+        c0, c2 = (product1 >> 32 ^ c1 ^ k0) & _MASK, (product0 >> 32 ^ c3 ^ k1) & _MASK
+        c1, c3 = product1, product0
         k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
-    return c0, c1, c2, c3
+    return c0, c1 & _MASK, c2, c3 & _MASK
 
 
 def words(count: int, *, seed: int, index: Tensor, draw: int = 0, stream: Stream = Stream.SAMPLE) -> Tensor:
@@ -117,6 +116,28 @@ def normal(
     radius, angle = (-2 * u[:, 0::2].log()).sqrt(), (2 * math.pi) * u[:, 1::2]
     z = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1).flatten(1)[:, :count]
     return z.to(dtype).reshape(len(index), *shape)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The noise of the steps of a sampler: step i has the draw `first + i` of the key. Attributes as in `normal`."""
+
+    shape: tuple[int, ...]  # of an image
+    seed: int
+    index: Tensor
+    dtype: torch.dtype = torch.float32
+    first: int = 1  # draw 0 is x_T
+
+    def __call__(self, i: int) -> Tensor:
+        """z of step i, standard normal (B, *shape)."""
+        return self._of(self.shape, i)
+
+    def number(self, i: int) -> Tensor:
+        """The first number of z of step i, (B,), without the others."""
+        return self._of((), i)
+
+    def _of(self, shape: tuple[int, ...], i: int) -> Tensor:
+        return normal(shape, seed=self.seed, index=self.index, draw=self.first + i, dtype=self.dtype)
 
 
 def permutation(n: int, *, seed: int, draw: int = 0, stream: Stream = Stream.SHUFFLE) -> Tensor:

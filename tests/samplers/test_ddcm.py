@@ -9,7 +9,7 @@ from oracle import Mixture, oracle
 
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.gaussian import posterior
-from diffusion_lab.noise import Stream, normal
+from diffusion_lab.noise import Draws, Stream, normal
 from diffusion_lab.objectives import PredV
 from diffusion_lab.samplers import DDCM, DDPM
 from diffusion_lab.samplers.base import Model
@@ -89,7 +89,7 @@ def test_a_generator_draws_from_the_codebook_by_key() -> None:
     den = oracle(DATA, Cosine(), PredV())
 
     def draws(index: torch.Tensor) -> torch.Tensor:
-        model = Model(den, {}, None, lambda i: normal(SHAPE, seed=3, index=index, draw=i + 1, dtype=D))
+        model = Model(den, {}, None, Draws(SHAPE, 3, index, D))
         prediction = den(torch.zeros(len(index), *SHAPE, dtype=D), 0.5)
         z = sampler.draw(4, prediction, model)
         which = (z[:, None] == book(4, 8)).flatten(2).all(2)

@@ -14,7 +14,7 @@ from oracle import Gaussian, Mixture, oracle
 from scipy.integrate import quad, solve_ivp
 
 from diffusion_lab.denoiser import Denoiser, Prediction
-from diffusion_lab.noise import normal
+from diffusion_lab.noise import Draws, normal
 from diffusion_lab.objectives import PredV
 from diffusion_lab.samplers import DDIM, DDPM, DPMSolverPP, Euler, Heun, Sampler, UniPC, prior
 from diffusion_lab.samplers.base import Model
@@ -127,7 +127,8 @@ def test_unipc_is_of_order_p_plus_1_from_an_exact_start(p: int, b: str) -> None:
     for n in (20, 40, 80):
         h = (FAR[1] - FAR[0]) / n
         lam = [FAR[0] + k * h**3 for k in range(p)] + [FAR[0] + k * h for k in range(1, n + 1)]
-        times, model = s.time(torch.tensor(lam, dtype=D)), Model(Best(s), {}, None, lambda _: X)
+        times = s.time(torch.tensor(lam, dtype=D))
+        model = Model(Best(s), {}, None, Draws((1, 1, 1), 0, torch.arange(len(X))))
         x = UniPC(order=p, b=b, lower_last=False).integrate(X * math.exp(2), times, model, range(len(lam) - 1))
         found.append(float((x - exact()).abs().mean()))
     assert slopes(found)[-1] == pytest.approx(p + 1, abs=0.3), found

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser, Prediction
-from diffusion_lab.noise import normal
+from diffusion_lab.noise import Draws
 from diffusion_lab.samplers import grids
 from diffusion_lab.schedules import Schedule, match, move
 
@@ -27,13 +27,13 @@ class Model:
         denoiser: Denoiser,
         condition: Mapping[str, Tensor],
         callback: Callback | None,
-        noise: Callable[[int], Tensor],
+        noise: Draws,
     ) -> None:
         self.denoiser, self.schedule, self.condition = denoiser, denoiser.schedule, condition
         self.callback, self.noise, self.nfe = callback, noise, 0
         self._previous: Tensor | None = None
         self._times: list[Tensor] = []
-        self._finite: list[Tensor] = []
+        self._sums: list[Tensor] = []
 
     def __call__(self, x: Tensor, t: Tensor, rows: Tensor | None = None) -> Prediction:
         """One network evaluation at state x (B, …) and time t, 0-d on the CPU, or (B,) where each image has its own.
@@ -47,9 +47,9 @@ class Model:
         prediction = self.denoiser(x, t, previous=previous, **condition)
         self._previous = prediction.x0 if rows is None else None
         self.nfe += 1
-        finite = prediction.x0.isfinite().flatten(1).all(1)  # stays on the device; read once, at the end
-        self._times.append(t if t.ndim == 0 else torch.where(finite, 0.0, move(t, x.device)).max())
-        self._finite.append(finite.all())
+        sums = prediction.x0.flatten(1).sum(1, dtype=torch.float64)  # finite just where every number is
+        self._times.append(t if t.ndim == 0 else torch.where(sums.isfinite(), 0.0, move(t, x.device)).max())
+        self._sums.append(sums.sum())  # stays on the device; read once, at the end
         return prediction
 
     def depart(self, i: int, x: Tensor, t: Tensor, s: Tensor) -> Prediction:
@@ -68,7 +68,7 @@ class Model:
 
     def refuse_nan(self) -> None:
         """Raise ValueError where an evaluation was not finite, naming the first."""
-        finite: list[bool] = torch.stack(self._finite).tolist() if self._finite else []
+        finite: list[bool] = torch.stack(self._sums).isfinite().tolist() if self._sums else []
         if not all(finite):
             i = finite.index(False)
             t = float(self._times[i])
@@ -190,10 +190,7 @@ class Sampler(ABC):
         self._refuse(denoiser)
         times = self.times(denoiser, start, stop)
         key = torch.arange(len(x_T), device=x_T.device) if index is None else index.to(x_T.device)
-
-        def noise(i: int) -> Tensor:
-            return normal(tuple(x_T.shape[1:]), seed=seed, index=key, draw=i + 1, dtype=x_T.dtype)
-
+        noise = Draws(tuple(x_T.shape[1:]), seed, key, x_T.dtype)
         return self.walk(denoiser, x_T, times, noise=noise, condition=condition, callback=callback, progress=progress)
 
     @torch.no_grad()
@@ -203,7 +200,7 @@ class Sampler(ABC):
         x: Tensor,
         times: Tensor,
         *,
-        noise: Callable[[int], Tensor],
+        noise: Draws,
         condition: Mapping[str, Tensor] | None = None,
         callback: Callback | None = None,
         progress: bool = False,
@@ -214,8 +211,8 @@ class Sampler(ABC):
             denoiser: what predicts (x̂_0, ε̂).
             x: the state at times[0], float (B, C, H, W).
             times: float64 (N + 1,) on the CPU, strictly monotone; increasing ones are for deterministic samplers.
-            noise: noise(i) is standard normal of x's shape and dtype, another draw for each i. Who walks several parts of one
-                way gives each draws of its own (see editing.py).
+            noise: that of the steps, of x's shape and dtype. Who walks several parts of one way gives each draws of its own
+                (see editing.py).
             condition, callback, progress: as for a call.
 
         Returns:

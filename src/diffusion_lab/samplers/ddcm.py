@@ -66,7 +66,7 @@ class DDCM(DDPM):
         book = self._vectors(x0, torch.arange(self.codebook), i + 1)
         if self._choice is not None:
             return book[self._choice(i, book, prediction)]
-        first = model.noise(i).flatten(1)[:, 0].double()  # its distribution function is uniform in (0, 1)
+        first = model.noise.number(i).double()  # its distribution function is uniform in (0, 1)
         chosen = (torch.special.ndtr(first) * self.codebook).long().clamp(max=self.codebook - 1)
         return book[chosen]
 

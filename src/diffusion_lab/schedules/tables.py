@@ -70,11 +70,15 @@ class Table(Schedule):
         return lower, lower == 0, into_zero, lower.clamp(1, self._finite - 1)
 
     def alpha_sigma(self, t: Times) -> tuple[Times, Times]:
+        if t.ndim == 0 and t.device.type == "cpu":  # as samplers ask: Python's numbers cost a third of tensors of one
+            number = float(t) * self.steps
+            if abs(number - (at := round(number))) <= NODE_TOLERANCE:
+                return like(self._alpha[at], t), like(self._sigma[at], t)
         position = self._position(t)
         alphas, sigmas, lams = self._tables(t.device)
         node = position.round().long()
         exact = position == node
-        if t.device.type == "cpu" and bool(exact.all()):  # as samplers mostly ask; a GPU would wait for the answer
+        if t.device.type == "cpu" and bool(exact.all()):  # as training asks; a GPU would wait for the answer
             return like(alphas[node], t), like(sigmas[node], t)
         lower, first, into_zero, inner = self._cell(position)
         fraction = position - lower
