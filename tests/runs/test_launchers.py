@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import pytorch_lightning as pl
+import torch
 from command import ROOT, TINY, command
 
 from diffusion_lab.runs import launchers, train
@@ -46,16 +47,37 @@ def test_what_several_processes_cannot_run_together(name, arguments, said, tmp_p
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_weights_in_parts_and_lonely_tasks_are_refused(tmp_path, capfd, monkeypatch):
-    for env, arguments, said in (
-        ({}, ["trainer.strategy=fsdp"], "write trainer=ddp"),
+def test_what_weights_in_parts_do_not_allow_and_lonely_tasks_are_refused(tmp_path, capfd, monkeypatch):
+    cases = (
+        ({}, ["trainer.strategy=deepspeed"], "write trainer=fsdp, or trainer=ddp"),
+        ({}, ["trainer=fsdp", "callbacks.ema=null"], "callbacks.ema.decay=0"),
+        ({}, ["trainer=fsdp", "trainer.compile=true"], "trainer.compile=false"),
+        ({}, ["trainer=fsdp", "logger=wandb", "logger.wandb.gradients=50"], "logger.wandb.gradients"),
         ({"SLURM_NTASKS": "1"}, ["trainer=ddp", "trainer.accelerator=cpu"], "--ntasks-per-node=N"),
-    ):
+    )
+    for i, (env, arguments, said) in enumerate(cases):
         for key, value in env.items():
             monkeypatch.setenv(key, value)
-        code, _, err = command("train", [*arguments, f"hydra.run.dir={tmp_path / str(len(env))}"], capfd)
+        code, _, err = command("train", [*arguments, f"hydra.run.dir={tmp_path / str(i)}"], capfd)
         assert code == 2
         assert said in err
+
+
+def test_a_checkpoint_that_fsdp_would_scramble_is_refused(tmp_path, capfd):
+    """Weights saved in another memory format, as earlier versions did."""
+    folder = tmp_path / "run"
+    assert command("train", [*TINY, "trainer.max_steps=1", f"hydra.run.dir={folder}"], capfd).code == 0
+    path = folder / "checkpoints" / "last.ckpt"
+    held = torch.load(path, weights_only=True)
+    weights = held["state_dict"]
+    held["state_dict"] = {
+        k: v.contiguous(memory_format=torch.channels_last) if v.ndim == 4 else v for k, v in weights.items()
+    }
+    torch.save(held, path)
+    again = [f"ckpt={folder}", "trainer.max_steps=2", "trainer=fsdp", f"hydra.run.dir={tmp_path / 'again'}"]
+    code, _, err = command("train", again, capfd)
+    assert code == 2
+    assert "resume it by trainer=ddp first" in err
 
 
 def _rows(folder):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from command import ROOT, TINY, command
+from command import ROOT, TINY, command, train
 
 pytestmark = pytest.mark.ddp
 
@@ -18,6 +18,8 @@ def _rows(folder, name):
 
 def _run(folder, *arguments):
     tiny = [a for a in TINY if a not in ("trainer=cpu", "trainer.val_every=0")]
+    if any(a.startswith("callbacks.samples.") for a in arguments):
+        tiny.remove("callbacks.samples=null")
     tiny += ["trainer.max_steps=20", "trainer.val_every=10", "callbacks.ema.decay=0.9"]
     resumed = any(a.startswith("ckpt=") for a in arguments)
     command = [
@@ -50,6 +52,47 @@ def test_one_and_two_processes_train_the_same_run(tmp_path):
     history = [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["times"] for run in (one, two)]
     torch.testing.assert_close(history[1], history[0], rtol=1e-5, atol=0)
     assert len(list(tmp_path.iterdir())) == 3  # no second folder of a second process
+
+
+def test_weights_cut_over_two_processes_train_the_same_run(tmp_path, capfd):
+    """FSDP, with dropped labels, self-conditioning and parts of a batch: what two processes began and one goes on with, and
+    the other way round, has the losses, weights, averages and moments of one that did all. Samples are drawn on the way."""
+    run = (
+        "condition=label",
+        "model.self_conditioning=true",
+        "trainer.accumulate_grad_batches=2",
+        "callbacks.ema.decay=0.9",
+        "model.width=16",
+        "optimizer.eps=1e-4",  # or Adam scales up the noise of biases that have no gradient
+    )
+    cut = ("trainer=fsdp", "trainer.accelerator=cpu")
+    train(tmp_path / "one", *run, "trainer.max_steps=20", capfd=capfd)
+    train(tmp_path / "half", *run, "trainer.max_steps=10", capfd=capfd)
+    begun = _run(
+        tmp_path / "begun",
+        *run,
+        *cut,
+        "trainer.max_steps=10",
+        "callbacks.samples.every=10",
+        "callbacks.samples.n=2",
+        "sampler.steps=2",
+    )
+    assert "2 processes" in begun.stdout
+    assert (tmp_path / "begun" / "samples" / "step_0000010.png").is_file()
+    train(tmp_path / "parted", f"ckpt={tmp_path / 'begun'}", "trainer.max_steps=20", "trainer=cpu", capfd=capfd)
+    _run(tmp_path / "joined", f"ckpt={tmp_path / 'half'}", "trainer.max_steps=20", *cut)
+    want, losses = (
+        torch.load(tmp_path / "one" / "checkpoints" / "last.ckpt", weights_only=True),
+        _rows(tmp_path / "one", "train/loss"),
+    )
+    for name in ("parted", "joined"):
+        for step in range(11, 21):
+            assert _rows(tmp_path / name, "train/loss")[step] == pytest.approx(losses[step], rel=1e-5), (name, step)
+        got = torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)
+        for part in ("state_dict", "ema"):
+            torch.testing.assert_close(got[part], want[part], rtol=1e-4, atol=1e-6)
+        got, held = (c["optimizer_states"][0]["state"] for c in (got, want))
+        torch.testing.assert_close(got, held, rtol=1e-3, atol=1e-6)
 
 
 def test_a_sweep_with_several_processes_is_refused(tmp_path, capfd):

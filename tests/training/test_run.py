@@ -109,6 +109,18 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, capfd, 
     assert one["callbacks"]["Checkpoints"] == two["callbacks"]["Checkpoints"]
 
 
+def test_a_resumed_run_may_change_the_memory_format(tmp_path, capfd):
+    """Adam's moments are read beside the weights, in the order of memory: they follow the weights' format."""
+    half = ("model.channels_last=true", "trainer.max_steps=4")
+    train(tmp_path / "half", *half, capfd=capfd)
+    for name, channels_last in (("same", "true"), ("other", "false")):
+        again = (f"ckpt={tmp_path / 'half'}", "trainer.max_steps=8", f"model.channels_last={channels_last}")
+        train(tmp_path / name, *again, capfd=capfd)
+    same, other = _losses(tmp_path / "same"), _losses(tmp_path / "other")
+    assert len(same) == 4
+    assert other == pytest.approx(same, rel=1e-5)
+
+
 def test_the_best_checkpoint_is_resumed_as_exactly(tmp_path, capfd):
     """It is written in the middle of a validation, which Lightning's loops must not run again or skip."""
     whole, again = tmp_path / "whole", tmp_path / "again"

@@ -23,6 +23,7 @@ from diffusion_lab.denoiser import Denoiser, Prediction
 from diffusion_lab.runs import launchers
 from diffusion_lab.runs.checkpoints import FORMAT
 from diffusion_lab.runs.instantiate import instantiate
+from diffusion_lab.training import sharding
 from diffusion_lab.training.callbacks import Interrupt
 from diffusion_lab.training.module import DiffusionModule, Optimisation
 
@@ -137,7 +138,7 @@ def trainer(config: Config, folder: Path, loggers: list[Any], hooks: list[pl.Cal
         return pl.Trainer(
             accelerator=accelerator,
             devices=options["devices"],
-            strategy=options["strategy"],
+            strategy=_strategy(options, accelerator),
             num_nodes=options["num_nodes"],
             precision=precision,  # type: ignore[arg-type]
             max_steps=options["max_steps"],
@@ -165,6 +166,18 @@ def trainer(config: Config, folder: Path, loggers: list[Any], hooks: list[pl.Cal
         )
     except (pl.utilities.exceptions.MisconfigurationException, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"trainer: Lightning refuses these options: {error}") from error
+
+
+def _strategy(options: Config, accelerator: str) -> Any:
+    """The strategy's name, or for fsdp an object."""
+    if options["strategy"] != "fsdp":
+        return options["strategy"]
+    devices = options["devices"]
+    if isinstance(devices, list):
+        each = len(devices)
+    else:
+        each = torch.cuda.device_count() if devices in ("auto", -1) and accelerator != "cpu" else int(devices)
+    return sharding.strategy(each * options["num_nodes"])
 
 
 def _slurm() -> list[Any] | None:

@@ -203,11 +203,11 @@ def _check_processes(settings: Mapping[str, Any]) -> None:
     devices = options["devices"]
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
         launchers.check_sweep(options)
-    if str(options["strategy"]).startswith(("fsdp", "deepspeed", "model_parallel")):
-        raise ValueError(
-            f"trainer.strategy={options['strategy']} cuts the weights into parts, of which neither averages nor samples can be "
-            "taken: write trainer=ddp"
-        )
+    strategy = str(options["strategy"])
+    if strategy.startswith(("fsdp_", "deepspeed", "model_parallel")):
+        raise ValueError(f"trainer.strategy={strategy} is not supported: write trainer=fsdp, or trainer=ddp")
+    if strategy == "fsdp":
+        _check_sharding(settings)
     started = launchers.launched()
     if started is None and "SLURM_NTASKS" in os.environ and launchers.several(options) and not launchers.interactive():
         raise ValueError(
@@ -221,6 +221,24 @@ def _check_processes(settings: Mapping[str, Any]) -> None:
                 f"{started.by} started {started.world} processes on {started.nodes} node(s), and trainer.devices={each} "
                 f"trainer.num_nodes={nodes} are others: write trainer=ddp trainer.devices={started.world // started.nodes} "
                 f"trainer.num_nodes={started.nodes}"
+            )
+
+
+def _check_sharding(settings: Mapping[str, Any]) -> None:
+    if not (settings.get("callbacks") or {}).get("ema"):
+        raise ValueError(
+            "trainer=fsdp cuts the live weights over processes, and what is validated and sampled from are the averages: write "
+            "callbacks.ema.decay=0, whose average is the live weights"
+        )
+    if settings["trainer"]["compile"]:
+        raise ValueError("trainer=fsdp does not go with trainer.compile=true: write trainer.compile=false")
+    if ((settings.get("logger") or {}).get("wandb") or {}).get("gradients"):
+        raise ValueError("trainer=fsdp has no gradients in one place for logger.wandb.gradients: write 0")
+    if settings["ckpt"]:
+        held = checkpoints.read(Path(settings["ckpt"]))["state_dict"]
+        if not all(tensor.is_contiguous() for tensor in held.values()):
+            raise ValueError(
+                f"{settings['ckpt']} was written by an older version, and FSDP cannot read it: resume it by trainer=ddp first"
             )
 
 

@@ -15,6 +15,7 @@ from diffusion_lab.schedules import Schedule, match, move
 from diffusion_lab.times import Stratified, TimeSampler
 from diffusion_lab.training.condition import Condition
 from diffusion_lab.training.optim import Rate, build_optimizer
+from diffusion_lab.training.sharding import ModelParallelStrategy, is_sharded, shard
 from diffusion_lab.variances import Learned, Variance
 from diffusion_lab.weightings import Weighting
 
@@ -99,8 +100,9 @@ class DiffusionModule(pl.LightningModule):
         self._evaluated[name] = network
 
     def denoisers(self) -> dict[str, Denoiser]:
-        """Name → denoiser for evaluation: the averages first, the live weights ("raw") last. Networks are in their own modes."""
-        networks = {**self._evaluated, "raw": self.network}
+        """Name → denoiser for evaluation: the averages first, the live weights ("raw") last unless they are cut over processes.
+        Networks are in their own modes."""
+        networks = {**self._evaluated, **({} if is_sharded(self.network) else {"raw": self.network})}
         return {name: Denoiser(network, self.schedule, self.objective) for name, network in networks.items()}
 
     def asked(self, index: Tensor) -> dict[str, Tensor]:
@@ -202,7 +204,11 @@ class DiffusionModule(pl.LightningModule):
         total = self.trainer.strategy.reduce(self._sum, reduce_op="sum")
         self.log_row({"val/loss": (total[0] / total[1]).float()}, everywhere=True)
 
-    # optimiser and checkpoint -------------------------------------------------------------------------------------------
+    # processes, optimiser and checkpoint --------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, ModelParallelStrategy) and not is_sharded(self.network):
+            shard(self.network, self.device_mesh["data_parallel"])  # type: ignore[index]
 
     def configure_optimizers(self) -> Any:
         o = self.optimisation
@@ -212,7 +218,7 @@ class DiffusionModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """A resumed optimiser has the hyper-parameters of its checkpoint; those of the configuration hold."""
+        """A resumed optimiser has the hyper-parameters and the memory format of its checkpoint; those of this run hold."""
         self._drawn.clear()
         rate = self.lr_schedulers()
         assert isinstance(rate, torch.optim.lr_scheduler.LambdaLR)
@@ -220,6 +226,9 @@ class DiffusionModule(pl.LightningModule):
             factor = self.optimisation.rate(self.global_step, self.optimisation.max_steps)
             group.update({**hyper, "initial_lr": hyper["lr"], "lr": hyper["lr"] * factor})
         rate.base_lrs = [hyper["lr"] for hyper in self._hyper]
+        for weight, state in rate.optimizer.state.items():  # a fused kernel reads a weight and its moments side by side
+            moments = {k: v for k, v in state.items() if isinstance(v, Tensor) and v.shape == weight.shape}
+            state.update({k: torch.empty_like(weight).copy_(v) for k, v in moments.items()})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Training resumes between two steps. A checkpoint of a time limit in the middle of an accumulated batch, or one whose
@@ -233,8 +242,16 @@ class DiffusionModule(pl.LightningModule):
                 counts.update(dict.fromkeys(("ready", "started", "processed", "completed"), parts))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Tensors are saved in rows, whatever their format in memory: FSDP cuts no others, and scrambles them silently."""
+        checkpoint["state_dict"] = _in_rows(checkpoint["state_dict"])
+        for optimizer in checkpoint.get("optimizer_states", []):  # empty where FSDP has gathered, on process 0 only
+            optimizer["state"] = {i: _in_rows(state) for i, state in optimizer.get("state", {}).items()}
         checkpoint.update(self.saved)
         checkpoint["times"] = self.times.state()
+
+
+def _in_rows(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: v.contiguous() if isinstance(v, Tensor) else v for name, v in state.items()}
 
 
 def _seed(device: torch.device, value: int) -> None:

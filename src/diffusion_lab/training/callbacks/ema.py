@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from diffusion_lab.training.module import DiffusionModule
+from diffusion_lab.training.sharding import whole
 
 
 class EMA(pl.Callback):
@@ -38,22 +39,26 @@ class EMA(pl.Callback):
         self._pairs: dict[
             float, tuple[_Tensors, _Tensors]
         ] = {}  # listed once: walking the modules costs more than averaging
-        self._restored: dict[str, dict[str, torch.Tensor]] | None = None
+        self._restored = False
+
+    def setup(self, trainer: pl.Trainer, pl_module: DiffusionModule, stage: str) -> None:  # type: ignore[override]
+        for decay in self.decays:  # before the live weights are cut over processes, which averages are not
+            self.networks[decay] = copy.deepcopy(pl_module.network).requires_grad_(False).eval()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: DiffusionModule) -> None:  # type: ignore[override]
-        for decay in self.decays:
-            network = copy.deepcopy(pl_module.network).requires_grad_(False).eval()
-            if self._restored is not None:
-                if name(decay) not in self._restored:
-                    kept = ", ".join(self._restored)
-                    raise ValueError(
-                        f"the checkpoint has no average with decay {decay}: write callbacks.ema.decay={kept}"
-                    )
-                network.load_state_dict(self._restored[name(decay)])
-            self.networks[decay] = network
+        for decay, network in self.networks.items():
+            network.to(pl_module.device)
             self._pairs[decay] = (_tensors(network), _tensors(pl_module.network))
             pl_module.register_average(name(decay), network)
-        self._restored = None
+
+    @torch.no_grad()
+    def on_train_start(self, trainer: pl.Trainer, pl_module: DiffusionModule) -> None:  # type: ignore[override]
+        if not self._restored:  # a run that begins, or one resumed from a checkpoint without averages
+            for average, live in self._pairs.values():
+                torch._foreach_copy_(average.parameters, whole(live.parameters))
+                if live.buffers:
+                    torch._foreach_copy_(average.buffers, live.buffers)
+        self._restored = False
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: DiffusionModule, *_: Any) -> None:  # type: ignore[override]
         if trainer.global_step > self.updates:  # false between the parts of an accumulated batch
@@ -65,7 +70,7 @@ class EMA(pl.Callback):
         """One update of every average towards the live network; `updates` counts it already."""
         for decay, (average, live) in self._pairs.items():
             d = min(decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else decay
-            torch._foreach_lerp_(average.parameters, live.parameters, 1 - d)
+            torch._foreach_lerp_(average.parameters, whole(live.parameters), 1 - d)
             if live.buffers:
                 torch._foreach_copy_(average.buffers, live.buffers)
 
@@ -77,8 +82,15 @@ class EMA(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self._restored = checkpoint.get("ema")
         self.updates = int(checkpoint["global_step"])
+        if held := checkpoint.get("ema"):
+            for decay, network in self.networks.items():
+                if name(decay) not in held:
+                    raise ValueError(
+                        f"the checkpoint has no average with decay {decay}: write callbacks.ema.decay={', '.join(held)}"
+                    )
+                network.load_state_dict(held[name(decay)])
+            self._restored = True
 
 
 class _Tensors(NamedTuple):
