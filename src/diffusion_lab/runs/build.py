@@ -175,8 +175,10 @@ def _strategy(options: Config, accelerator: str) -> Any:
     devices = options["devices"]
     if isinstance(devices, list):
         each = len(devices)
+    elif devices in ("auto", -1):
+        each = 1 if accelerator == "cpu" else torch.cuda.device_count()
     else:
-        each = torch.cuda.device_count() if devices in ("auto", -1) and accelerator != "cpu" else int(devices)
+        each = int(devices)
     return sharding.strategy(each * options["num_nodes"])
 
 

@@ -207,6 +207,7 @@ class DiffusionModule(pl.LightningModule):
     # processes, optimiser and checkpoint --------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
+        """Under trainer=fsdp the live weights are cut over the processes; nothing otherwise."""
         if isinstance(self.trainer.strategy, ModelParallelStrategy) and not is_sharded(self.network):
             shard(self.network, self.device_mesh["data_parallel"])  # type: ignore[index]
 
