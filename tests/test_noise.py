@@ -185,12 +185,16 @@ def test_refusals(key: dict[str, int]) -> None:
         words(1, index=torch.arange(1), **key)  # type: ignore[arg-type]
 
 
-def test_draws_are_those_of_their_steps_and_a_number_is_the_first_of_them() -> None:
+def test_draws_are_those_of_their_steps_and_choices_are_even() -> None:
+    """A choice among n: χ² of 20,000 within 5 deviations, each image its own."""
     index = torch.tensor([4, 0, 9])
     noise = Draws((1, 3, 5), seed=7, index=index, dtype=D, first=11)
     assert torch.equal(noise(6), normal((1, 3, 5), seed=7, index=index, draw=17, dtype=D))
-    assert torch.equal(noise.number(6), noise(6)[:, 0, 0, 0])
     assert torch.equal(Draws((2,), 7, index)(0), normal((2,), seed=7, index=index, draw=1))
+    chosen = Draws((2,), 7, torch.arange(20_000)).choice(3, 10)
+    assert torch.equal(Draws((5,), 7, index).choice(3, 10), chosen[index])
+    chi2 = float((torch.bincount(chosen, minlength=10).double() - 2000).square().sum() / 2000)
+    assert abs(chi2 - 9) < 5 * math.sqrt(18)
 
 
 def test_streams_keep_their_numbers() -> None:

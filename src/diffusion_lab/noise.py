@@ -130,14 +130,11 @@ class Draws:
 
     def __call__(self, i: int) -> Tensor:
         """z of step i, standard normal (B, *shape)."""
-        return self._of(self.shape, i)
+        return normal(self.shape, seed=self.seed, index=self.index, draw=self.first + i, dtype=self.dtype)
 
-    def number(self, i: int) -> Tensor:
-        """The first number of z of step i, (B,), without the others."""
-        return self._of((), i)
-
-    def _of(self, shape: tuple[int, ...], i: int) -> Tensor:
-        return normal(shape, seed=self.seed, index=self.index, draw=self.first + i, dtype=self.dtype)
+    def choice(self, i: int, n: int) -> Tensor:
+        """One of n, each as likely, instead of z of step i: int64 (B,) in [0, n)."""
+        return (uniform((), seed=self.seed, index=self.index, draw=self.first + i) * n).long()
 
 
 def permutation(n: int, *, seed: int, draw: int = 0, stream: Stream = Stream.SHUFFLE) -> Tensor:

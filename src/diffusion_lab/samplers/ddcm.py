@@ -66,9 +66,7 @@ class DDCM(DDPM):
         book = self._vectors(x0, torch.arange(self.codebook), i + 1)
         if self._choice is not None:
             return book[self._choice(i, book, prediction)]
-        first = model.noise.number(i).double()  # its distribution function is uniform in (0, 1)
-        chosen = (torch.special.ndtr(first) * self.codebook).long().clamp(max=self.codebook - 1)
-        return book[chosen]
+        return book[model.noise.choice(i, self.codebook)]
 
     def compress(self, denoiser: Denoiser, x0: Tensor, condition: Mapping[str, Tensor] | None = None) -> Code:
         """The indices that lead to images x0, float (B, C, H, W) in [−1, 1]; `condition` as for a call, and for both ways."""
