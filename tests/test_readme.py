@@ -104,7 +104,7 @@ def test_the_readme_s_commands_run_in_its_order(workplace, monkeypatch, capfd):
     monkeypatch.syspath_prepend(workplace)
     monkeypatch.setenv("NETRC", str(workplace / "none"))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    ran = began = 0
+    ran = ended = 0
     for line in COMMANDS:
         if line.startswith("make") or not _without_download(line):
             continue
@@ -123,9 +123,8 @@ def test_the_readme_s_commands_run_in_its_order(workplace, monkeypatch, capfd):
             extra = ""
         else:
             extra = "n=20 steps=[2] batch_size=20"
-        while int(time.time()) == began:  # output folders are named by the second
+        while int(time.time()) == ended:  # output folders are named by the second
             time.sleep(0.05)
-        began = int(time.time())
         if DDP in line:
             _apart(line, workplace, extra)
         elif name == "report":  # no command of Hydra's
@@ -133,6 +132,7 @@ def test_the_readme_s_commands_run_in_its_order(workplace, monkeypatch, capfd):
         else:
             outcome = command(name, [*shlex.split(line)[2:], *extra.split()], capfd)
             assert outcome.code == 0, f"{line} {extra}\n{outcome.err}"
+        ended = int(time.time())
         ran += 1
     assert ran >= 12
     assert len(list((workplace / "outputs" / "multirun").glob("*/*/checkpoints/last.ckpt"))) == 4 + 2 + 2
