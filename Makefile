@@ -47,7 +47,7 @@ report: setup ## all runs below outputs, or ARGS=FOLDER, as one HTML page
 test: setup ## the test suite, under ten minutes on two cores
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile $(ARGS)
 
-test-slow: setup ## full-length runs and long statistics
+test-slow: setup ## full-length runs and long statistics: an hour and a half on two cores
 	$(PYTHON) -m pytest -m slow --timeout 7200 $(ARGS)
 
 lint: setup ## ruff and mypy
