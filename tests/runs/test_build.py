@@ -119,7 +119,13 @@ def test_every_experiment_builds(name):
 
 @pytest.mark.parametrize(
     ("precision", "clipping", "fused"),
-    [("32-true", 1.0, True), ("bf16-mixed", 1.0, True), ("16-mixed", 0.0, True), ("16-mixed", 1.0, False)],
+    [
+        ("32-true", 1.0, True),
+        ("bf16-mixed", 1.0, False),
+        ("bf16-mixed", 0.0, True),
+        ("16-mixed", 0.0, True),
+        ("16-mixed", 1.0, False),
+    ],
 )
 def test_the_optimiser_is_fused_wherever_that_works(precision, clipping, fused):
     config = composed("train", f"trainer.precision={precision}", f"trainer.gradient_clip_val={clipping}")

@@ -56,8 +56,8 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimiser, with one fused kernel an update wherever that works.
 
-    16-mixed with clipping forbids it: gradients must be unscaled between the backward pass and the update, and a fused
-    optimiser unscales by itself.
+    Mixed precision with clipping forbids it: 16-mixed because gradients must be unscaled before they are clipped, and a fused
+    optimiser unscales by itself; bf16-mixed, which scales none, because Lightning does not tell the two apart.
     """
     trained = [p for p in parameters if p.requires_grad]
-    return make(trained, fused=not (precision == "16-mixed" and clipping))
+    return make(trained, fused=not (precision.endswith("-mixed") and clipping))
