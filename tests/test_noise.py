@@ -191,9 +191,9 @@ def test_draws_are_those_of_their_steps_and_choices_are_even() -> None:
     noise = Draws((1, 3, 5), seed=7, index=index, dtype=D, first=11)
     assert torch.equal(noise(6), normal((1, 3, 5), seed=7, index=index, draw=17, dtype=D))
     assert torch.equal(Draws((2,), 7, index)(0), normal((2,), seed=7, index=index, draw=1))
-    chosen = Draws((2,), 7, torch.arange(20_000)).choice(3, 10)
-    assert torch.equal(Draws((5,), 7, index).choice(3, 10), chosen[index])
-    chi2 = float((torch.bincount(chosen, minlength=10).double() - 2000).square().sum() / 2000)
+    chosen = Draws((2,), 7, torch.arange(20_000)).choices(4, 10)
+    assert torch.equal(Draws((5,), 7, index).choices(4, 10), chosen[index])
+    chi2 = float((torch.bincount(chosen[:, 3], minlength=10).double() - 2000).square().sum() / 2000)
     assert abs(chi2 - 9) < 5 * math.sqrt(18)
 
 

@@ -132,9 +132,9 @@ class Draws:
         """z of step i, standard normal (B, *shape)."""
         return normal(self.shape, seed=self.seed, index=self.index, draw=self.first + i, dtype=self.dtype)
 
-    def choice(self, i: int, n: int) -> Tensor:
-        """One of n, each as likely, instead of z of step i: int64 (B,) in [0, n)."""
-        return (uniform((), seed=self.seed, index=self.index, draw=self.first + i) * n).long()
+    def choices(self, steps: int, n: int) -> Tensor:
+        """Instead of z, one of n for each of so many steps, all as likely: int64 (B, steps) in [0, n)."""
+        return (uniform((steps,), seed=self.seed, index=self.index, draw=self.first) * n).long()
 
 
 def permutation(n: int, *, seed: int, draw: int = 0, stream: Stream = Stream.SHUFFLE) -> Tensor:

@@ -7,9 +7,9 @@ import pytest
 import torch
 from oracle import Mixture, oracle
 
-from diffusion_lab.denoiser import Denoiser
+from diffusion_lab.denoiser import Denoiser, Prediction
 from diffusion_lab.gaussian import posterior
-from diffusion_lab.noise import Draws, Stream, normal
+from diffusion_lab.noise import Stream, normal
 from diffusion_lab.objectives import PredV
 from diffusion_lab.samplers import DDCM, DDPM
 from diffusion_lab.samplers.base import Model
@@ -85,14 +85,19 @@ def test_more_bits_less_distortion() -> None:
 
 def test_a_generator_draws_from_the_codebook_by_key() -> None:
     """Every z is a vector of the step's book, all are used alike (χ² within 5 deviations), an image's choice is its key's."""
-    sampler, size = DDCM(10, codebook=8), 4000
-    den = oracle(DATA, Cosine(), PredV())
+    seen: list[torch.Tensor] = []
+
+    class Recording(DDCM):
+        def draw(self, i: int, prediction: Prediction, model: Model) -> torch.Tensor:
+            seen.append(super().draw(i, prediction, model))
+            return seen[-1]
+
+    den, size = oracle(DATA, Cosine(), PredV()), 4000
 
     def draws(index: torch.Tensor) -> torch.Tensor:
-        model = Model(den, {}, None, Draws(SHAPE, 3, index, D))
-        prediction = den(torch.zeros(len(index), *SHAPE, dtype=D), 0.5)
-        z = sampler.draw(4, prediction, model)
-        which = (z[:, None] == book(4, 8)).flatten(2).all(2)
+        seen.clear()
+        Recording(10, codebook=8)(den, torch.zeros(len(index), *SHAPE, dtype=D), seed=3, index=index)
+        which = (seen[4][:, None] == book(4, 8)).flatten(2).all(2)
         assert bool((which.sum(1) == 1).all())
         return which.long().argmax(1)
 

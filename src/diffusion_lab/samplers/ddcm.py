@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -61,12 +61,22 @@ class DDCM(DDPM):
         self.codebook, self.codebook_seed = codebook, codebook_seed
         self._choice: Choice | None = None  # None: at random
 
-    def draw(self, i: int, prediction: Prediction, model: Model) -> Tensor:
-        x0 = prediction.x0
-        book = self._vectors(x0, torch.arange(self.codebook), i + 1)
+    def integrate(self, x: Tensor, times: Tensor, model: Model, steps: Iterable[int]) -> Tensor:
         if self._choice is not None:
-            return book[self._choice(i, book, prediction)]
-        return book[model.noise.choice(i, self.codebook)]
+            return super().integrate(x, times, model, steps)
+        chosen = model.noise.choices(len(times) - 1, self.codebook)
+        return self._choosing(lambda i, book, prediction: chosen[:, i]).integrate(x, times, model, steps)
+
+    def draw(self, i: int, prediction: Prediction, model: Model) -> Tensor:
+        assert self._choice is not None
+        book = self._vectors(prediction.x0, torch.arange(self.codebook), i + 1)
+        return book[self._choice(i, book, prediction)]
+
+    def _choosing(self, choice: Choice) -> "DDCM":
+        """This sampler with the vectors that `choice` picks."""
+        chooser = copy.copy(self)
+        chooser._choice = choice
+        return chooser
 
     def compress(self, denoiser: Denoiser, x0: Tensor, condition: Mapping[str, Tensor] | None = None) -> Code:
         """The indices that lead to images x0, float (B, C, H, W) in [−1, 1]; `condition` as for a call, and for both ways."""
@@ -104,8 +114,7 @@ class DDCM(DDPM):
 
     def _walk(self, choice: Choice, denoiser: Denoiser, like: Tensor, condition: Mapping[str, Tensor] | None) -> Tensor:
         """A run from the common x_T with the vectors that `choice` picks."""
-        chooser = copy.copy(self)
-        chooser._choice = choice
+        chooser = self._choosing(choice)
         noise = self._vectors(like, torch.zeros(len(like), dtype=torch.int64), 0)
         x: Tensor = chooser(denoiser, prior(denoiser.schedule, noise), condition=condition)
         self.nfe = chooser.nfe
