@@ -51,13 +51,10 @@ class EMA(pl.Callback):
             self._pairs[decay] = (_tensors(network), _tensors(pl_module.network))
             pl_module.register_average(name(decay), network)
 
-    @torch.no_grad()
     def on_train_start(self, trainer: pl.Trainer, pl_module: DiffusionModule) -> None:  # type: ignore[override]
         if not self._restored:  # a run that begins, or one resumed from a checkpoint without averages
             for average, live in self._pairs.values():
-                torch._foreach_copy_(average.parameters, whole(live.parameters))
-                if live.buffers:
-                    torch._foreach_copy_(average.buffers, live.buffers)
+                _blend(average, live, 0.0)
         self._restored = False
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: DiffusionModule, *_: Any) -> None:  # type: ignore[override]
@@ -65,14 +62,11 @@ class EMA(pl.Callback):
             self.updates = trainer.global_step
             self.update()
 
-    @torch.no_grad()
     def update(self) -> None:
         """One update of every average towards the live network; `updates` counts it already."""
         for decay, (average, live) in self._pairs.items():
             d = min(decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else decay
-            torch._foreach_lerp_(average.parameters, whole(live.parameters), 1 - d)
-            if live.buffers:
-                torch._foreach_copy_(average.buffers, live.buffers)
+            _blend(average, live, d)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -100,6 +94,14 @@ class _Tensors(NamedTuple):
 
 def _tensors(network: nn.Module) -> _Tensors:
     return _Tensors(list(network.parameters()), list(network.buffers()))
+
+
+@torch.no_grad()
+def _blend(average: _Tensors, live: _Tensors, d: float) -> None:
+    """θ̄ ← d θ̄ + (1 − d) θ; buffers are copied. d = 0 is a copy, bit for bit."""
+    torch._foreach_lerp_(average.parameters, whole(live.parameters), 1 - d)
+    if live.buffers:
+        torch._foreach_copy_(average.buffers, live.buffers)
 
 
 def name(decay: float) -> str:
