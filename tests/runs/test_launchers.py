@@ -28,6 +28,18 @@ def test_who_started_this_process():
     assert [launchers.rank(env) for env in (TORCHRUN, SRUN, {"LOCAL_RANK": "2"}, {})] == [3, 1, 2, 0]
 
 
+def test_processes_on_each_machine_are_counted_as_lightning_counts():
+    from lightning_fabric.utilities.device_parser import _normalize_parse_gpu_string_input as parsed
+
+    for devices in (1, "2", [0, 3], "0,1,2", "0, 1", "3,"):
+        read = parsed(devices) if isinstance(devices, str) else devices
+        assert launchers.each(devices) == (len(read) if isinstance(read, list) else read)
+    assert [launchers.each(devices) for devices in ("auto", -1, "-1")] == [None] * 3
+    for devices in (0, -2, "two", "0,b", [], [-1], ["a"], ""):
+        with pytest.raises(ValueError, match=r"trainer.devices=.*: write a number of processes"):
+            launchers.each(devices)
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "said"),
     [

@@ -57,8 +57,7 @@ def test_a_combination_that_cannot_be_is_refused_before_training(arguments, reme
     given = {b.split("=")[0] for b in arguments}
     tiny = [a for a in TINY if a.split("=")[0] not in given and not ("model" in given and a.startswith("model."))]
     _refused(command("train", [*tiny, "trainer.max_steps=1", f"hydra.run.dir={run}", *arguments], capfd), remedy)
-    assert not (run / "checkpoints").exists()
-    assert not (run / "metrics.csv").exists()
+    assert not run.exists()
 
 
 def test_files_that_are_no_whole_checkpoint(tmp_path, capfd):
@@ -137,6 +136,7 @@ def test_a_finished_run_and_a_foreign_network_are_not_resumed(tmp_path, capfd):
     _refused(command("train", again, capfd), "trainer.max_steps=")
     wrong = [*TINY, f"init={tmp_path / 'run'}", "model.width=16", f"hydra.run.dir={tmp_path / 'wrong'}"]
     _refused(command("train", wrong, capfd), "do not fit this network")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_not_enough_disk_is_known_before_training(tmp_path, capfd, monkeypatch):
@@ -180,7 +180,7 @@ def test_one_s_own_images_empty_and_broken(tmp_path, capfd):
         f"hydra.run.dir={tmp_path / 'run'}",
     ]
     _refused(command("train", [*base, f"data.root={empty}"], capfd), str(empty))
-    _refused(command("train", [*base, f"data.root={broken}", "overwrite=true"], capfd), "b.png")
+    _refused(command("train", [*base, f"data.root={broken}"], capfd), "b.png")
 
 
 def test_wandb_online_without_a_connection(tmp_path, capfd, monkeypatch):
@@ -201,10 +201,11 @@ def test_wandb_online_without_a_connection(tmp_path, capfd, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY")
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     assert loggers._offline("auto")
-    _refused(command("train", [*asked, "overwrite=true"], capfd), "wandb login")
+    _refused(command("train", asked, capfd), "wandb login")
 
 
-def test_sampling_refuses_what_cannot_be(tmp_path, capfd):
+def test_sampling_refuses_what_cannot_be(tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     train(tmp_path / "run", "trainer.max_steps=1", capfd=capfd)
     ckpt = f"ckpt={tmp_path / 'run'}"
     full = tmp_path / "full"
@@ -229,6 +230,8 @@ def test_sampling_refuses_what_cannot_be(tmp_path, capfd):
     assert not (tmp_path / "out").exists()
     _refused(command("sample", [f"out={tmp_path / 'out'}"], capfd), "ckpt=PATH")
     assert [p.name for p in full.iterdir()] == ["notes.txt"]
+    assert command("sample", [ckpt, f"out={tmp_path / 'out'}", "n=1", "sampler.steps=1"], capfd).code == 0
+    assert list((tmp_path / "outputs" / "sample").iterdir()) == []  # no dated folder beside the one asked for
 
 
 def test_checkpoints_are_written_at_least_every_step():

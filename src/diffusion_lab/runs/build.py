@@ -172,14 +172,8 @@ def _strategy(options: Config, accelerator: str) -> Any:
     """The strategy's name, or for fsdp an object."""
     if options["strategy"] != "fsdp":
         return options["strategy"]
-    devices = options["devices"]
-    if isinstance(devices, list):
-        each = len(devices)
-    elif devices in ("auto", -1):
-        each = 1 if accelerator == "cpu" else torch.cuda.device_count()
-    else:
-        each = int(devices)
-    return sharding.strategy(each * options["num_nodes"])
+    there = 1 if accelerator == "cpu" else torch.cuda.device_count()
+    return sharding.strategy((launchers.each(options["devices"]) or there) * options["num_nodes"])
 
 
 def _slurm() -> list[Any] | None:

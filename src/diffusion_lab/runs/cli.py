@@ -4,6 +4,7 @@ Nothing heavy is imported here: a wrong option is reported before torch is loade
 """
 
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -92,6 +93,7 @@ def main(config_name: str, task: str) -> int:
     import hydra
 
     outcome: list[int] = []
+    there = folder is not None and folder.exists()
     first_process = os.getpid()
 
     def call(config: DictConfig) -> int | Result:
@@ -102,7 +104,10 @@ def main(config_name: str, task: str) -> int:
 
     def run(config: DictConfig) -> Any:
         if not sweep:
-            outcome.append(_code(call(config)))
+            try:
+                outcome.append(_code(call(config)))
+            finally:
+                _tidy(Path(HydraConfig.get().runtime.output_dir), there)
             return None
         hydra_config = HydraConfig.get()
         job = sweeps.job(lambda: call(config), Path(hydra_config.runtime.output_dir), list(hydra_config.overrides.task))
@@ -133,6 +138,15 @@ def _keep_configuration(config: DictConfig) -> None:
     folder = Path(str(config.get("out") or config.run_dir))
     if folder.is_dir() and not (folder / "config.yaml").exists():
         files.write(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+
+
+def _tidy(folder: Path, there: bool) -> None:
+    """A command that was refused, or that wrote to out=, leaves no folder that holds Hydra's record of it and nothing else."""
+    if folder.is_dir() and {path.name for path in folder.iterdir()} <= {".hydra"}:
+        for record in folder.iterdir():
+            shutil.rmtree(record)
+        if not there:
+            folder.rmdir()
 
 
 def _code(done: int | Result) -> int:

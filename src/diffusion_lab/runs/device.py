@@ -3,10 +3,18 @@
 import torch
 
 
-def device(name: str) -> str:
-    """The device that `device=` means. ValueError: unknown, or not there."""
+def device(name: str, processes: int = 1, rank: int = 0) -> str:
+    """The device that `device=` means to process `rank` of `processes`; of several, each has a GPU of its own.
+
+    Raises:
+        ValueError: unknown, or not there.
+    """
     if name not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device={name} is unknown: write auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda, but torch sees no CUDA device: write device=cpu")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    if name == "cpu" or not torch.cuda.is_available():
+        return "cpu"
+    if processes > torch.cuda.device_count():
+        raise ValueError(f"devices={processes}, but torch sees {torch.cuda.device_count()} GPU(s)")
+    return f"cuda:{rank}" if processes > 1 else "cuda"

@@ -74,11 +74,7 @@ def prepare(settings: dict[str, Any], rank: int = 0) -> Prepared:
             raise ValueError(f"{key}={settings[key]}: write at least 1")
     if kind != "analytic" and settings["devices"] > 1:
         raise ValueError(f"variance={kind} trains a small head in one process: write devices=1")
-    on = device(settings["device"])
-    if on == "cuda" and settings["devices"] > 1:
-        if settings["devices"] > torch.cuda.device_count():
-            raise ValueError(f"devices={settings['devices']}, but torch sees {torch.cuda.device_count()} GPU(s)")
-        on = f"cuda:{rank}"
+    on = device(settings["device"], settings["devices"], rank)
     loaded = load_checkpoint(settings["ckpt"], settings["weights"], settings["trust"])
     path = variances.place(loaded, kind)
     if path.exists() and not settings["overwrite"] and rank == 0:

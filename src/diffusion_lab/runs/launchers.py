@@ -69,11 +69,28 @@ def check(started: Launched, command: str, sweep: bool, named_folder: bool, over
         )
 
 
+def each(devices: int | str | list[Any]) -> int | None:
+    """Processes on each machine that trainer.devices means, as Lightning reads it; None: one for each GPU there is, or one.
+
+    Raises:
+        ValueError: it means none.
+    """
+    if devices in ("auto", "-1", -1):
+        return None
+    if isinstance(devices, str) and "," in devices:
+        devices = [int(index) if index.isdigit() else index for index in devices.replace(" ", "").split(",") if index]
+    if isinstance(devices, list):
+        count = len(devices) if all(isinstance(index, int) and index >= 0 for index in devices) else 0
+    else:
+        count = int(devices) if str(devices).isdigit() else 0
+    if count < 1:
+        raise ValueError(f"trainer.devices={devices}: write a number of processes, a list of GPUs as [0,1], or auto")
+    return count
+
+
 def several(trainer: Mapping[str, Any]) -> bool:
-    """Whether these options of the trainer, plain, ask for more than one process."""
-    devices = trainer["devices"]
-    many: bool = len(devices) > 1 if isinstance(devices, list) else devices not in (1, "1")
-    return many or trainer["num_nodes"] > 1
+    """Whether these options of the trainer, plain, ask for more than one process, or may."""
+    return each(trainer["devices"]) != 1 or trainer["num_nodes"] > 1
 
 
 def check_sweep(trainer: Mapping[str, Any]) -> None:

@@ -60,9 +60,6 @@ def run(config: DictConfig) -> Result:
         data.trainer = trainer
         if trainer.is_global_zero:
             data.prepare_data()
-            _write_configuration(folder, settings)
-            if resume:
-                _keep_best(resume[0], folder)
         if resume:
             path, step = resume
             if step >= settings["trainer"]["max_steps"]:
@@ -81,6 +78,10 @@ def run(config: DictConfig) -> Result:
             raise ValueError(
                 f"{data.size('val')} validation images are too few for {trainer.world_size} processes: write data.val=0"
             )
+        if trainer.is_global_zero:  # last, so that a run that is refused leaves nothing behind
+            _write_configuration(folder, settings)
+            if resume:
+                _keep_best(resume[0], folder)
     os.environ[CONFIG_ENV] = str(folder / "config.yaml")  # read by the further processes that Lightning starts
     _announce(trainer, network, data, settings)
     failed = 1
@@ -200,7 +201,6 @@ def _keep_best(resumed: Path, folder: Path) -> None:
 
 def _check_processes(settings: Mapping[str, Any]) -> None:
     options = settings["trainer"]
-    devices = options["devices"]
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
         launchers.check_sweep(options)
     strategy = str(options["strategy"])
@@ -208,6 +208,7 @@ def _check_processes(settings: Mapping[str, Any]) -> None:
         raise ValueError(f"trainer.strategy={strategy} is not supported: write trainer=fsdp, or trainer=ddp")
     if strategy == "fsdp":
         _check_sharding(settings)
+    each = launchers.each(options["devices"])
     started = launchers.launched()
     if started is None and "SLURM_NTASKS" in os.environ and launchers.several(options) and not launchers.interactive():
         raise ValueError(
@@ -215,8 +216,7 @@ def _check_processes(settings: Mapping[str, Any]) -> None:
         )
     if started:
         nodes = options["num_nodes"]
-        each = len(devices) if isinstance(devices, list) else devices
-        if each != "auto" and (nodes, int(each) * nodes) != (started.nodes, started.world):
+        if each and (nodes, each * nodes) != (started.nodes, started.world):
             raise ValueError(
                 f"{started.by} started {started.world} processes on {started.nodes} node(s), and trainer.devices={each} "
                 f"trainer.num_nodes={nodes} are others: write trainer=ddp trainer.devices={started.world // started.nodes} "
@@ -308,9 +308,8 @@ def _report(trainer: pl.Trainer, hooks: list[pl.Callback], settings: Mapping[str
     quality = next((h for h in hooks if isinstance(h, Quality)), None)
     value = trainer.callback_metrics.get("val/loss")
     step = trainer.global_step
-    if kept and str(settings["trainer"]["strategy"]).endswith(
-        "spawn"
-    ):  # what the spawned processes knew is in their checkpoint
+    spawned = str(settings["trainer"]["strategy"]).endswith("spawn")
+    if spawned and kept and kept.last_path.is_file():  # what the spawned processes knew is in their checkpoint
         last = checkpoints.read(kept.last_path)
         step = int(last["global_step"])
         kept.load_state_dict(last["callbacks"][kept.state_key])

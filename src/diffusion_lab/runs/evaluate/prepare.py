@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from diffusion_lab.data.datamodule import DataModule
@@ -57,11 +56,7 @@ def prepare(settings: dict[str, Any], rank: int = 0) -> Prepared:
     """
     chosen = _checked(settings, rank)
     metrics = [metric for metric in settings["metrics"] if metric != "nll"]
-    on = device(settings["device"])
-    if on == "cuda" and settings["devices"] > 1:
-        if settings["devices"] > torch.cuda.device_count():
-            raise ValueError(f"devices={settings['devices']}, but torch sees {torch.cuda.device_count()} GPU(s)")
-        on = f"cuda:{rank}"
+    on = device(settings["device"], settings["devices"], rank)
     nll = "nll" in settings["metrics"]
     plan = measure.plan(metrics, chosen) if metrics or not nll else Plan({}, "")
     run = _run(settings, on) if settings["ckpt"] else None

@@ -33,9 +33,17 @@ class Losses(pl.Callback):
         self.edges = edges or []
         bounds = ["-inf", *(f"{edge:g}" for edge in self.edges), "inf"]
         self._bounds = torch.tensor(self.edges, dtype=torch.float64)
-        self.diverged: int | None = None
-        self.ended = False
+        # the step of `diverged`, 0 for none, and `ended`: a tensor, which processes spawned from this one share with it
+        self._seen = torch.zeros(2, dtype=torch.int64)
         self.names = [f"train/loss_snr/{low}_{high}" for low, high in pairwise(bounds)]
+
+    @property
+    def diverged(self) -> int | None:
+        return int(self._seen[0]) or None
+
+    @property
+    def ended(self) -> bool:
+        return bool(self._seen[1])
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._reset(pl_module.device)
@@ -67,11 +75,12 @@ class Losses(pl.Callback):
 
     def _judge(self, trainer: pl.Trainer, loss: float) -> None:
         if math.isfinite(loss):
-            self.diverged = None
+            self._seen[0] = 0
         elif self.diverged is not None:
-            self.ended = trainer.should_stop = True
+            self._seen[1] = 1
+            trainer.should_stop = True
         else:
-            self.diverged = trainer.global_step
+            self._seen[0] = trainer.global_step
             if trainer.is_global_zero:
                 text = f"train/loss is {loss} at step {trainer.global_step:,}: lower optimizer.lr=, or resume an earlier ckpt="
                 print(f"warning: {text}", file=sys.stderr, flush=True)
