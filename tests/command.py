@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from diffusion_lab.runs import cli, options
@@ -49,6 +50,7 @@ def code(name: str, arguments: Sequence[str]) -> int:
     finally:
         sys.argv = before
         GlobalHydra.instance().clear()
+        HydraConfig.instance().cfg = None  # or what the next command line interpolates would be found in this one's
 
 
 def command(name: str, arguments: Sequence[str], capfd: pytest.CaptureFixture[str]) -> Outcome:

@@ -3,7 +3,6 @@
 import csv
 import os
 import signal
-import socket
 import subprocess
 import sys
 
@@ -11,6 +10,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from command import ROOT, TINY, command
+from together import free_port, meeting, srun
 
 from diffusion_lab.runs import launchers, train
 from diffusion_lab.runs.launchers import Launched, launched
@@ -97,12 +97,6 @@ def _rows(folder):
         return [(row["step"], row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
 
 
-def _free_port() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
-
-
 SAME = (
     *TINY[:5],
     "trainer.log_every_n_steps=1",
@@ -124,22 +118,13 @@ def test_processes_started_outside_train_the_same_run(by, tmp_path, capfd):
     program = [str(ROOT / "src" / "train.py"), *short, "trainer=ddp", "trainer.accelerator=cpu", f"hydra.run.dir={two}"]
     env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     if by == "torchrun":
-        start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={_free_port()}"]
+        start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
         runs = [subprocess.Popen([*start, *program], env=env)]
     else:
-        slurm = {
-            "SLURM_JOB_ID": "1",
-            "SLURM_NTASKS": "2",
-            "SLURM_NTASKS_PER_NODE": "2",
-            "SLURM_NNODES": "1",
-            "SLURM_NODEID": "0",
-        }
-        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port(), "SLURM_JOB_NAME": "train"}
+        env |= meeting()
         runs = [
-            subprocess.Popen(
-                [sys.executable, *program], env={**env, **slurm, **meet, "SLURM_PROCID": i, "SLURM_LOCALID": i}
-            )
-            for i in "10"  # the second one first: it waits
+            subprocess.Popen([sys.executable, *program], env={**env, **srun(rank, 2)})
+            for rank in (1, 0)  # the second one first: it waits
         ]
     assert [run.wait(timeout=240) for run in runs] == [0] * len(runs)
     alone, together = _rows(one), _rows(two)

@@ -330,8 +330,8 @@ def _report(trainer: pl.Trainer, hooks: list[pl.Callback], settings: Mapping[str
         code = 0  # or srun --kill-on-bad-exit would end process 0 while it still sends to W&B
     losses = next((h for h in hooks if isinstance(h, Losses)), None)
     reason = None
-    if losses and losses.ended:
-        code, reason = 1, f"the loss is no number since step {losses.diverged:,}"
+    if losses and losses.lost:
+        code, reason = 1, f"the loss is no number since step {losses.lost:,}"
         print(f"error: {reason}", file=sys.stderr, flush=True)
     pruned = any(h.pruned for h in hooks if isinstance(h, Pruning))
     metric = quality.label if quality and kept and kept.monitor == "quality" else kept.monitor if kept else "val/loss"

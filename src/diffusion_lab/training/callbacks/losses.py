@@ -24,7 +24,7 @@ class Losses(pl.Callback):
 
     Attributes:
         diverged: the step of the first of the rows that are no numbers, None where the last one is one.
-        ended: whether they ended the run.
+        lost: that step once they have ended the run, else None.
     """
 
     def __init__(self, edges: list[float] | None = None) -> None:
@@ -33,17 +33,13 @@ class Losses(pl.Callback):
         self.edges = edges or []
         bounds = ["-inf", *(f"{edge:g}" for edge in self.edges), "inf"]
         self._bounds = torch.tensor(self.edges, dtype=torch.float64)
-        # the step of `diverged`, 0 for none, and `ended`: a tensor, which processes spawned from this one share with it
-        self._seen = torch.zeros(2, dtype=torch.int64)
+        self.diverged: int | None = None
+        self._lost = torch.zeros(1, dtype=torch.int64)  # a tensor: processes spawned from this one share it
         self.names = [f"train/loss_snr/{low}_{high}" for low, high in pairwise(bounds)]
 
     @property
-    def diverged(self) -> int | None:
-        return int(self._seen[0]) or None
-
-    @property
-    def ended(self) -> bool:
-        return bool(self._seen[1])
+    def lost(self) -> int | None:
+        return int(self._lost) or None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._reset(pl_module.device)
@@ -75,12 +71,12 @@ class Losses(pl.Callback):
 
     def _judge(self, trainer: pl.Trainer, loss: float) -> None:
         if math.isfinite(loss):
-            self._seen[0] = 0
+            self.diverged = None
         elif self.diverged is not None:
-            self._seen[1] = 1
+            self._lost.fill_(self.diverged)  # by every process, to the same
             trainer.should_stop = True
         else:
-            self._seen[0] = trainer.global_step
+            self.diverged = trainer.global_step
             if trainer.is_global_zero:
                 text = f"train/loss is {loss} at step {trainer.global_step:,}: lower optimizer.lr=, or resume an earlier ckpt="
                 print(f"warning: {text}", file=sys.stderr, flush=True)
