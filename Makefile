@@ -12,7 +12,8 @@ help: ## this list
 
 setup: $(READY) ## .venv with exactly the locked packages; the other targets do it when needed
 
-# uv reads the lock's hashes; where it is not installed, it comes from the package index into the environment itself.
+# uv reads the lock's hashes; where it is not installed, it comes from the package index into the environment itself. The import
+# writes the bytecode of what every command imports: where the environment forbids that, each would compile it anew for seconds.
 $(READY): requirements.lock pyproject.toml
 	@test -x $(PYTHON) || python3 -m venv $(VENV)
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else f"Python {v[0]}.{v[1]} is not supported: install 3.11, 3.12 or 3.13, remove $(VENV) and try again")'
@@ -20,6 +21,7 @@ $(READY): requirements.lock pyproject.toml
 	@echo "setting up $(VENV): torch and its CUDA libraries are a few GB the first time"
 	@PATH="$$PATH:$(CURDIR)/$(VENV)/bin" && uv pip install --quiet --python $(PYTHON) --require-hashes -r requirements.lock \
 		&& uv pip install --quiet --python $(PYTHON) --no-deps --no-build-isolation -e .
+	@env -u PYTHONDONTWRITEBYTECODE $(PYTHON) -c "import diffusion_lab.runs.train, sklearn.datasets"
 	@touch $@
 
 lock: ## requirements.lock anew from pyproject.toml (needs uv)
