@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser, Prediction
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.gaussian import transition
 from diffusion_lab.noise import Draws, normal
 from diffusion_lab.samplers.base import Sampler, bar, prior
@@ -104,7 +105,7 @@ def passes(steps: int, jump_length: int, resample: int) -> list[Pass]:
         ValueError: jump_length or resample below 1.
     """
     if jump_length < 1 or resample < 1:
-        raise ValueError(
+        raise ConfigError(
             f"inpaint.jump_length={jump_length} and inpaint.resample={resample} must be at least 1; resample=1 goes down once"
         )
     if resample == 1 or steps <= jump_length:
@@ -163,7 +164,7 @@ def inpaint(
     """
     sampler.check(denoiser)
     if len(known) > 1 and not sampler.uses_previous:
-        raise ValueError(
+        raise ConfigError(
             f"sampler {type(sampler).__name__} steps each image by itself: inpaint one image at a time, or write sampler=heun"
         )
     times, shape = sampler.times(denoiser), tuple(known.shape[1:])

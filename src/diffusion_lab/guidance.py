@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_lab.denoiser import Denoiser, Prediction, as_time
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.schedules import Schedule, like, match, move
 
 
@@ -22,7 +23,7 @@ class StaticThreshold:
 
     def __init__(self, limit: float = 1.0) -> None:
         if limit <= 0:
-            raise ValueError(f"clip static needs limit > 0, not limit={limit}")
+            raise ConfigError(f"clip static needs limit > 0, not limit={limit}")
         self.limit = limit
 
     def __call__(self, x0: Tensor) -> Tensor:
@@ -39,9 +40,9 @@ class DynamicThreshold:
 
     def __init__(self, quantile: float = 0.995, maximum: float | None = None) -> None:
         if not 0 < quantile <= 1:
-            raise ValueError(f"clip dynamic needs a quantile in (0, 1], not {quantile}: the published value is 0.995")
+            raise ConfigError(f"clip dynamic needs a quantile in (0, 1], not {quantile}: the published value is 0.995")
         if maximum is not None and maximum < 1:
-            raise ValueError(f"clip dynamic needs maximum >= 1, not {maximum}: images lie in [-1, 1]")
+            raise ConfigError(f"clip dynamic needs maximum >= 1, not {maximum}: images lie in [-1, 1]")
         self.quantile, self.maximum = quantile, maximum
 
     def __call__(self, x0: Tensor) -> Tensor:
@@ -65,9 +66,9 @@ class Guided(Denoiser):
     def __init__(self, denoiser: Denoiser, scale: float, interval: Sequence[float] = (0.0, 1.0)) -> None:
         super().__init__(denoiser.network, denoiser.schedule, denoiser.objective, denoiser.clip)
         if not 0 <= scale < float("inf"):
-            raise ValueError(f"guidance.scale={scale}: write a number from 0 on")
+            raise ConfigError(f"guidance.scale={scale}: write a number from 0 on")
         if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
-            raise ValueError(
+            raise ConfigError(
                 f"guidance.interval={list(interval)}: write two times [low,high] with 0 <= low < high <= 1"
             )
         self.scale, self.interval = float(scale), (float(interval[0]), float(interval[1]))
@@ -107,10 +108,10 @@ class ClassifierFree(Guided):
     ) -> None:
         super().__init__(denoiser, scale, interval)
         if not 0 <= rescale <= 1:
-            raise ValueError(f"guidance.rescale={rescale} is outside [0, 1]: the published value is 0.7")
+            raise ConfigError(f"guidance.rescale={rescale} is outside [0, 1]: the published value is 0.7")
         known = getattr(denoiser.network, "num_classes", None) if num_classes is None else num_classes
         if known is None:
-            raise ValueError(
+            raise ConfigError(
                 "guidance=cfg needs a network with a null label, and this one takes no labels: train with condition=label, or "
                 "write guidance=classifier"
             )
@@ -139,7 +140,7 @@ class ClassifierFree(Guided):
         """The guided y, the conditional y, and the channels beyond it."""
         label, here = condition.get("label"), self.inside(t)
         if label is None:
-            raise ValueError("guidance=cfg was given no labels to guide towards: pass condition={'label': …}")
+            raise ConfigError("guidance=cfg was given no labels to guide towards: pass condition={'label': …}")
         if self.scale == 1 or not bool(here.any()):
             y, extra = super().output(x_t, t, previous, **condition)
             return y, y, extra
@@ -196,7 +197,7 @@ class ClassifierGuidance(Guided):
     ) -> None:
         super().__init__(denoiser, scale, interval)
         if form not in ("exact", "published"):
-            raise ValueError(f"guidance.form={form} is unknown: write exact or published")
+            raise ConfigError(f"guidance.form={form} is unknown: write exact or published")
         self.classifier, self.num_classes, self.form = classifier, num_classes, form
         self.moves_mean = form == "published"
         own = getattr(denoiser.network, "num_classes", None) is not None
@@ -237,7 +238,7 @@ class ClassifierGuidance(Guided):
         """s ∇ log p(y | x_t), (B, C, H, W); None where nothing guides."""
         label = condition.get("label")
         if label is None or label.is_floating_point():
-            raise ValueError(
+            raise ConfigError(
                 "guidance=classifier was given no classes to guide towards: pass condition={'label': int64 (B,)}"
             )
         here = self.inside(t) & (self.schedule.alpha_sigma(t.double())[0] > 0)

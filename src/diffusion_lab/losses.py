@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffusion_lab.denoiser import Denoiser, Prediction
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.gaussian import discretised_log_likelihood, kl, posterior
 from diffusion_lab.schedules import NODE_TOLERANCE, match, move
 from diffusion_lab.variances import Learned
@@ -49,7 +50,7 @@ class Huber(Error):
 
     def __init__(self, delta: float = 1.0) -> None:
         if delta <= 0:
-            raise ValueError(f"loss huber needs delta > 0, not delta={delta}")
+            raise ConfigError(f"loss huber needs delta > 0, not delta={delta}")
         self.delta = delta
 
     def elementwise(self, output: Tensor, target: Tensor) -> Tensor:
@@ -107,7 +108,7 @@ def diffusion_loss(
 def chain_steps(denoiser: Denoiser) -> int:
     """T, each of whose steps is one term of the bound; ValueError on a curve that has none."""
     if denoiser.schedule.steps is None:
-        raise ValueError(
+        raise ConfigError(
             "variance=learned is trained on the terms of a chain, and this schedule is a continuous curve without steps: write "
             "schedule=cosine or schedule=linear, or variance=fixed_small"
         )

@@ -16,6 +16,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from diffusion_lab.errors import ConfigError
+
 _MASK = 0xFFFFFFFF
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57  # multipliers and Weyl increments of Philox4x32
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
@@ -74,9 +76,9 @@ def words(count: int, *, seed: int, index: Tensor, draw: int = 0, stream: Stream
         ValueError: `seed` or `draw` out of range.
     """
     if not 0 <= seed < 2**64:
-        raise ValueError(f"seed={seed} is outside [0, 2^64): give a non-negative integer")
+        raise ConfigError(f"seed={seed} is outside [0, 2^64): give a non-negative integer")
     if not 0 <= draw < 2**32:
-        raise ValueError(f"draw={draw} is outside [0, 2^32)")
+        raise ConfigError(f"draw={draw} is outside [0, 2^32)")
     blocks = torch.arange(-(-count // 4), device=index.device)[None, :]
     high = ((index >> 32 << 8 | int(stream)) & _MASK)[:, None]
     counter = (blocks, torch.full_like(high, draw), (index & _MASK)[:, None], high)  # of one shape after two rounds

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.schedules import Schedule, Times, like, match, noise_level
 
 
@@ -42,7 +43,7 @@ class Objective(ABC):
 
     def __init__(self, scale_input: bool = False, sigma_data: float = 0.5) -> None:
         if not 0 < sigma_data < math.inf:
-            raise ValueError(
+            raise ConfigError(
                 f"objective.sigma_data={sigma_data}: write the data's standard deviation, above 0 (EDM: 0.5)"
             )
         self.scale_input, self.sigma_data = scale_input, sigma_data
@@ -100,7 +101,7 @@ class PredNoise(Objective):
 
     def check(self, schedule: Schedule) -> None:
         if schedule.ends_in_noise:
-            raise ValueError(
+            raise ConfigError(
                 "objective=pred_noise cannot start from a schedule that ends in alpha = 0 (flow, zero terminal SNR): x_t is the "
                 "noise there and says nothing of x_0; write objective=pred_v or objective=pred_flow"
             )
@@ -163,7 +164,7 @@ class EDM(Objective):
 
     def check(self, schedule: Schedule) -> None:
         if schedule.ends_in_noise:
-            raise ValueError(
+            raise ConfigError(
                 "objective=edm tells the network ln(sigma/alpha), which is infinite where a schedule ends in alpha = 0 (flow, "
                 "zero terminal SNR); write objective=pred_v or objective=pred_flow"
             )
@@ -193,7 +194,7 @@ class PredMean(Objective):
     @staticmethod
     def _step(schedule: Schedule) -> float:
         if schedule.steps is None:
-            raise ValueError(
+            raise ConfigError(
                 "objective=pred_mean needs a schedule with steps (linear, cosine, …); write objective=pred_v"
             )
         return 1 / schedule.steps

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.noise import Stream, uniform
 from diffusion_lab.schedules import Schedule
 
@@ -150,7 +151,7 @@ class Importance(TimeSampler):
     ) -> None:
         super().__init__(stratified)
         if history < 1 or bins < 1 or not 0 <= uniform_prob <= 1:
-            raise ValueError(
+            raise ConfigError(
                 f"times importance needs history >= 1, bins >= 1 and uniform_prob in [0, 1] (published: 10 and 0.001), not "
                 f"history={history}, bins={bins}, uniform_prob={uniform_prob}"
             )
@@ -165,7 +166,7 @@ class Importance(TimeSampler):
             self._losses = torch.zeros(n, self.history, dtype=torch.float64)
             self._counts = torch.zeros(n, dtype=torch.int64)
         if self._losses.shape != (n, self.history):
-            raise ValueError(
+            raise ConfigError(
                 f"the checkpoint's history of losses is {tuple(self._losses.shape)} (bins, history) and this run's is "
                 f"({n}, {self.history}): keep schedule.steps, times.bins and times.history, or write times=stratified"
             )
@@ -218,5 +219,5 @@ class Importance(TimeSampler):
 
 def _normal(name: str, mean: float, std: float) -> tuple[float, float]:
     if not (math.isfinite(mean) and 0 < std < math.inf):
-        raise ValueError(f"times {name} needs a number mean and std > 0, not mean={mean}, std={std}")
+        raise ConfigError(f"times {name} needs a number mean and std > 0, not mean={mean}, std={std}")
     return mean, std

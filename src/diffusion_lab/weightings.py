@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.objectives import Objective
 from diffusion_lab.schedules import Schedule, Times, like
 
@@ -101,7 +102,7 @@ class P2(OnNoise):
     def __init__(self, k: float = 1.0, gamma: float = 1.0) -> None:
         self.k = _positive("p2", "k", k)
         if gamma < 0:
-            raise ValueError(f"weighting p2 needs gamma >= 0, not gamma={gamma}")
+            raise ConfigError(f"weighting p2 needs gamma >= 0, not gamma={gamma}")
         self.gamma = gamma
 
     def alpha2w(self, schedule: Schedule, t: Times, alpha2: Tensor, sigma2: Tensor) -> Tensor:
@@ -163,5 +164,5 @@ class EDM(OnNoise):
 
 def _positive(name: str, argument: str, value: float) -> float:
     if value <= 0:
-        raise ValueError(f"weighting {name} needs {argument} > 0, not {argument}={value}")
+        raise ConfigError(f"weighting {name} needs {argument} > 0, not {argument}={value}")
     return value

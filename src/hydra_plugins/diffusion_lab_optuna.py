@@ -19,6 +19,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.runs.cli import refuse
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class OptunaSweeper(Sweeper):
                 try:
                     trials = [study.ask(space) for _ in range(min(self.options.parallel, self.options.trials - done))]
                 except ValueError as error:  # the values of a choice are others than when the study began
-                    refuse(ValueError(f"{error}: write another hydra.sweeper.study="))
+                    refuse(ConfigError(f"{error}: write another hydra.sweeper.study="))
                 jobs = [
                     [*fixed, *(f"{k}={v}" for k, v in t.params.items()), f"+hydra.job.env_set.{TRIAL_ENV}='{t.number}'"]
                     for t in trials
@@ -148,7 +149,7 @@ def _study(options: OptunaConf) -> "optuna.Study":
     }
     for kind, known in (("sampler", samplers), ("pruner", pruners)):
         if getattr(options, kind) not in known:
-            raise ValueError(f"hydra.sweeper.{kind}={getattr(options, kind)} is unknown: write {', '.join(known)}")
+            raise ConfigError(f"hydra.sweeper.{kind}={getattr(options, kind)} is unknown: write {', '.join(known)}")
     storage = None
     if options.storage:
         Path(options.storage).parent.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from diffusion_lab.data.decode import Decoder, Files
+from diffusion_lab.errors import ConfigError
 
 VERSION = 1  # of the decoding: raise it when the same files and options would give other bytes
 CHUNK = 512  # images in flight
@@ -48,7 +49,7 @@ def decoded(files: Files, decoder: Decoder, folder: Path) -> NDArray[np.uint8]:
                     _check_room(folder, len(files.names) * math.prod(decoder.shape))
                     _build(part, files, decoder)
         except OSError as error:  # unwritable, full, or without locks
-            raise ValueError(
+            raise ConfigError(
                 f"cannot write {path} ({error}): write data.source.cache=FOLDER on another disk"
             ) from error
     return np.load(path, mmap_mode="r")
@@ -67,7 +68,7 @@ def cache_folder(stated: str | None, images: Path) -> Path:
 def _check_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed + SPARE:
-        raise ValueError(
+        raise ConfigError(
             f"{folder} has {free / 1e9:.2f} GB free and the decoded images take {needed / 1e9:.2f} GB: "
             "free some space, or write data.source.cache=FOLDER on another disk"
         )

@@ -15,6 +15,7 @@ from diffusion_lab.data.images import Examples, Index, Rows
 from diffusion_lab.data.sources import Dataset, Source
 from diffusion_lab.data.splits import split
 from diffusion_lab.data.stream import BatchStream, EvalBatches
+from diffusion_lab.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ class DataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         if len(image_size) != 2:
-            raise ValueError(f"data.image_size={list(image_size)}: write [height,width]")
+            raise ConfigError(f"data.image_size={list(image_size)}: write [height,width]")
         self.source, self.root, self.download = source, Path(root).expanduser(), download
         self.channels, self.image_size, self.num_classes = channels, list(image_size), num_classes
         self.num_attributes = num_attributes
@@ -91,7 +92,7 @@ class DataModule(pl.LightningDataModule):
         dataset = self._dataset or self._load()
         examples = dataset.examples
         if self.stratify and examples.labels is None:
-            raise ValueError("data.stratify=true needs labels, and the set has none: write data.stratify=false")
+            raise ConfigError("data.stratify=true needs labels, and the set has none: write data.stratify=false")
         parts = split(
             len(examples),
             val=self.val,
@@ -109,7 +110,7 @@ class DataModule(pl.LightningDataModule):
         dataset = self.source.load(self.root, stated, download=self.download)
         shape, name = dataset.examples.images.shape[1:], type(self.source).__name__
         if shape != stated:
-            raise ValueError(
+            raise ConfigError(
                 f"{name} holds {shape[0]} channel(s) of {shape[1]}×{shape[2]}, configured are {stated[0]} of {height}×{width}: "
                 f"write data.channels={shape[0]} data.image_size=[{shape[1]},{shape[2]}]"
             )
@@ -149,7 +150,7 @@ class DataModule(pl.LightningDataModule):
         """The examples of train, val, test, all, or a sum such as "train+val" (the published training set, uncut)."""
         dataset, names = self.dataset, split.split("+")
         if not self._parts.keys() >= set(names):
-            raise ValueError(
+            raise ConfigError(
                 f"split={split}: write one of {', '.join(self._parts)}, or a sum of them such as train+val"
             )
         return dataset.examples.select(np.unique(np.concatenate([self._parts[name] for name in names])))
@@ -214,4 +215,4 @@ def _check_count(name: str, key: str, stated: int, found: int) -> None:
         log.info("%s offers data.%s=%d, data.%s=0 leaves them unused", name, key, found, key)
     if stated not in (0, found):
         hint = "" if found else " (for classes of your own, put every image into a folder of its class)"
-        raise ValueError(f"data.{key}={stated}, but {name} has {found}: write data.{key}={found}{hint}")
+        raise ConfigError(f"data.{key}={stated}, but {name} has {found}: write data.{key}={found}{hint}")

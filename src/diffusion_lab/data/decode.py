@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from diffusion_lab.errors import ConfigError
+
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 FILTERS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 
@@ -35,10 +37,10 @@ class Files:
             members = (m for m in self._zip.infolist() if _is_image(m.filename))
             self.stamps = sorted((m.filename, m.file_size, m.CRC) for m in members)
         else:
-            raise ValueError(f"{path.absolute()} is neither a folder nor a .zip file: point data.root at your images")
+            raise ConfigError(f"{path.absolute()} is neither a folder nor a .zip file: point data.root at your images")
         self.names = [name for name, _, _ in self.stamps]
         if not self.names:
-            raise ValueError(
+            raise ConfigError(
                 f"{path.absolute()} holds no images: accepted are {' '.join(SUFFIXES)}, in nested folders too"
             )
 
@@ -47,7 +49,7 @@ class Files:
         try:
             return self._zip.read(name) if self._zip else (self.path / name).read_bytes()
         except (OSError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(f"{name} in {self.path} cannot be read ({error}): repair or remove it") from error
+            raise ConfigError(f"{name} in {self.path} cannot be read ({error}): repair or remove it") from error
 
 
 def _is_image(name: str) -> bool:
@@ -93,13 +95,13 @@ class Decoder:
 
     def __post_init__(self) -> None:
         if self.shape[0] not in (1, 3):
-            raise ValueError(f"data.channels={self.shape[0]}: image files are read as 1 (grey) or 3 (RGB)")
+            raise ConfigError(f"data.channels={self.shape[0]}: image files are read as 1 (grey) or 3 (RGB)")
         if self.resize not in ("shorter", "exact", "none"):
-            raise ValueError(f"data.source.resize={self.resize}: write shorter, exact or none")
+            raise ConfigError(f"data.source.resize={self.resize}: write shorter, exact or none")
         if self.filter not in FILTERS:
-            raise ValueError(f"data.source.filter={self.filter}: write one of {', '.join(FILTERS)}")
+            raise ConfigError(f"data.source.filter={self.filter}: write one of {', '.join(FILTERS)}")
         if not (self.box is None or isinstance(self.box, int) or len(self.box) == 4):
-            raise ValueError(f"data.source.crop={list(self.box)}: a box is [top,left,height,width]")
+            raise ConfigError(f"data.source.crop={list(self.box)}: a box is [top,left,height,width]")
 
     def __call__(self, data: bytes, name: str) -> NDArray[np.uint8]:
         """The bytes of a file → uint8 (C, H, W).
@@ -112,7 +114,7 @@ class Decoder:
                 image = _flatten(ImageOps.exif_transpose(opened), "L" if self.shape[0] == 1 else "RGB")
         except Exception as error:  # Pillow's plugins raise nearly anything on damaged files
             reason = " ".join(str(error).split())
-            raise ValueError(f"{name} cannot be read as an image ({reason}): repair or remove it") from error
+            raise ConfigError(f"{name} cannot be read as an image ({reason}): repair or remove it") from error
         height, width = self.shape[1:]
         if self.box is not None:
             image = _cut(image, self.box, name)
@@ -125,7 +127,7 @@ class Decoder:
         if self.centre:
             image = _cut(image, (height, width), name)
         if image.size != (width, height):
-            raise ValueError(
+            raise ConfigError(
                 f"{name} is {image.height}×{image.width} where data.image_size=[{height},{width}]: "
                 "write data.source.resize=exact, or resize=shorter with crop=center"
             )
@@ -140,7 +142,7 @@ def _cut(image: Image.Image, box: int | Sequence[int], name: str) -> Image.Image
         box = ((image.height - box[0]) // 2, (image.width - box[1]) // 2, *box)
     top, left, height, width = box
     if top < 0 or left < 0 or top + height > image.height or left + width > image.width:
-        raise ValueError(
+        raise ConfigError(
             f"{name} is {image.height}×{image.width}, too small to cut {height}×{width} from it: "
             "write a smaller data.source.crop, or data.source.resize=shorter"
         )
@@ -152,7 +154,7 @@ def _flatten(image: Image.Image, mode: str) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
         image = Image.fromarray(np.rint(np.asarray(image, np.float64) / 257).clip(0, 255).astype(np.uint8))
     elif image.mode == "F":
-        raise ValueError("floating-point pixels, whose range is not known: save it with 8 or 16 bits")
+        raise ConfigError("floating-point pixels, whose range is not known: save it with 8 or 16 bits")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

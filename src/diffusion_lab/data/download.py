@@ -10,6 +10,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from diffusion_lab.errors import ConfigError
+
 TIMEOUT = 30  # seconds without a byte
 CHUNK = 1 << 20
 
@@ -32,7 +34,7 @@ def fetch(folder: Path, missing: Sequence[Remote], *, download: bool) -> None:
     """
     if not download:
         names = ", ".join(file.name for file in missing)
-        raise ValueError(f"{folder.absolute()} lacks {names}: put them there, or write data.download=true")
+        raise ConfigError(f"{folder.absolute()} lacks {names}: put them there, or write data.download=true")
     for i, file in enumerate(missing):
         reason = "no address"
         for url in file.urls:
@@ -43,7 +45,7 @@ def fetch(folder: Path, missing: Sequence[Remote], *, download: bool) -> None:
                 reason = " ".join(f"{url}: {error}".split())
         else:
             names = ", ".join(file.name for file in missing[i:])
-            raise ValueError(f"cannot download {file.name} ({reason}): put {names} into {folder.absolute()}")
+            raise ConfigError(f"cannot download {file.name} ({reason}): put {names} into {folder.absolute()}")
 
 
 def _retrieve(url: str, path: Path, checksum: str) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 
 from diffusion_lab import noise
 from diffusion_lab.data.images import Index
+from diffusion_lab.errors import ConfigError
 
 PARTS = ("train", "val", "test")
 
@@ -46,7 +47,7 @@ def split(
     for name, amount in (("test", test), ("val", val)):
         if name in official:
             if amount is not None:
-                raise ValueError(
+                raise ConfigError(
                     f"data.{name}={amount}, but the set has an official {name} part: write data.{name}=null"
                 )
             parts[name] = np.sort(official[name])
@@ -54,9 +55,9 @@ def split(
             count = _count(name, amount, len(free))
             parts[name], order = np.sort(order[:count]), order[count:]
     if limit is not None and limit < 1:
-        raise ValueError(f"data.limit={limit}: give a positive number of training images, or null for all")
+        raise ConfigError(f"data.limit={limit}: give a positive number of training images, or null for all")
     if len(order) == 0:
-        raise ValueError(
+        raise ConfigError(
             f"nothing is left to train on: of {n} images data.val={val} and data.test={test} take all; lower them"
         )
     return {"train": np.sort(order[:limit]), "val": parts["val"], "test": parts["test"]}
@@ -64,11 +65,11 @@ def split(
 
 def _count(name: str, amount: float | int | None, n: int) -> int:
     if amount is None:
-        raise ValueError(
+        raise ConfigError(
             f"data.{name}=null, but the set has no official {name} part: give a fraction, a count, or 0 for none"
         )
     if amount < 0 or (isinstance(amount, float) and amount >= 1):
-        raise ValueError(f"data.{name}={amount}: give a fraction in [0, 1) or a whole number of images")
+        raise ConfigError(f"data.{name}={amount}: give a fraction in [0, 1) or a whole number of images")
     return max(round(amount * n), 1) if 0 < amount < 1 else int(amount)
 
 

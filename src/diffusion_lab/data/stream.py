@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diffusion_lab import noise
 from diffusion_lab.data.images import Examples, Index
+from diffusion_lab.errors import ConfigError
 
 
 class BatchStream:
@@ -51,11 +52,11 @@ class BatchStream:
         pin_memory: bool = False,
     ) -> None:
         if len(examples) == 0:
-            raise ValueError("the training split is empty: lower data.val and data.test, or give more images")
+            raise ConfigError("the training split is empty: lower data.val and data.test, or give more images")
         shares = world_size * accumulate
         if batch_size < 1 or batch_size % shares:
             near = max(round(batch_size / shares), 1) * shares
-            raise ValueError(
+            raise ConfigError(
                 f"data.batch_size={batch_size} (global) does not divide into {world_size} process(es) × {accumulate} "
                 f"micro-batch(es): write data.batch_size={near}, or change trainer.devices or trainer.accumulate_grad_batches"
             )
@@ -115,7 +116,7 @@ class EvalBatches:
         self, examples: Examples, batch_size: int, *, world_size: int = 1, rank: int = 0, pin_memory: bool = False
     ) -> None:
         if batch_size < 1:
-            raise ValueError(f"data.eval_batch_size={batch_size}: give a positive number")
+            raise ConfigError(f"data.eval_batch_size={batch_size}: give a positive number")
         self.examples, self.batch_size, self.pin_memory = examples, batch_size, pin_memory
         self.index = np.arange(rank, len(examples), world_size)
 

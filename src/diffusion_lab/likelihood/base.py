@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser
+from diffusion_lab.errors import ConfigError
 
 
 def bits(nats: Tensor) -> Tensor:
@@ -23,12 +24,12 @@ def average(values: Tensor) -> tuple[float, float | None]:
 def ready(denoiser: Denoiser, x0: Tensor, clip: bool = False) -> tuple[Denoiser, Tensor]:
     """The denoiser, without its clipping unless `clip`, and x_0 in float32 or wider; ValueError where either is unfit."""
     if denoiser.self_conditioning:
-        raise ValueError(
+        raise ConfigError(
             "a likelihood cannot carry the previous estimate that this self-conditioning network takes: train with "
             "model.self_conditioning=false"
         )
     if not x0.is_floating_point():
-        raise ValueError(f"x0 is {x0.dtype}: give float images in [-1, 1], level k as k/127.5 - 1")
+        raise ConfigError(f"x0 is {x0.dtype}: give float images in [-1, 1], level k as k/127.5 - 1")
     if denoiser.clip is not None and not clip:
         denoiser = copy.copy(denoiser)
         denoiser.clip = None

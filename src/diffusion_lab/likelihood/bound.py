@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.gaussian import discretised_log_likelihood, kl, posterior
 from diffusion_lab.likelihood.base import bits, keys, ready
 from diffusion_lab.noise import Stream, normal
@@ -97,9 +98,9 @@ def vlb(
     falling = grids.times(grid, schedule, steps) if times is None else times.double().cpu()
     chain = falling.flip(0)  # 0, t_1, …, t_{K+1}
     if len(chain) < 2 or not bool(chain[0] == 0 and (chain.diff() > 0).all() and chain[-1] <= 1):
-        raise ValueError("times must fall from 1, or below it, to 0: give those of a sampler, sampler.times(denoiser)")
+        raise ConfigError("times must fall from 1, or below it, to 0: give those of a sampler, sampler.times(denoiser)")
     if decoder == "discretised" and last == "strided" and len(chain) < 3:
-        raise ValueError("steps=1 leaves no pair of times whose variance L_0 could take: write steps=2 or last=full")
+        raise ConfigError("steps=1 leaves no pair of times whose variance L_0 could take: write steps=2 or last=full")
 
     alpha, sigma = schedule.alpha_sigma(chain)
     least, pull = _step(schedule, chain[2:], chain[1:-1], eta)
@@ -159,20 +160,20 @@ def _prior(x0: Tensor, alpha: Tensor, sigma: Tensor, end: Tensor) -> Tensor:
 
 def _check(schedule: Schedule, variance: Variance, decoder: str, last: str, eta: float) -> None:
     if decoder not in DECODERS:
-        raise ValueError(f"unknown decoder {decoder!r}: write one of {', '.join(DECODERS)}")
+        raise ConfigError(f"unknown decoder {decoder!r}: write one of {', '.join(DECODERS)}")
     if last not in LAST:
-        raise ValueError(f"unknown last={last!r}: write one of {', '.join(LAST)}")
+        raise ConfigError(f"unknown last={last!r}: write one of {', '.join(LAST)}")
     if last == "full" and schedule.steps is None:
-        raise ValueError(
+        raise ConfigError(
             "last=full takes a pair of neighbours in a table, and this schedule is a curve: write last=strided"
         )
     if not 0 < eta <= 1:
-        raise ValueError(
+        raise ConfigError(
             f"eta={eta} has no finite bound: it needs eta in (0, 1], since steps without noise (sampler=ddim with eta=0) give "
             "x_s no density; write eta=1, or take likelihood.ode"
         )
     if eta < 1 and variance.ancestral_only:
-        raise ValueError(
+        raise ConfigError(
             f"variance {type(variance).__name__} is for ancestral steps only: write eta=1 or variance=fixed_small"
         )
 
@@ -185,10 +186,10 @@ def _refuse_unsound(sound: Tensor, times: Tensor) -> None:
     i, which = bad[0].tolist()
     at = f"at t={float(times[i]):.4g}"
     if which == 0:
-        raise ValueError(
+        raise ConfigError(
             f"the network gave NaN or infinity {at}: evaluate in float32, or take a checkpoint from before the training diverged"
         )
-    raise ValueError(f"the variance is 0, infinite or NaN {at}, so no bound is finite: write variance=fixed_small")
+    raise ConfigError(f"the variance is 0, infinite or NaN {at}, so no bound is finite: write variance=fixed_small")
 
 
 def _bar(times: Tensor, progress: bool) -> Iterable[Tensor]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.likelihood.base import keys, ready
 from diffusion_lab.noise import Stream, uniform, words
 from diffusion_lab.samplers.clock import Clock
@@ -72,10 +73,10 @@ def ode(
             network (t named), a self-conditioning network.
     """
     if divergence not in DIVERGENCES:
-        raise ValueError(f"unknown divergence {divergence!r}: write one of {', '.join(DIVERGENCES)}")
+        raise ConfigError(f"unknown divergence {divergence!r}: write one of {', '.join(DIVERGENCES)}")
     size = x0[0].numel()
     if divergence == "exact" and size > LARGEST:
-        raise ValueError(
+        raise ConfigError(
             f"divergence=exact takes one backward pass for each dimension, at most {LARGEST}, and these images have {size}: "
             "write divergence=hutchinson"
         )
@@ -84,7 +85,7 @@ def ode(
     if start is None:
         start = START if schedule.steps is None else schedule.least
     if not 0 < start < 1:
-        raise ValueError(f"start={start} is outside (0, 1): the published value is 1e-5")
+        raise ConfigError(f"start={start} is outside (0, 1): the published value is 1e-5")
     with torch.inference_mode(False), torch.no_grad():
         shape, key = tuple(x0.shape[1:]), keys(x0, index)
         x = x0.double().clone()
@@ -162,7 +163,7 @@ def _refuse_nan(velocity: Tensor, t: Tensor) -> None:
     finite = velocity.isfinite().flatten(1).all(1)
     if not bool(finite.all()):
         bad = float(t[int((~finite).nonzero()[0])])
-        raise ValueError(
+        raise ConfigError(
             f"the network gave NaN or infinity at t={bad:.6g}: evaluate in float32, or take a checkpoint from before the "
             "training diverged"
         )

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from diffusion_lab.data.cache import claimed
 from diffusion_lab.data.images import Examples, Rows, to_float
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.metrics.extractors import Extractor, Features, digest
 from diffusion_lab.models.classifier import Classifier
 from diffusion_lab.noise import Stream, normal, permutation, uniform
@@ -93,7 +94,7 @@ def file_of(train: Examples, folder: Path, name: str, recipe: Recipe, noise: Noi
         ValueError: images without labels.
     """
     if train.labels is None or not len(train.labels):
-        raise ValueError(
+        raise ConfigError(
             "the classifier needs a labelled data set, and this one has no labels: write extractor=inception"
         )
     node = None if noise is None else dict(noise.node)
@@ -143,7 +144,7 @@ def trained(
                 if file is not None:
                     file.write(_made(train, held, name, class_names, recipe, noise, torch.device(device)))
     except OSError as error:
-        raise ValueError(f"cannot write {path} ({error}): write cache=FOLDER on another disk") from error
+        raise ConfigError(f"cannot write {path} ({error}): write cache=FOLDER on another disk") from error
     return load(path)
 
 
@@ -185,7 +186,7 @@ def of(
 def load(path: Path) -> Trained:
     """A classifier from its file. ValueError: there is none, or it is something else."""
     if not path.is_file():
-        raise ValueError(f"there is no classifier at {path}: train one with src/train_classifier.py")
+        raise ConfigError(f"there is no classifier at {path}: train one with src/train_classifier.py")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         config = saved["config"]
@@ -194,7 +195,7 @@ def load(path: Path) -> Trained:
         network = Classifier(**config["model"])
         network.load_state_dict(saved["state"])
     except Exception as error:  # torch raises nearly anything on files that are not its own
-        raise ValueError(
+        raise ConfigError(
             f"{path} is no classifier of src/train_classifier.py, or damaged: delete it and run again"
         ) from error
     return Trained(network.eval().requires_grad_(False), config, saved["accuracy"], saved["by_noise"], path)
@@ -207,7 +208,7 @@ class Judge(Extractor):
 
     def __init__(self, trained: Trained) -> None:
         if trained.network.time is not None:
-            raise ValueError(
+            raise ConfigError(
                 f"{trained.path} classifies noisy images: measure with one that was trained with noisy=false"
             )
         super().__init__(trained.network)

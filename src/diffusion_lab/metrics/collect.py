@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from diffusion_lab.data.pictures import to_uint8
 from diffusion_lab.denoiser import Denoiser, Prediction
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.metrics.classifier import CONFIDENT
 from diffusion_lab.metrics.extractors import Extractor
 from diffusion_lab.metrics.moments import Sums, refuse_nan
@@ -63,7 +64,7 @@ def blocks(n: int, size: int, rank: int = 0, world: int = 1) -> Iterator[range]:
         ValueError: size < 1.
     """
     if size < 1:
-        raise ValueError(f"batch_size={size}: write at least 1")
+        raise ConfigError(f"batch_size={size}: write at least 1")
     for start in range(rank * size, n, world * size):
         yield range(start, min(start + size, n))
 
@@ -119,7 +120,7 @@ def collect(
     """
     processes = processes or Processes()
     if n < 2:
-        raise ValueError(f"n={n}: a distance needs at least 2 images")
+        raise ConfigError(f"n={n}: a distance needs at least 2 images")
     tallies = {e.name: _Tally(e, n, min(n, MOST) if e.name in features else 0, e.name in logits) for e in extractors}
     error: Exception | None = None
     try:
@@ -132,7 +133,7 @@ def collect(
                 for tally in tallies.values():
                     tally.add(made, block, None if labels is None else labels[block.start : block.stop])
                 bar.update(min(len(block) * processes.world, n - bar.n))
-    except (ValueError, OSError, torch.OutOfMemoryError) as met:
+    except Exception as met:  # a defect too: or the other processes would wait for this one
         error = met
     processes.agree(error)
     return {name: tally.reduced(processes) for name, tally in tallies.items()}
@@ -178,9 +179,9 @@ def sampled(
 
         try:
             return run()
-        except ValueError as error:
+        except ConfigError as error:
             bad = _not_finite(run, len(part), device)
-            raise ValueError(f"image {part.start + bad[0]}: {error}" if bad else str(error)) from error
+            raise ConfigError(f"image {part.start + bad[0]}: {error}" if bad else str(error)) from error
 
     return block
 
@@ -192,7 +193,7 @@ def _not_finite(run: Callable[[Callback], Tensor], n: int, device: torch.device 
     def watch(i: int, t: float, x: Tensor, prediction: Prediction) -> None:
         finite.logical_and_(prediction.x0.isfinite().flatten(1).all(1))
 
-    with suppress(ValueError):
+    with suppress(ConfigError):
         run(watch)
     return [int(i) for i in (~finite).nonzero()[:, 0]]
 

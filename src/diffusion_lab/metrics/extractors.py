@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from diffusion_lab.data.download import Remote, fetch
 from diffusion_lab.data.images import to_float
+from diffusion_lab.errors import ConfigError
 
 WEIGHTS = Remote(
     "weights-inception-2015-12-05-6726825d.pth",
@@ -67,7 +68,7 @@ class Extractor(ABC):
     def __call__(self, images: Tensor) -> Features:
         """Features of uint8 images (B, C, H, W), on the extractor's device. ValueError: other images than these."""
         if images.dtype != torch.uint8 or images.ndim != 4:
-            raise ValueError(f"features are of uint8 images (B, C, H, W), not of {images.dtype} {tuple(images.shape)}")
+            raise ConfigError(f"features are of uint8 images (B, C, H, W), not of {images.dtype} {tuple(images.shape)}")
         # Equal values in another order of memory would take another kernel: grey images of an .npz count as channels-last.
         laid = torch.empty(images.shape, dtype=torch.uint8, device=self.device).copy_(images)
         found = [self.extract(part) for part in laid.split(self.part)]
@@ -118,7 +119,7 @@ class Module(Extractor):
         self.key = digest(module)
         probe = self.extract(torch.zeros(2, *shape, dtype=torch.uint8))
         if probe.features.ndim != 2 or len(probe.features) != 2:
-            raise ValueError(
+            raise ConfigError(
                 f"extractor {type(module).__name__} gives {tuple(probe.features.shape)} for 2 images: "
                 "return features (B, D), or (features, logits)"
             )
@@ -165,21 +166,21 @@ def weights(weights_path: str | None = None, download: bool = True) -> Path:
     path = folder / WEIGHTS.name if weights_path is None else Path(weights_path).expanduser()
     if not path.is_file():
         if weights_path is not None:
-            raise ValueError(
+            raise ConfigError(
                 f"there are no Inception weights at {path.absolute()}: download {WEIGHTS.urls[0]} to it, {INSTEAD}"
             )
         by_hand = f"put {WEIGHTS.name} into {folder} from {WEIGHTS.urls[0]}, or write weights_path=FILE, {INSTEAD}"
         if not download:
-            raise ValueError(f"Inception's weights are missing: {by_hand}")
+            raise ConfigError(f"Inception's weights are missing: {by_hand}")
         try:
             fetch(folder, [WEIGHTS], download=True)
-        except ValueError as error:
+        except ConfigError as error:
             reason = str(error).rpartition(": put ")[0]
-            raise ValueError(f"{reason}: {by_hand}") from None
+            raise ConfigError(f"{reason}: {by_hand}") from None
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != WEIGHTS.checksum:
-        raise ValueError(
+        raise ConfigError(
             f"{path.absolute()} is not the published Inception of 2015-12-05 (SHA-256 {found[:8]}…, not "
             f"{WEIGHTS.checksum[:8]}…; a broken download?): replace it by {WEIGHTS.urls[0]}"
         )
@@ -220,8 +221,8 @@ def resolve(spec: str | nn.Module, shape: tuple[int, int, int], weights_path: st
         return Module(spec, shape)
     if spec == "inception":
         if shape[0] not in (1, 3):
-            raise ValueError(f"Inception takes 1 or 3 channels, not {shape[0]}: write extractor=classifier")
+            raise ConfigError(f"Inception takes 1 or 3 channels, not {shape[0]}: write extractor=classifier")
         return inception(weights_path)
-    raise ValueError(
+    raise ConfigError(
         f"extractor={spec} is unknown: write inception, classifier, or a class {{_target_: package.Module}}"
     )

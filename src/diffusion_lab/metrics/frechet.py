@@ -2,6 +2,7 @@
 
 import torch
 
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.metrics.moments import Moments, moments
 
 __all__ = ["Moments", "frechet_distance", "moments"]
@@ -17,7 +18,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
         ValueError: features of different sizes.
     """
     if a.mean.shape != b.mean.shape:
-        raise ValueError(
+        raise ConfigError(
             f"features of size {len(a.mean)} and {len(b.mean)} do not compare: take both from one extractor"
         )
     values, vectors = torch.linalg.eigh(a.covariance)

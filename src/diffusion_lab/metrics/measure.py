@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.metrics.collect import Collected
 from diffusion_lab.metrics.extractors import Extractor
 from diffusion_lab.metrics.frechet import frechet_distance
@@ -49,7 +50,9 @@ def plan(metrics: Sequence[str], extractor: str | None) -> Plan:
     """
     unknown = [m for m in metrics if m not in NAMES]
     if unknown or not metrics:
-        raise ValueError(f"metrics={unknown[0] if unknown else '[]'} is unknown: write some of {', '.join(NAMES)}, nll")
+        raise ConfigError(
+            f"metrics={unknown[0] if unknown else '[]'} is unknown: write some of {', '.join(NAMES)}, nll"
+        )
     main = extractor or ("inception" if set(metrics) & set(OF_INCEPTION) else "classifier")
     asked: dict[str, list[str]] = {}
     for metric in dict.fromkeys(metrics):
@@ -62,7 +65,7 @@ def check(metrics: Sequence[str], extractor: Extractor, n: int) -> None:
     for metric in metrics:
         refuse_few(n, LEAST.get(metric, 2), metric)
         if metric == "is" and not extractor.classes:
-            raise ValueError(f"is needs logits, and extractor {extractor.name} gives none: write extractor=inception")
+            raise ConfigError(f"is needs logits, and extractor {extractor.name} gives none: write extractor=inception")
 
 
 def measure(metrics: Sequence[str], extractor: Extractor, collected: Collected, reference: Reference) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffusion_lab.errors import ConfigError
+
 
 class Moments(NamedTuple):
     """Mean (D,) and covariance (D, D) of features, float64; n, how many there were, None where a file does not say."""
@@ -68,7 +70,7 @@ def moments(features: Tensor) -> Moments:
 def refuse_few(n: int, least: int = 2, of: str = "a Fréchet distance") -> None:
     """Raise ValueError for fewer images than a measure needs."""
     if n < least:
-        raise ValueError(f"{of} needs at least {least} images in each set, not {n}: write n={least} or more")
+        raise ConfigError(f"{of} needs at least {least} images in each set, not {n}: write n={least} or more")
 
 
 def refuse_nan(values: Tensor, first: int = 0, of: str = "the features") -> None:
@@ -77,7 +79,7 @@ def refuse_nan(values: Tensor, first: int = 0, of: str = "the features") -> None
     if not bool(finite.all()):
         bad = [int(i) + first for i in (~finite).nonzero()[:, 0]]
         shown = ", ".join(map(str, bad[:5])) + (", …" if len(bad) > 5 else "")
-        raise ValueError(
+        raise ConfigError(
             f"{of} of image {shown} hold NaN or infinity ({len(bad)} of these {len(values)}): leave such images out, "
             "or take a checkpoint from before the training diverged"
         )

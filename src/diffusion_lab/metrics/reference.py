@@ -18,6 +18,7 @@ from torch import Tensor
 from diffusion_lab.data.cache import claimed
 from diffusion_lab.data.images import Rows
 from diffusion_lab.data.sources import Source
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.metrics.classifier import fingerprint
 from diffusion_lab.metrics.collect import Collected, Processes, collect
 from diffusion_lab.metrics.extractors import Extractor
@@ -103,7 +104,7 @@ def reference(images: Images, key: Mapping[str, Any], extractor: Extractor, fold
                     whole = made if made is not None and len(images) <= MOST else _measure(images, extractor)
                     file.write(_packed(whole.sums.moments(), key))
     except OSError as error:
-        raise ValueError(f"cannot write {path} ({error}): write cache=FOLDER on another disk") from error
+        raise ConfigError(f"cannot write {path} ({error}): write cache=FOLDER on another disk") from error
     loaded = read(path, extractor, key)
     return Reference(loaded.moments, torch.from_numpy(np.load(rows)) if features else None, dict(key), path)
 
@@ -127,27 +128,31 @@ def read(path: Path, extractor: Extractor, key: Mapping[str, Any] | None = None)
         ValueError: no such file, no moments in it, of another size, not finite, or of another data set.
     """
     if not path.is_file():
-        raise ValueError(f"there are no reference statistics at {path.absolute()}: name an .npz file with mu and sigma")
+        raise ConfigError(
+            f"there are no reference statistics at {path.absolute()}: name an .npz file with mu and sigma"
+        )
     try:
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             found = {name: file[name] for name in ("mu", "sigma", "n", "key") if name in file.files}
             names = list(file.files)
     except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        raise ValueError(
+        raise ConfigError(
             f"{path.absolute()} cannot be read as .npz of plain arrays ({error}): delete it, or name another"
         ) from None
     if "mu" not in found or "sigma" not in found:
-        raise ValueError(f"{path.absolute()} holds {', '.join(names)}, and no mu and sigma: name reference statistics")
+        raise ConfigError(f"{path.absolute()} holds {', '.join(names)}, and no mu and sigma: name reference statistics")
     mean, covariance = np.asarray(found["mu"], np.float64).squeeze(), np.asarray(found["sigma"], np.float64)
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-        raise ValueError(f"{path.absolute()} holds mu {mean.shape} and sigma {covariance.shape}: write (D,) and (D, D)")
+        raise ConfigError(
+            f"{path.absolute()} holds mu {mean.shape} and sigma {covariance.shape}: write (D,) and (D, D)"
+        )
     if len(mean) != extractor.dim:
-        raise ValueError(
+        raise ConfigError(
             f"{path.absolute()} is of {len(mean)} features, and extractor={extractor.name} has {extractor.dim}: "
             "name statistics of the same extractor"
         )
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise ValueError(f"{path.absolute()} holds NaN or infinity: make it anew")
+        raise ConfigError(f"{path.absolute()} holds NaN or infinity: make it anew")
     stated = json.loads(str(found["key"])) if "key" in found else None
     if stated is not None and key is not None:
         _refuse_other(path, stated, key)
@@ -160,7 +165,7 @@ def write(path: Path, moments: Moments, key: Mapping[str, Any] | None = None) ->
     path.parent.mkdir(parents=True, exist_ok=True)
     with claimed(path) as file:
         if file is None:
-            raise ValueError(f"{path.absolute()} is there already: name another file")
+            raise ConfigError(f"{path.absolute()} is there already: name another file")
         file.write(_packed(moments, key))
 
 
@@ -168,7 +173,7 @@ def refuse_full(folder: Path, need: int) -> None:
     """Raise ValueError where the disk has no room for `need` bytes."""
     free = shutil.disk_usage(folder).free
     if free < need + SPARE:
-        raise ValueError(
+        raise ConfigError(
             f"{folder.absolute()} has {free / 2**20:,.0f} MiB free and reference statistics take {need / 2**20:,.0f} MiB: "
             "make room, or write cache=FOLDER on another disk"
         )
@@ -178,7 +183,7 @@ def _refuse_other(path: Path, stated: Mapping[str, Any], key: Mapping[str, Any])
     differ = [name for name in {**key, **stated} if stated.get(name) != key.get(name)]
     if differ:
         name = differ[0]
-        raise ValueError(
+        raise ConfigError(
             f"{path.absolute()} is the reference of {name}={stated.get(name)}, and wanted is {name}={key.get(name)}: "
             "name that one, or leave reference= out and it is made"
         )

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.metrics.moments import refuse_few, refuse_nan
 
 MOST = 10_000  # images of each side that kernels and neighbours are computed from: their cost grows with the square
@@ -103,4 +104,6 @@ def _check(features: Tensor, real: Tensor, least: int, of: str) -> None:
         refuse_few(len(side), least, of)
         refuse_nan(side, of=name)
     if features.shape[1] != real.shape[1]:
-        raise ValueError(f"features of size {features.shape[1]} and {real.shape[1]} do not compare: take one extractor")
+        raise ConfigError(
+            f"features of size {features.shape[1]} and {real.shape[1]} do not compare: take one extractor"
+        )

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.models.embeddings import Embedding
 
 
@@ -49,7 +50,7 @@ class Network(nn.Module):
     ) -> None:
         super().__init__()
         if channels < 1 or len(image_size) != 2 or min(image_size) < 1:
-            raise ValueError(f"channels={channels}, image_size={list(image_size)}: write a positive count and [H, W]")
+            raise ConfigError(f"channels={channels}, image_size={list(image_size)}: write a positive count and [H, W]")
         self.channels = channels
         self.image_size = (image_size[0], image_size[1])
         self.num_classes = embedding.num_classes
@@ -105,19 +106,19 @@ class Network(nn.Module):
     ) -> Tensor:
         """What the output is read from, (B, feature_channels, H', W'), padded to whole levels. Arguments as for a call."""
         if x.ndim != 4 or x.shape[1] != self.channels:
-            raise ValueError(
+            raise ConfigError(
                 f"the network takes images of shape (B, {self.channels}, H, W), got {tuple(x.shape)}: "
                 "build it with their number of channels"
             )
         if c.shape != x.shape[:1]:
-            raise ValueError(f"c has shape {tuple(c.shape)}: pass one value for each of the {len(x)} images")
+            raise ConfigError(f"c has shape {tuple(c.shape)}: pass one value for each of the {len(x)} images")
         if self.self_conditioning:
             x = torch.cat([x, torch.zeros_like(x) if previous is None else previous], dim=1)
         elif previous is not None:
-            raise ValueError("got `previous`, but the network does not read it: build it with self_conditioning=true")
+            raise ConfigError("got `previous`, but the network does not read it: build it with self_conditioning=true")
         if (0 if given is None else given.shape[1]) != self.given_channels:
             has = "none" if given is None else f"{given.shape[1]} channels"
-            raise ValueError(
+            raise ConfigError(
                 f"`given` has {has}, and the network reads {self.given_channels}: set given_channels to fit"
             )
         if given is not None:

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffusion_lab.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Style:
@@ -24,7 +26,7 @@ class Style:
         """Group normalisation of (B, C, …); ValueError if the groups do not divide C."""
         if self.groups < 1 or channels % self.groups:
             fit = [g for g in range(1, channels + 1) if channels % g == 0 and g <= 64]
-            raise ValueError(f"groups={self.groups} does not divide {channels} channels: write one of {fit}")
+            raise ConfigError(f"groups={self.groups} does not divide {channels} channels: write one of {fit}")
         return nn.GroupNorm(self.groups, channels, eps=1e-6)
 
     def heads_of(self, channels: int) -> int:
@@ -32,7 +34,7 @@ class Style:
         by_size = self.head_channels is not None
         name, divisor = ("head_channels", self.head_channels or 0) if by_size else ("heads", self.heads)
         if divisor < 1 or channels % divisor:
-            raise ValueError(f"{name}={divisor} does not divide {channels} channels: write a divisor of it")
+            raise ConfigError(f"{name}={divisor} does not divide {channels} channels: write a divisor of it")
         return channels // divisor if by_size else divisor
 
 

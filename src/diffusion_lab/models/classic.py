@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.models.base import Network, initialise
 from diffusion_lab.models.embeddings import Embedding
 
@@ -58,7 +59,7 @@ class ClassicUNet(Network):
         channels_last: bool = False,
     ) -> None:
         if levels < 1:
-            raise ValueError(f"levels={levels}: write at least 1")
+            raise ConfigError(f"levels={levels}: write at least 1")
         super().__init__(
             channels=channels,
             image_size=image_size,

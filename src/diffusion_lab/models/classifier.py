@@ -4,6 +4,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.models.embeddings import Embedding
 
 GROUPS = 8  # of the normalisation
@@ -65,7 +66,7 @@ class Classifier(nn.Module):
             ValueError: a time for a classifier of clean images, or none for one of noisy images.
         """
         if (c is None) != (self.time is None):
-            raise ValueError(
+            raise ConfigError(
                 "this classifier was trained on noisy images: pass c = schedule.conditioning(t)"
                 if c is None
                 else "this classifier was trained on clean images: train one with noisy=true"

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.models.options import choose
 
 
@@ -23,7 +24,7 @@ class Sinusoidal(nn.Module):
     def __init__(self, features: int) -> None:
         super().__init__()
         if features < 4 or features % 2:
-            raise ValueError(f"sinusoidal features come in pairs: width={features} must be even and at least 4")
+            raise ConfigError(f"sinusoidal features come in pairs: width={features} must be even and at least 4")
         self.features = features
 
     def forward(self, c: Tensor) -> Tensor:
@@ -50,7 +51,7 @@ class Fourier(nn.Module):
     def __init__(self, features: int) -> None:
         super().__init__()
         if features < 2 or features % 2:
-            raise ValueError(f"Fourier features come in pairs: width={features} must be even and positive")
+            raise ConfigError(f"Fourier features come in pairs: width={features} must be even and positive")
         # A generator of its own: the same frequencies in every run, and in a buffer, so that a checkpoint carries them.
         noise = torch.randn(features // 2, generator=torch.Generator().manual_seed(0), device="cpu")
         self.register_buffer("frequencies", 16 * noise)
@@ -80,7 +81,7 @@ class Embedding(nn.Module):
     def __init__(self, width: int, features: str, activation: type[nn.Module], num_classes: int | None) -> None:
         super().__init__()
         if num_classes is not None and num_classes < 1:
-            raise ValueError(f"num_classes={num_classes}: write at least 1, or null for a network without labels")
+            raise ConfigError(f"num_classes={num_classes}: write at least 1, or null for a network without labels")
         self.features = choose("time features", features, FEATURES)(width)
         self.linear1 = nn.Linear(width, 4 * width)
         self.linear2 = nn.Linear(4 * width, 4 * width)
@@ -111,7 +112,7 @@ class Embedding(nn.Module):
             if self.label is not None:
                 e = e + self._row(self.label.weight, label, len(c))
             elif label is not None:
-                raise ValueError("got labels, but the network has none: build it with num_classes")
+                raise ConfigError("got labels, but the network has none: build it with num_classes")
             out: Tensor = self.activation(e)
             return out
 
@@ -122,9 +123,9 @@ class Embedding(nn.Module):
             return table[classes:]
         if label.is_floating_point():
             if label.shape != (batch, classes):
-                raise ValueError(f"attributes have shape {tuple(label.shape)}: pass ({batch}, num_classes={classes})")
+                raise ConfigError(f"attributes have shape {tuple(label.shape)}: pass ({batch}, num_classes={classes})")
             unknown = (label == 0).all(dim=1, keepdim=True)
             return torch.cat([label, unknown], dim=1).to(table.dtype) @ table
         if label.shape != (batch,):
-            raise ValueError(f"labels have shape {tuple(label.shape)}: pass one for each of the {batch} images")
+            raise ConfigError(f"labels have shape {tuple(label.shape)}: pass one for each of the {batch} images")
         return nn.functional.embedding(label, table)

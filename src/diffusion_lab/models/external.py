@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.models.unet import UNet
 
 State = dict[str, Tensor]
@@ -45,12 +46,12 @@ class External(nn.Module):
         if label is None:
             result = self.module(x, c)
         elif self.label is None:
-            raise ValueError("got labels, but this external network has none: name its keyword by `label`")
+            raise ConfigError("got labels, but this external network has none: name its keyword by `label`")
         else:
             result = self.module(x, c, **{self.label: label})
         out = result if isinstance(result, Tensor) else getattr(result, "sample", None)
         if not isinstance(out, Tensor):
-            raise ValueError(
+            raise ConfigError(
                 f"{type(self.module).__name__} returned {type(result).__name__}: wrap it to return a tensor"
             )
         return out
@@ -115,7 +116,7 @@ def from_diffusers(state: State, unet: UNet) -> State:
     faults += [f"no place for {n}" for n in sorted(left)]
     if faults:
         more = f"; and {len(faults) - 4} more" if len(faults) > 4 else ""
-        raise ValueError(
+        raise ConfigError(
             f"these weights do not fit this U-Net, give it their configuration: {'; '.join(faults[:4])}{more}"
         )
     return found
@@ -145,10 +146,10 @@ def load_diffusers(path: str | Path, unet: UNet) -> UNet:
     if file.is_dir():
         file /= "diffusion_pytorch_model.safetensors"
     if not file.is_file():
-        raise ValueError(f"no weights at {file}: give a .safetensors file, or the folder that save_pretrained wrote")
+        raise ConfigError(f"no weights at {file}: give a .safetensors file, or the folder that save_pretrained wrote")
     try:
         state = load_file(file)
     except SafetensorError as error:
-        raise ValueError(f"{file} is not a whole .safetensors file: fetch it again ({error})") from error
+        raise ConfigError(f"{file} is not a whole .safetensors file: fetch it again ({error})") from error
     unet.load_state_dict(from_diffusers(state, unet))
     return unet

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.models.base import Network
 
 
@@ -26,7 +27,7 @@ class SecondHead(nn.Module):
     def __init__(self, network: nn.Module, kind: str) -> None:
         super().__init__()
         if not isinstance(network, Network):
-            raise ValueError(
+            raise ConfigError(
                 f"variance={kind} reads the last features of UNet or ClassicUNet, which {type(network).__name__} does not show: "
                 "write variance=analytic, which needs the output alone"
             )

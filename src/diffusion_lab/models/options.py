@@ -5,6 +5,8 @@ from typing import TypeVar
 
 from torch import nn
 
+from diffusion_lab.errors import ConfigError
+
 T = TypeVar("T")
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "relu": nn.ReLU, "gelu": nn.GELU}
@@ -13,5 +15,5 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "relu": nn.ReLU, "ge
 def choose(kind: str, name: str, options: Mapping[str, T]) -> T:
     """`options[name]`; ValueError lists the names there are."""
     if name not in options:
-        raise ValueError(f"unknown {kind} {name!r}: write one of {', '.join(options)}")
+        raise ConfigError(f"unknown {kind} {name!r}: write one of {', '.join(options)}")
     return options[name]

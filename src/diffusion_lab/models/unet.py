@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.models.base import Network, initialise
 from diffusion_lab.models.blocks import DOWNSAMPLE, UPSAMPLE, Attention, Residual, Style, Unit
 from diffusion_lab.models.embeddings import Embedding
@@ -81,7 +82,7 @@ class UNet(Network):
         gradient_checkpointing: bool = False,
     ) -> None:
         if width < 1 or blocks < 1 or not multipliers or min(multipliers) < 1 or not 0 <= dropout < 1:
-            raise ValueError(
+            raise ConfigError(
                 f"width={width}, multipliers={list(multipliers)}, blocks={blocks}, dropout={dropout}: write positive "
                 "integers, and a dropout in [0, 1)"
             )
@@ -148,7 +149,7 @@ class UNet(Network):
         sides = [longer >> i for i in range(self.side.bit_length())]
         if missing := sorted(set(attention) - set(sides)):
             height, width = self.image_size
-            raise ValueError(
+            raise ConfigError(
                 f"attention={missing} never occurs with {height}×{width} images: write some of {sides}, or []"
             )
         return sides

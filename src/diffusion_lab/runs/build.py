@@ -20,6 +20,7 @@ from torch import nn
 import diffusion_lab
 from diffusion_lab.data.datamodule import DataModule
 from diffusion_lab.denoiser import Denoiser, Prediction
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.runs import launchers
 from diffusion_lab.runs.checkpoints import FORMAT
 from diffusion_lab.runs.instantiate import instantiate
@@ -53,7 +54,7 @@ def module(config: Config, net: nn.Module, saved: Config) -> DiffusionModule:
     try:
         make([nn.Parameter(torch.zeros(1))])
     except (ValueError, TypeError) as error:
-        raise ValueError(f"optimizer: {error}") from error
+        raise ConfigError(f"optimizer: {error}") from error
     built = DiffusionModule(
         net,
         schedule=instantiate(config["schedule"]),
@@ -108,7 +109,7 @@ def callbacks(config: Config, folder: Path) -> list[pl.Callback]:
 def _inside(folder: Path, name: str) -> Path:
     """A folder below the run folder, also where a checkpoint's configuration names it."""
     if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ValueError(f"callbacks write below the run folder, and {name} is not: write a relative name")
+        raise ConfigError(f"callbacks write below the run folder, and {name} is not: write a relative name")
     return folder / name
 
 
@@ -119,20 +120,20 @@ def trainer(config: Config, folder: Path, loggers: list[Any], hooks: list[pl.Cal
     if accelerator == "auto":  # never Apple's MPS: it has no float64, in which all coefficients are computed
         accelerator = "gpu" if torch.cuda.is_available() else "cpu"
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise ValueError("trainer.accelerator=gpu, but torch sees no CUDA device: write trainer=cpu")
+        raise ConfigError("trainer.accelerator=gpu, but torch sees no CUDA device: write trainer=cpu")
     precision = str(options["precision"])
     if precision not in ("32-true", "16-mixed", "bf16-mixed"):
-        raise ValueError(f"trainer.precision={precision} is unknown: write 32-true, 16-mixed or bf16-mixed")
+        raise ConfigError(f"trainer.precision={precision} is unknown: write 32-true, 16-mixed or bf16-mixed")
     if accelerator == "cpu" and precision == "16-mixed":
-        raise ValueError(
+        raise ConfigError(
             "trainer.precision=16-mixed needs a GPU (a CPU would silently run bf16): write 32-true or bf16-mixed"
         )
     accumulate = options["accumulate_grad_batches"]
     for key in ("max_steps", "accumulate_grad_batches", "log_every_n_steps", "val_draws", "num_nodes"):
         if options[key] < 1:
-            raise ValueError(f"trainer.{key}={options[key]} must be at least 1")
+            raise ConfigError(f"trainer.{key}={options[key]} must be at least 1")
     if options["gradient_clip_val"] < 0:
-        raise ValueError("trainer.gradient_clip_val is a norm: write 0 for no clipping")
+        raise ConfigError("trainer.gradient_clip_val is a norm: write 0 for no clipping")
     validate = options["val_every"] > 0 and config["data"]["val"] != 0
     try:
         return pl.Trainer(
@@ -165,7 +166,7 @@ def trainer(config: Config, folder: Path, loggers: list[Any], hooks: list[pl.Cal
             plugins=_slurm(),
         )
     except (pl.utilities.exceptions.MisconfigurationException, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"trainer: Lightning refuses these options: {error}") from error
+        raise ConfigError(f"trainer: Lightning refuses these options: {error}") from error
 
 
 def _strategy(options: Config, accelerator: str) -> Any:
@@ -187,7 +188,7 @@ def _slurm() -> list[Any] | None:
 def _profiler(name: str | None, folder: Path) -> SimpleProfiler | PyTorchProfiler | None:
     kinds = {"simple": SimpleProfiler, "pytorch": PyTorchProfiler}
     if name is not None and name not in kinds:
-        raise ValueError(f"trainer.profiler={name} is unknown: write simple or pytorch")
+        raise ConfigError(f"trainer.profiler={name} is unknown: write simple or pytorch")
     return kinds[name](dirpath=folder, filename="profile") if name else None
 
 

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from diffusion_lab.denoiser import Clip, Denoiser
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.noise import normal
 from diffusion_lab.runs.instantiate import instantiate
 from diffusion_lab.samplers import Sampler, prior
@@ -127,12 +128,12 @@ class Run:
             batch_size, condition, progress: as for `sample`, and what is raised too.
         """
         if not isinstance(n, int) or n < 1:
-            raise ValueError(f"n={n}: ask for at least one image")
+            raise ConfigError(f"n={n}: ask for at least one image")
         condition = dict(condition or {})
         self._check(condition, n)
         size = n if batch_size is None else min(batch_size, n)
         if size < 1:
-            raise ValueError(f"batch_size={batch_size}: write at least 1")
+            raise ConfigError(f"batch_size={batch_size}: write at least 1")
         parts, starts = [], range(0, n, size)
         for start in _bar(starts, progress and len(starts) > 1):
             index = torch.arange(start, min(start + size, n), device=self.device)
@@ -143,19 +144,19 @@ class Run:
     def _check(self, condition: Mapping[str, Tensor], n: int) -> None:
         for name, value in condition.items():
             if len(value) != n:
-                raise ValueError(f"condition {name} has {len(value)} rows for n={n} images: give one for each")
+                raise ConfigError(f"condition {name} has {len(value)} rows for n={n} images: give one for each")
         label = condition.get("label")
         if label is None:
             return
         if self.num_classes is None:
-            raise ValueError(
+            raise ConfigError(
                 "this checkpoint was trained without labels: leave them out, or train with condition=label"
             )
         if label.is_floating_point():
             return
         if int(label.min()) < 0 or int(label.max()) > self.num_classes:
             bad = int(label.max()) if int(label.max()) > self.num_classes else int(label.min())
-            raise ValueError(f"label {bad} is out of range: this checkpoint knows 0 … {self.num_classes - 1}")
+            raise ConfigError(f"label {bad} is out of range: this checkpoint knows 0 … {self.num_classes - 1}")
 
 
 def load_checkpoint(path: str | Path, weights: str = "ema", trust: Sequence[str] = ()) -> Run:
@@ -177,7 +178,7 @@ def load_checkpoint(path: str | Path, weights: str = "ema", trust: Sequence[str]
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"the weights in {found} do not fit the network of its configuration: {error}") from None
+        raise ConfigError(f"the weights in {found} do not fit the network of its configuration: {error}") from None
     denoiser = Denoiser(
         network.eval().requires_grad_(False),
         instantiate(config["schedule"], trust),
@@ -202,15 +203,17 @@ def find(path: str | Path) -> Path:
             *Path("outputs/multirun").glob("*/*/checkpoints/last.ckpt"),
         ]
         if not files:
-            raise ValueError("ckpt=latest finds no run below outputs/train: train one first, or name a checkpoint file")
+            raise ConfigError(
+                "ckpt=latest finds no run below outputs/train: train one first, or name a checkpoint file"
+            )
         return max(files, key=lambda file: file.stat().st_mtime)
     if given.is_dir():
         for name in ("checkpoints/last.ckpt", "checkpoints/best.ckpt", "last.ckpt", "best.ckpt"):
             if (given / name).is_file():
                 return given / name
-        raise ValueError(f"the folder {given} holds no checkpoints/last.ckpt: name a run folder or a checkpoint file")
+        raise ConfigError(f"the folder {given} holds no checkpoints/last.ckpt: name a run folder or a checkpoint file")
     if not given.is_file():
-        raise ValueError(f"there is no checkpoint at {given}: name a file, a run folder (outputs/train/…), or latest")
+        raise ConfigError(f"there is no checkpoint at {given}: name a file, a run folder (outputs/train/…), or latest")
     return given
 
 
@@ -220,23 +223,23 @@ def read(path: Path) -> dict[str, Any]:
     if path.suffix == ".safetensors":
         return _exported(path)
     if not zipfile.is_zipfile(path):
-        raise ValueError(
+        raise ConfigError(
             f"{path} is not a whole checkpoint: truncated, or something else; take another file (best.ckpt?)"
         )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise ValueError(f"{path} cannot be read as a checkpoint of tensors and plain values ({reason})") from None
+        raise ConfigError(f"{path} cannot be read as a checkpoint of tensors and plain values ({reason})") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("diffusion_lab", {}).get("format") != FORMAT:
-        raise ValueError(f"{path} is no checkpoint of diffusion-lab: name one that src/train.py wrote")
+        raise ConfigError(f"{path} is no checkpoint of diffusion-lab: name one that src/train.py wrote")
     return checkpoint
 
 
 def _exported(path: Path) -> dict[str, Any]:
     told = _told(path)
     if told is None:
-        raise ValueError(
+        raise ConfigError(
             f"{path} holds weights without their configuration: train.py init= can begin from them; "
             "to sample take what src/export.py wrote, or a checkpoint"
         )
@@ -254,15 +257,15 @@ def _told(path: Path) -> dict[str, Any] | None:
         with safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get(EXPORTED)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a whole .safetensors file: fetch it again ({error})") from error
+        raise ConfigError(f"{path} is not a whole .safetensors file: fetch it again ({error})") from error
     if text is None:
         return None
     try:
         told: dict[str, Any] = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} holds a damaged configuration: export it again ({error})") from None
+        raise ConfigError(f"{path} holds a damaged configuration: export it again ({error})") from None
     if told.get("diffusion_lab", {}).get("format") != FORMAT or not {"config", "weights", "global_step"} <= told.keys():
-        raise ValueError(f"{path} is of another version of diffusion-lab: export it again")
+        raise ConfigError(f"{path} is of another version of diffusion-lab: export it again")
     return told
 
 
@@ -275,7 +278,7 @@ def select(checkpoint: dict[str, Any], weights: str | float) -> tuple[str, dict[
     if weights in averages:
         return f"ema {weights}", averages[weights]
     if weights not in ("ema", "live"):
-        raise ValueError(f"weights={weights} is not in the checkpoint: write {', '.join(['ema', 'live', *averages])}")
+        raise ConfigError(f"weights={weights} is not in the checkpoint: write {', '.join(['ema', 'live', *averages])}")
     prefix = "network."
     live = {
         key.removeprefix(prefix): value for key, value in checkpoint["state_dict"].items() if key.startswith(prefix)
@@ -309,7 +312,7 @@ def initialise(network: nn.Module, path: str) -> str:
     ]
     strange = [key for key in differ if "label" not in key]
     if strange:
-        raise ValueError(
+        raise ConfigError(
             f"init={path}: {len(strange)} weights do not fit this network, e.g. {strange[0]}: choose the same model="
         )
     network.load_state_dict({**own, **{key: value for key, value in state.items() if key in own and key not in differ}})

@@ -16,6 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.runs import files, launchers, options, sweeps
 from diffusion_lab.runs.sweeps import Refusal, Result
 
@@ -27,26 +28,15 @@ Task = Callable[[DictConfig], int | Result]
 
 @contextmanager
 def refusals(*more: type[Exception]) -> Iterator[None]:
-    """Turns a ValueError that this package raised, and any of `more`, into one line on stderr and exit code 2.
-
-    A ValueError from elsewhere is a defect, and keeps its traceback.
-    """
+    """Turns a ConfigError, and any of `more`, into one line on stderr and exit code 2. Other exceptions keep their traceback."""
     try:
         yield
     except Exception as error:
-        if not (isinstance(error, more) or (isinstance(error, ValueError) and _ours(error))):
+        if not isinstance(error, (ConfigError, *more)):
             raise
         if os.environ.get("DIFFUSION_LAB_DEBUG"):
             raise
         refuse(error)
-
-
-def _ours(error: BaseException) -> bool:
-    """Whether the innermost frame of the error's traceback is this package's."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).startswith("diffusion_lab")
 
 
 def refuse(error: BaseException) -> NoReturn:
@@ -76,7 +66,7 @@ def main(config_name: str, task: str) -> int:
     if not _INFORMATION & flags:
         with refusals():
             if stray:
-                raise ValueError(f"{stray[0]!r} is neither KEY=VALUE nor a flag; --help lists what can be written")
+                raise ConfigError(f"{stray[0]!r} is neither KEY=VALUE nor a flag; --help lists what can be written")
             config = options.check(config_name, overrides, sweep)
             sweep = sweep or config.hydra.mode == RunMode.MULTIRUN
             if sweep and config_name == "train":
@@ -189,7 +179,7 @@ def _check_folder(config: DictConfig, sweep: bool) -> Path:
     try:
         folder = Path(str(node.dir))
     except OmegaConfBaseException as error:
-        raise ValueError(f"{key} cannot be resolved: {options.first_line(error)}") from None
+        raise ConfigError(f"{key} cannot be resolved: {options.first_line(error)}") from None
     files.refuse_filled(folder, key, overwrite)
     if config.get("out") and not str(config.out).endswith(".safetensors"):  # the one output that is a file
         files.refuse_filled(Path(str(config.out)), "out", overwrite)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffusion_lab.data.images import Examples
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.runs.checkpoints import Run
 from diffusion_lab.runs.inputs import arrays, read
 from diffusion_lab.training.condition import Attributes, LowResolution
@@ -30,13 +31,13 @@ def asked(settings: Settings, run: Run, n: int) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     if condition.of_data:
         if not given:
-            raise ValueError(
+            raise ConfigError(
                 f"this checkpoint was trained with condition={_name(condition)}: write given=PATH of what it is made of"
             )
         rows = condition(_batch(Path(given), run))
         found = {name: value[torch.arange(n) % len(value)] for name, value in rows.items()}
     elif given:
-        raise ValueError(
+        raise ConfigError(
             f"given= is for conditions made of data, and this checkpoint has condition={_name(condition)}: leave it out"
         )
     if isinstance(condition, Attributes):
@@ -57,7 +58,7 @@ def attributes(wanted: str | list[Any], condition: Attributes, n: int) -> Tensor
         for entry in wanted if isinstance(wanted, list) else [wanted]:
             name = str(entry).lstrip("+-")
             if name not in condition.names:
-                raise ValueError(
+                raise ConfigError(
                     f"attribute {name} is unknown: write some of {', '.join(condition.names)}, -NAME for its absence"
                 )
             row[condition.names.index(name)] = -1.0 if str(entry).startswith("-") else 1.0
@@ -69,17 +70,17 @@ def labels(wanted: str | list[Any], run: Run, n: int) -> Tensor | None:
     count = run.num_classes
     if count is None:
         if wanted != "cycle":
-            raise ValueError(
+            raise ConfigError(
                 "labels= needs a checkpoint that was trained with condition=label, or guidance=classifier guidance.ckpt=…"
             )
         return None
     if wanted == "cycle":
         return torch.arange(n) % count
     if not isinstance(wanted, list) or not wanted or not all(type(label) is int for label in wanted):
-        raise ValueError(f"labels={wanted} must be cycle or a list of classes, e.g. labels=[0,1,2]")
+        raise ConfigError(f"labels={wanted} must be cycle or a list of classes, e.g. labels=[0,1,2]")
     bad = [label for label in wanted if not 0 <= label < count]
     if bad:
-        raise ValueError(f"label {bad[0]} is out of range: this checkpoint knows 0 … {count - 1}")
+        raise ConfigError(f"label {bad[0]} is out of range: this checkpoint knows 0 … {count - 1}")
     return torch.tensor(wanted).repeat(-(-n // len(wanted)))[:n]
 
 
@@ -92,7 +93,7 @@ def _name(condition: Any) -> str:
 def _batch(path: Path, run: Run) -> dict[str, Any]:
     """What a data module would yield for the images, or the arrays, of a file or folder."""
     if not path.exists():
-        raise ValueError(f"given={path}: there is no such file or folder")
+        raise ConfigError(f"given={path}: there is no such file or folder")
     if path.suffix != ".npz":
         return {"image": _images(path, run)}
     found = arrays("given", path)
@@ -105,13 +106,13 @@ def _images(path: Path, run: Run) -> Tensor:
     condition, (channels, height, width) = run.condition, run.shape
     try:
         return read("given", path, run.shape)[0]
-    except ValueError:
+    except ConfigError:
         if not isinstance(condition, LowResolution):
             raise
         factor = condition.factor
         try:
             small, _ = read("given", path, (channels, height // factor, width // factor))
-        except ValueError:
+        except ConfigError:
             small = None
         if small is None:
             raise

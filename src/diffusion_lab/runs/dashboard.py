@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.runs.cli import refusals
 
 
@@ -101,4 +102,4 @@ def _account() -> str:
         return str(wandb.Api(timeout=10).default_entity)
     except Exception as error:  # W&B raises many kinds, all of which mean that
         print(f"W&B says: {str(error).splitlines()[0]}", file=sys.stderr)
-        raise ValueError("not logged in to W&B, or no connection: run `wandb login`, or look at dry=true") from None
+        raise ConfigError("not logged in to W&B, or no connection: run `wandb login`, or look at dry=true") from None

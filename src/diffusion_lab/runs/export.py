@@ -7,6 +7,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save
 
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.models.external import to_diffusers
 from diffusion_lab.models.unet import UNet
 from diffusion_lab.runs import checkpoints, files
@@ -20,15 +21,15 @@ def run(config: DictConfig) -> int:
         settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
         out = Path(settings["out"])
         if out.suffix != ".safetensors":
-            raise ValueError(f"out={out}: name a file that ends in .safetensors")
+            raise ConfigError(f"out={out}: name a file that ends in .safetensors")
         if out.exists() and not settings["overwrite"]:
-            raise ValueError(f"{out} exists: write overwrite=true, or another out=")
+            raise ConfigError(f"{out} exists: write overwrite=true, or another out=")
         found = checkpoints.find(settings["ckpt"] or "latest")
         loaded = checkpoints.load_checkpoint(found, settings["weights"], settings["trust"])
         network = loaded.denoiser.network
         if settings["diffusers"]:
             if not isinstance(network, UNet):
-                raise ValueError(f"{type(network).__name__} has no namesake in diffusers: leave diffusers= out")
+                raise ConfigError(f"{type(network).__name__} has no namesake in diffusers: leave diffusers= out")
             tensors, told = to_diffusers(network), {}
         else:
             source = checkpoints.read(found)

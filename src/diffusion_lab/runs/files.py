@@ -3,13 +3,15 @@
 import os
 from pathlib import Path
 
+from diffusion_lab.errors import ConfigError
+
 
 def refuse_filled(folder: Path, key: str, overwrite: bool) -> None:
     """Raise ValueError where `folder`, named by the option `key`, is a file or holds something, unless it may be written over."""
     if folder.is_file():
-        raise ValueError(f"{folder} is a file: name a folder for the output")
+        raise ConfigError(f"{folder} is a file: name a folder for the output")
     if not overwrite and folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"the output folder {folder} is not empty: write overwrite=true, or another {key}=")
+        raise ConfigError(f"the output folder {folder} is not empty: write overwrite=true, or another {key}=")
 
 
 def write(path: Path, content: str | bytes) -> None:

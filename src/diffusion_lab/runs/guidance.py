@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_lab.denoiser import Denoiser
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.guidance import ClassifierFree, ClassifierGuidance, NoisyClassifier
 from diffusion_lab.metrics import classifier
 from diffusion_lab.metrics.classifier import Trained
@@ -34,7 +35,7 @@ def guided(node: Node | None, run: Run) -> Run:
     if kind == "ClassifierFree":
         condition = run.condition
         if getattr(condition, "num_classes", None) and getattr(condition, "drop", 1) == 0:
-            raise ValueError(
+            raise ConfigError(
                 "guidance=cfg needs a null label, and this checkpoint was trained with condition.drop=0, which never showed it: "
                 "train with condition.drop=0.1, or write guidance=classifier"
             )
@@ -53,7 +54,7 @@ def guided(node: Node | None, run: Run) -> Run:
             labelled=isinstance(run.condition, Label),
         )
     else:
-        raise ValueError(f"guidance._target_={node['_target_']} is unknown: write guidance=cfg or guidance=classifier")
+        raise ConfigError(f"guidance._target_={node['_target_']} is unknown: write guidance=cfg or guidance=classifier")
     return replace(run, denoiser=found)
 
 
@@ -64,23 +65,23 @@ def _classifier(path: str | None, run: Run) -> Trained:
     schedule = str(run.config["schedule"]["_target_"]).rsplit(".", 1)[-1].lower()
     train = TRAIN.format(name, {"subvp": "sub_vp", "scaledlinear": "scaled_linear"}.get(schedule, schedule))
     if not path:
-        raise ValueError(f"guidance=classifier needs guidance.ckpt=FOLDER of a classifier of noisy images: {train}")
+        raise ConfigError(f"guidance=classifier needs guidance.ckpt=FOLDER of a classifier of noisy images: {train}")
     if path == "latest":
         found = sorted(Path("outputs/classifier").glob("*/classifier.pt"), key=lambda file: file.stat().st_mtime)
         if not found:
-            raise ValueError(f"guidance.ckpt=latest finds no classifier below outputs/classifier: {train}")
+            raise ConfigError(f"guidance.ckpt=latest finds no classifier below outputs/classifier: {train}")
         file = found[-1]
     else:
         file = Path(path) / "classifier.pt" if Path(path).is_dir() else Path(path)
     if not file.is_file():
-        raise ValueError(f"guidance.ckpt={path}: there is no classifier: {train}")
+        raise ConfigError(f"guidance.ckpt={path}: there is no classifier: {train}")
     judge = classifier.load(file)
     own = judge.config["data"]
     if judge.network.time is None:
-        raise ValueError(f"guidance.ckpt={path} was trained on clean images and says nothing of noisy ones: {train}")
+        raise ConfigError(f"guidance.ckpt={path} was trained on clean images and says nothing of noisy ones: {train}")
     if own["name"] != name or tuple(own["shape"]) != run.shape:
         shape = "×".join(map(str, own["shape"]))
-        raise ValueError(
+        raise ConfigError(
             f"guidance.ckpt={path} classifies {own['name']} ({shape}), and this checkpoint makes {name}: {train}"
         )
     return judge

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffusion_lab.data.decode import Decoder, Files
 from diffusion_lab.data.images import to_float
+from diffusion_lab.errors import ConfigError
 
 
 def read(key: str, path: Path, shape: tuple[int, int, int]) -> tuple[Tensor, list[int] | None]:
@@ -33,7 +34,7 @@ def read(key: str, path: Path, shape: tuple[int, int, int]) -> tuple[Tensor, lis
         try:
             pictures = [_decode(key, str(path), path.read_bytes(), shape)]
         except OSError as error:
-            raise ValueError(f"{key}={path} cannot be read ({error}): name another file") from None
+            raise ConfigError(f"{key}={path} cannot be read ({error}): name another file") from None
     return to_float(np.stack(pictures)), None
 
 
@@ -41,7 +42,7 @@ def read_one(key: str, path: Path, shape: tuple[int, int, int]) -> Tensor:
     """One image, float32 (1, C, H, W) in [−1, 1]. ValueError: as `read`, or several."""
     images, _ = read(key, path, shape)
     if len(images) != 1:
-        raise ValueError(f"{key}={path} holds {len(images)} images: name one of them")
+        raise ConfigError(f"{key}={path} holds {len(images)} images: name one of them")
     return images
 
 
@@ -52,7 +53,7 @@ def arrays(key: str, path: Path) -> dict[str, np.ndarray]:
             return {name: file[name] for name in file.files}
     except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(
+        raise ConfigError(
             f"{key}={path} cannot be read as an .npz of plain arrays ({reason}): name another file"
         ) from None
 
@@ -65,11 +66,11 @@ def _decode(key: str, name: str, data: bytes, shape: tuple[int, int, int]) -> np
             size, colours = (upright.height, upright.width), np.asarray(upright.convert("RGB"))
     except Exception as error:  # Pillow's plugins raise nearly anything on damaged files
         reason = " ".join(str(error).split())
-        raise ValueError(f"{key}={name} cannot be read as an image ({reason}): name a PNG, a JPEG, …") from None
+        raise ConfigError(f"{key}={name} cannot be read as an image ({reason}): name a PNG, a JPEG, …") from None
     if size != shape[1:]:
         _refuse_size(key, name, size, shape[1:])
     if shape[0] == 1 and (colours != colours[..., :1]).any():
-        raise ValueError(f"{key}={name} is in colour where the checkpoint's images are grey: save it in grey")
+        raise ConfigError(f"{key}={name} is in colour where the checkpoint's images are grey: save it in grey")
     return Decoder(shape, resize="none", centre=False)(data, name)
 
 
@@ -78,17 +79,17 @@ def _read_npz(key: str, path: Path, shape: tuple[int, int, int]) -> tuple[Tensor
     images, labels = found.get("arr_0", np.zeros(0)), found.get("arr_1")
     images = images[..., None] if images.ndim == 3 else images
     if images.ndim != 4 or not len(images) or not (images.dtype == np.uint8 or images.dtype.kind == "f"):
-        raise ValueError(f"{key}={path} holds no images in arr_0: write uint8 N×H×W×C, or floats in [-1, 1]")
+        raise ConfigError(f"{key}={path} holds no images in arr_0: write uint8 N×H×W×C, or floats in [-1, 1]")
     if images.shape[1:] != (*shape[1:], shape[0]):
         _refuse_size(key, f"{path}", images.shape[1:], (*shape[1:], shape[0]))
     whole = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
     whole = to_float(whole) if images.dtype == np.uint8 else whole.float()
     if not bool((whole.abs() <= 1).all()):  # NaN neither
-        raise ValueError(f"{key}={path} holds floats outside [-1, 1], or NaN: scale it, or write uint8")
+        raise ConfigError(f"{key}={path} holds floats outside [-1, 1], or NaN: scale it, or write uint8")
     fits = labels is not None and labels.shape == (len(images),) and labels.dtype.kind in "iu"
     return whole, labels.tolist() if fits and labels is not None else None
 
 
 def _refuse_size(key: str, name: str, size: tuple[int, ...], wanted: tuple[int, ...]) -> None:
     has, needs = ("×".join(map(str, s)) for s in (size, wanted))
-    raise ValueError(f"{key}={name} is {has} where the checkpoint's images are {needs}: resize it to {needs}")
+    raise ConfigError(f"{key}={name} is {has} where the checkpoint's images are {needs}: resize it to {needs}")

@@ -6,6 +6,8 @@ from typing import Any
 import hydra.errors
 import hydra.utils
 
+from diffusion_lab.errors import ConfigError
+
 PACKAGE = "diffusion_lab."
 OPTIMISERS = ("torch.optim.Adam", "torch.optim.AdamW")
 
@@ -28,7 +30,7 @@ def instantiate(node: Any, trust: Sequence[str] | None = None, **kwargs: Any) ->
     if not node:
         return None
     if node.get("_target_") == "???":
-        raise ValueError(
+        raise ConfigError(
             "an option `own` needs the class that it stands for: write e.g. model._target_=my_package.MyNetwork"
         )
     if trust is not None:
@@ -38,9 +40,9 @@ def instantiate(node: Any, trust: Sequence[str] | None = None, **kwargs: Any) ->
     except hydra.errors.InstantiationException as error:
         cause = error.__cause__
         if isinstance(cause, ValueError):
-            raise ValueError(str(cause)) from cause
+            raise ConfigError(str(cause)) from cause
         if isinstance(cause, (ImportError, TypeError)) or cause is None:
-            raise ValueError(f"{node.get('_target_')}: {cause or str(error).splitlines()[0]}") from error
+            raise ConfigError(f"{node.get('_target_')}: {cause or str(error).splitlines()[0]}") from error
         raise
 
 
@@ -51,14 +53,14 @@ def check_targets(node: Any, trust: Sequence[str]) -> None:
     whatever it pleases.
     """
     if isinstance(node, str) and "${" in node:
-        raise ValueError(
+        raise ConfigError(
             f"the checkpoint's configuration holds an interpolation ({node[:60]!r}): it was not written by src/train.py"
         )
     if isinstance(node, Mapping):
         target = node.get("_target_")
         if target is not None and not _trusted(str(target), trust):
             module = str(target).rsplit(".", 1)[0]
-            raise ValueError(
+            raise ConfigError(
                 f"the checkpoint names {target}, no class of this package: if you trust it write trust=[{module}]"
             )
         node = [*node.keys(), *node.values()]

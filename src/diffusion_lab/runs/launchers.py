@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from diffusion_lab.errors import ConfigError
+
 _POLL_SECONDS = 0.5
 
 
@@ -54,17 +56,17 @@ def rank(env: Mapping[str, str] = os.environ) -> int:
 def check(started: Launched, command: str, sweep: bool, named_folder: bool, overwrite: bool) -> None:
     """Raise ValueError for a command that several processes of `started` cannot run together."""
     if command != "train":
-        raise ValueError(f"{command}.py starts its own processes, without {started.by}: write devices={started.world}")
+        raise ConfigError(f"{command}.py starts its own processes, without {started.by}: write devices={started.world}")
     if sweep:
-        raise ValueError(
+        raise ConfigError(
             f"--multirun under {started.by} would run the sweep in every process: start each run on its own"
         )
     if not named_folder:
-        raise ValueError(
+        raise ConfigError(
             f"started by {started.by}, {started.world} processes must agree on a folder: write hydra.run.dir=FOLDER"
         )
     if overwrite:
-        raise ValueError(
+        raise ConfigError(
             f"overwrite=true under {started.by}: the processes meet in a new folder, write another hydra.run.dir="
         )
 
@@ -84,7 +86,7 @@ def each(devices: int | str | list[Any]) -> int | None:
     else:
         count = int(devices) if str(devices).isdigit() else 0
     if count < 1:
-        raise ValueError(f"trainer.devices={devices}: write a number of processes, a list of GPUs as [0,1], or auto")
+        raise ConfigError(f"trainer.devices={devices}: write a number of processes, a list of GPUs as [0,1], or auto")
     return count
 
 
@@ -96,7 +98,7 @@ def several(trainer: Mapping[str, Any]) -> bool:
 def check_sweep(trainer: Mapping[str, Any]) -> None:
     """Raise ValueError where the jobs of a sweep would be of several processes each; `trainer`: the options of one, plain."""
     if several(trainer):
-        raise ValueError(
+        raise ConfigError(
             "--multirun with several processes would run the sweep again in every process: write trainer.devices=1, "
             "or start each run on its own"
         )

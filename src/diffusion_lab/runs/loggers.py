@@ -13,6 +13,8 @@ from urllib.request import getproxies
 
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
+from diffusion_lab.errors import ConfigError
+
 CONNECT_SECONDS = 3.0
 FINISH_SECONDS = 120.0  # for what W&B has still to send when a run ends; the rest is for `wandb sync`
 
@@ -140,20 +142,20 @@ def log_table(
 def _offline(mode: str) -> bool:
     """Whether W&B runs offline: asked for, not logged in, or not reachable."""
     if mode not in ("auto", "online", "offline"):
-        raise ValueError(f"logger.wandb.mode={mode} is unknown: write auto, online or offline")
+        raise ConfigError(f"logger.wandb.mode={mode} is unknown: write auto, online or offline")
     if mode == "offline":
         return True
     address = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
     if not _logged_in(address):
         if mode == "online":
-            raise ValueError(
+            raise ConfigError(
                 "logger.wandb.mode=online, but you are not logged in: run `wandb login`, or write mode offline"
             )
         return True
     if _reachable(address):
         return False
     if mode == "online":
-        raise ValueError(
+        raise ConfigError(
             f"logger.wandb.mode=online, but {address} does not answer: write logger.wandb.mode=offline, then `wandb sync`"
         )
     warnings.warn(

@@ -17,6 +17,7 @@ from torch import Tensor
 from diffusion_lab import likelihood
 from diffusion_lab.data.images import Rows, to_float
 from diffusion_lab.denoiser import Denoiser
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.runs import files
 from diffusion_lab.runs.checkpoints import Run
 from diffusion_lab.samplers import DDIM, DDPM, Sampler
@@ -37,7 +38,7 @@ def chain(sampler: Sampler, denoiser: Denoiser) -> dict[str, Any]:
     eta = sampler.eta if isinstance(sampler, DDIM) else 1.0
     if not isinstance(sampler, DDPM | DDIM) or eta == 0 or sampler.deterministic:
         how = " with eta=0" if isinstance(sampler, DDIM) else ""
-        raise ValueError(
+        raise ConfigError(
             f"the variational bound is that of a chain with noise, and {type(sampler).__name__}{how} is none, so it has no "
             "finite one: write samplers=[ddpm] or samplers=[{ddim:{eta:1}}], or take the likelihood of the ODE"
         )
@@ -85,14 +86,14 @@ def measure(
         ValueError: as the likelihoods do; images that are not uint8, no image, or a condition of another number.
     """
     if kind not in KINDS:
-        raise ValueError(f"nll kind {kind!r} is unknown: write {' or '.join(KINDS)}")
+        raise ConfigError(f"nll kind {kind!r} is unknown: write {' or '.join(KINDS)}")
     if images.dtype not in (np.uint8, torch.uint8) or len(images) < 1:
-        raise ValueError(f"nll needs images as uint8, at least one, and has {len(images)} of {images.dtype}")
+        raise ConfigError(f"nll needs images as uint8, at least one, and has {len(images)} of {images.dtype}")
     for name, value in (condition or {}).items():
         if len(value) != len(images):
-            raise ValueError(f"nll has {len(value)} rows of {name} for {len(images)} images: give one for each")
+            raise ConfigError(f"nll has {len(value)} rows of {name} for {len(images)} images: give one for each")
     if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: write at least 1")
+        raise ConfigError(f"batch_size={batch_size}: write at least 1")
     if kind == "vlb":
         options |= {"steps": steps, "variance": variance or FixedSmall()}
     n, values, evaluations = len(images), [], 0.0

@@ -18,6 +18,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from diffusion_lab.errors import ConfigError
+
 CONF = Path(__file__).resolve().parents[3] / "conf"
 
 # What a key takes whose value in the files is null, or for which null is a value as well.
@@ -84,12 +86,14 @@ def check(config_name: str, arguments: Sequence[str], sweep: bool = False) -> Di
     try:
         overrides = OverridesParser.create().parse_overrides(list(arguments))
     except HydraException as error:
-        raise ValueError(
+        raise ConfigError(
             f"cannot read the overrides {' '.join(arguments)!r}: {first_line(error)}; write KEY=VALUE"
         ) from None
     several = next((o.input_line for o in overrides if o.is_sweep_override()), None)
     if several and not sweep:
-        raise ValueError(f"{several} names several values: add --multirun for a run of each, or write [...] for a list")
+        raise ConfigError(
+            f"{several} names several values: add --multirun for a run of each, or write [...] for a list"
+        )
     with _own_hydra(), initialize_config_dir(str(CONF), version_base="1.3", job_name=config_name):
         chosen = [o for o in overrides if _is_group(o.key_or_group)]
         for override in chosen:
@@ -105,7 +109,7 @@ def check(config_name: str, arguments: Sequence[str], sweep: bool = False) -> Di
         interval = next((o.input_line for o in overrides if o.is_interval_sweep()), None)
         if interval and "Basic" in config.hydra.sweeper._target_:
             key = interval.split("=", 1)[0]
-            raise ValueError(
+            raise ConfigError(
                 f"{interval} is an interval: name its values, {key}=A,B or {key}=range(1,4), or write hydra/sweeper=optuna"
             )
     named = {o.get_key_element() for o in overrides}
@@ -120,7 +124,7 @@ def _resolve(config: DictConfig) -> None:
     try:
         OmegaConf.to_container(OmegaConf.create({**plain, "hydra": None, "run_dir": "."}), resolve=True)
     except OmegaConfBaseException as error:
-        raise ValueError(f"the configuration cannot be resolved: {first_line(error)}") from None
+        raise ConfigError(f"the configuration cannot be resolved: {first_line(error)}") from None
 
 
 @contextmanager
@@ -138,7 +142,7 @@ def _compose(config_name: str, overrides: list[str]) -> DictConfig:
     try:
         return compose(config_name, overrides, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(f"{' '.join(overrides)}: {first_line(error)}") from None
+        raise ConfigError(f"{' '.join(overrides)}: {first_line(error)}") from None
 
 
 def first_line(error: BaseException) -> str:
@@ -186,7 +190,7 @@ def group_options(group: str) -> list[str]:
 def _check_group(override: Override) -> None:
     if override.is_delete():
         if override.key_or_group not in ("experiment", "recipe", "sweep", "debug", "callbacks", "logger", "clip"):
-            raise ValueError(f"{override.input_line}: a run needs every group; write {override.key_or_group}=OPTION")
+            raise ConfigError(f"{override.input_line}: a run needs every group; write {override.key_or_group}=OPTION")
         return
     group = override.key_or_group.split("@")[0]
     options = [o for o in group_options(group) if (group, o) not in (("trainer", "base"), ("model", "unet"))]
@@ -194,7 +198,7 @@ def _check_group(override: Override) -> None:
         for name in value if isinstance(value, list) else [value]:
             text = str(_plain(name))
             if name is not None and text not in group_options(group):
-                raise ValueError(
+                raise ConfigError(
                     f"unknown option {group}={text}{_closest(text, options)}: write one of {', '.join(options)}"
                 )
 
@@ -210,7 +214,7 @@ def _check_command(override: Override, config_name: str) -> None:
         return
     users = [path.stem for path in sorted(CONF.glob("*.yaml")) if all(_lists(path, name) for name in groups)]
     others = " or ".join(f"python src/{name}.py {override.input_line}" for name in users)
-    raise ValueError(f"{override.input_line} means nothing to {config_name}.py: leave it out, or write {others}")
+    raise ConfigError(f"{override.input_line} means nothing to {config_name}.py: leave it out, or write {others}")
 
 
 def _lists(path: Path, group: str) -> bool:
@@ -239,7 +243,7 @@ def _check_value(override: Override, base: DictConfig) -> None:
             known = {k for k in known if "." not in k} | {
                 p.name for p in CONF.iterdir() if p.is_dir() and p.name != "hydra"
             }
-        raise ValueError(f"unknown key {key}{_closest(key, sorted(known))}; --help lists all keys")
+        raise ConfigError(f"unknown key {key}{_closest(key, sorted(known))}; --help lists all keys")
     if override.is_delete():
         return
     default = _raw(base, key)
@@ -290,7 +294,7 @@ def _check_type(key: str, default: Any, value: Any) -> None:
     if wrong or not isinstance(plain, allowed):
         shown = default if default is not None else "null"
         text = plain.decode() if isinstance(plain, bytes) else str(plain)
-        raise ValueError(f"{key}={text} has the wrong type: {_words(allowed)} is needed, e.g. {key}={_example(shown)}")
+        raise ConfigError(f"{key}={text} has the wrong type: {_words(allowed)} is needed, e.g. {key}={_example(shown)}")
 
 
 _NAMES = {

@@ -20,6 +20,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.runs import build, checkpoints, files, launchers, loggers
 from diffusion_lab.runs.cli import CONFIG_ENV, refusals
 from diffusion_lab.runs.instantiate import check_targets, instantiate
@@ -47,7 +48,7 @@ def run(config: DictConfig) -> Result:
         data = build.data(settings)
         network = build.network(settings)
         if settings["init"] and resume:
-            raise ValueError("ckpt= resumes a run and init= begins one from weights: write one of them")
+            raise ConfigError("ckpt= resumes a run and init= begins one from weights: write one of them")
         if settings["init"]:
             _say(f"weights from {checkpoints.initialise(network, settings['init'])}")
         who = _identity(choices, overrides, resume)
@@ -63,7 +64,7 @@ def run(config: DictConfig) -> Result:
         if resume:
             path, step = resume
             if step >= settings["trainer"]["max_steps"]:
-                raise ValueError(f"{path} has {step} steps already: write trainer.max_steps= above that")
+                raise ConfigError(f"{path} has {step} steps already: write trainer.max_steps= above that")
             data.start_at(step)
         data.setup()
         module.condition(
@@ -75,7 +76,7 @@ def run(config: DictConfig) -> Result:
             if isinstance(hook, Quality):
                 hook.check(data)
         if 0 < data.size("val") < trainer.world_size:
-            raise ValueError(
+            raise ConfigError(
                 f"{data.size('val')} validation images are too few for {trainer.world_size} processes: write data.val=0"
             )
         if trainer.is_global_zero:  # last, so that a run that is refused leaves nothing behind
@@ -106,7 +107,7 @@ def _resume(config: DictConfig) -> tuple[Path, int] | None:
         return None
     path = checkpoints.find(config.ckpt)
     if path.suffix == ".safetensors":
-        raise ValueError(f"{path} holds weights alone, and resuming needs the optimiser's state: write init={path}")
+        raise ConfigError(f"{path} holds weights alone, and resuming needs the optimiser's state: write init={path}")
     return path, int(checkpoints.read(path)["global_step"])
 
 
@@ -135,7 +136,7 @@ def _merged(config: DictConfig, resume: tuple[Path, int] | None) -> tuple[dict[s
     for override in parse(given):
         key = override.key_or_group
         if key in ("experiment", "recipe", "sweep"):
-            raise ValueError(
+            raise ConfigError(
                 f"{override.input_line} begins a run and ckpt= continues one: write the values that are to change"
             )
         value: Any = both
@@ -183,7 +184,7 @@ def _write_configuration(folder: Path, settings: Mapping[str, Any]) -> None:
         (folder / "config.yaml").open("x").close()
     except FileExistsError:
         if not settings["overwrite"]:
-            raise ValueError(
+            raise ConfigError(
                 f"{folder} belongs to another run that began just now: start again, or write hydra.run.dir="
             ) from None
     files.write(folder / "config.yaml", yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
@@ -205,19 +206,19 @@ def _check_processes(settings: Mapping[str, Any]) -> None:
         launchers.check_sweep(options)
     strategy = str(options["strategy"])
     if strategy.startswith(("fsdp_", "deepspeed", "model_parallel")):
-        raise ValueError(f"trainer.strategy={strategy} is not supported: write trainer=fsdp, or trainer=ddp")
+        raise ConfigError(f"trainer.strategy={strategy} is not supported: write trainer=fsdp, or trainer=ddp")
     if strategy == "fsdp":
         _check_sharding(settings)
     each = launchers.each(options["devices"])
     started = launchers.launched()
     if started is None and "SLURM_NTASKS" in os.environ and launchers.several(options) and not launchers.interactive():
-        raise ValueError(
+        raise ConfigError(
             "SLURM gave this job one task, so that one process would train: ask for --ntasks-per-node=N and start it by srun"
         )
     if started:
         nodes = options["num_nodes"]
         if each and (nodes, each * nodes) != (started.nodes, started.world):
-            raise ValueError(
+            raise ConfigError(
                 f"{started.by} started {started.world} processes on {started.nodes} node(s), and trainer.devices={each} "
                 f"trainer.num_nodes={nodes} are others: write trainer=ddp trainer.devices={started.world // started.nodes} "
                 f"trainer.num_nodes={started.nodes}"
@@ -226,18 +227,18 @@ def _check_processes(settings: Mapping[str, Any]) -> None:
 
 def _check_sharding(settings: Mapping[str, Any]) -> None:
     if not (settings.get("callbacks") or {}).get("ema"):
-        raise ValueError(
+        raise ConfigError(
             "trainer=fsdp cuts the live weights over processes, and what is validated and sampled from are the averages: write "
             "callbacks.ema.decay=0, whose average is the live weights"
         )
     if settings["trainer"]["compile"]:
-        raise ValueError("trainer=fsdp does not go with trainer.compile=true: write trainer.compile=false")
+        raise ConfigError("trainer=fsdp does not go with trainer.compile=true: write trainer.compile=false")
     if ((settings.get("logger") or {}).get("wandb") or {}).get("gradients"):
-        raise ValueError("trainer=fsdp has no gradients in one place for logger.wandb.gradients: write 0")
+        raise ConfigError("trainer=fsdp has no gradients in one place for logger.wandb.gradients: write 0")
     if settings["ckpt"]:
         held = checkpoints.read(Path(settings["ckpt"]))["state_dict"]
         if not all(tensor.is_contiguous() for tensor in held.values()):
-            raise ValueError(
+            raise ConfigError(
                 f"{settings['ckpt']} was written by an older version, and FSDP cannot read it: resume it by trainer=ddp first"
             )
 
@@ -250,7 +251,7 @@ def _check_disk(folder: Path, network: torch.nn.Module, settings: Mapping[str, A
     parent = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
     free = shutil.disk_usage(parent).free
     if free < need:
-        raise ValueError(
+        raise ConfigError(
             f"not enough disk at {folder}: three checkpoints need {need / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free; "
             "make room, or write hydra.run.dir= on another disk"
         )

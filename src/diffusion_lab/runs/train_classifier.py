@@ -7,6 +7,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from diffusion_lab.data.datamodule import DataModule
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.metrics import classifier
 from diffusion_lab.metrics.classifier import Noise, Trained
 from diffusion_lab.runs import files
@@ -22,7 +23,7 @@ def run(config: DictConfig) -> int:
         out = Path(settings["out"] or settings["run_dir"])
         files.refuse_filled(out, "out", settings["overwrite"])
         if settings["steps"] is not None and not (isinstance(settings["steps"], int) and settings["steps"] >= 1):
-            raise ValueError(f"steps={settings['steps']}: write at least 1, or null for the recipe's number")
+            raise ConfigError(f"steps={settings['steps']}: write at least 1, or null for the recipe's number")
         data: DataModule = instantiate({**settings["data"], "limit": None})
         data.prepare_data()
         data.setup()

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from diffusion_lab.denoiser import Denoiser
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.models import SecondHead
 from diffusion_lab.runs import files
 from diffusion_lab.runs.checkpoints import Run
@@ -105,7 +106,7 @@ def fingerprint(run: Run) -> str:
 def place(run: Run, kind: str) -> Path:
     """The file of a fit: beside the checkpoint, named by its weights."""
     if run.path is None:
-        raise ValueError(f"variance={kind} is looked for beside a checkpoint: get the run from load_checkpoint")
+        raise ConfigError(f"variance={kind} is looked for beside a checkpoint: get the run from load_checkpoint")
     return run.path.with_name(f"variance_{kind}_{fingerprint(run)[:16]}.pt")
 
 
@@ -125,15 +126,15 @@ def read(run: Run, kind: str) -> dict[str, Any]:
     if not path.is_file():
         others = list(path.parent.glob(f"variance_{kind}_*.pt"))
         also = f" ({len(others)} of other weights)" if others else ""
-        raise ValueError(f"variance={kind} is not fitted to these weights ({run.weights}){also}: first run {again}")
+        raise ConfigError(f"variance={kind} is not fitted to these weights ({run.weights}){also}: first run {again}")
     try:
         if not zipfile.is_zipfile(path):
             raise RuntimeError("truncated")
         fit = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError):
-        raise ValueError(f"{path} is not a whole fit of fit_variance.py: run {again} overwrite=true") from None
+        raise ConfigError(f"{path} is not a whole fit of fit_variance.py: run {again} overwrite=true") from None
     if not isinstance(fit, dict) or fit.get("format") != FORMAT or fit.get("kind") != kind:
-        raise ValueError(f"{path} is no fit of variance={kind}: run {again} overwrite=true")
+        raise ConfigError(f"{path} is no fit of variance={kind}: run {again} overwrite=true")
     if fit["weights"] != fingerprint(run):
-        raise ValueError(f"{path} was fitted to other weights than these ({run.weights}): run {again} overwrite=true")
+        raise ConfigError(f"{path} was fitted to other weights than these ({run.weights}): run {again} overwrite=true")
     return fit

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser, Prediction
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.gaussian import Posterior, posterior
 from diffusion_lab.samplers import grids
 from diffusion_lab.samplers.base import Model, Sampler
@@ -44,11 +45,11 @@ class Ancestral(Sampler):
         super().__init__(steps, grid, budget)
         self.variance = variance or FixedSmall()
         if grid == "optimal" and not isinstance(self.variance, Analytic):
-            raise ValueError(
+            raise ConfigError(
                 "grid=optimal is computed from the fitted variance: write variance=analytic, or sampler.grid=trailing"
             )
         if last_bound is not None and not last_bound > 0:
-            raise ValueError(
+            raise ConfigError(
                 f"sampler.last_bound={last_bound} is not above 0: write 1 or 2 levels, or .inf for no bound"
             )
         self.last_bound = self.variance.last_bound if last_bound is None else last_bound
@@ -133,9 +134,9 @@ class DDIM(Ancestral):
     ) -> None:
         super().__init__(steps, variance, grid, budget, last_bound)
         if not 0 <= eta <= 1:
-            raise ValueError(f"sampler=ddim needs eta in [0, 1], not eta={eta}: 0 is deterministic, 1 is ancestral")
+            raise ConfigError(f"sampler=ddim needs eta in [0, 1], not eta={eta}: 0 is deterministic, 1 is ancestral")
         if self.variance.ancestral_only:
-            raise ValueError(
+            raise ConfigError(
                 f"variance {type(self.variance).__name__} is for ancestral steps only: write sampler=ddpm or variance=fixed_small"
             )
         self.eta = eta
@@ -168,7 +169,7 @@ def optimal_times(variance: Analytic, schedule: Schedule, steps: int | None, sta
         ValueError: start ≤ stop, or more steps than times.
     """
     if not 0 <= stop < start <= 1:
-        raise ValueError(f"grid=optimal runs from noise to data inside [0, 1], not from {start} to {stop}")
+        raise ConfigError(f"grid=optimal runs from noise to data inside [0, 1], not from {start} to {stop}")
     every = variance.times if schedule.steps is None else torch.arange(1, schedule.steps + 1).double() / schedule.steps
     margin = grids.NODE_TOLERANCE / (schedule.steps or len(every))
     inner = every[(every > stop + margin) & (every < start - margin)]
@@ -177,7 +178,7 @@ def optimal_times(variance: Analytic, schedule: Schedule, steps: int | None, sta
     most = len(nodes) - (not into_data)
     n = most if steps is None else steps
     if n > most:
-        raise ValueError(f"steps={n} exceeds the {most} times that grid=optimal chooses from: ask for fewer")
+        raise ConfigError(f"steps={n} exceeds the {most} times that grid=optimal chooses from: ask for fewer")
     if n == 1:
         return inner.new_tensor([start, stop])
     path = nodes[shortest(costs(variance, schedule, nodes), n - into_data)].flip(0)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser, Prediction
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.noise import Draws
 from diffusion_lab.samplers import grids
 from diffusion_lab.schedules import Schedule, match, move
@@ -72,7 +73,7 @@ class Model:
         if not all(finite):
             i = finite.index(False)
             t = float(self._times[i])
-            raise ValueError(
+            raise ConfigError(
                 f"the network gave NaN or infinity at evaluation {i + 1} of {self.nfe}, t={t:.4g}: "
                 "sample in float32, or take a checkpoint from before the training diverged"
             )
@@ -99,13 +100,13 @@ class Sampler(ABC):
 
     def __init__(self, steps: int | None, grid: str, budget: int | None = None) -> None:
         if grid not in self.grid_names:
-            raise ValueError(f"unknown time grid {grid!r}: write one of {', '.join(self.grid_names)}")
+            raise ConfigError(f"unknown time grid {grid!r}: write one of {', '.join(self.grid_names)}")
         if budget is not None:
             steps = self.within(budget)
             if steps < 1:
-                raise ValueError(f"sampler.budget={budget} allows not one step of {type(self).__name__}: allow more")
+                raise ConfigError(f"sampler.budget={budget} allows not one step of {type(self).__name__}: allow more")
         if steps is not None and steps < 1:
-            raise ValueError(f"a sampler needs steps >= 1, not steps={steps}")
+            raise ConfigError(f"a sampler needs steps >= 1, not steps={steps}")
         self.steps, self.grid, self.nfe = steps, grid, 0
 
     @property
@@ -139,12 +140,12 @@ class Sampler(ABC):
 
     def _refuse(self, denoiser: Denoiser) -> None:
         if denoiser.moves_mean and not self.moves_mean:
-            raise ValueError(
+            raise ConfigError(
                 f"sampler {type(self).__name__} takes no ancestral steps, whose mean the published form of classifier guidance "
                 "moves: write guidance.form=exact, or sampler=ddpm"
             )
         if denoiser.self_conditioning and not self.uses_previous:
-            raise ValueError(
+            raise ConfigError(
                 f"sampler {type(self).__name__} solves an ODE in x alone and cannot carry the previous estimate that this "
                 "self-conditioning network takes: write sampler=ddim"
             )
@@ -183,7 +184,7 @@ class Sampler(ABC):
             ValueError: a grid that cannot be, a stochastic sampler with start < stop, NaN from the network.
         """
         if start < stop and not self.deterministic:
-            raise ValueError(
+            raise ConfigError(
                 f"sampler {type(self).__name__} as configured is stochastic and runs from noise to data only: to encode "
                 "(start < stop) write sampler=ddim with eta=0 and variance=fixed_small"
             )

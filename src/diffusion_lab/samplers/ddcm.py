@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser, Prediction
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.noise import Stream, normal
 from diffusion_lab.samplers.ancestral import DDPM
 from diffusion_lab.samplers.base import Model, prior
@@ -57,7 +58,7 @@ class DDCM(DDPM):
     ) -> None:
         super().__init__(steps, variance, grid, budget, last_bound)
         if codebook < 2:
-            raise ValueError(f"sampler=ddcm needs codebook >= 2 vectors to choose from, not codebook={codebook}")
+            raise ConfigError(f"sampler=ddcm needs codebook >= 2 vectors to choose from, not codebook={codebook}")
         self.codebook, self.codebook_seed = codebook, codebook_seed
         self._choice: Choice | None = None  # None: at random
 
@@ -106,7 +107,7 @@ class DDCM(DDPM):
         """
         steps = len(self.times(denoiser)) - 2
         if indices.shape != (len(like), steps) or not bool(((indices >= 0) & (indices < self.codebook)).all()):
-            raise ValueError(
+            raise ConfigError(
                 f"{tuple(indices.shape)} indices, but this sampler decodes {(len(like), steps)} in [0, {self.codebook}): "
                 "take the steps, the grid and the codebook that compressed them"
             )

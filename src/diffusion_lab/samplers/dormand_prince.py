@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.schedules import match
 
 # f(t, y, rows) → dy/dt: see `integrate`
@@ -74,7 +75,7 @@ def integrate(
             below the resolution of t.
     """
     if not (rtol > 0 and atol > 0):
-        raise ValueError(f"an adaptive solver needs rtol > 0 and atol > 0, not rtol={rtol} and atol={atol}")
+        raise ConfigError(f"an adaptive solver needs rtol > 0 and atol > 0, not rtol={rtol} and atol={atol}")
     y, rows = y.double(), torch.arange(len(y), device=y.device)
     evaluations = torch.zeros(len(y), dtype=torch.int64)
     if start == stop or not len(y):
@@ -90,14 +91,14 @@ def integrate(
         watch(rows, t, y, slope)
     while True:
         if calls + STAGES > limit:
-            raise ValueError(
+            raise ConfigError(
                 f"{calls} evaluations came {_way(t, start, stop)}, and the {STAGES} of another step are too many: raise the "
                 f"budget, or loosen rtol={rtol:g} and atol={atol:g}"
             )
         least = 10 * (torch.nextafter(t, torch.full_like(t, sign * torch.inf)) - t).abs()
         size = torch.where(retry, size, torch.maximum(size, least))
         if bool((size < least).any()):
-            raise ValueError(
+            raise ConfigError(
                 f"{_way(t[size < least], start, stop)} the step fell below what float64 tells apart, since the solution is not "
                 f"smooth there: loosen rtol={rtol:g} and atol={atol:g}"
             )
@@ -166,7 +167,7 @@ def _first_step(
 def _evaluate(f: Slope, t: Tensor, y: Tensor, rows: Tensor) -> Tensor:
     slope = f(t, y, rows).double()
     if slope.shape != y.shape:
-        raise ValueError(f"f must give dy/dt in the shape of y, {tuple(y.shape)}, not {tuple(slope.shape)}")
+        raise ConfigError(f"f must give dy/dt in the shape of y, {tuple(y.shape)}, not {tuple(slope.shape)}")
     return slope
 
 
@@ -191,7 +192,7 @@ def _refuse_infinite(norm: Tensor, t: Tensor, goal: Tensor) -> None:
     bad = (~norm.isfinite()).nonzero()
     if len(bad):
         i = int(bad[0])
-        raise ValueError(
+        raise ConfigError(
             f"the state or its derivative is NaN or infinite between t={float(t[i]):.6g} and t={float(goal[i]):.6g}: begin and "
             "end where f is finite"
         )

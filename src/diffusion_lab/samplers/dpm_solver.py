@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.samplers.multistep import Multistep, Weights, phi
 
 
@@ -42,9 +43,9 @@ class DPMSolverPP(Multistep):
         budget: int | None = None,
     ) -> None:
         if order not in (1, 2, 3):
-            raise ValueError(f"sampler=dpm_solver_pp has orders 1, 2 and 3, not order={order}")
+            raise ConfigError(f"sampler=dpm_solver_pp has orders 1, 2 and 3, not order={order}")
         if corrected and order == 1:
-            raise ValueError(
+            raise ConfigError(
                 "sampler=dpm_solver_pp has nothing to correct at order 1: write order=3 or corrected=false"
             )
         super().__init__(steps, grid, budget, order=order, lower_below=10 if lower_last else 0, sde=sde)

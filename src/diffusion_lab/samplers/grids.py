@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.schedules import NODE_TOLERANCE, Schedule
 
 
@@ -63,26 +64,26 @@ def times(name: str, schedule: Schedule, steps: int | None, start: float = 1.0, 
             below the first node, or `leading` with start < stop.
     """
     if name not in NAMES:
-        raise ValueError(f"unknown time grid {name!r}: write one of {', '.join(NAMES)}")
+        raise ConfigError(f"unknown time grid {name!r}: write one of {', '.join(NAMES)}")
     count = schedule.steps or 1 / schedule.least  # a cell of a continuous curve is its smallest time
     cells = round(abs(start - stop) * count, 6)
     if not (0 <= start <= 1 and 0 <= stop <= 1 and cells > NODE_TOLERANCE):
-        raise ValueError(f"a sampler runs between two different times in [0, 1], not from {start} to {stop}")
+        raise ConfigError(f"a sampler runs between two different times in [0, 1], not from {start} to {stop}")
     if start < stop:
         if name == "leading":
-            raise ValueError(
+            raise ConfigError(
                 "grid leading ends short of its far end, so the state there is never reached: to encode write grid=trailing"
             )
         return times(name, schedule, steps, stop, start).flip(0)
     if steps is None and schedule.steps is None:
-        raise ValueError(
+        raise ConfigError(
             "this schedule is a continuous curve: give the sampler a number of steps, e.g. sampler.steps=50"
         )
     n = math.ceil(cells) if steps is None else steps
     if n < 1:
-        raise ValueError(f"a sampler needs steps >= 1, not steps={n}")
+        raise ConfigError(f"a sampler needs steps >= 1, not steps={n}")
     if schedule.steps is not None and name not in WARPS and n > math.ceil(cells):
-        raise ValueError(
+        raise ConfigError(
             f"steps={n} exceeds the {cells:g} steps of the schedule between t={start} and t={stop}: ask for fewer"
         )
     if name in WARPS:
@@ -97,7 +98,7 @@ def times(name: str, schedule: Schedule, steps: int | None, start: float = 1.0, 
             grid[0] = start  # as given, also where it is no node
     grid = torch.cat([grid, torch.tensor([stop], dtype=torch.float64)])
     if not bool((grid.diff() < 0).all() and grid[0] <= start):
-        raise ValueError(
+        raise ConfigError(
             f"grid {name} has no {n} different times between t={start} and t={stop}: ask for fewer steps, or grid=trailing"
         )
     return grid
@@ -113,7 +114,7 @@ def _distinct(nodes: Tensor) -> Tensor:
 def _warped(name: str, n: int, schedule: Schedule, start: float, stop: float, least: float) -> Tensor:
     """n times from `start` on at equal distances in a function of λ; the (n + 1)-st is `stop`, or data after the least time."""
     if start == 1 and schedule.ends_in_noise:
-        raise ValueError(
+        raise ConfigError(
             f"grid {name} needs a finite λ at its start, but this schedule ends in alpha = 0: write grid=trailing"
         )
     warp, back = WARPS[name]

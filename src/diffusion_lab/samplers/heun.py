@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.gaussian import transition
 from diffusion_lab.samplers.base import Model, Sampler
 from diffusion_lab.schedules import Schedule
@@ -47,7 +48,7 @@ class Heun(Sampler):
     ) -> None:
         super().__init__(steps, grid, budget)
         if not (0 <= s_churn < math.inf and 0 <= s_min <= s_max and 0 <= s_noise < math.inf):
-            raise ValueError(
+            raise ConfigError(
                 "sampler=heun needs s_churn >= 0, 0 <= s_min <= s_max and s_noise >= 0, not "
                 f"s_churn={s_churn}, s_min={s_min}, s_max={s_max}, s_noise={s_noise}; s_churn=0 is deterministic"
             )

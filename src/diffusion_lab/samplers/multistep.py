@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.samplers.base import Model, Sampler
 from diffusion_lab.schedules import Schedule
 
@@ -56,7 +57,7 @@ class Multistep(Sampler):
     ) -> None:
         super().__init__(steps, grid, budget)
         if self.steps is not None and self.steps < order:
-            raise ValueError(
+            raise ConfigError(
                 f"sampler {type(self).__name__} of order {order} needs steps >= {order}, not steps={self.steps}: "
                 "take more steps or a lower order"
             )

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser, Prediction
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.samplers import grids
 from diffusion_lab.samplers.base import Model, Sampler
 from diffusion_lab.samplers.clock import Clock
@@ -51,11 +52,11 @@ class ODE(Sampler):
     def __init__(self, rtol: float = 1e-5, atol: float = 1e-5, budget: int | None = None) -> None:
         super().__init__(None, "trailing")
         if not (rtol > 0 and atol > 0):
-            raise ValueError(
+            raise ConfigError(
                 f"sampler=ode needs rtol > 0 and atol > 0, not rtol={rtol} and atol={atol}: published is 1e-5"
             )
         if budget is not None and budget < 1:
-            raise ValueError(f"sampler.budget={budget} allows no evaluation: allow more")
+            raise ConfigError(f"sampler.budget={budget} allows no evaluation: allow more")
         self.rtol, self.atol, self.budget = rtol, atol, budget
         self.evaluations = torch.zeros(0, dtype=torch.int64)
 
@@ -90,7 +91,7 @@ class ODE(Sampler):
                     limit=LIMIT if self.budget is None else self.budget - ends,
                     watch=_Watch(model, clock, x, (begin, end), reports) if model.callback else None,
                 )
-            except ValueError:
+            except ConfigError:
                 model.refuse_nan()  # names the evaluation, where that was the reason
                 raise
             x, self.evaluations = solution.y, solution.evaluations + ends

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.gaussian import transition
 from diffusion_lab.samplers.base import Model, Sampler
 from diffusion_lab.schedules import Schedule, match
@@ -56,7 +57,7 @@ class EulerMaruyama(ReverseSDE):
 
     def times(self, denoiser: Denoiser, start: float = 1.0, stop: float = 0.0) -> Tensor:
         if start == 1 and denoiser.schedule.ends_in_noise:
-            raise ValueError(
+            raise ConfigError(
                 "sampler=euler_maruyama needs a finite drift, and on this schedule, which ends in alpha = 0, that at t = 1 is "
                 "infinite: write sampler=reverse_diffusion"
             )
@@ -120,9 +121,9 @@ class PredictorCorrector(Sampler):
         snr: float = 0.16,
     ) -> None:
         if predictor not in PREDICTORS:
-            raise ValueError(f"unknown predictor {predictor!r}: write one of {', '.join(PREDICTORS)}")
+            raise ConfigError(f"unknown predictor {predictor!r}: write one of {', '.join(PREDICTORS)}")
         if not (corrector_steps >= 0 and snr > 0):
-            raise ValueError(
+            raise ConfigError(
                 f"sampler=predictor_corrector needs corrector_steps >= 0 and snr > 0, not corrector_steps={corrector_steps} "
                 f"and snr={snr}"
             )

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.samplers.multistep import Multistep, Weights, phi
 
 
@@ -42,9 +43,9 @@ class UniPC(Multistep):
         budget: int | None = None,
     ) -> None:
         if b not in ("bh1", "bh2"):
-            raise ValueError(f"sampler=unipc has b=bh1 and b=bh2, not b={b}")
+            raise ConfigError(f"sampler=unipc has b=bh1 and b=bh2, not b={b}")
         if order < 1:
-            raise ValueError(f"sampler=unipc needs order >= 1 (published: 2 and 3), not order={order}")
+            raise ConfigError(f"sampler=unipc needs order >= 1 (published: 2 and 3), not order={order}")
         super().__init__(steps, grid, budget, order=order, lower_below=math.inf if lower_last else 0)
         self.b = b
 

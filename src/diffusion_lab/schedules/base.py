@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from diffusion_lab.errors import ConfigError
+
 Times = Float[Tensor, "*shape"]
 
 
@@ -95,7 +97,7 @@ def noise_level(schedule: Schedule, t: Times) -> Times:
 def checked_shift(name: str, shift: float) -> float:
     """`shift` if it is a factor; ValueError if not."""
     if not 0 < shift < math.inf:
-        raise ValueError(
+        raise ConfigError(
             f"schedule {name} needs a finite shift > 0, the factor on sigma/alpha (1 is none), not shift={shift}"
         )
     return shift

@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.schedules.base import Schedule, Times, checked_shift, like, noise_level, shifted
 
 
@@ -34,7 +35,7 @@ class _Exponential(_Curve):
 
     def __init__(self, name: str, beta_min: float, beta_max: float) -> None:
         if not 0 < beta_min <= beta_max < math.inf:
-            raise ValueError(
+            raise ConfigError(
                 f"schedule {name} needs 0 < beta_min <= beta_max (published: 0.1 and 20), not {beta_min} and {beta_max}"
             )
         self.beta_min, self.beta_max = beta_min, beta_max
@@ -125,7 +126,7 @@ class _Exploding(_Curve):
 
     def __init__(self, name: str, sigma_min: float, sigma_max: float) -> None:
         if not 0 < sigma_min < sigma_max < math.inf:
-            raise ValueError(f"schedule {name} needs 0 < sigma_min < sigma_max, not {sigma_min} and {sigma_max}")
+            raise ConfigError(f"schedule {name} needs 0 < sigma_min < sigma_max, not {sigma_min} and {sigma_max}")
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
 
     @abstractmethod
@@ -194,7 +195,7 @@ class EDM(_Exploding):
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> None:
         super().__init__("edm", sigma_min, sigma_max)
         if not 0 < rho < math.inf:
-            raise ValueError(f"schedule edm needs rho > 0 (published: 7), not rho={rho}")
+            raise ConfigError(f"schedule edm needs rho > 0 (published: 7), not rho={rho}")
         self.rho = rho
         self._ends = math.pow(sigma_min, 1 / rho), math.pow(sigma_max, 1 / rho)
 

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.schedules.base import Schedule, Times, checked_shift, like, shifted
 
 NODE_TOLERANCE = 1e-3  # a time within this fraction of a cell of a node is that node: float32 cannot say i/T exactly
@@ -32,7 +33,7 @@ class Table(Schedule):
         alpha = (log_alpha_bar.double() / 2).exp()
         sigma = (-torch.expm1(log_alpha_bar.double())).sqrt()
         if len(alpha) < 2 or not bool((alpha.diff() < 0).all() and 0 < alpha[0] < 1):
-            raise ValueError("a schedule's table needs at least 2 steps with ᾱ strictly decreasing inside (0, 1)")
+            raise ConfigError("a schedule's table needs at least 2 steps with ᾱ strictly decreasing inside (0, 1)")
         if zero_terminal_snr:
             alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
             sigma = torch.cat([sigma[:1], ((1 - alpha[1:]) * (1 + alpha[1:])).sqrt()])
@@ -228,7 +229,9 @@ class Sigmoid(Table):
         shift: float = 1.0,
     ) -> None:
         if not (start < end and tau > 0):
-            raise ValueError(f"schedule sigmoid needs start < end and tau > 0, not start={start}, end={end}, tau={tau}")
+            raise ConfigError(
+                f"schedule sigmoid needs start < end and tau > 0, not start={start}, end={end}, tau={tau}"
+            )
         s = torch.sigmoid((start + _nodes("sigmoid", steps) * (end - start)) / tau)
         super().__init__(_clip_beta((s[-1] - s) / (s[-1] - s[0]), beta_max), zero_terminal_snr, shift)
 
@@ -236,7 +239,7 @@ class Sigmoid(Table):
 def _nodes(name: str, steps: int) -> Tensor:
     """i/T for i = 0 … T in float64."""
     if steps < 2:
-        raise ValueError(f"schedule {name} needs steps >= 2, not steps={steps}")
+        raise ConfigError(f"schedule {name} needs steps >= 2, not steps={steps}")
     return torch.linspace(0, 1, steps + 1, dtype=torch.float64)
 
 
@@ -244,10 +247,10 @@ def _scaled_ends(name: str, steps: int, beta_start: float, beta_end: float) -> t
     """β_1 and β_T, stated for 1000 steps, for `steps` of them."""
     _nodes(name, steps)
     if not 0 < beta_start <= beta_end:
-        raise ValueError(f"schedule {name} needs 0 < beta_start <= beta_end, not {beta_start} and {beta_end}")
+        raise ConfigError(f"schedule {name} needs 0 < beta_start <= beta_end, not {beta_start} and {beta_end}")
     if beta_end * 1000 / steps >= 1:
         least = math.floor(beta_end * 1000) + 1
-        raise ValueError(
+        raise ConfigError(
             f"schedule {name} with steps={steps} has beta >= 1, because beta_end={beta_end} is stated for 1000 steps and "
             f"scales by 1000/steps: write schedule.steps={least} or more, or schedule=cosine"
         )
@@ -257,5 +260,5 @@ def _scaled_ends(name: str, steps: int, beta_start: float, beta_end: float) -> t
 def _clip_beta(alpha_bar: Tensor, beta_max: float) -> Tensor:
     """ln ᾱ_i, i = 1 … T, after clipping β_i = 1 − ᾱ_i/ᾱ_{i−1} at beta_max; alpha_bar has T + 1 entries from ᾱ_0 = 1."""
     if not 0 < beta_max < 1:
-        raise ValueError(f"beta_max={beta_max} is outside (0, 1): the published value is 0.999")
+        raise ConfigError(f"beta_max={beta_max} is outside (0, 1): the published value is 0.999")
     return torch.log1p(-(1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=beta_max)).cumsum(0)

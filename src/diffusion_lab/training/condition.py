@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.noise import Stream, uniform
 from diffusion_lab.schedules import move
 
@@ -69,7 +70,7 @@ class Label(Condition):
 
     def __init__(self, num_classes: int, drop: float = 0.1) -> None:
         if num_classes < 1:
-            raise ValueError(
+            raise ConfigError(
                 "condition=label needs labelled data, and this data set has no labels: write condition=none"
             )
         self.num_classes: int = num_classes
@@ -105,14 +106,14 @@ class Attributes(Condition):
         self, num_classes: int, drop: float = 0.1, drop_each: float = 0.5, names: Sequence[str] | None = None
     ) -> None:
         if num_classes < 1:
-            raise ValueError(
+            raise ConfigError(
                 "condition=attributes needs data with attributes, and these have none: write data=celeba, or condition=label"
             )
         self.num_classes: int = num_classes
         self.drop, self.drop_each = _probability("drop", drop), _probability("drop_each", drop_each)
         self.names = tuple(names or ())
         if self.names and len(self.names) != num_classes:
-            raise ValueError(f"condition.names holds {len(self.names)} names for {num_classes} attributes: name each")
+            raise ConfigError(f"condition.names holds {len(self.names)} names for {num_classes} attributes: name each")
 
     def __call__(self, batch: Mapping[str, Any], seed: int | None = None) -> Given:
         label: Tensor = batch["attributes"]
@@ -136,14 +137,14 @@ class Tensors(Condition):
 
     def __init__(self, keys: Sequence[str], num_classes: None = None) -> None:
         if not keys:
-            raise ValueError("condition.keys=[] names nothing: write the tensors of the batch, or condition=none")
+            raise ConfigError("condition.keys=[] names nothing: write the tensors of the batch, or condition=none")
         self.keys, self.num_classes = tuple(keys), num_classes
 
     def __call__(self, batch: Mapping[str, Any], seed: int | None = None) -> Given:
         missing = [key for key in self.keys if key not in batch]
         if missing:
             has = ", ".join(key for key, value in batch.items() if isinstance(value, Tensor))
-            raise ValueError(f"condition.keys names {missing[0]}, and the data give {has}: write some of these")
+            raise ConfigError(f"condition.keys names {missing[0]}, and the data give {has}: write some of these")
         return {key: batch[key] for key in self.keys}
 
 
@@ -162,19 +163,19 @@ class LowResolution(Condition):
 
     def __init__(self, channels: int, factor: int = 2, num_classes: None = None) -> None:
         if factor < 2:
-            raise ValueError(f"condition.factor={factor}: write at least 2")
+            raise ConfigError(f"condition.factor={factor}: write at least 2")
         self.channels, self.factor, self.num_classes = channels, factor, num_classes
 
     def __call__(self, batch: Mapping[str, Any], seed: int | None = None) -> Given:
         image: Tensor = batch["image"]
         height, width = image.shape[-2:]
         if height % self.factor or width % self.factor:
-            raise ValueError(f"condition.factor={self.factor} does not divide {height}×{width}: write one that does")
+            raise ConfigError(f"condition.factor={self.factor} does not divide {height}×{width}: write one that does")
         small = F.avg_pool2d(image, self.factor)
         return {"given": F.interpolate(small, scale_factor=float(self.factor), mode="nearest")}
 
 
 def _probability(name: str, value: float) -> float:
     if not 0 <= value < 1:
-        raise ValueError(f"condition.{name}={value} is outside [0, 1): the published value is 0.1")
+        raise ConfigError(f"condition.{name}={value} is outside [0, 1): the published value is 0.1")
     return value

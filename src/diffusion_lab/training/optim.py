@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
+from diffusion_lab.errors import ConfigError
+
 
 class Rate(ABC):
     """rate(step, max_steps) → the factor on the learning rate in [0, 1] for the update that follows `step` updates.
@@ -17,7 +19,7 @@ class Rate(ABC):
 
     def __init__(self, warmup: int = 0) -> None:
         if warmup < 0:
-            raise ValueError(f"rate.warmup={warmup} is negative: write 0 for none")
+            raise ConfigError(f"rate.warmup={warmup} is negative: write 0 for none")
         self.warmup = warmup
 
     @abstractmethod

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from diffusion_lab.data.images import Examples
 from diffusion_lab.data.stream import BatchStream
 from diffusion_lab.denoiser import Denoiser
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.losses import head_loss
 from diffusion_lab.models import SecondHead
 from diffusion_lab.noise import Stream, normal, permutation, uniform
@@ -30,7 +31,7 @@ def fit_times(schedule: Schedule, count: int | None = None) -> Tensor:
     most = schedule.steps or WHOLE
     n = most if count is None else count
     if n < 1 or (schedule.steps is not None and n > most):
-        raise ValueError(f"nodes={n} is outside 1 … {most}: write nodes=null for all of them")
+        raise ConfigError(f"nodes={n} is outside 1 … {most}: write nodes=null for all of them")
     ends = torch.arange(1, n + 1, dtype=torch.float64) / n
     return (ends * most).round() / most if schedule.steps is not None else ends
 
@@ -90,7 +91,7 @@ def moments(sums: Tensor) -> Tensor:
     """E mean(ε̂²), float64 (N,), of the sums of all processes; ValueError where the network gave NaN."""
     value = 1 + sums[0] / sums[1]
     if not bool(value.isfinite().all()):
-        raise ValueError(
+        raise ConfigError(
             "the network gave NaN or infinity: fit in float32, or take a checkpoint from before the training diverged"
         )
     return value
@@ -173,7 +174,7 @@ def train_head(
         if (step + 1) % ROW == 0 or step == steps - 1:
             rows.append((step + 1, float(total) / (step % ROW + 1)))
             if not math.isfinite(rows[-1][1]):
-                raise ValueError(
+                raise ConfigError(
                     f"the loss of the head is {rows[-1][1]} at step {step + 1}: lower lr=, or fit in float32"
                 )
             total.zero_()

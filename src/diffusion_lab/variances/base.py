@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.objectives import Prediction
 from diffusion_lab.schedules import Schedule, Times
 
@@ -52,8 +53,8 @@ class FromExtra(Variance):
             raise self._refusal(f"the network gives {found} of them for images of {prediction.x0.shape[1]}")
         return prediction.extra
 
-    def _refusal(self, found: str) -> ValueError:
-        return ValueError(f"variance={self.kind} needs extra channels, and {found}: {self.remedy}")
+    def _refusal(self, found: str) -> ConfigError:
+        return ConfigError(f"variance={self.kind} needs extra channels, and {found}: {self.remedy}")
 
 
 def stands_for_all(s: Times, floor: Tensor) -> Tensor:

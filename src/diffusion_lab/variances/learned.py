@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.gaussian import transition
 from diffusion_lab.objectives import Prediction
 from diffusion_lab.schedules import Schedule, Times, match
@@ -28,7 +29,7 @@ class Learned(FromExtra):
 
     def __init__(self, loss: str = "hybrid") -> None:
         if loss not in LOSSES:
-            raise ValueError(f"variance.loss={loss} is unknown: write one of {', '.join(LOSSES)}")
+            raise ConfigError(f"variance.loss={loss} is unknown: write one of {', '.join(LOSSES)}")
         self.loss = loss
 
     def __call__(
@@ -50,7 +51,7 @@ class Learned(FromExtra):
         """The lower bound in float64 and ln(σ²/lower) = f ln(σ²_{t|s}/lower), whose factor is rounded once."""
         v, lower = self.read(prediction), wide(floor, s)
         if lower.device.type == "cpu" and not bool((lower > 0).all()):
-            raise ValueError(
+            raise ConfigError(
                 "variance=learned needs a positive floor, for its logarithm: σ̃² of the pair, at s = 0 that of the next pair"
             )
         ratio = transition(schedule, t.double(), s.double()).variance / lower

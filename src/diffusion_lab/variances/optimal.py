@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.objectives import Prediction
 from diffusion_lab.schedules import Schedule, Times, match
 from diffusion_lab.variances.base import FromExtra, Variance, stands_for_all, wide
@@ -40,16 +41,16 @@ class Analytic(Variance):
         self, times: Tensor | Sequence[float] | None = None, moments: Tensor | Sequence[float] | None = None
     ) -> None:
         if times is None or moments is None:
-            raise ValueError(
+            raise ConfigError(
                 "variance=analytic is fitted to a trained network: train with variance=fixed_small, then "
                 "python src/fit_variance.py ckpt=PATH variance=analytic"
             )
         self.times, self.moments = (torch.as_tensor(v, dtype=torch.float64).cpu() for v in (times, moments))
         if self.times.ndim != 1 or self.times.shape != self.moments.shape or len(self.times) == 0:
-            raise ValueError("variance=analytic needs as many moments as times, and at least one")
+            raise ConfigError("variance=analytic needs as many moments as times, and at least one")
         inside = self.times[0] > 0 and self.times[-1] <= 1
         if not bool(inside and (self.times.diff() > 0).all() and self.moments.isfinite().all()):
-            raise ValueError("variance=analytic needs times that increase in (0, 1], and finite moments")
+            raise ConfigError("variance=analytic needs times that increase in (0, 1], and finite moments")
 
     def covariance(self, schedule: Schedule, t: Times) -> Tensor:
         """c in [0, 1] at times t of any shape, float64."""

@@ -9,6 +9,7 @@ from diffusion_lab.data.cache import cache_folder, decoded
 from diffusion_lab.data.decode import Decoder, Files
 from diffusion_lab.data.images import Examples
 from diffusion_lab.data.sources.base import Dataset, Source
+from diffusion_lab.errors import ConfigError
 
 FOLDER, IMAGES = "celeba", "img_align_celeba"
 ATTRIBUTES, PARTITION = "list_attr_celeba.txt", "list_eval_partition.txt"
@@ -48,7 +49,7 @@ class CelebA(Source):
         images = folder / IMAGES
         files = Files(images if images.is_dir() else images.with_suffix(".zip"))
         if not len(files.names) == len(partition) == len(attributes):
-            raise ValueError(
+            raise ConfigError(
                 f"{folder.absolute()} holds {len(files.names)} images, {len(partition)} lines of {PARTITION} and "
                 f"{len(attributes)} of {ATTRIBUTES}: unpack the missing ones, or put {IMAGES}.zip in place of {IMAGES}"
             )
@@ -69,7 +70,7 @@ def _require(folder: Path, download: bool) -> None:
         return
     place = f"put {', '.join(missing)} (mmlab.ie.cuhk.edu.hk/projects/CelebA.html) into {folder.absolute()}"
     if not download:
-        raise ValueError(f"CelebA is not complete: {place}, or write data.download=true")
+        raise ConfigError(f"CelebA is not complete: {place}, or write data.download=true")
     from torchvision.datasets import CelebA as Published
     from torchvision.datasets.utils import download_file_from_google_drive
 
@@ -82,7 +83,7 @@ def _require(folder: Path, download: bool) -> None:
             part.replace(folder / name)
         except Exception as error:  # gdown has errors of its own, and may be missing
             reason = " ".join(str(error).split())
-            raise ValueError(f"cannot download {name} ({reason}): {place}") from error
+            raise ConfigError(f"cannot download {name} ({reason}): {place}") from error
         finally:
             part.unlink(missing_ok=True)
 
@@ -94,4 +95,4 @@ def _read_table(path: Path, skip: int) -> tuple[tuple[str, ...], np.ndarray]:
         header = tuple(lines[skip - 1].split()) if skip else ()
         return header, np.array([line.split()[1:] for line in sorted(filter(None, lines[skip:]))], dtype=np.int64)
     except (ValueError, IndexError) as error:
-        raise ValueError(f"{path.absolute()} is damaged ({error}): delete it and run again") from error
+        raise ConfigError(f"{path.absolute()} is damaged ({error}): delete it and run again") from error

@@ -15,6 +15,7 @@ import numpy as np
 
 from diffusion_lab.data.download import Remote, fetch
 from diffusion_lab.data.sources.base import Dataset, Source, train_and_test
+from diffusion_lab.errors import ConfigError
 
 FOLDER = "cifar-10-batches-py"
 ARCHIVE = Remote(
@@ -36,7 +37,7 @@ class CIFAR10(Source):
         files: Mapping[str, bytes]
         if folder.is_dir():
             if missing := [name for name in BATCHES if not (folder / name).exists()]:
-                raise ValueError(
+                raise ConfigError(
                     f"{folder.absolute()} lacks {', '.join(missing)}: add them, or delete the folder and run again"
                 )
             source, files = folder, {name: (folder / name).read_bytes() for name in BATCHES}
@@ -49,7 +50,7 @@ class CIFAR10(Source):
             images = [np.asarray(batch["data"], np.uint8).reshape(-1, 3, 32, 32) for batch in batches]
             labels = [np.asarray(batch["labels"], np.int64) for batch in batches]
         except (pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
-            raise ValueError(f"{source.absolute()} is damaged ({error}): delete it and run again") from error
+            raise ConfigError(f"{source.absolute()} is damaged ({error}): delete it and run again") from error
         train, train_labels = np.concatenate(images[:-1]), np.concatenate(labels[:-1])
         return train_and_test((train, images[-1]), (train_labels, labels[-1]), CLASSES)
 
@@ -60,7 +61,7 @@ def _unpack(archive: Path) -> Mapping[str, bytes]:
             members = {Path(member.name).name: member for member in tar.getmembers() if member.isfile()}
             return {name: tar.extractfile(members[name]).read() for name in BATCHES}  # type: ignore[union-attr]
     except (OSError, EOFError, KeyError, tarfile.TarError, zlib.error) as error:
-        raise ValueError(f"{archive.absolute()} is damaged ({error}): delete it and run again") from error
+        raise ConfigError(f"{archive.absolute()} is damaged ({error}): delete it and run again") from error
 
 
 class _Reader(pickle.Unpickler):

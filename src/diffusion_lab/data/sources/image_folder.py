@@ -10,6 +10,7 @@ from diffusion_lab.data.cache import cache_folder, decoded
 from diffusion_lab.data.decode import Decoder, Files
 from diffusion_lab.data.images import Examples, Index
 from diffusion_lab.data.sources.base import Dataset, Source, train_and_test
+from diffusion_lab.errors import ConfigError
 
 PARTS = {"train": "train", "val": "val", "valid": "val", "test": "test"}
 
@@ -40,7 +41,7 @@ class ImageFolder(Source):
         cache: str | None = None,
     ) -> None:
         if isinstance(crop, str) and crop not in ("center", "none"):
-            raise ValueError(f"data.source.crop={crop}: write center, none or [top,left,height,width]")
+            raise ConfigError(f"data.source.crop={crop}: write center, none or [top,left,height,width]")
         self.box = None if isinstance(crop, str) or crop is None else tuple(crop)
         self.resize, self.centre, self.filter = resize, crop not in ("none", None), filter
         self.cache = cache
@@ -52,7 +53,7 @@ class ImageFolder(Source):
     def load(self, root: Path, shape: tuple[int, int, int], *, download: bool) -> Dataset:
         """See `Source.load`; nothing is downloaded."""
         if not root.exists():
-            raise ValueError(
+            raise ConfigError(
                 f"{root.absolute()} does not exist: write data.root=FOLDER with your images, or a .zip or .npz file"
             )
         if root.suffix == ".npz":
@@ -89,7 +90,7 @@ def _read_npz(path: Path) -> Dataset:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path.absolute()} cannot be read as .npz ({error})") from error
+        raise ConfigError(f"{path.absolute()} cannot be read as .npz ({error})") from error
     if "arr_0" in arrays:
         images, labels = _pair(path, arrays["arr_0"], arrays.get("arr_1"))
         return Dataset(Examples(images, labels), _numbers(labels))
@@ -100,7 +101,7 @@ def _read_npz(path: Path) -> Dataset:
             return train_and_test((train, test), None, ())
         names = _numbers(np.concatenate([train_labels, test_labels]))
         return train_and_test((train, test), (train_labels, test_labels), names)
-    raise ValueError(
+    raise ConfigError(
         f"{path.absolute()} holds {', '.join(arrays)}: name the images arr_0, or train_images and test_images"
     )
 
@@ -108,9 +109,13 @@ def _read_npz(path: Path) -> Dataset:
 def _pair(path: Path, images: np.ndarray, labels: np.ndarray | None) -> tuple[np.ndarray, Index | None]:
     """Images as uint8 (N, C, H, W) and labels as int64 (N,)."""
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) == 0:
-        raise ValueError(f"{path.absolute()} holds images as {images.dtype} {images.shape}: write uint8 N×H×W×C, N ≥ 1")
+        raise ConfigError(
+            f"{path.absolute()} holds images as {images.dtype} {images.shape}: write uint8 N×H×W×C, N ≥ 1"
+        )
     if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu" or labels.min() < 0):
-        raise ValueError(f"{path.absolute()} holds labels as {labels.dtype} {labels.shape}: write N integers from 0 on")
+        raise ConfigError(
+            f"{path.absolute()} holds labels as {labels.dtype} {labels.shape}: write N integers from 0 on"
+        )
     images = images.reshape(*images.shape[:3], -1).transpose(0, 3, 1, 2)
     return np.ascontiguousarray(images), None if labels is None else labels.astype(np.int64)
 

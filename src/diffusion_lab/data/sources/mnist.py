@@ -12,6 +12,7 @@ import numpy as np
 
 from diffusion_lab.data.download import Remote, fetch
 from diffusion_lab.data.sources.base import Dataset, Source, train_and_test
+from diffusion_lab.errors import ConfigError
 
 
 class _IdxSource(Source):
@@ -30,7 +31,7 @@ class _IdxSource(Source):
         train, test, train_labels, test_labels = (_read(folder, part) for part in parts)
         for images, labels in ((train, train_labels), (test, test_labels)):
             if len(images) != len(labels):
-                raise ValueError(
+                raise ConfigError(
                     f"{folder} holds {len(images)} images with {len(labels)} labels: delete it and run again"
                 )
         return train_and_test((train[:, None], test[:, None]), (train_labels, test_labels), self.class_names)
@@ -73,8 +74,8 @@ def _read(folder: Path, part: str) -> np.ndarray:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         axes = data[3]
         if data[:3] != b"\0\0\x08":
-            raise ValueError("no idx file of bytes")
+            raise ConfigError("no idx file of bytes")
         lengths = np.frombuffer(data, ">i4", axes, offset=4)
         return np.frombuffer(data, np.uint8, offset=4 + 4 * axes).reshape(lengths)
     except (OSError, EOFError, zlib.error, ValueError, IndexError) as error:
-        raise ValueError(f"{path.absolute()} is damaged ({error}): delete it and run again") from error
+        raise ConfigError(f"{path.absolute()} is damaged ({error}): delete it and run again") from error

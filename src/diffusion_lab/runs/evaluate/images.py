@@ -9,6 +9,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from diffusion_lab.data.decode import Decoder, Files
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.metrics.moments import refuse_nan
 from diffusion_lab.runs.inputs import arrays
 
@@ -31,7 +32,7 @@ class Given:
         self.labels: Tensor | None = None
         self._array: np.ndarray | None = None
         if not path.exists():
-            raise ValueError(f"images={path}: there is no such folder or file")
+            raise ConfigError(f"images={path}: there is no such folder or file")
         if path.suffix == ".npz":
             self._array, self.labels = self._read()
             self.count = len(self._array)
@@ -41,7 +42,7 @@ class Given:
             self.count = len(self._files.names)
             self._decode(self._files.names[0])  # a wrong size is known now
         if self.count < 2:
-            raise ValueError(f"images={path} holds {self.count} image(s), and a distance needs at least 2")
+            raise ConfigError(f"images={path} holds {self.count} image(s), and a distance needs at least 2")
 
     def block(self, part: range) -> Tensor:
         """The images of a block, (b, C, H, W), uint8 or float in [−1, 1]."""
@@ -63,12 +64,12 @@ class Given:
     def _read(self) -> tuple[np.ndarray, Tensor | None]:
         found = arrays("images", self.path)
         if "arr_0" not in found:
-            raise ValueError(f"{self.path.absolute()} holds {', '.join(found)}: name the images arr_0, uint8 N×H×W×C")
+            raise ConfigError(f"{self.path.absolute()} holds {', '.join(found)}: name the images arr_0, uint8 N×H×W×C")
         images = found["arr_0"]
         if images.ndim == 3:
             images = images[..., None]
         if images.ndim != 4 or not (images.dtype == np.uint8 or images.dtype.kind == "f"):
-            raise ValueError(
+            raise ConfigError(
                 f"{self.path.absolute()} holds images as {images.dtype} {images.shape}: write uint8 N×H×W×C"
             )
         if (images.shape[3], *images.shape[1:3]) != self.shape:
@@ -77,7 +78,7 @@ class Given:
             images = images.astype(np.float32)
             refuse_nan(torch.from_numpy(images), of="the pixels")
             if np.abs(images).max(initial=0) > 1:
-                raise ValueError(
+                raise ConfigError(
                     f"{self.path.absolute()} holds floats up to {np.abs(images).max():.3g}: scale to [-1, 1]"
                 )
         labels = found.get("arr_1")
@@ -86,6 +87,6 @@ class Given:
 
     def _refuse(self, name: str, size: tuple[int, ...]) -> None:
         has, wanted = ("×".join(map(str, s)) for s in (size, (*self.shape[1:], self.shape[0])[: len(size)]))
-        raise ValueError(
+        raise ConfigError(
             f"{name} in {self.path} is {has}, and the data set's images are {wanted}: choose another data="
         )

@@ -7,6 +7,7 @@ import numpy as np
 
 from diffusion_lab.data.datamodule import DataModule
 from diffusion_lab.data.images import Examples
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.metrics.scores import MOST
 from diffusion_lab.runs import nll
 from diffusion_lab.runs.evaluate.samplers import Asked
@@ -28,18 +29,18 @@ def kinds(asked: Sequence[Asked]) -> list[Likelihood | None]:
         ValueError: there is neither for any of them.
     """
     found: list[Likelihood | None] = []
-    refused: ValueError | None = None
+    refused: ConfigError | None = None
     for entry in asked:
         if isinstance(entry.sampler, ODE):
             found.append(Likelihood("ode", {"rtol": entry.sampler.rtol, "atol": entry.sampler.atol}))
             continue
         try:
             found.append(Likelihood("vlb", nll.chain(entry.sampler, entry.run.denoiser)))
-        except ValueError as error:
+        except ConfigError as error:
             refused = refused or error
             found.append(None)
     if refused is not None and not any(found):
-        raise ValueError(f"metrics=nll: {refused}")
+        raise ConfigError(f"metrics=nll: {refused}")
     return found
 
 
@@ -47,7 +48,7 @@ def held_out(data: DataModule, settings: Mapping[str, Any]) -> Examples:
     """The images of nll: n of the split, evenly spaced, at most 10,000. ValueError: it has none."""
     examples = data.examples(settings["nll_split"])
     if not len(examples):
-        raise ValueError(
+        raise ConfigError(
             f"nll_split={settings['nll_split']} holds no images: write nll_split=val, or data with test images"
         )
     n = min(len(examples), settings["n"] or MOST)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from diffusion_lab.data.datamodule import DataModule
 from diffusion_lab.data.images import Examples
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.metrics import classifier, extractors, measure, reference
 from diffusion_lab.metrics.collect import classes
 from diffusion_lab.metrics.extractors import Extractor
@@ -66,20 +67,20 @@ def prepare(settings: dict[str, Any], rank: int = 0) -> Prepared:
     data = _data(settings, run)
     shape = (data.channels, data.image_size[0], data.image_size[1])
     if run and run.shape != shape:
-        raise ValueError(
+        raise ConfigError(
             f"the checkpoint makes images {_size(run.shape)}, and the data set's are {_size(shape)}: choose another data="
         )
     given = Given(Path(settings["images"]), shape) if settings["images"] else None
     real = data.images(settings["split"])
     if len(real) < 2:
-        raise ValueError(
+        raise ConfigError(
             f"split={settings['split']} holds {len(real)} image(s), and 2 at least are needed: write split=all"
         )
     judges = {name: _extractor(name, settings, data, shape).to(on) for name in plan.asked}
     references = {name: _reference(settings, plan, name, judge, data, real) for name, judge in judges.items()}
     n = settings["n"] or (given.count if given else min(len(real), MOST))
     if given and n > given.count:
-        raise ValueError(f"n={n}, but {settings['images']} holds {given.count} images: write n={given.count} or less")
+        raise ConfigError(f"n={n}, but {settings['images']} holds {given.count} images: write n={given.count} or less")
     prepared = Prepared(
         settings,
         Path(settings["out"] or settings["run_dir"]),
@@ -118,31 +119,33 @@ def prepare(settings: dict[str, Any], rank: int = 0) -> Prepared:
 def _checked(settings: Mapping[str, Any], rank: int) -> str | None:
     """The extractor's name, "own" for a module, after the checks that need nothing but the settings."""
     if bool(settings["ckpt"]) == bool(settings["images"]):
-        raise ValueError(
+        raise ConfigError(
             "name what to evaluate: ckpt=PATH of a checkpoint or a run folder, ckpt=latest, or images=PATH with data=…"
         )
     if settings["images"] and not settings["data"].get("_target_"):
-        raise ValueError("images= needs the data set that they are compared with: write data=digits, data=mnist, …")
+        raise ConfigError("images= needs the data set that they are compared with: write data=digits, data=mnist, …")
     for key, least in (("repeats", 1), ("devices", 1), ("batch_size", 1), ("n", 2)):
         if settings[key] is not None and settings[key] < least:
-            raise ValueError(f"{key}={settings[key]}: write at least {least}")
+            raise ConfigError(f"{key}={settings[key]}: write at least {least}")
     if settings["save_reference"] and Path(settings["save_reference"]).exists() and rank == 0:
-        raise ValueError(f"save_reference={settings['save_reference']} is there already: name another file")
+        raise ConfigError(f"save_reference={settings['save_reference']} is there already: name another file")
     if rank == 0:
         files.refuse_filled(Path(settings["out"] or settings["run_dir"]), "out", settings["overwrite"])
     chosen = settings["extractor"]
     if isinstance(chosen, dict):
         chosen = "own"
     elif chosen not in (None, "inception", "classifier"):
-        raise ValueError(f"extractor={chosen} is unknown: write inception, classifier, or {{_target_: package.Module}}")
+        raise ConfigError(
+            f"extractor={chosen} is unknown: write inception, classifier, or {{_target_: package.Module}}"
+        )
     if settings["guidance"] and "nll" in settings["metrics"]:
-        raise ValueError(
+        raise ConfigError(
             "metrics=nll is the likelihood of a model, and guided denoisers are none of one: leave out guidance="
         )
     if settings["images"] and settings["guidance"]:
-        raise ValueError("guidance= is for samples of a checkpoint: write ckpt=PATH, not images=")
+        raise ConfigError("guidance= is for samples of a checkpoint: write ckpt=PATH, not images=")
     if settings["images"] and "nll" in settings["metrics"]:
-        raise ValueError("metrics=nll is the likelihood of data under a checkpoint: write ckpt=PATH, not images=")
+        raise ConfigError("metrics=nll is the likelihood of data under a checkpoint: write ckpt=PATH, not images=")
     return str(chosen) if chosen else None
 
 
@@ -173,7 +176,7 @@ def _extractor(name: str, settings: Mapping[str, Any], data: DataModule, shape: 
     if name == "own":
         module = instantiate(settings["extractor"])
         if not isinstance(module, nn.Module):
-            raise ValueError(f"extractor={settings['extractor'].get('_target_')} is no torch.nn.Module")
+            raise ConfigError(f"extractor={settings['extractor'].get('_target_')} is no torch.nn.Module")
         return extractors.resolve(module, shape)
     return extractors.resolve(name, shape, settings["weights_path"])
 
@@ -183,12 +186,12 @@ def _reference(
 ) -> Reference:
     key = reference.key_of(real, reference.described(data.source), settings["split"], judge)
     if len(plan.asked) > 1 and (settings["reference"] or settings["save_reference"]):
-        raise ValueError(
+        raise ConfigError(
             f"reference= is of one extractor, and these metrics take {' and '.join(plan.asked)}: ask for fewer"
         )
     if settings["reference"]:
         if plan.features(name):
-            raise ValueError(
+            raise ConfigError(
                 "reference= holds moments, and kid and prdc compare images: leave them out, or leave it out"
             )
         return reference.read(Path(settings["reference"]), judge, key)

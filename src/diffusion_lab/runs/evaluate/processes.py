@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import distributed, multiprocessing
 
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.metrics.collect import Processes
 
 PATIENCE = timedelta(hours=2)  # for a process that waits for the others' last blocks
@@ -87,7 +88,7 @@ def _wait(folder: Path, others: list[Any]) -> None:
     """Until every process has built what it needs; what one refuses is refused here."""
     while True:
         for refused in folder.glob("refused-*"):
-            raise ValueError(refused.read_text())
+            raise ConfigError(refused.read_text())
         if len(list(folder.glob("ready-*"))) == len(others):
             return
         dead = [other for other in others if other.exitcode is not None]
@@ -111,7 +112,7 @@ def _worker(
     torch.set_num_threads(threads)
     try:
         prepared = prepare(settings, rank)
-    except (ValueError, OSError) as error:
+    except (ConfigError, OSError) as error:
         (folder / f"refused.{rank}").write_text(str(error))
         os.replace(folder / f"refused.{rank}", folder / f"refused-{rank}")
         return
@@ -119,7 +120,7 @@ def _worker(
     processes = _join(folder, rank, world)
     try:
         work(prepared, processes)
-    except (ValueError, OSError, torch.OutOfMemoryError):
-        return  # the first process met it too, and says so
+    except Exception:
+        return  # rank 0 raises the same error
     finally:
         distributed.destroy_process_group()

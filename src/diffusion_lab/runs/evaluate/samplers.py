@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.runs.checkpoints import Run
 from diffusion_lab.runs.guidance import guided
 from diffusion_lab.runs.options import CONF, first_line, group_options
@@ -31,18 +32,18 @@ def build(settings: Mapping[str, Any], run: Run) -> list[Asked]:
         (settings["variance"] or {}).get("_target_", "").endswith("Learned")
     )  # variance=learned names a sampler as well
     if settings.get("sampler") and not learned:
-        raise ValueError(
+        raise ConfigError(
             "sampler= is sample.py's: write samplers=[ddim,ddpm] steps=[10,50], or samplers=[{ddim:{eta:1}}]"
         )
     known = group_options("sampler")
     asked: list[Asked] = []
     for name, options in _named(settings["samplers"]):
         if name not in known:
-            raise ValueError(f"samplers={name} is unknown: write some of {', '.join(known)}")
+            raise ConfigError(f"samplers={name} is unknown: write some of {', '.join(known)}")
         node = _node(name, settings)
         strange = [key for key in options if key not in node]
         if strange:
-            raise ValueError(f"samplers={name} has no option {strange[0]}: write some of {', '.join(list(node)[1:])}")
+            raise ConfigError(f"samplers={name} has no option {strange[0]}: write some of {', '.join(list(node)[1:])}")
         shown = name + ("(" + ",".join(f"{k}={v}" for k, v in options.items()) + ")" if options else "")
         for length in _lengths(settings, node, options):
             sampler, own = sampler_for({**node, **options, **length}, run)
@@ -50,7 +51,7 @@ def build(settings: Mapping[str, Any], run: Run) -> list[Asked]:
             sampler.check(own.denoiser)
             asked.append(Asked(shown, sampler, own))
     if not asked:
-        raise ValueError("samplers=[] asks for nothing: write e.g. samplers=[ddim] steps=[50]")
+        raise ConfigError("samplers=[] asks for nothing: write e.g. samplers=[ddim] steps=[50]")
     return asked
 
 
@@ -69,7 +70,7 @@ def _node(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     try:
         whole = OmegaConf.to_container(OmegaConf.create({**settings, "sampler": file}), resolve=True)
     except OmegaConfBaseException as error:
-        raise ValueError(
+        raise ConfigError(
             f"samplers={name}: conf/sampler/{name}.yaml cannot be resolved ({first_line(error)})"
         ) from None
     assert isinstance(whole, dict)

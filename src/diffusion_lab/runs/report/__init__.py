@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.runs import files
 from diffusion_lab.runs.cli import refusals
 from diffusion_lab.runs.report.page import MARK, page
@@ -22,7 +23,7 @@ class _Parser(argparse.ArgumentParser):
     """Refuses in one line, as every command here does."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; --help says what can be written")
+        raise ConfigError(f"{message}; --help says what can be written")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -54,8 +55,8 @@ def _counted(n: int, what: str) -> str:
 def _refuse_another(out: Path) -> None:
     """A report is written anew, anything else never over."""
     if out.is_dir():
-        raise ValueError(f"--out {out} is a folder: name a file, {out / 'report.html'}")
+        raise ConfigError(f"--out {out} is a folder: name a file, {out / 'report.html'}")
     if out.exists():
         with out.open("rb") as file:
             if MARK.encode() not in file.read(1000):
-                raise ValueError(f"{out} is there and no report: name another file with --out")
+                raise ConfigError(f"{out} is there and no report: name another file with --out")

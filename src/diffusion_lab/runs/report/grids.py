@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from diffusion_lab.errors import ConfigError
+
 LARGEST = 60_000  # bytes of one grid
 ALL = 5_000_000  # bytes of all grids
 _DENSE = 0.32  # bytes that a pixel of samples takes as WebP, about
@@ -43,7 +45,7 @@ def picture(path: Path, limit: int) -> Picture:
                 return Picture(_address("png", raw), *opened.size)
             image = opened.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path.name} cannot be read: {error}") from None
+        raise ConfigError(f"{path.name} cannot be read: {error}") from None
     fits = math.sqrt(min(1.0, limit / _DENSE / (image.width * image.height)))
     image.thumbnail((max(1, round(fits * image.width)), max(1, round(fits * image.height))), reducing_gap=2.0)
     while True:

@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from diffusion_lab.errors import ConfigError
+
 Row = dict[str, Any]  # of metrics.json
 Curve = list[tuple[int, float]]  # (step, value) in the order of the file; a value may be NaN
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast where libyaml is there
@@ -107,11 +109,11 @@ def find(paths: Sequence[Path]) -> Found:
     found, measured, seen = Found(), list[tuple[Path, list[Row]]](), set[Path]()
     for path in paths:
         if not path.exists():
-            raise ValueError(
+            raise ConfigError(
                 f"there is no folder {path}: name a run (outputs/train/DATE), a sweep (outputs/multirun/DATE), or an evaluation"
             )
         if not path.is_dir():
-            raise ValueError(f"{path} is a file: name the folder of a run, a sweep or an evaluation")
+            raise ConfigError(f"{path} is a file: name the folder of a run, a sweep or an evaluation")
         before = len(seen)
         for folder, kind in _walk(path):
             if (real := folder.resolve()) in seen:
@@ -174,7 +176,7 @@ def _run(folder: Path) -> Run:
     outcome = _outcome(folder, notes)
     status, reason = str(outcome.get("status", "")), outcome.get("reason")
     if status in ("failed", "refused"):
-        raise ValueError(f"{status}: {reason or 'no reason is recorded'}")
+        raise ConfigError(f"{status}: {reason or 'no reason is recorded'}")
     config = _mapping(folder / "config.yaml", "it was refused, or stopped before training began")
     curves = _curves(folder / "metrics.csv", notes)
     resumed = bool(config.get("ckpt"))
@@ -219,15 +221,15 @@ def _outcome(folder: Path, notes: list[str]) -> dict[str, Any]:
 def _mapping(path: Path, otherwise: str) -> dict[str, Any]:
     """A YAML file that holds a mapping."""
     if not path.is_file():
-        raise ValueError(f"no {path.name}: {otherwise}")
+        raise ConfigError(f"no {path.name}: {otherwise}")
     try:
         found = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, ValueError, OSError) as error:
-        raise ValueError(f"{path.name} cannot be read: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"{path.name} cannot be read: {str(error).splitlines()[0]}") from None
     if found is None:
-        raise ValueError(f"{path.name} is empty: {otherwise}")
+        raise ConfigError(f"{path.name} is empty: {otherwise}")
     if not isinstance(found, dict):
-        raise ValueError(f"{path.name} holds no configuration")
+        raise ConfigError(f"{path.name} holds no configuration")
     return found
 
 
@@ -256,10 +258,10 @@ def _choices(folder: Path) -> dict[str, str]:
 def _curves(path: Path, notes: list[str]) -> dict[str, Curve]:
     """metrics.csv by column. A line that was cut while it was written is left out, and said so."""
     if not path.is_file():
-        raise ValueError("no metrics.csv: it stopped before its first row was logged")
+        raise ConfigError("no metrics.csv: it stopped before its first row was logged")
     text = path.read_text(encoding="utf-8", errors="replace")
     if not text.strip():
-        raise ValueError("metrics.csv is empty: it stopped before its first row was logged")
+        raise ConfigError("metrics.csv is empty: it stopped before its first row was logged")
     whole = text.endswith(("\n", "\r"))
     rows = list(csv.reader(text.replace("\0", "").splitlines()))
     head, body, bad = rows[0], rows[1:], 0
@@ -267,7 +269,7 @@ def _curves(path: Path, notes: list[str]) -> dict[str, Curve]:
         body.pop()
         notes.append("the last line of metrics.csv is cut, and left out")
     if "step" not in head or not set(_LOSSES) & set(head):
-        raise ValueError(
+        raise ConfigError(
             "metrics.csv has no columns step and val/loss or train/loss: its first line is cut, or not ours"
         )
     shown = {i: name for i, name in enumerate(head) if name not in _UNSHOWN and not name.startswith("train/loss_snr/")}
@@ -290,7 +292,7 @@ def _curves(path: Path, notes: list[str]) -> dict[str, Curve]:
         )
     curves = {name: sorted(curve, key=itemgetter(0)) for name, curve in curves.items() if curve}
     if not set(_LOSSES) & set(curves):
-        raise ValueError("metrics.csv holds no loss: it stopped before its first row was logged, or is cut")
+        raise ConfigError("metrics.csv holds no loss: it stopped before its first row was logged, or is cut")
     return curves
 
 
@@ -301,13 +303,13 @@ def _rows(path: Path) -> list[Row]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError):
-        raise ValueError("metrics.json is cut or no JSON") from None
+        raise ConfigError("metrics.json is cut or no JSON") from None
     if not (
         isinstance(rows, list)
         and rows
         and all(isinstance(r, dict) and isinstance(r.get("metrics"), dict) for r in rows)
     ):
-        raise ValueError("metrics.json holds no rows of metrics")
+        raise ConfigError("metrics.json holds no rows of metrics")
     return rows
 
 

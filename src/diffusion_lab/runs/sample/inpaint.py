@@ -7,6 +7,7 @@ from torch import Tensor
 
 from diffusion_lab.data.pictures import Panel, save_sheet
 from diffusion_lab.editing import inpaint, passes
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.runs.inputs import read_one
 from diffusion_lab.runs.sample.work import SHOWN, Work, write
 
@@ -17,7 +18,7 @@ def do(work: Work) -> str:
     known = read_one("image", Path(settings["image"]), work.run.shape)
     mask = (read_one("mask", Path(settings["mask"]), (1, *work.run.shape[1:])) > 0).float()
     if not bool(mask.any()):
-        raise ValueError(f"mask={settings['mask']} is black everywhere: paint white what is to be generated")
+        raise ConfigError(f"mask={settings['mask']} is black everywhere: paint white what is to be generated")
     jumps = (int(settings["inpaint"]["jump_length"]), int(settings["inpaint"]["resample"]))
     way = passes(len(work.sampler.times(denoiser)) - 1, *jumps)
     condition = work.condition(n)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from diffusion_lab.data.pictures import grid, save_png
 from diffusion_lab.editing import slerp
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.runs.inputs import read_one
 from diffusion_lab.runs.sample.latents import save
 from diffusion_lab.runs.sample.work import Work, write
@@ -21,7 +22,7 @@ def do(work: Work) -> str:
     work.must_be_deterministic()
     labels = settings["labels"]
     if isinstance(labels, list) and len(set(map(str, labels))) > 1:
-        raise ValueError(f"labels={labels}: an interpolation is of one class, e.g. labels=[{labels[0]}]")
+        raise ConfigError(f"labels={labels}: an interpolation is of one class, e.g. labels=[{labels[0]}]")
     ends = [read_one("images", Path(path), work.run.shape) for path in settings["images"] or ()]
     condition = {name: value.expand(n, *value.shape[1:]).clone() for name, value in work.condition(1).items()}
     if ends:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.runs.inputs import arrays
 from diffusion_lab.runs.sample.work import Work, write_arrays
 from diffusion_lab.runs.variances import fingerprint
@@ -33,15 +34,15 @@ def load(work: Work, path: Path) -> tuple[Tensor, dict[str, Tensor]]:
     """(latents, conditions) that `save` wrote. ValueError: no such file, another shape, other weights."""
     found = arrays("latents", path)
     if not {"arr_0", "t", "schedule", "ckpt", "weights"} <= set(found) or found["t"] != 1:
-        raise ValueError(f"latents={path} is not what sample.py writes: make it by task=encode")
+        raise ConfigError(f"latents={path} is not what sample.py writes: make it by task=encode")
     latents, shape = found["arr_0"], work.run.shape
     if latents.ndim != 4 or latents.shape[1:] != shape or not np.isfinite(latents).all():
-        raise ValueError(
+        raise ConfigError(
             f"latents={path} holds {'×'.join(map(str, latents.shape[1:]))} latents where the checkpoint's images are "
             f"{'×'.join(map(str, shape))}: encode with this checkpoint, or write ckpt={found['ckpt']}"
         )
     if str(found["weights"]) != fingerprint(work.run):
-        raise ValueError(
+        raise ConfigError(
             f"latents={path} belongs to other weights than these ({work.run.path}, {work.run.weights}): encode with them, or "
             f"write ckpt={found['ckpt']}"
         )

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.runs import files
 
 NEEDS = {  # the options that a task cannot do without
@@ -29,25 +30,25 @@ def check(settings: Mapping[str, Any]) -> None:
     """Raise ValueError for what can be known to be wrong without the checkpoint."""
     task = settings["task"]
     if task not in NEEDS:
-        raise ValueError(f"task={task} is unknown: write task=generate, or one of {', '.join(list(NEEDS)[1:])}")
+        raise ConfigError(f"task={task} is unknown: write task=generate, or one of {', '.join(list(NEEDS)[1:])}")
     if not settings["ckpt"]:
-        raise ValueError("name what to sample from: ckpt=PATH of a checkpoint or a run folder, or ckpt=latest")
+        raise ConfigError("name what to sample from: ckpt=PATH of a checkpoint or a run folder, or ckpt=latest")
     for key, what in PATHS.items():
         value = settings[key]
         if value is None:
             if key in NEEDS[task]:
-                raise ValueError(f"task={task} needs {key}=PATH, {what}")
+                raise ConfigError(f"task={task} needs {key}=PATH, {what}")
         elif key not in (*NEEDS[task], *MAY.get(task, ())):
             users = [t for t in NEEDS if key in (*NEEDS[t], *MAY.get(t, ()))]
-            raise ValueError(
+            raise ConfigError(
                 f"{key}= means nothing to task={task}: leave it out, or write task={' or task='.join(users)}"
             )
         else:
             _exist(key, value)
     if task == "interpolate" and settings["n"] is not None and settings["n"] < 2:
-        raise ValueError(f"n={settings['n']}: an interpolation has two ends at least, n=2 or more")
+        raise ConfigError(f"n={settings['n']}: an interpolation has two ends at least, n=2 or more")
     if task == "edit" and not 0 < settings["strength"] <= 1:
-        raise ValueError(
+        raise ConfigError(
             f"strength={settings['strength']} is outside (0, 1]: it is the time to noise to, e.g. strength=0.5"
         )
     files.refuse_filled(Path(settings["out"] or settings["run_dir"]), "out", settings["overwrite"])
@@ -56,10 +57,10 @@ def check(settings: Mapping[str, Any]) -> None:
 def _exist(key: str, value: Any) -> None:
     paths = value if isinstance(value, list) else [value]
     if key == "images" and (len(paths) != 2 or not all(isinstance(path, str) for path in paths)):
-        raise ValueError(f"images={value}: name the two ends of the interpolation, images=[A.png,B.png]")
+        raise ConfigError(f"images={value}: name the two ends of the interpolation, images=[A.png,B.png]")
     for path in paths:
         if not Path(path).exists():
-            raise ValueError(f"{key}={path}: there is no such file; name {PATHS[key]}")
+            raise ConfigError(f"{key}={path}: there is no such file; name {PATHS[key]}")
 
 
 def do(settings: Mapping[str, Any]) -> str:

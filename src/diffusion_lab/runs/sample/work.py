@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffusion_lab.data.pictures import class_grid, grid, save_png, to_uint8
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.noise import normal
 from diffusion_lab.runs import conditions, files
 from diffusion_lab.runs.checkpoints import Make, Run, load_checkpoint, rewrapped
@@ -72,7 +73,7 @@ class Work:
     def must_be_deterministic(self) -> None:
         """Raise ValueError unless the sampler runs from data to noise as well."""
         if not self.sampler.deterministic:
-            raise ValueError(
+            raise ConfigError(
                 f"task={self.settings['task']} needs a deterministic sampler, and {named(self.sampler)} as configured is "
                 "stochastic: write sampler=ddim variance=fixed_small, or sampler=heun"
             )

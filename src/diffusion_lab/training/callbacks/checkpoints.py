@@ -7,6 +7,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.training.callbacks.losses import Losses
 
 
@@ -27,7 +28,7 @@ class Checkpoints(pl.Callback):
 
     def __init__(self, folder: str, every: int = 1000, monitor: str = "val/loss") -> None:
         if every < 1:
-            raise ValueError(f"callbacks.checkpoints.every={every} must be at least 1")
+            raise ConfigError(f"callbacks.checkpoints.every={every} must be at least 1")
         self.folder, self.every, self.monitor = Path(folder), every, monitor
         self.best: float | None = None
         self.latest: tuple[float, int] | None = None

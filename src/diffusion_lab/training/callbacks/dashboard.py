@@ -3,6 +3,7 @@
 import pytorch_lightning as pl
 from pytorch_lightning.loggers import WandbLogger
 
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.training.callbacks.quality import Quality
 from diffusion_lab.training.module import DiffusionModule
 
@@ -20,7 +21,7 @@ class Dashboard(pl.Callback):
 
     def __init__(self, gradients: int = 0) -> None:
         if gradients < 0:
-            raise ValueError(f"logger.wandb.gradients={gradients} must be a number of steps, or 0 for none")
+            raise ConfigError(f"logger.wandb.gradients={gradients} must be a number of steps, or 0 for none")
         self.gradients = gradients
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: DiffusionModule) -> None:  # type: ignore[override]

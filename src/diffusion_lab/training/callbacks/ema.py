@@ -8,6 +8,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.training.module import DiffusionModule
 from diffusion_lab.training.sharding import whole
 
@@ -30,7 +31,7 @@ class EMA(pl.Callback):
     def __init__(self, decay: float | Sequence[float] = 0.9999, warmup: bool = True) -> None:
         self.decays = [decay] if isinstance(decay, (int, float)) else list(decay)
         if not self.decays or len(set(self.decays)) < len(self.decays) or not all(0 <= d < 1 for d in self.decays):
-            raise ValueError(
+            raise ConfigError(
                 f"callbacks.ema.decay={decay} must be one or several different numbers in [0, 1), e.g. 0.9999"
             )
         self.warmup = warmup
@@ -80,7 +81,7 @@ class EMA(pl.Callback):
         if held := checkpoint.get("ema"):
             for decay, network in self.networks.items():
                 if name(decay) not in held:
-                    raise ValueError(
+                    raise ConfigError(
                         f"the checkpoint has no average with decay {decay}: write callbacks.ema.decay={', '.join(held)}"
                     )
                 network.load_state_dict(held[name(decay)])

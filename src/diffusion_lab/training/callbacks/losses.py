@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import WandbLogger
 
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.schedules import move
 from diffusion_lab.training.module import DiffusionModule
 
@@ -29,7 +30,7 @@ class Losses(pl.Callback):
 
     def __init__(self, edges: list[float] | None = None) -> None:
         if edges is not None and sorted(set(edges)) != list(edges):
-            raise ValueError(f"callbacks.losses.edges={edges} must increase")
+            raise ConfigError(f"callbacks.losses.edges={edges} must increase")
         self.edges = edges or []
         bounds = ["-inf", *(f"{edge:g}" for edge in self.edges), "inf"]
         self._bounds = torch.tensor(self.edges, dtype=torch.float64)

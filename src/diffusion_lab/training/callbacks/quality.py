@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from diffusion_lab.data.datamodule import DataModule
 from diffusion_lab.denoiser import Clip, Denoiser
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.metrics import classifier, extractors, reference
 from diffusion_lab.metrics.collect import Processes, classes, collect, sampled
 from diffusion_lab.metrics.extractors import Extractor
@@ -80,7 +81,7 @@ class Quality(pl.Callback):
         cache: str = "outputs/cache",
     ) -> None:
         if every < 1 or n < 2 or batch_size < 1:
-            raise ValueError(
+            raise ConfigError(
                 f"callbacks.quality needs every >= 1, n >= 2, batch_size >= 1, not {every}, {n} and {batch_size}"
             )
         self.sampler, self.clip, self.extractor, self.every, self.n = sampler, clip, extractor, every, n
@@ -97,7 +98,7 @@ class Quality(pl.Callback):
         """Refuses, before anything is written, what cannot be: weights that are missing, a set without labels, a full disk."""
         images = data.images(self.split)
         if len(images) < 2:
-            raise ValueError(f"callbacks.quality.split={self.split} holds {len(images)} image(s): write train+val")
+            raise ConfigError(f"callbacks.quality.split={self.split} holds {len(images)} image(s): write train+val")
         if self.extractor == "inception":
             extractors.weights(self.weights_path)
         elif self.extractor == "classifier":
@@ -179,7 +180,7 @@ class Quality(pl.Callback):
         begin = time.perf_counter()
         try:
             self._evaluate(trainer, pl_module)
-        except (ValueError, torch.OutOfMemoryError) as error:  # in every process; no reason to end the training
+        except (ConfigError, torch.OutOfMemoryError) as error:  # in every process; no reason to end the training
             if trainer.is_global_zero:
                 warnings.warn(f"no {self.label} at step {step:,}: {error}", stacklevel=2)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffusion_lab.data.pictures import Panel, grid, save_sheet
 from diffusion_lab.denoiser import Clip, Denoiser
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.noise import normal
 from diffusion_lab.samplers import Sampler, prior
 from diffusion_lab.training.callbacks.interrupt import Interrupt
@@ -44,7 +45,7 @@ class Samples(pl.Callback):
         strip: tuple[int, int] | None = (4, 10),
     ) -> None:
         if every < 1 or n < 1:
-            raise ValueError(f"callbacks.samples needs every >= 1 and n >= 1, not every={every}, n={n}")
+            raise ConfigError(f"callbacks.samples needs every >= 1 and n >= 1, not every={every}, n={n}")
         self.folder, self.sampler, self.clip, self.every, self.n, self.seed = (
             Path(folder),
             sampler,
@@ -80,7 +81,7 @@ class Samples(pl.Callback):
         try:
             panels = self._panels(module)
         except (
-            ValueError,
+            ConfigError,
             torch.OutOfMemoryError,
         ) as error:  # NaN, or no room for n images: no reason to end the training
             warnings.warn(f"no samples at step {step}: {error}", stacklevel=2)
