@@ -27,7 +27,7 @@ PLAIN, LABELLED = "no labels", "labels, dropped at 0.1"
 
 def trained(quick: bool) -> None:
     """The networks of the ablation and the classifier of noisy digits, where they are not there yet."""
-    short = ["trainer.max_steps=40", "trainer.val_every=40"] if quick else []
+    short = ["trainer.max_steps=40", "validation.every=40"] if quick else []
     for name, overrides in ABLATED.items():
         if not (folder(name) / "checkpoints" / "last.ckpt").is_file():
             command(

@@ -34,7 +34,7 @@ def main(quick: bool) -> str:
     """The table of both networks."""
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
-    quiet = ["callbacks.progress=null", "callbacks.samples=null", "trainer.val_every=0", "trainer=cpu"]
+    quiet = ["callbacks.progress=null", "callbacks.samples=null", "validation.every=0", "trainer=cpu"]
     shapes = ["data.channels=3", "data.image_size=[32,32]", "data.num_classes=0"]
     rows = [measure("digits, unet_digits", quiet, 40 if quick else 150, 2 if quick else 5)]
     noise = [

@@ -3,7 +3,7 @@
 Those of the documentation show this sweep, about a quarter of an hour on one core, each job evaluated:
 
     python src/train.py --multirun schedule=linear,cosine objective=pred_noise,pred_x0,pred_v trainer.max_steps=300 \
-        trainer.val_every=30 trainer.log_every_n_steps=10 quality=classifier callbacks.quality.every=60 callbacks.quality.n=500 \
+        validation.every=30 trainer.log_every_n_steps=10 quality=classifier callbacks.quality.every=60 callbacks.quality.n=500 \
         callbacks.samples.n=25
     python src/evaluate.py ckpt=SWEEP/JOB samplers=[ddim,dpm_solver_pp] steps=[5,10,20] n=500 out=SWEEP/JOB/evaluate
 """

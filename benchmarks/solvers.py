@@ -42,7 +42,7 @@ ADAPTIVE = ["{ode:{rtol:0.1,atol:0.1}}", "{ode:{rtol:0.01,atol:0.01}}", "{ode:{}
 
 def trained(quick: bool) -> None:
     """The two networks and the three fits, where they are not there yet."""
-    short = ["trainer.max_steps=60", "trainer.val_every=60"] if quick else []
+    short = ["trainer.max_steps=60", "validation.every=60"] if quick else []
     for folder, choice in ((PLAIN, "variance=fixed_small"), (LEARNED, "variance=learned")):
         if not (folder / "checkpoints" / "last.ckpt").is_file():
             command("train", f"hydra.run.dir={folder}", choice, "logger=csv", "callbacks.progress=null", *short)

@@ -138,7 +138,15 @@ drawn = 2 * schedules.Flow().lam(drawn)
 fig, ax = plt.subplots(figsize=(7.2, 2.7))
 for name in ("linear", "cosine", "sigmoid", "flow", "edm"):
     ax.plot(*density({**tables, **curves}[name], t[5:-1]), label=f"{name}, uniform $t$")
-ax.hist(drawn, bins=80, density=True, histtype="stepfilled", color="#dddddd", zorder=0, label="flow, times=log_normal")
+ax.hist(
+    drawn,
+    bins=80,
+    density=True,
+    histtype="stepfilled",
+    color="#dddddd",
+    zorder=0,
+    label="flow, time_sampler=log_normal",
+)
 ax.set(
     xlim=(-16, 16), ylim=(0, 0.25), xlabel=r"$\ln\,$SNR   (noise $\leftarrow$   $\rightarrow$ data)", ylabel="density"
 )
@@ -289,4 +297,4 @@ torch.testing.assert_close(along_vp, along_flow, rtol=1e-3, atol=0)
 # So a schedule that is new to training is a choice of how to spend samples (variance of the gradient), one that is new to *sampling* a choice
 # of where to take steps: the next notebook, [03_samplers](03_samplers.ipynb).
 #
-# On the command line: `schedule=linear objective=pred_v weighting=min_snr weighting.gamma=5 times=log_normal`, in any combination.
+# On the command line: `schedule=linear objective=pred_v weighting=min_snr weighting.gamma=5 time_sampler=log_normal`, in any combination.

@@ -233,8 +233,8 @@ plt.show()
 # ```bash
 # export PYTHONPATH=.
 # python src/train.py data.source._target_=my_lab.Shapes data.image_size=[10,10] data.num_classes=2
-# python src/train.py model=own model._target_=my_lab.Perceptron +model.size=8
-# python src/train.py schedule=own schedule._target_=my_lab.Laplace schedule.steps=500 +schedule.scale=1.5
+# python src/train.py model=custom model._target_=my_lab.Perceptron +model.size=8
+# python src/train.py schedule=custom schedule._target_=my_lab.Laplace schedule.steps=500 +schedule.scale=1.5
 # python src/train.py schedule=flow objective._target_=my_lab.PredTangent
 # python src/sample.py ckpt=latest trust=[my_lab] n=64
 # ```

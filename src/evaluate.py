@@ -1,8 +1,8 @@
-"""`python src/evaluate.py --help` says what it does."""
+"""`python src/evaluate.py --help` prints its options."""
 
 import sys
 
-from diffusion_lab.runs.cli import main
+from diffusion_lab.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main("evaluate", task="evaluate:run"))
+    sys.exit(main("evaluate"))

@@ -1,8 +1,8 @@
-"""`python src/export.py --help` says what it does."""
+"""`python src/export.py --help` prints its options."""
 
 import sys
 
-from diffusion_lab.runs.cli import main
+from diffusion_lab.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main("export", task="export:run"))
+    sys.exit(main("export"))

@@ -1,8 +1,8 @@
-"""`python src/fit_variance.py --help` says what it does."""
+"""`python src/fit_variance.py --help` prints its options."""
 
 import sys
 
-from diffusion_lab.runs.cli import main
+from diffusion_lab.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main("fit_variance", task="fit_variance:run"))
+    sys.exit(main("fit_variance"))

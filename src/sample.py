@@ -1,8 +1,8 @@
-"""`python src/sample.py --help` says what it does."""
+"""`python src/sample.py --help` prints its options."""
 
 import sys
 
-from diffusion_lab.runs.cli import main
+from diffusion_lab.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main("sample", task="sample:run"))
+    sys.exit(main("sample"))

@@ -1,8 +1,8 @@
-"""`python src/train.py --help` says what it does."""
+"""`python src/train.py --help` prints its options."""
 
 import sys
 
-from diffusion_lab.runs.cli import main
+from diffusion_lab.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main("train", task="train:run"))
+    sys.exit(main("train"))

@@ -2,6 +2,7 @@
 
 import functools
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from diffusion_lab.runs import cli, options
+from diffusion_lab import cli, composition
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,11 +24,11 @@ TINY = (
     "callbacks.progress=null",
     "callbacks.samples=null",
     "trainer=cpu",
-    "trainer.val_every=0",
+    "validation.every=0",
     "trainer.log_every_n_steps=1",
     "data.batch_size=16",
-    "rate=constant",
-    "rate.warmup=0",
+    "lr_scheduler=constant",
+    "lr_scheduler.warmup=0",
 )
 
 
@@ -44,9 +45,12 @@ def code(name: str, arguments: Sequence[str]) -> int:
     before = sys.argv
     sys.argv = [str(ROOT / "src" / f"{name}.py"), *arguments]
     try:
-        return cli.main(name, f"{name}:run")
+        return cli.main(name)
     except SystemExit as stopped:
         return int(stopped.code or 0)
+    except Exception:  # as the interpreter would end: a defect keeps its traceback
+        traceback.print_exc()
+        return 1
     finally:
         sys.argv = before
         GlobalHydra.instance().clear()
@@ -62,7 +66,7 @@ def command(name: str, arguments: Sequence[str], capfd: pytest.CaptureFixture[st
 @functools.cache
 def composed(name: str, *overrides: str, run_dir: str = "RUN") -> dict[str, Any]:
     """The resolved configuration of a command line, without Hydra's own node. Cached: do not change it."""
-    plain = OmegaConf.to_container(options.check(name, overrides), resolve=False)
+    plain = OmegaConf.to_container(composition.composed(name, overrides), resolve=False)
     assert isinstance(plain, dict)
     del plain["hydra"]
     resolved = OmegaConf.to_container(OmegaConf.create({**plain, "run_dir": run_dir}), resolve=True)

@@ -68,8 +68,8 @@ def test_the_ipynb_is_what_its_py_gives(path):
 
 
 SHORT = (
-    "trainer=cpu", "trainer.max_steps=2", "trainer.val_every=0", "logger=csv", "callbacks.progress=null",
-    "callbacks.samples=null", "data.batch_size=16", "rate=constant", "rate.warmup=0",
+    "trainer=cpu", "trainer.max_steps=2", "validation.every=0", "logger=csv", "callbacks.progress=null",
+    "callbacks.samples=null", "data.batch_size=16", "lr_scheduler=constant", "lr_scheduler.warmup=0",
 )  # fmt: skip
 
 

@@ -30,7 +30,7 @@ DOORS = [
 
 # What makes a command short: its meaning stays, and the options that it names come last.
 SHORT = (
-    "trainer.max_steps=2 trainer.val_every=2 trainer.val_draws=1 trainer.accelerator=cpu logger=csv data.batch_size=8 "
+    "trainer.max_steps=2 validation.every=2 validation.draws=1 trainer.accelerator=cpu logger=csv data.batch_size=8 "
     "callbacks.samples.every=2 callbacks.samples.n=4 sampler.steps=2"
 )
 
@@ -92,7 +92,7 @@ def _shortening(line: str) -> str:
     if "learning_rate_search" in line:
         extra += " hydra.sweeper.trials=2"
     if "debug=fast" in line:
-        extra = extra.replace("trainer.val_every=2", "").replace("logger=csv", "")
+        extra = extra.replace("validation.every=2", "").replace("logger=csv", "")
     if "_target_" in line:
         extra = extra.replace("data.batch_size=8", "data.batch_size=4")
     return " ".join(part for part in extra.split() if part.split("=")[0] not in own)
@@ -148,7 +148,7 @@ def test_the_readme_s_commands_at_full_length(workplace, monkeypatch, sweeps):
     ran = 0
     for line in COMMANDS:
         if not line.startswith("make") and _without_download(line) and (line in section) == sweeps:
-            of_ones_own = "image_folder" in line or "model=own" in line
+            of_ones_own = "image_folder" in line or "model=custom" in line
             extra = "trainer.max_steps=20" if of_ones_own else "trainer.accelerator=cpu" if DDP in line else ""
             _apart(line, workplace, extra)
             ran += 1

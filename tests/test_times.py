@@ -284,5 +284,5 @@ def test_refusals(make: Callable[[], object], remedy: str) -> None:
 
 def test_a_history_of_another_schedule_is_refused() -> None:
     sampler = learned(Linear(40), torch.ones_like)
-    with pytest.raises(ValueError, match="times=stratified"):
+    with pytest.raises(ValueError, match="time_sampler=stratified"):
         sampler.weight(Linear(50), torch.ones(1, dtype=D))

@@ -168,7 +168,7 @@ class Importance(TimeSampler):
         if self._losses.shape != (n, self.history):
             raise ConfigError(
                 f"the checkpoint's history of losses is {tuple(self._losses.shape)} (bins, history) and this run's is "
-                f"({n}, {self.history}): keep schedule.steps, times.bins and times.history, or write times=stratified"
+                f"({n}, {self.history}): keep schedule.steps, times.bins and times.history, or write time_sampler=stratified"
             )
         return n
 

@@ -20,7 +20,6 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from diffusion_lab.errors import ConfigError
-from diffusion_lab.runs.cli import refuse
 
 if TYPE_CHECKING:
     import optuna
@@ -32,7 +31,7 @@ _in_memory: dict[str, "optuna.Study"] = {}  # what jobs in this process report t
 
 @dataclass
 class OptunaConf:
-    """hydra.sweeper.KEY=VALUE; what is searched stands in the sweep's keys: rate.warmup=range(0,400,100),
+    """hydra.sweeper.KEY=VALUE; what is searched stands in the sweep's keys: lr_scheduler.warmup=range(0,400,100),
     'optimizer.lr=tag(log,interval(1e-4,1e-2))', schedule=linear,cosine."""
 
     _target_: str = "hydra_plugins.diffusion_lab_optuna.OptunaSweeper"
@@ -54,7 +53,7 @@ ConfigStore.instance().store(group="hydra/sweeper", name="optuna", node=OptunaCo
 class OptunaSweeper(Sweeper):
     """Asks Optuna for values, launches them, tells it what came out.
 
-    A job returns a sweeps.Outcome: its `value` is minimised, "pruned" and failed ones count as such.
+    A job returns a cli.sweeps.Outcome: its `value` is minimised, "pruned" and failed ones count as such.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -82,10 +81,7 @@ class OptunaSweeper(Sweeper):
         folder = Path(self.config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.config, folder / "multirun.yaml")
-        try:
-            study = _study(self.options)
-        except ValueError as error:
-            refuse(error)
+        study = _study(self.options)
         _in_memory[self.options.study] = study
         try:
             returns = []
@@ -93,7 +89,7 @@ class OptunaSweeper(Sweeper):
                 try:
                     trials = [study.ask(space) for _ in range(min(self.options.parallel, self.options.trials - done))]
                 except ValueError as error:  # the values of a choice are others than when the study began
-                    refuse(ConfigError(f"{error}: write another hydra.sweeper.study="))
+                    raise ConfigError(f"{error}: write another hydra.sweeper.study=") from error
                 jobs = [
                     [*fixed, *(f"{k}={v}" for k, v in t.params.items()), f"+hydra.job.env_set.{TRIAL_ENV}='{t.number}'"]
                     for t in trials

@@ -7,11 +7,12 @@ import pytest
 import torch
 from command import composed
 
+from diffusion_lab import composition
 from diffusion_lab.denoiser import Denoiser
+from diffusion_lab.instantiation import CONF, instantiate
 from diffusion_lab.losses import diffusion_loss
 from diffusion_lab.noise import normal
-from diffusion_lab.runs import build, options
-from diffusion_lab.runs.instantiate import instantiate
+from diffusion_lab.runs import build
 from diffusion_lab.samplers import prior
 
 BUILT = (
@@ -34,14 +35,14 @@ UNBUILT = ("own", "analytic", "tensors", "attributes")
 
 
 @pytest.mark.parametrize(
-    ("group", "option"), [(g, o) for g in BUILT for o in options.group_options(g) if o not in UNBUILT]
+    ("group", "option"), [(g, o) for g in BUILT for o in composition.options(g) if o not in UNBUILT]
 )
 def test_every_option_builds(group, option):
     node = composed("train", f"{group}={option}").get(group)
     assert (instantiate(node) is None) == (option == "none" and group == "clip")
 
 
-CURVES = [o for o in options.group_options("schedule") if o != "own"]
+CURVES = [o for o in composition.options("schedule") if o != "own"]
 
 
 @functools.cache
@@ -57,7 +58,7 @@ def denoiser(schedule, objective):
 NOISE = normal((1, 8, 8), seed=0, index=torch.arange(4))
 
 
-@pytest.mark.parametrize("objective", options.group_options("objective"))
+@pytest.mark.parametrize("objective", composition.options("objective"))
 @pytest.mark.parametrize("schedule", CURVES)
 def test_every_pair_trains_with_every_weighting_or_is_refused(schedule, objective):
     continuous = schedule in ("vp", "sub_vp", "ve", "edm", "flow")
@@ -66,7 +67,7 @@ def test_every_pair_trains_with_every_weighting_or_is_refused(schedule, objectiv
             denoiser(schedule, objective)
         return
     t = torch.tensor([0.001, 0.3, 0.7, 1.0], dtype=torch.float64)
-    for weighting, loss in itertools.product(options.group_options("weighting"), options.group_options("loss")):
+    for weighting, loss in itertools.product(composition.options("weighting"), composition.options("loss")):
         chosen = composed("train", f"weighting={weighting}", f"loss={loss}")
         weight, error = instantiate(chosen["weighting"]), instantiate(chosen["loss"])
         step = diffusion_loss(denoiser(schedule, objective), weight, error, NOISE.clamp(-1, 1), NOISE.flip(0), t)
@@ -75,7 +76,7 @@ def test_every_pair_trains_with_every_weighting_or_is_refused(schedule, objectiv
         assert step.weighted[3] >= 0  # where α(1) = 0 a weight on ε is 0 in other coordinates
 
 
-@pytest.mark.parametrize("sampler", options.group_options("sampler"))
+@pytest.mark.parametrize("sampler", composition.options("sampler"))
 @pytest.mark.parametrize("schedule", CURVES)
 def test_every_sampler_runs_on_every_curve(schedule, sampler):
     steps = ("sampler.steps=4",) if "steps" in composed("train", f"sampler={sampler}")["sampler"] else ()
@@ -105,15 +106,15 @@ def test_zero_terminal_snr_refuses_pred_noise_and_says_what_to_write():
         )
 
 
-@pytest.mark.parametrize("name", options.group_options("experiment"))
+@pytest.mark.parametrize("name", composition.options("experiment"))
 def test_every_experiment_builds(name):
     config = composed("train", f"experiment={name}")
-    first = (options.CONF / "experiment" / f"{name}.yaml").read_text().splitlines()[:6]
+    first = (CONF / "experiment" / f"{name}.yaml").read_text().splitlines()[:6]
     assert any(f"experiment={name}" in line for line in first)
     with torch.device("meta"):
         network = instantiate(config["model"])
     module = build.module(config, network, {})
-    assert build.callbacks(config, options.CONF)
+    assert build.callbacks(config, CONF)
     instantiate(config["sampler"]).check(module.denoiser)
 
 

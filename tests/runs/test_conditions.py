@@ -75,7 +75,7 @@ def test_guidance_with_any_sampler_and_batch_size(sampler, run, judges, plain):
     """Image i depends on (seed, i) and its class, not on its neighbours: to 1e-4 between batches of 3 and of 7."""
     from command import composed
 
-    from diffusion_lab.runs.instantiate import instantiate
+    from diffusion_lab.instantiation import instantiate
 
     made = instantiate(
         composed("sample", f"sampler={sampler}", "sampler.steps=3")["sampler"]
@@ -133,11 +133,11 @@ def test_super_resolution_end_to_end(sample, tmp_path, cache, capfd):
     np.savez(tmp_path / "full.npz", full)
     np.savez(tmp_path / "small.npz", full[:, ::2, ::2])
     asked = (f"ckpt={run}", "n=6")
-    a, b = (sample(*asked, f"given={tmp_path / name}.npz")["arr_0"] for name in ("full", "small"))
+    a, b = (sample(*asked, f"condition_data={tmp_path / name}.npz")["arr_0"] for name in ("full", "small"))
     assert (a == b).all()
     other = tmp_path / "other.npz"
     np.savez(other, 255 - full)
-    assert (sample(*asked, f"given={other}")["arr_0"] != a).any()
+    assert (sample(*asked, f"condition_data={other}")["arr_0"] != a).any()
     out = tmp_path / "evaluated"
     common = ("device=cpu", "n=70", "steps=[2]", "batch_size=35", f"cache={cache}", f"ckpt={run}", f"out={out}")
     assert command("evaluate", [*common, "metrics=[fd_classifier,nll]", "samplers=[ddpm]"], capfd).code == 0
@@ -154,7 +154,7 @@ def test_tensors_of_ones_own_data_set(tmp_path, capfd, monkeypatch):
         [
             *[a for a in TINY if not a.startswith("model.")],
             "data.source._target_=own_data.Squares", "data.num_classes=0", "data.stratify=false",
-            "model=own", "model._target_=own_data.SizedNetwork", "condition=tensors", "condition.keys=[size]",
+            "model=custom", "model._target_=own_data.SizedNetwork", "condition=tensors", "condition.keys=[size]",
             "trust=[own_data]", "trainer.max_steps=2", f"hydra.run.dir={run}",
         ],
         capfd,
@@ -162,10 +162,10 @@ def test_tensors_of_ones_own_data_set(tmp_path, capfd, monkeypatch):
     assert outcome.code == 0, outcome.err
     np.savez(tmp_path / "sizes.npz", size=np.array([0.25, 1.0], np.float32))
     common = [*QUICK, f"ckpt={run}", "trust=[own_data]", "n=4", f"out={out}"]
-    assert command("sample", [*common, f"given={tmp_path / 'sizes.npz'}"], capfd).code == 0
+    assert command("sample", [*common, f"condition_data={tmp_path / 'sizes.npz'}"], capfd).code == 0
     outcome = command("sample", [*common, "overwrite=true"], capfd)
     assert outcome.code == 2
-    assert "given=PATH" in outcome.err
+    assert "condition_data=PATH" in outcome.err
 
 
 def test_attributes_by_their_names(tmp_path, capfd, monkeypatch):

@@ -7,9 +7,9 @@ import pytest
 import torch
 from command import TINY, command, composed, train
 
+from diffusion_lab.instantiation import instantiate
 from diffusion_lab.models import SecondHead
 from diffusion_lab.runs import build, load_checkpoint, variances
-from diffusion_lab.runs.instantiate import instantiate
 from diffusion_lab.samplers import DDIM, DDPM
 from diffusion_lab.variances import NPR, SN, Analytic, FixedLarge, FixedSmall, Learned
 
@@ -90,7 +90,7 @@ def test_analytic_from_nothing_to_images(made, fit, sample, tmp_path):
     ):
         outcome = sample(plain, "variance=analytic", "sampler=ddpm", "sampler.steps=4", *more)
         assert outcome.code == 0, outcome.err
-    refused(sample(plain, *asked, "weights=live"), "variance=analytic weights=live")
+    refused(sample(plain, *asked, "weights=raw"), "variance=analytic weights=raw")
     refused(sample(plain, "sampler=ddpm", "sampler.grid=optimal", "sampler.steps=4"), "variance=analytic")
     variance, same = variances.variance_for(
         {"_target_": "diffusion_lab.variances.Analytic", "times": None, "moments": None}, run
@@ -170,7 +170,7 @@ def test_what_cannot_be_fitted(made, fit, capfd, tmp_path):
 def test_a_learned_variance_simply_trains_and_samples(made, sample, fit):
     """variance=learned alone chooses 2C channels and a sampler that can use them; sample.py takes the checkpoint's variance where
     its sampler can, and fixed_small for DDIM."""
-    learned = made("learned", "variance=learned", "trainer.val_every=1", "callbacks.ema.decay=0.5")
+    learned = made("learned", "variance=learned", "validation.every=1", "callbacks.ema.decay=0.5")
     run = load_checkpoint(learned)
     assert run.config["model"]["learned_variance"] is True
     assert isinstance(run.sampler(), DDPM)
@@ -191,7 +191,13 @@ def test_a_learned_variance_simply_trains_and_samples(made, sample, fit):
 
 
 def test_the_bound_alone_with_importance_sampling(tmp_path, capfd):
-    options = ("variance=learned", "variance.loss=vlb", "times=importance", "trainer.max_steps=2", "schedule.steps=40")
+    options = (
+        "variance=learned",
+        "variance.loss=vlb",
+        "time_sampler=importance",
+        "trainer.max_steps=2",
+        "schedule.steps=40",
+    )
     train(tmp_path / "run", *options, capfd=capfd)
     assert load_checkpoint(tmp_path / "run").config["variance"]["loss"] == "vlb"
 
@@ -226,7 +232,7 @@ def test_and_on_the_command_line_before_training(tmp_path, capfd):
 def test_networks_of_one_s_own(tmp_path, capfd, fit, sample):
     """With 2C channels they learn a variance; without they are refused in one line; no features, so no second head."""
     tiny = [o for o in TINY if not o.startswith(("model.", "rate"))]
-    common = [*tiny, "model=own", "trainer.max_steps=1", "schedule.steps=40", "sampler.steps=4"]
+    common = [*tiny, "model=custom", "trainer.max_steps=1", "schedule.steps=40", "sampler.steps=4"]
     one, two = tmp_path / "one", tmp_path / "two"
     asked = [*common, "model._target_=own_network.Own", f"hydra.run.dir={one}"]
     refused(command("train", [*asked, "variance=learned"], capfd), "the network gives 0 of them for images of 1")

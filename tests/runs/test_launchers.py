@@ -63,7 +63,7 @@ def test_what_weights_in_parts_do_not_allow_and_lonely_tasks_are_refused(tmp_pat
     cases = (
         ({}, ["trainer.strategy=deepspeed"], "write trainer=fsdp, or trainer=ddp"),
         ({}, ["trainer=fsdp", "callbacks.ema=null"], "callbacks.ema.decay=0"),
-        ({}, ["trainer=fsdp", "trainer.compile=true"], "trainer.compile=false"),
+        ({}, ["trainer=fsdp", "compile=true"], "compile=false"),
         ({}, ["trainer=fsdp", "logger=wandb", "logger.wandb.gradients=50"], "logger.wandb.gradients"),
         ({"SLURM_NTASKS": "1"}, ["trainer=ddp", "trainer.accelerator=cpu"], "--ntasks-per-node=N"),
     )
@@ -100,10 +100,10 @@ def _rows(folder):
 SAME = (
     *TINY[:5],
     "trainer.log_every_n_steps=1",
-    "trainer.val_every=0",
+    "validation.every=0",
     "data.batch_size=16",
-    "rate=constant",
-    "rate.warmup=0",
+    "lr_scheduler=constant",
+    "lr_scheduler.warmup=0",
 )
 
 

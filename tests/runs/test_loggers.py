@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from diffusion_lab.runs import dashboard
 from diffusion_lab.training.module import DiffusionModule
 
-SHOWN = tuple(a for a in TINY if a not in ("callbacks.samples=null", "trainer.val_every=0", "logger=csv"))
+SHOWN = tuple(a for a in TINY if a not in ("callbacks.samples=null", "validation.every=0", "logger=csv"))
 WANDB = ("logger=[csv,wandb,tensorboard]", "logger.wandb.mode=offline", "logger.wandb.gradients=2")
 
 

@@ -9,7 +9,8 @@ import pytest
 import yaml
 from command import ROOT, command, composed
 
-from diffusion_lab.runs import options
+from diffusion_lab import composition
+from diffusion_lab.instantiation import CONF
 
 MISTAKES = {
     "schedule=cosin": "did you mean cosine?",
@@ -25,12 +26,13 @@ MISTAKES = {
     "data.flip=1": "true or false is needed",
     "data.batch_size=true": "a whole number is needed",
     "model.multipliers=2": "a list is needed",
-    "sampler.steps=no": "a whole number or null is needed",
+    "sampler.steps=no": "a whole number is needed",
+    "++sampler.steps=[1]": "a whole number or null is needed",
     "schedule=linear,cosine": "add --multirun",
     "max_steps": "neither KEY=VALUE nor a flag",
-    "a=[1": "cannot read the overrides",
-    "~schedule": "a run needs every group",
-    "data.seed=${nope}": "cannot be resolved",
+    "a=[1": "cannot read the override",
+    "~schedule": "run needs every group",
+    "data.limit=${nope}": "cannot be resolved",
     "++trainer.max_steps=abc": "a whole number is needed",
     "hydra.run.dir=x/${hydra:nothing.at.all}": "cannot be resolved",
 }
@@ -58,8 +60,8 @@ def test_every_value_of_a_sweep_is_checked_before_the_first_job(capfd, tmp_path)
 def test_a_mistake_is_reported_without_importing_torch():
     code = (
         "import sys; sys.argv = ['train.py', 'schedule=cosin']\n"
-        "from diffusion_lab.runs.cli import main\n"
-        "try: main('train', 'train:run')\n"
+        "from diffusion_lab.cli import main\n"
+        "try: main('train')\n"
         "except SystemExit as stopped: assert stopped.code == 2\n"
         "heavy = {'torch', 'pytorch_lightning', 'wandb', 'sklearn'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
@@ -88,16 +90,20 @@ def test_information_needs_no_training(flag, capfd):
     assert "schedule" in out
     if flag == "--help":
         assert "python src/train.py" in out
-        for group in ("schedule: cosine, edm", "objective: edm, pred_flow", "weighting: edm, eps"):
+        for group in (
+            "schedule: cosine, custom, edm",
+            "objective: custom, edm, pred_flow",
+            "weighting: custom, edm, eps",
+        ):
             assert group in out
 
 
-GROUPS = sorted(p.name for p in options.CONF.iterdir() if p.is_dir() and p.name not in ("hydra", "recipe", "sweep"))
+GROUPS = sorted(p.name for p in CONF.iterdir() if p.is_dir() and p.name not in ("hydra", "recipe", "sweep", "base"))
 
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_option_of_every_group_composes(group):
-    for option in options.group_options(group):
+    for option in composition.options(group):
         assert composed("sample" if group == "guidance" else "train", f"{group}={option}")["seed"] == 0
 
 
@@ -114,7 +120,7 @@ def test_every_group_of_the_surface_is_there():
         "schedule": "linear scaled_linear cosine sigmoid vp sub_vp ve edm flow",
         "objective": "pred_noise pred_x0 pred_v pred_mean pred_flow edm",
         "weighting": "native eps x0 truncated_snr min_snr soft_min_snr p2 vlb edm sigmoid",
-        "times": "uniform stratified log_normal logit_normal importance",
+        "time_sampler": "uniform stratified log_normal logit_normal importance",
         "variance": "fixed_small fixed_large learned analytic sn npr",
         "sampler": "ddpm ddim euler heun dpm_solver_pp unipc euler_maruyama reverse_diffusion predictor_corrector ode ddcm",
         "data": "digits mnist fashion_mnist cifar10 celeba image_folder",
@@ -123,7 +129,7 @@ def test_every_group_of_the_surface_is_there():
         "trainer": "auto cpu gpu ddp",
         "logger": "csv wandb tensorboard none",
     }.items():
-        assert set(names.split()) <= set(options.group_options(group))
+        assert set(names.split()) <= set(composition.options(group))
 
 
 def test_the_scripts_are_thin_doors():

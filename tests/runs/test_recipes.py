@@ -20,8 +20,8 @@ BRIEF = (
     "trainer=cpu",
     "trainer.max_steps=2",
     "trainer.log_every_n_steps=1",
-    "trainer.val_every=2",
-    "trainer.val_draws=1",
+    "validation.every=2",
+    "validation.draws=1",
 )
 QUIET = ("logger=csv", "callbacks.samples=null", "callbacks.progress=null", "callbacks.checkpoints.every=2")
 

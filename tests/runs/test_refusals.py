@@ -12,7 +12,8 @@ import torch
 from command import TINY, command, train
 from PIL import Image
 
-from diffusion_lab.runs import load_checkpoint, loggers
+from diffusion_lab.runs import load_checkpoint
+from diffusion_lab.training import loggers
 from diffusion_lab.training.callbacks import Checkpoints
 
 REFUSED = {
@@ -37,7 +38,7 @@ REFUSED = {
     ("callbacks.ema.decay=2",): "callbacks.ema.decay",
     ("callbacks.losses.edges=[2,1]",): "must increase",
     ("model._target_=somewhere.Net",): "somewhere",
-    ("model=own",): "model._target_=",
+    ("model=custom",): "model._target_=",
     ("logger=wandb", "logger.wandb.mode=offlin"): "auto, online or offline",
 }
 
@@ -100,7 +101,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path, capfd, monkeypatch):
     with pytest.raises(ValueError, match="tensors and plain values"):
         load_checkpoint(tmp_path / "pickle.ckpt")
 
-    for target in ("os.system", "diffusion_lab.runs.files.os.system", "torch.nn.Linear", "diffusion_lab.runs.cli.main"):
+    for target in ("os.system", "diffusion_lab.runs.files.os.system", "torch.nn.Linear", "diffusion_lab.cli.main"):
         torch.save({**good, "config": {**good["config"], "model": {"_target_": target}}}, tmp_path / "named.ckpt")
         with pytest.raises(ValueError, match="no class of this package"):
             load_checkpoint(tmp_path / "named.ckpt")
@@ -120,7 +121,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path, capfd, monkeypatch):
 
 
 def test_a_network_of_ones_own_is_trained_and_trusted(tmp_path, capfd):
-    network = ("model=own", "model._target_=own_network.Own")
+    network = ("model=custom", "model._target_=own_network.Own")
     arguments = [a for a in TINY if not a.startswith("model.")]
     run = tmp_path / "run"
     outcome = command("train", [*arguments, *network, "trainer.max_steps=1", f"hydra.run.dir={run}"], capfd)
@@ -197,10 +198,10 @@ def test_wandb_online_without_a_connection(tmp_path, capfd, monkeypatch):
     ]
     _refused(command("train", asked, capfd), "logger.wandb.mode=offline")
     with pytest.warns(UserWarning, match="does not answer"):
-        assert loggers._offline("auto")
+        assert loggers.runs_offline("auto")
     monkeypatch.delenv("WANDB_API_KEY")
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    assert loggers._offline("auto")
+    assert loggers.runs_offline("auto")
     _refused(command("train", asked, capfd), "wandb login")
 
 
@@ -214,7 +215,7 @@ def test_sampling_refuses_what_cannot_be(tmp_path, capfd, monkeypatch):
     for arguments, remedy in {
         ("n=0",): "at least one",
         ("labels=[1]",): "condition=label",
-        ("weights=0.5",): "ema, live",
+        ("weights=0.5",): "ema, raw",
         ("sampler=ddpm", "sampler.steps=1001"): "ask for fewer",
         ("batch_size=0",): "at least 1",
         ("seed=-1",): "non-negative",

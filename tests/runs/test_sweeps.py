@@ -10,15 +10,15 @@ from pathlib import Path
 import optuna
 import pytest
 from command import ROOT, TINY, command
+from diffusion_lab.runs.loggers import identity
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from diffusion_lab.runs import options, sweeps
-from diffusion_lab.runs.loggers import identity
 from diffusion_lab.runs.report.sections import command as report_command
 from diffusion_lab.training.callbacks import Pruning
 
-SHORT = (*TINY, "trainer.max_steps=4", "trainer.val_every=2", "trainer.val_draws=1")
+SHORT = (*TINY, "trainer.max_steps=4", "validation.every=2", "validation.draws=1")
 
 
 def outcome(folder: Path, job: int) -> dict:
@@ -152,7 +152,7 @@ def test_a_search_finds_the_better_rate_and_goes_on_from_its_file(tmp_path, capf
         "hydra.sweeper.pruner=none",
         f"hydra.sweeper.storage={study}",
     ]
-    space = ["optimizer.lr=tag(log,interval(1e-5,3e-3))", "rate.warmup=range(0,2)"]
+    space = ["optimizer.lr=tag(log,interval(1e-5,3e-3))", "lr_scheduler.warmup=range(0,2)"]
     assert (
         command("train", [*search, *space, "hydra.sweeper.trials=3", f"hydra.sweep.dir={tmp_path / 'a'}"], capfd).code
         == 0
@@ -165,7 +165,7 @@ def test_a_search_finds_the_better_rate_and_goes_on_from_its_file(tmp_path, capf
     trials = optuna.load_study(study_name="diffusion-lab", storage=optuna.storages.JournalStorage(backend)).trials
     assert [t.state.name for t in trials] == ["COMPLETE"] * 5
     assert trials[3].value == pytest.approx(outcome(tmp_path / "b", 3)["value"])
-    still = [t for t in trials if int(t.params["rate.warmup"]) == 0]
+    still = [t for t in trials if int(t.params["lr_scheduler.warmup"]) == 0]
     best = min(still, key=lambda t: t.value)
     assert best.params["optimizer.lr"] == max(t.params["optimizer.lr"] for t in still)
 

@@ -300,7 +300,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(arguments, remedy, run, gi
 def test_latents_of_another_checkpoint_are_refused(sample, run, given, tmp_path, capfd):
     sample("own", "task=encode", f"image={given / 'a.png'}")
     latents = f"latents={tmp_path / 'own' / 'latents.npz'}"
-    refused = command("sample", [f"ckpt={run}", "task=decode", latents, "weights=live", f"out={tmp_path / 'x'}"], capfd)
+    refused = command("sample", [f"ckpt={run}", "task=decode", latents, "weights=raw", f"out={tmp_path / 'x'}"], capfd)
     assert refused.code == 2
     assert "belongs to other weights" in refused.err
     assert str(run) in refused.err

@@ -38,7 +38,7 @@ class ByHand(pl.Callback):
 
 def _fit(tmp_path, hooks, *overrides, steps=6):
     config = composed(
-        "train", *SMALL, f"trainer.max_steps={steps}", "trainer.val_every=2", "data.batch_size=16", *overrides
+        "train", *SMALL, f"trainer.max_steps={steps}", "validation.every=2", "data.batch_size=16", *overrides
     )
     data, network = build.data(config), build.network(config)
     module = build.module(config, network, {})
@@ -70,7 +70,7 @@ def test_averages_are_apart_from_the_live_network(tmp_path):
 
     ema, fails = EMA(0.5), Fails()
     config = composed(
-        "train", *SMALL, "trainer.max_steps=6", "trainer.val_every=2", "data.batch_size=16", "model.dropout=0.5"
+        "train", *SMALL, "trainer.max_steps=6", "validation.every=2", "data.batch_size=16", "model.dropout=0.5"
     )
     module = build.module(config, build.network(config), {})
     trainer = build.trainer(config, tmp_path, [], [ema, fails])

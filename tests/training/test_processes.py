@@ -21,10 +21,10 @@ def _rows(folder, name):
 
 def _short(folder, *arguments):
     """The arguments of a run of twenty steps, or of the continuation of one."""
-    tiny = [a for a in TINY if a not in ("trainer=cpu", "trainer.val_every=0")]
+    tiny = [a for a in TINY if a not in ("trainer=cpu", "validation.every=0")]
     if any(a.startswith("callbacks.samples.") for a in arguments):
         tiny.remove("callbacks.samples=null")
-    tiny += ["trainer.max_steps=20", "trainer.val_every=10", "callbacks.ema.decay=0.9"]
+    tiny += ["trainer.max_steps=20", "validation.every=10", "callbacks.ema.decay=0.9"]
     resumed = any(a.startswith("ckpt=") for a in arguments)
     return [*([] if resumed else tiny), f"hydra.run.dir={folder}", *arguments]
 
@@ -33,7 +33,14 @@ def test_one_and_two_processes_train_the_same_run(tmp_path):
     """The losses of 20 steps, and of the averaged weights in validation; also where the two are stopped and resumed. The times
     are drawn by importance, so that every process must know the losses of all."""
     printed, one, begun, two = (tmp_path / name for name in ("printed", "one", "begun", "two"))
-    importance = ("times=importance", "times.history=2", "schedule.steps=4", "sampler.steps=4", "weighting=vlb", QUIET)
+    importance = (
+        "time_sampler=importance",
+        "time_sampler.history=2",
+        "schedule.steps=4",
+        "sampler.steps=4",
+        "weighting=vlb",
+        QUIET,
+    )
     assert code("train", _short(one, *importance, "trainer=cpu")) == 0
     cut = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.max_steps=10")
     together.train(printed, _short(begun, *importance, *cut))

@@ -77,11 +77,17 @@ def also(monkeypatch):
     return adding
 
 
-VALIDATED = ("trainer.val_every=3", "callbacks.checkpoints.every=1000")
+VALIDATED = ("validation.every=3", "callbacks.checkpoints.every=1000")
 
 
 # Times that depend on the losses before: with four nodes and a short history from the second step on.
-IMPORTANCE = ("times=importance", "times.history=2", "schedule.steps=4", "sampler.steps=4", "weighting=vlb")
+IMPORTANCE = (
+    "time_sampler=importance",
+    "time_sampler.history=2",
+    "schedule.steps=4",
+    "sampler.steps=4",
+    "weighting=vlb",
+)
 
 
 @pytest.mark.parametrize(("accumulate", "times"), [(1, ()), (2, IMPORTANCE)])
@@ -90,7 +96,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, capfd, 
     and what importance sampling has learned."""
     options = (
         *times,
-        *VALIDATED, "model.dropout=0.3", "rate=cosine", "rate.warmup=2", "trainer.max_steps=8",
+        *VALIDATED, "model.dropout=0.3", "lr_scheduler=cosine", "lr_scheduler.warmup=2", "trainer.max_steps=8",
         f"trainer.accumulate_grad_batches={accumulate}", "callbacks.ema.decay=[0.9,0.99]",
     )  # fmt: skip
     whole, first, second = tmp_path / "whole", tmp_path / "first", tmp_path / "second"
@@ -137,7 +143,7 @@ def test_bf16_trains_near_float32(tmp_path, capfd, clip):
 def test_the_best_checkpoint_is_resumed_as_exactly(tmp_path, capfd):
     """It is written in the middle of a validation, which Lightning's loops must not run again or skip."""
     whole, again = tmp_path / "whole", tmp_path / "again"
-    train(whole, "trainer.val_every=3", "trainer.max_steps=8", "callbacks.ema.decay=0.5", capfd=capfd)
+    train(whole, "validation.every=3", "trainer.max_steps=8", "callbacks.ema.decay=0.5", capfd=capfd)
     best = whole / "checkpoints" / "best.ckpt"
     step = torch.load(best, weights_only=True)["global_step"]
     assert step in (3, 6)
@@ -180,7 +186,7 @@ def test_resuming_takes_the_configuration_of_the_checkpoint_and_overrides_on_top
 def test_a_run_leaves_what_it_promises_and_samples_from_it(tmp_path, capfd):
     run, out = tmp_path / "run", tmp_path / "out"
     outcome = train(
-        run, "trainer.max_steps=4", "trainer.val_every=2", "callbacks.ema.decay=0.9",
+        run, "trainer.max_steps=4", "validation.every=2", "callbacks.ema.decay=0.9",
         "callbacks.samples={_target_: diffusion_lab.training.callbacks.Samples, folder: samples, every: 2, n: 4, sampler: "
         "{_target_: diffusion_lab.samplers.DDIM, steps: 3}, clip: '${clip}'}", "clip=none",
         capfd=capfd,
@@ -200,7 +206,7 @@ def test_a_run_leaves_what_it_promises_and_samples_from_it(tmp_path, capfd):
 
 def test_ema_and_best_are_of_the_averaged_weights(tmp_path, capfd):
     run = tmp_path / "run"
-    train(run, "trainer.max_steps=4", "trainer.val_every=2", "callbacks.ema.decay=0.9", capfd=capfd)
+    train(run, "trainer.max_steps=4", "validation.every=2", "callbacks.ema.decay=0.9", capfd=capfd)
     state = _state(run)
     live = {k.removeprefix("network."): v for k, v in state["state_dict"].items()}
     assert live.keys() == state["ema"]["0.9"].keys()

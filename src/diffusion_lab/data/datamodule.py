@@ -25,7 +25,7 @@ class DataModule(pl.LightningDataModule):
 
     Training is one endless stream of global batches (`BatchStream`), set to where a run continues by `start_at`; it is a
     function of the seed and the step, so no state is saved. Batches for validation and testing come in order (`EvalBatches`).
-    Process count and rank are the attached trainer's, else 1 and 0.
+    Process count, rank and micro-batches are the attached trainer's, else 1, 0 and 1.
 
     Args:
         source: where the images come from.
@@ -41,7 +41,6 @@ class DataModule(pl.LightningDataModule):
         stratify: give each class its share of val and test.
         limit: train on only so many images.
         seed: the run's; keys order and flips.
-        accumulate: micro-batches an optimiser step.
     """
 
     def __init__(
@@ -63,7 +62,6 @@ class DataModule(pl.LightningDataModule):
         stratify: bool = False,
         limit: int | None = None,
         seed: int = 0,
-        accumulate: int = 1,
     ) -> None:
         super().__init__()
         if len(image_size) != 2:
@@ -73,7 +71,7 @@ class DataModule(pl.LightningDataModule):
         self.num_attributes = num_attributes
         self.batch_size, self.eval_batch_size, self.flip = batch_size, eval_batch_size, flip
         self.val, self.test, self.split_seed, self.stratify, self.limit = val, test, split_seed, stratify, limit
-        self.seed, self.accumulate = seed, accumulate
+        self.seed = seed
         self._start = 0
         self._stream: BatchStream | None = None
         self._dataset: Dataset | None = None
@@ -181,7 +179,7 @@ class DataModule(pl.LightningDataModule):
             self.examples("train"),
             self.batch_size,
             seed=self.seed,
-            accumulate=self.accumulate,
+            accumulate=1 if self.trainer is None else self.trainer.accumulate_grad_batches,
             start_step=self._start,
             flip=self.flip,
             **self._process(),

@@ -3,6 +3,7 @@
 | class | what it is |
 |---|---|
 | `UNet` | DDPM's network and its descendants, by options |
+| `UNetForImageSize` | the same, its options chosen by the image size |
 | `ClassicUNet` | the original contracting and expanding path |
 | `SecondHead` | a frozen network with C more channels, for its variance |
 | `External` | a network of another library |
@@ -13,6 +14,15 @@ Any other `torch.nn.Module` of that signature will do: see `external`.
 from diffusion_lab.models.classic import ClassicUNet
 from diffusion_lab.models.external import External, from_diffusers, load_diffusers, to_diffusers
 from diffusion_lab.models.heads import SecondHead
-from diffusion_lab.models.unet import UNet
+from diffusion_lab.models.unet import UNet, UNetForImageSize
 
-__all__ = ["ClassicUNet", "External", "SecondHead", "UNet", "from_diffusers", "load_diffusers", "to_diffusers"]
+__all__ = [
+    "ClassicUNet",
+    "External",
+    "SecondHead",
+    "UNet",
+    "UNetForImageSize",
+    "from_diffusers",
+    "load_diffusers",
+    "to_diffusers",
+]

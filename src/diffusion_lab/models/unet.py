@@ -1,6 +1,7 @@
 """The U-Net of DDPM and its descendants (Ho et al. 2020, appendix B; Nichol & Dhariwal 2021; Song et al. 2021)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -186,3 +187,36 @@ class UNet(Network):
         else:
             out = unit(h, e)
         return out
+
+
+# Largest side → the options of a network for images up to it; larger ones get the last.
+PRESETS: dict[int, dict[str, Any]] = {
+    12: {"width": 24, "multipliers": [1, 1, 1], "blocks": 1, "attention": [], "groups": 8, "channels_last": True},
+    20: {"width": 32, "multipliers": [1, 2, 2], "blocks": 1, "attention": [], "groups": 8, "channels_last": True},
+    48: {"width": 64, "multipliers": [1, 2, 2], "blocks": 2, "attention": [], "groups": 16, "dropout": 0.1},
+    1 << 30: {
+        "width": 64,
+        "multipliers": [1, 2, 4, 4],
+        "blocks": 2,
+        "attention": [],
+        "head_channels": 64,
+        "dropout": 0.1,
+    },
+}
+
+
+class UNetForImageSize(UNet):
+    """A U-Net whose options follow from the image size: the default of a data set that has none of its own in conf/model.
+
+    Args:
+        channels: C of the images.
+        image_size: [H, W], which choose one of `PRESETS`.
+        options: of `UNet`, in place of the preset's.
+
+    Raises:
+        ConfigError: as `UNet`.
+    """
+
+    def __init__(self, *, channels: int, image_size: Sequence[int], **options: Any) -> None:
+        preset = next(options for side, options in PRESETS.items() if max(image_size) <= side)
+        super().__init__(channels=channels, image_size=image_size, **{**preset, **options})

@@ -1,90 +1,183 @@
-"""From configuration to objects, in the order in which data flows: data → network → schedule, objective, loss → training.
-
-The second page to read: every group of conf/ appears here once.
+"""From configuration to objects, in the order in which data flows: data → condition → network → schedule, objective, loss →
+training. Every group of conf/ appears here once.
 """
 
 import copy
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import (
+    BatchSizeFinder,
+    Checkpoint,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    ModelSummary,
+    ProgressBar,
+    StochasticWeightAveraging,
+)
+from pytorch_lightning.loggers import CSVLogger, Logger
 from pytorch_lightning.plugins.environments import SLURMEnvironment
-from pytorch_lightning.profilers import PyTorchProfiler, SimpleProfiler
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
 import diffusion_lab
 from diffusion_lab.data.datamodule import DataModule
 from diffusion_lab.denoiser import Denoiser, Prediction
 from diffusion_lab.errors import ConfigError
+from diffusion_lab.instantiation import accepted, check, instantiate, is_node, locate
 from diffusion_lab.runs import launchers
 from diffusion_lab.runs.checkpoints import FORMAT
-from diffusion_lab.runs.instantiate import instantiate
 from diffusion_lab.training import sharding
 from diffusion_lab.training.callbacks import Interrupt
-from diffusion_lab.training.module import DiffusionModule, Optimisation
+from diffusion_lab.training.condition import Condition
+from diffusion_lab.training.loggers import Identity
+from diffusion_lab.training.module import DiffusionModule
+from diffusion_lab.training.optim import OptimizerConfig, Rate, TorchSchedule
 
 Config = Mapping[str, Any]
+Make = Callable[..., Any]  # instantiate, or for a configuration that a file supplied its untrusting form
+
+# Groups of one node, and what the command passes to its constructor.
+PASSED: dict[str, tuple[str, ...]] = {
+    "data": ("seed",),
+    "condition": ("num_classes", "num_attributes", "names"),
+    "model": ("channels", "image_size", "num_classes", "learned_variance", "given_channels"),
+    "schedule": (),
+    "objective": (),
+    "weighting": (),
+    "loss": (),
+    "time_sampler": (),
+    "sampler": (),
+    "variance": (),
+    "clip": (),
+    "optimizer": (),
+    "trainer": ("callbacks", "logger"),
+}
 
 
-def data(config: Config) -> DataModule:
+def check_nodes(config: Config) -> None:
+    """Compare every node with its constructor's signature and annotations, before anything is read or built.
+
+    Raises:
+        ConfigError: a key that nothing reads, an argument that is missing or of another type, a class that cannot be imported.
+    """
+    for group, passed in PASSED.items():
+        check(config[group], group, passed)
+    check(_schedule_node(config["lr_scheduler"]), "lr_scheduler", ("optimizer",))
+    for group in ("callbacks", "logger"):
+        for name, node in (config.get(group) or {}).items():
+            if node is not None and not is_node(node):
+                example = "logger=[csv,wandb]" if group == "logger" else f"{group}=default"
+                raise ConfigError(
+                    f"{group}.{name} has no _target_, so that nothing reads it: write {example}, or "
+                    f"+{group}.{name}._target_=my_package.MyClass"
+                )
+            if node is not None:
+                check(node, f"{group}.{name}", ("folder", "sampler", "clip", "save_dir", "who", "config"))
+    for key in ("callbacks", "logger"):
+        if config["trainer"].get(key) is not None:
+            raise ConfigError(
+                f"trainer.{key} is filled from the group {key}: write +{key}.mine._target_=my_package.MyClass"
+            )
+
+
+def data(config: Config, make: Make = instantiate) -> DataModule:
     """The data module; nothing is read yet."""
-    module: DataModule = instantiate(config["data"])
+    node = config["data"]
+    module: DataModule = make(node, "data", **accepted(node, seed=config["seed"]))
     return module
 
 
-def network(config: Config) -> nn.Module:
-    """The denoising network with fresh weights, which depend on the seed alone."""
-    instantiate(
-        config["condition"]
-    )  # refuses labels that the data set does not have, before the network is built for them
+def condition(config: Config, found: DataModule, make: Make = instantiate) -> tuple[Condition, dict[str, Any]]:
+    """The condition, and its node with what the data set states: the number of classes, of attributes, and their names."""
+    node = dict(config["condition"])
+    stated = {"num_classes": found.num_classes, "num_attributes": found.num_attributes}
+    names = list(found.attribute_names) if "names" in accepted(node, names=()) else None
+    node |= accepted(node, **stated, **({} if names is None else {"names": names}))
+    built: Condition = make(node, "condition")
+    return built, node
+
+
+def model(config: Config, told: Condition, learned: bool, make: Make = instantiate) -> tuple[nn.Module, dict[str, Any]]:
+    """The network with fresh weights, which depend on the seed alone, and its node with all that depends on other groups."""
+    node, shape = dict(config["model"]), config["data"]
+    depends = {
+        "channels": shape["channels"],
+        "image_size": shape["image_size"],
+        "num_classes": told.num_classes,
+        "learned_variance": learned,
+        "given_channels": told.given_channels,
+    }
+    node |= accepted(node, **{k: v for k, v in depends.items() if v})
     torch.manual_seed(config["seed"])
-    built: nn.Module = instantiate(config["model"])
-    return built
+    built: nn.Module = make(node, "model")
+    return built, node
 
 
-def module(config: Config, net: nn.Module, saved: Config) -> DiffusionModule:
-    """What is trained: network, schedule, objective, weighting, error, times, variance, condition, optimiser."""
-    trainer = config["trainer"]
-    make = instantiate(config["optimizer"])
-    try:
-        make([nn.Parameter(torch.zeros(1))])
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"optimizer: {error}") from error
+def module(config: Config, net: nn.Module, told: Condition, saved: Config, make: Make = instantiate) -> DiffusionModule:
+    """What is trained: network, schedule, objective, weighting, error, times, variance, condition, optimizer."""
     built = DiffusionModule(
         net,
-        schedule=instantiate(config["schedule"]),
-        objective=instantiate(config["objective"]),
-        weighting=instantiate(config["weighting"]),
-        error=instantiate(config["loss"]),
-        times=instantiate(config["times"]),
-        condition=instantiate(config["condition"]),
-        optimisation=Optimisation(
-            make=make,
-            rate=instantiate(config["rate"]),
-            max_steps=trainer["max_steps"],
-            precision=str(trainer["precision"]),
-            clipping=bool(trainer["gradient_clip_val"]),
-        ),
+        schedule=make(config["schedule"], "schedule"),
+        objective=make(config["objective"], "objective"),
+        weighting=make(config["weighting"], "weighting"),
+        error=make(config["loss"], "loss"),
+        times=make(config["time_sampler"], "time_sampler"),
+        condition=told,
+        optimizer=optimizer(config, make),
         batch_size=config["data"]["batch_size"],
-        variance=instantiate(config["variance"]),
+        variance=make(config["variance"], "variance"),
         seed=config["seed"],
-        compiled=trainer["compile"],
-        validation_draws=trainer["val_draws"],
+        compiled=config["compile"],
+        validation_draws=config["validation"]["draws"],
         saved=saved,
     )
+    built.try_optimizer(config["trainer"]["max_steps"], config["validation"]["every"])
     if built.learned_variance and not hasattr(net, "extra"):
         _try_channels(built, config)
     return built
 
 
+def optimizer(config: Config, make: Make = instantiate) -> OptimizerConfig:
+    """How the weights are updated."""
+    node = config["lr_scheduler"]
+    schedule: Rate | TorchSchedule
+    if _is_torch_schedule(node):
+        bound = make({**_schedule_node(node), "_partial_": True}, "lr_scheduler")
+        plateau = issubclass(locate(node), torch.optim.lr_scheduler.ReduceLROnPlateau)
+        schedule = TorchSchedule(bound, node.get("warmup", 0), node.get("monitor", "val/loss"), plateau)
+    else:
+        schedule = make(node, "lr_scheduler")
+        if not isinstance(schedule, Rate):
+            raise ConfigError(
+                f"lr_scheduler._target_={node['_target_']} is no scheduler: write a class derived from "
+                "torch.optim.lr_scheduler.LRScheduler or diffusion_lab.training.optim.Rate"
+            )
+    trainer = config["trainer"]
+    made = make({**config["optimizer"], "_partial_": True}, "optimizer")
+    return OptimizerConfig(made, schedule, str(trainer["precision"]), bool(trainer["gradient_clip_val"]))
+
+
+def _is_torch_schedule(node: Config) -> bool:
+    kind = locate(node, "lr_scheduler")
+    return isinstance(kind, type) and issubclass(kind, LRScheduler | torch.optim.lr_scheduler.ReduceLROnPlateau)
+
+
+def _schedule_node(node: Config) -> dict[str, Any]:
+    """The scheduler's own arguments: the warm-up before one of torch's, and the value a plateau goes by, are the module's."""
+    ours = ("warmup", "monitor") if _is_torch_schedule(node) else ()
+    return {key: value for key, value in node.items() if key not in ours}
+
+
 @torch.no_grad()
 def _try_channels(built: DiffusionModule, config: Config) -> None:
-    """Asks a network that is not this package's for one output; ValueError unless it has channels for the variance."""
+    """One output of a network that is not this package's; ConfigError unless it has channels for the variance."""
     data = config["data"]
     x = torch.zeros(1, data["channels"], *data["image_size"])
     condition = {"label": torch.zeros(1, dtype=torch.long)} if built.condition.num_classes else {}
@@ -96,14 +189,43 @@ def _try_channels(built: DiffusionModule, config: Config) -> None:
     built.learned_variance.read(Prediction(x, x, output, extra))
 
 
-def callbacks(config: Config, folder: Path) -> list[pl.Callback]:
-    """The named callbacks that are not null, in the order of the file, and the handler of Ctrl-C."""
+def callbacks(config: Config, folder: Path, make: Make = instantiate) -> list[pl.Callback]:
+    """The named callbacks that are not null, in the order of the file, and the handler of Ctrl-C.
+
+    Raises:
+        ConfigError: one whose effect this project gives in another way, or two that write one file.
+    """
     built: list[pl.Callback] = []
-    for node in (config.get("callbacks") or {}).values():
+    for name, node in (config.get("callbacks") or {}).items():
         if node is not None:
             place = {"folder": str(_inside(folder, node["folder"]))} if "folder" in node else {}
-            built.append(instantiate(node, **place))
+            built.append(make({**node, **place}, f"callbacks.{name}"))
+            _refuse(built[-1], name)
     return [*built, Interrupt()]
+
+
+REFUSED = {
+    GradientAccumulationScheduler: "the noise of a step is keyed by its place in the global batch, which is cut once for a run: "
+    "write trainer.accumulate_grad_batches=",
+    StochasticWeightAveraging: "it puts averaged weights into the network that is trained: write callbacks.ema.decay=",
+    BatchSizeFinder: "data.batch_size is the global batch, which keys all noise: write data.batch_size=",
+}
+
+
+def _refuse(callback: pl.Callback, name: str) -> None:
+    if not isinstance(callback, pl.Callback):
+        raise ConfigError(
+            f"callbacks.{name}: {type(callback).__name__} is no callback: write a class derived from "
+            "pytorch_lightning.Callback"
+        )
+    for kind, reason in REFUSED.items():
+        if isinstance(callback, kind):
+            raise ConfigError(f"callbacks.{name}: {kind.__name__} is refused, since {reason}")
+    if isinstance(callback, ModelCheckpoint) and (callback.save_last or callback.filename in ("last", "best")):
+        raise ConfigError(
+            f"callbacks.{name}: a ModelCheckpoint that writes last.ckpt or best.ckpt would replace those of "
+            f"callbacks.checkpoints: write callbacks.{name}.save_last=false and another filename"
+        )
 
 
 def _inside(folder: Path, name: str) -> Path:
@@ -113,68 +235,68 @@ def _inside(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def trainer(config: Config, folder: Path, loggers: list[Any], hooks: list[pl.Callback]) -> pl.Trainer:
-    """Lightning's trainer. Raises ValueError for combinations that it would run differently from what was asked."""
-    options = config["trainer"]
-    accelerator = options["accelerator"]
-    if accelerator == "auto":  # never Apple's MPS: it has no float64, in which all coefficients are computed
-        accelerator = "gpu" if torch.cuda.is_available() else "cpu"
-    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+def loggers(config: Config, folder: Path, who: Identity, make: Make = instantiate) -> list[Logger]:
+    """The loggers that are not null; metrics.csv is always written."""
+    built: list[Logger] = []
+    for name, node in (config.get("logger") or {}).items():
+        if node is not None:
+            given = accepted(node, save_dir=str(folder), who=who, config=copy.deepcopy(dict(config)))
+            built.append(make(node, f"logger.{name}", **given))
+            if not isinstance(built[-1], Logger):
+                raise ConfigError(f"logger.{name}: {node['_target_']} is no logger of Lightning's")
+    if not any(isinstance(logger, CSVLogger) for logger in built):
+        built.insert(0, CSVLogger(str(folder), name="", version="", flush_logs_every_n_steps=100))
+    return built
+
+
+def trainer(
+    config: Config, folder: Path, loggers: list[Logger], hooks: list[pl.Callback], make: Make = instantiate
+) -> pl.Trainer:
+    """Lightning's trainer: the arguments of its node, and where the node is silent those that this project needs.
+
+    Raises:
+        ConfigError: combinations that Lightning refuses, or would run differently from what was written.
+    """
+    node, validation = dict(config["trainer"]), config["validation"]
+    if node["accelerator"] == "auto":  # never Apple's MPS: it has no float64, in which all coefficients are computed
+        node["accelerator"] = "gpu" if torch.cuda.is_available() else "cpu"
+    if node["accelerator"] in ("gpu", "cuda") and not torch.cuda.is_available():
         raise ConfigError("trainer.accelerator=gpu, but torch sees no CUDA device: write trainer=cpu")
-    precision = str(options["precision"])
-    if precision not in ("32-true", "16-mixed", "bf16-mixed"):
-        raise ConfigError(f"trainer.precision={precision} is unknown: write 32-true, 16-mixed or bf16-mixed")
-    if accelerator == "cpu" and precision == "16-mixed":
+    if node["accelerator"] == "cpu" and str(node["precision"]) == "16-mixed":
         raise ConfigError(
             "trainer.precision=16-mixed needs a GPU (a CPU would silently run bf16): write 32-true or bf16-mixed"
         )
-    accumulate = options["accumulate_grad_batches"]
-    for key in ("max_steps", "accumulate_grad_batches", "log_every_n_steps", "val_draws", "num_nodes"):
-        if options[key] < 1:
-            raise ConfigError(f"trainer.{key}={options[key]} must be at least 1")
-    if options["gradient_clip_val"] < 0:
+    for key in ("max_steps", "accumulate_grad_batches", "log_every_n_steps", "num_nodes"):
+        if node[key] < 1:
+            raise ConfigError(f"trainer.{key}={node[key]} must be at least 1")
+    if validation["draws"] < 1:
+        raise ConfigError(f"validation.draws={validation['draws']} must be at least 1")
+    if (node["gradient_clip_val"] or 0) < 0:
         raise ConfigError("trainer.gradient_clip_val is a norm: write 0 for no clipping")
-    validate = options["val_every"] > 0 and config["data"]["val"] != 0
-    try:
-        return pl.Trainer(
-            accelerator=accelerator,
-            devices=options["devices"],
-            strategy=_strategy(options, accelerator),
-            num_nodes=options["num_nodes"],
-            precision=precision,  # type: ignore[arg-type]
-            max_steps=options["max_steps"],
-            max_epochs=-1,
-            max_time=options["max_time"],
-            accumulate_grad_batches=accumulate,
-            gradient_clip_val=options["gradient_clip_val"] or None,
-            log_every_n_steps=options["log_every_n_steps"],
-            val_check_interval=options["val_every"] * accumulate if validate else None,
-            check_val_every_n_epoch=None if validate else 1,
-            limit_val_batches=1.0 if validate else 0,
-            num_sanity_val_steps=0,
-            deterministic=options["deterministic"],
-            detect_anomaly=options["detect_anomaly"],
-            profiler=_profiler(options["profiler"], folder),
-            benchmark=not options["deterministic"],
-            logger=loggers,
-            callbacks=hooks,
-            default_root_dir=str(folder),
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-            plugins=_slurm(),
-        )
-    except (pl.utilities.exceptions.MisconfigurationException, ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(f"trainer: Lightning refuses these options: {error}") from error
-
-
-def _strategy(options: Config, accelerator: str) -> Any:
-    """The strategy's name, or for fsdp an object."""
-    if options["strategy"] != "fsdp":
-        return options["strategy"]
-    there = 1 if accelerator == "cpu" else torch.cuda.device_count()
-    return sharding.strategy((launchers.each(options["devices"]) or there) * options["num_nodes"])
+    if node["strategy"] == "fsdp":
+        there = 1 if node["accelerator"] == "cpu" else torch.cuda.device_count()
+        node["strategy"] = sharding.strategy((launchers.each(node["devices"]) or there) * node["num_nodes"])
+    validate = validation["every"] > 0 and config["data"]["val"] != 0
+    needed = {
+        "val_check_interval": validation["every"] * node["accumulate_grad_batches"] if validate else None,
+        "limit_val_batches": 1.0 if validate else 0,
+        "benchmark": not node["deterministic"],
+        "default_root_dir": str(folder),
+        "enable_checkpointing": any(isinstance(hook, Checkpoint) for hook in hooks),
+        "enable_progress_bar": any(isinstance(hook, ProgressBar) for hook in hooks),
+        "enable_model_summary": any(isinstance(hook, ModelSummary) for hook in hooks),
+        "plugins": _slurm(),
+    }
+    given = accepted(node, **needed)
+    if validate and "check_val_every_n_epoch" not in node:
+        given["check_val_every_n_epoch"] = None  # the interval counts over the endless stream
+    # Objects stay out of the node: a node holds plain values, and these are none.
+    objects = {key: node.pop(key) for key in ("strategy",) if not isinstance(node[key], str | dict)}
+    built: pl.Trainer = make(node, "trainer", **given, **objects, callbacks=hooks, logger=loggers)
+    if isinstance(node.get("profiler"), str):
+        profiler: Any = built.profiler  # type: ignore[attr-defined]
+        profiler.dirpath, profiler.filename = folder, "profile"  # or its table would go to a logger that nobody shows
+    return built
 
 
 def _slurm() -> list[Any] | None:
@@ -183,13 +305,6 @@ def _slurm() -> list[Any] | None:
     if not SLURMEnvironment.detect() or (started and started.by == "torchrun"):
         return None
     return [SLURMEnvironment(auto_requeue=False)]
-
-
-def _profiler(name: str | None, folder: Path) -> SimpleProfiler | PyTorchProfiler | None:
-    kinds = {"simple": SimpleProfiler, "pytorch": PyTorchProfiler}
-    if name is not None and name not in kinds:
-        raise ConfigError(f"trainer.profiler={name} is unknown: write simple or pytorch")
-    return kinds[name](dirpath=folder, filename="profile") if name else None
 
 
 def saved(

@@ -14,14 +14,15 @@ from torch import Tensor, nn
 
 from diffusion_lab.denoiser import Clip, Denoiser
 from diffusion_lab.errors import ConfigError
+from diffusion_lab.instantiation import instantiate_untrusted, untrusted
 from diffusion_lab.noise import normal
-from diffusion_lab.runs.instantiate import instantiate
+from diffusion_lab.runs.upgrade import upgraded
 from diffusion_lab.samplers import Sampler, prior
 from diffusion_lab.training.condition import Condition
 
 Make = Callable[[Tensor, dict[str, Tensor], bool], Tensor]  # (index, condition, progress) → (B, …)
 
-FORMAT = 1  # of what this project adds to Lightning's checkpoint
+FORMAT = 2  # of what this project adds to Lightning's checkpoint
 EXPORTED = "diffusion_lab"  # where a .safetensors file of src/export.py holds its configuration
 
 
@@ -33,7 +34,7 @@ class Run:
         denoiser: network (in eval mode), schedule, objective, and the configured clipping.
         config: the resolved configuration, plain containers.
         step: optimiser steps done.
-        weights: "ema 0.9999" or "live".
+        weights: "ema 0.9999" or "raw".
         trust: further modules whose classes its configuration may name.
         path: the checkpoint's file.
     """
@@ -54,13 +55,13 @@ class Run:
     @property
     def condition(self) -> Condition:
         """What the network was told beside the image."""
-        condition: Condition = instantiate(self.config["condition"], self.trust)
+        condition: Condition = instantiate_untrusted(self.config["condition"], self.trust, "condition")
         return condition
 
     @property
     def num_classes(self) -> int | None:
         """How many labels the network, or what guides it, knows; None for an unconditional one."""
-        count = self.config["condition"].get("num_classes")
+        count = self.condition.num_classes
         count = getattr(self.denoiser, "num_classes", None) if count is None else count
         return None if count is None else int(count)
 
@@ -77,7 +78,7 @@ class Run:
 
     def sampler(self) -> Sampler:
         """The sampler of the configuration."""
-        sampler: Sampler = instantiate(self.config["sampler"], self.trust)
+        sampler: Sampler = instantiate_untrusted(self.config["sampler"], self.trust, "sampler")
         return sampler
 
     def sample(
@@ -164,7 +165,7 @@ def load_checkpoint(path: str | Path, weights: str = "ema", trust: Sequence[str]
 
     Args:
         path: a file, a run folder, or "latest".
-        weights: "ema" (the first average; live weights where there is none), "live", or the decay of an average.
+        weights: "ema" (the first average; raw weights where there is none), "raw", or the decay of an average.
         trust: further modules whose classes the checkpoint may instantiate; by default only this package's.
 
     Raises:
@@ -172,8 +173,8 @@ def load_checkpoint(path: str | Path, weights: str = "ema", trust: Sequence[str]
     """
     found = find(path)
     checkpoint = read(found)
-    config = checkpoint["config"]
-    network: nn.Module = instantiate(config["model"], trust)
+    config = untrusted(checkpoint["config"])
+    network: nn.Module = instantiate_untrusted(config["model"], trust, "model")
     name, state = select(checkpoint, weights)
     try:
         network.load_state_dict(state)
@@ -181,9 +182,9 @@ def load_checkpoint(path: str | Path, weights: str = "ema", trust: Sequence[str]
         raise ConfigError(f"the weights in {found} do not fit the network of its configuration: {error}") from None
     denoiser = Denoiser(
         network.eval().requires_grad_(False),
-        instantiate(config["schedule"], trust),
-        instantiate(config["objective"], trust),
-        clip=instantiate(config.get("clip"), trust),
+        instantiate_untrusted(config["schedule"], trust, "schedule"),
+        instantiate_untrusted(config["objective"], trust, "objective"),
+        clip=instantiate_untrusted(config["clip"], trust, "clip"),
     )
     return Run(denoiser, config, int(checkpoint["global_step"]), name, tuple(trust), found)
 
@@ -231,9 +232,10 @@ def read(path: Path) -> dict[str, Any]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError) as error:
         reason = " ".join(str(error).split())[:160]
         raise ConfigError(f"{path} cannot be read as a checkpoint of tensors and plain values ({reason})") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("diffusion_lab", {}).get("format") != FORMAT:
+    written = checkpoint.get("diffusion_lab", {}).get("format") if isinstance(checkpoint, dict) else None
+    if written not in (1, FORMAT):
         raise ConfigError(f"{path} is no checkpoint of diffusion-lab: name one that src/train.py wrote")
-    return checkpoint
+    return upgraded(checkpoint) if written == 1 else checkpoint
 
 
 def _exported(path: Path) -> dict[str, Any]:
@@ -264,26 +266,27 @@ def _told(path: Path) -> dict[str, Any] | None:
         told: dict[str, Any] = json.loads(text)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path} holds a damaged configuration: export it again ({error})") from None
-    if told.get("diffusion_lab", {}).get("format") != FORMAT or not {"config", "weights", "global_step"} <= told.keys():
+    written = told.get("diffusion_lab", {}).get("format")
+    if written not in (1, FORMAT) or not {"config", "weights", "global_step"} <= told.keys():
         raise ConfigError(f"{path} is of another version of diffusion-lab: export it again")
-    return told
+    return upgraded(told) if written == 1 else told
 
 
 def select(checkpoint: dict[str, Any], weights: str | float) -> tuple[str, dict[str, Tensor]]:
-    """(name, state) of the network's weights: "ema", "live", or the decay of an average."""
+    """(name, state) of the network's weights: "ema", "raw", or the decay of an average."""
     weights = weights if isinstance(weights, str) else f"{weights:g}"  # weights=0.999 arrives as a number
     averages = checkpoint.get("ema") or {}
     if weights == "ema" and averages:
         weights = next(iter(averages))
     if weights in averages:
         return f"ema {weights}", averages[weights]
-    if weights not in ("ema", "live"):
-        raise ConfigError(f"weights={weights} is not in the checkpoint: write {', '.join(['ema', 'live', *averages])}")
+    if weights not in ("ema", "raw"):
+        raise ConfigError(f"weights={weights} is not in the checkpoint: write {', '.join(['ema', 'raw', *averages])}")
     prefix = "network."
     live = {
         key.removeprefix(prefix): value for key, value in checkpoint["state_dict"].items() if key.startswith(prefix)
     }
-    return "live", live
+    return "raw", live
 
 
 def initialise(network: nn.Module, path: str) -> str:

@@ -21,24 +21,24 @@ Settings = Mapping[str, Any]
 def asked(settings: Settings, run: Run, n: int) -> dict[str, Tensor]:
     """Keyword arguments for the network, each with n rows; none for an unconditional checkpoint.
 
-    Classes and attributes come from `labels`. Any other condition is made of `given`, an image, a folder or .zip of them, or
-    an .npz of images (arr_0) and further arrays; image i is given its row i mod their number.
+    Classes and attributes come from `labels`. Any other condition is made of `condition_data`: an image, a folder or
+    .zip of them, or an .npz of images (arr_0) and further arrays; image i is given its row i mod their number.
 
     Raises:
         ValueError: something asked for that this checkpoint does not know, or nothing where it needs something.
     """
-    condition, given = run.condition, settings.get("given")
+    condition, given = run.condition, settings.get("condition_data")
     found: dict[str, Tensor] = {}
     if condition.of_data:
         if not given:
             raise ConfigError(
-                f"this checkpoint was trained with condition={_name(condition)}: write given=PATH of what it is made of"
+                f"this checkpoint was trained with condition={_name(condition)}: write condition_data=PATH of what it is made of"
             )
         rows = condition(_batch(Path(given), run))
         found = {name: value[torch.arange(n) % len(value)] for name, value in rows.items()}
     elif given:
         raise ConfigError(
-            f"given= is for conditions made of data, and this checkpoint has condition={_name(condition)}: leave it out"
+            f"condition_data= is for conditions made of data, and this checkpoint has condition={_name(condition)}: leave it out"
         )
     if isinstance(condition, Attributes):
         return {**found, "label": attributes(settings["labels"], condition, n)}
@@ -93,10 +93,10 @@ def _name(condition: Any) -> str:
 def _batch(path: Path, run: Run) -> dict[str, Any]:
     """What a data module would yield for the images, or the arrays, of a file or folder."""
     if not path.exists():
-        raise ConfigError(f"given={path}: there is no such file or folder")
+        raise ConfigError(f"condition_data={path}: there is no such file or folder")
     if path.suffix != ".npz":
         return {"image": _images(path, run)}
-    found = arrays("given", path)
+    found = arrays("condition_data", path)
     batch: dict[str, Any] = {name: torch.from_numpy(v) for name, v in found.items() if name not in ("arr_0", "arr_1")}
     return {**batch, "image": _images(path, run)} if "arr_0" in found else batch
 
@@ -105,13 +105,13 @@ def _images(path: Path, run: Run) -> Tensor:
     """Images of the run's size; where the condition is a lower resolution of them, images of that are enlarged."""
     condition, (channels, height, width) = run.condition, run.shape
     try:
-        return read("given", path, run.shape)[0]
+        return read("condition_data", path, run.shape)[0]
     except ConfigError:
         if not isinstance(condition, LowResolution):
             raise
         factor = condition.factor
         try:
-            small, _ = read("given", path, (channels, height // factor, width // factor))
+            small, _ = read("condition_data", path, (channels, height // factor, width // factor))
         except ConfigError:
             small = None
         if small is None:

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig, OmegaConf
 
 from diffusion_lab.errors import ConfigError
-from diffusion_lab.runs.cli import refusals
 
 
 class Panel(NamedTuple):
@@ -60,8 +59,7 @@ def run(config: DictConfig) -> int:
         for section, panels in LAYOUT.items():
             print(section, *(f"  {p.kind:<12} {p.title}: {p.keys}" for p in panels), sep="\n")
         return 0
-    with refusals():
-        entity = settings["entity"] or _account()
+    entity = settings["entity"] or _account()
     view = workspace(entity, settings["project"], settings["name"])
     view.save()
     print(f"look at  {view.url}")

@@ -12,12 +12,11 @@ from diffusion_lab.models.external import to_diffusers
 from diffusion_lab.models.unet import UNet
 from diffusion_lab.runs import checkpoints, files
 from diffusion_lab.runs.checkpoints import EXPORTED
-from diffusion_lab.runs.cli import refusals
 
 
 def run(config: DictConfig) -> int:
     """Writes the file; returns the exit code."""
-    with refusals(OSError):
+    with files.os_errors():
         settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
         out = Path(settings["out"])
         if out.suffix != ".safetensors":

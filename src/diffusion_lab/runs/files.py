@@ -1,6 +1,8 @@
 """Writing files whole or not at all."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from diffusion_lab.errors import ConfigError
@@ -24,3 +26,12 @@ def write(path: Path, content: str | bytes) -> None:
     except OSError:
         partial.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def os_errors() -> Iterator[None]:
+    """Turn an OSError of a path that the user named (missing, unreadable, a full disk) into a ConfigError."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(str(error)) from error

@@ -13,14 +13,13 @@ from omegaconf import DictConfig, OmegaConf
 from diffusion_lab.data.datamodule import DataModule
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.errors import ConfigError
+from diffusion_lab.instantiation import instantiate_untrusted
 from diffusion_lab.metrics.collect import Processes
 from diffusion_lab.models import SecondHead
 from diffusion_lab.runs import files, variances
 from diffusion_lab.runs.checkpoints import Run, load_checkpoint
-from diffusion_lab.runs.cli import refusals
 from diffusion_lab.runs.device import device
 from diffusion_lab.runs.evaluate.processes import shared
-from diffusion_lab.runs.instantiate import instantiate
 from diffusion_lab.times import Stratified
 from diffusion_lab.training.variance import fit_times, moments, second_moments, train_head
 from diffusion_lab.variances import Analytic
@@ -46,7 +45,7 @@ class Fit(NamedTuple):
 
 def run(config: DictConfig) -> int:
     """Fits as configured; leaves the fit beside the checkpoint and a table in the run folder; returns the exit code."""
-    with refusals(OSError):
+    with files.os_errors():
         settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
         prepared = prepare(settings)
         with shared(settings, prepare, fit) as processes:
@@ -86,10 +85,10 @@ def prepare(settings: dict[str, Any], rank: int = 0) -> Prepared:
         fit_times(loaded.denoiser.schedule, settings["nodes"])
     else:
         SecondHead(loaded.denoiser.network, kind)  # type: ignore[arg-type]
-    node = {**loaded.config["data"], "seed": settings["seed"], "accumulate": 1, "batch_size": settings["batch_size"]}
+    node = {**loaded.config["data"], "batch_size": settings["batch_size"]}
     if settings["data"]["root"]:
         node["root"] = settings["data"]["root"]
-    data: DataModule = instantiate(node, settings["trust"])
+    data: DataModule = instantiate_untrusted(node, settings["trust"], "data", seed=settings["seed"])
     data.prepare_data()
     data.setup()
     return Prepared(settings, loaded.to(on), kind, data)
@@ -112,7 +111,7 @@ def _analytic(p: Prepared, processes: Processes) -> Fit:
             p.data.examples("train"),
             times,
             settings["n"],
-            instantiate(p.run.config["condition"], settings["trust"]),
+            p.run.condition,
             seed=settings["seed"],
             batch_size=settings["batch_size"],
             rank=processes.rank,
@@ -133,13 +132,13 @@ def _head(p: Prepared, processes: Processes) -> Fit:
     d, settings = p.run.denoiser, p.settings
     torch.manual_seed(settings["seed"])
     network = SecondHead(d.network, p.kind).to(p.run.device)  # type: ignore[arg-type]
-    times = instantiate(p.run.config["times"], settings["trust"])
+    times = instantiate_untrusted(p.run.config["time_sampler"], settings["trust"], "time_sampler")
     rows = train_head(
         Denoiser(network, d.schedule, d.objective),
         p.kind,
         p.data.train_dataloader(),
         Stratified() if times.learns else times,  # importance sampling knows the losses of the network, not of the head
-        instantiate(p.run.config["condition"], settings["trust"]),
+        p.run.condition,
         steps=settings["steps"],
         lr=settings["lr"],
         decay=settings["ema"],

@@ -8,10 +8,10 @@ from typing import Any
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.guidance import ClassifierFree, ClassifierGuidance, NoisyClassifier
+from diffusion_lab.instantiation import instantiate_untrusted
 from diffusion_lab.metrics import classifier
 from diffusion_lab.metrics.classifier import Trained
 from diffusion_lab.runs.checkpoints import Run
-from diffusion_lab.runs.instantiate import instantiate
 from diffusion_lab.training.condition import Label
 
 Node = Mapping[str, Any]
@@ -42,7 +42,7 @@ def guided(node: Node | None, run: Run) -> Run:
         found = ClassifierFree(denoiser, **options, num_classes=condition.num_classes)
     elif kind == "ClassifierGuidance":
         judge = _classifier(node["ckpt"], run)
-        schedule = instantiate(judge.config["schedule"])
+        schedule = instantiate_untrusted(judge.config["schedule"], run.trust, "schedule")
         same = judge.config["schedule"] == run.config["schedule"]
         judge.network.to(run.device)
         logits = NoisyClassifier(judge.network, denoiser.schedule if same else schedule, denoiser.schedule)

@@ -1,5 +1,6 @@
 """`src/train.py`: train, resume, fine-tune."""
 
+import functools
 import logging
 import math
 import os
@@ -10,84 +11,95 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from signal import SIGUSR1
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
 import yaml
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.loggers import Logger, WandbLogger
 
+from diffusion_lab import composition
 from diffusion_lab.errors import ConfigError
-from diffusion_lab.runs import build, checkpoints, files, launchers, loggers
-from diffusion_lab.runs.cli import CONFIG_ENV, refusals
-from diffusion_lab.runs.instantiate import check_targets, instantiate
-from diffusion_lab.runs.options import check
-from diffusion_lab.runs.sweeps import Result
+from diffusion_lab.instantiation import (
+    instantiate,
+    instantiate_untrusted,
+    locate,
+    refuse_untrusted,
+    targets,
+    untrusted_modules,
+)
+from diffusion_lab.processes import CONFIG_ENV, Result
+from diffusion_lab.runs import build, checkpoints, files, launchers
 from diffusion_lab.training.callbacks import Checkpoints, Dashboard, Interrupt, Losses, Pruning, Quality, Samples
+from diffusion_lab.training.loggers import Identity, identity
+from diffusion_lab.variances import Learned
 from hydra_plugins.diffusion_lab_optuna import reporter
 
 _NOT_FROM_CHECKPOINT = ("ckpt", "init", "overwrite", "trust", "run_dir")
 
 
 def run(config: DictConfig) -> Result:
-    """Train as configured. The exit code is 0, or 128 + the signal that ended the run; the value is the best of what
-    best.ckpt goes by."""
+    """Train as configured. The exit code is 0, or 128 + the signal that ended the run; the value is the best of what decides
+    best.ckpt."""
     _quiet()
-    with refusals():
-        resume = _resume(config)
-        composed, overrides, choices = _merged(config, resume)
-        settings = _plain(OmegaConf.create(composed))
+    resume = _resume(config)
+    merged = _merged(config, resume)
+    composed = _with_usable_variance(merged.composed)
+    settings = _plain(OmegaConf.create(composed))
+    make = instantiate
+    if resume:
+        refuse_untrusted({k: v for k, v in settings.items() if k not in _NOT_FROM_CHECKPOINT}, merged.trust(settings))
+        make = functools.partial(_untrusted, trust=merged.trust(settings))
+        settings["ckpt"] = str(resume[0].absolute())  # what `latest` means now, for every process
+    if settings["init"] and resume:
+        raise ConfigError("ckpt= resumes a run and init= begins one from weights: write one of them")
+    folder = Path(settings["run_dir"])
+    build.check_nodes(settings)
+    _check_processes(settings)
+    who = _identity(merged, resume)
+    hooks = build.callbacks(settings, folder, make)
+    loggers = build.loggers(settings, folder, who, make)
+    hooks += _hooks(loggers)
+    trainer = build.trainer(settings, folder, loggers, hooks, make)
+    data = build.data(settings, make)
+    data.trainer = trainer
+    if trainer.is_global_zero:
+        data.prepare_data()
+    if resume:
+        path, step = resume
+        if step >= trainer.max_steps:
+            raise ConfigError(f"{path} has {step} steps already: write trainer.max_steps= above that")
+        data.start_at(step)
+    data.setup()
+    condition, settings["condition"] = build.condition(settings, data, make)
+    learned = locate(settings["variance"], "variance") is Learned
+    network, settings["model"] = build.model(settings, condition, learned, make)
+    if settings["init"]:
+        _say(f"weights from {checkpoints.initialise(network, settings['init'])}")
+    saved = build.saved(settings, composed, merged.overrides, merged.choices, who.id)
+    module = build.module(settings, network, condition, saved, make)
+    make(settings["sampler"], "sampler").check(module.denoiser)
+    _check_disk(folder, network, settings)
+    condition(data.train_dataloader().batch(0))  # refuses a batch size that does not divide, a condition without data
+    for hook in hooks:
+        if isinstance(hook, Quality):
+            hook.check(data)
+    if 0 < data.size("val") < trainer.world_size:
+        raise ConfigError(
+            f"{data.size('val')} validation images are too few for {trainer.world_size} processes: write data.val=0"
+        )
+    if trainer.is_global_zero:  # last, so that a run that is refused leaves nothing behind
+        _write_configuration(folder, settings)
         if resume:
-            check_targets({k: v for k, v in settings.items() if k not in _NOT_FROM_CHECKPOINT}, settings["trust"])
-            settings["ckpt"] = str(resume[0].absolute())  # what `latest` means now, for every process
-        folder = Path(settings["run_dir"])
-        _check_processes(settings)
-        data = build.data(settings)
-        network = build.network(settings)
-        if settings["init"] and resume:
-            raise ConfigError("ckpt= resumes a run and init= begins one from weights: write one of them")
-        if settings["init"]:
-            _say(f"weights from {checkpoints.initialise(network, settings['init'])}")
-        who = _identity(choices, overrides, resume)
-        module = build.module(settings, network, build.saved(settings, composed, overrides, choices, who.id))
-        instantiate(settings["sampler"]).check(module.denoiser)
-        hooks = build.callbacks(settings, folder)
-        hooks += _hooks(settings)
-        trainer = build.trainer(settings, folder, loggers.build(settings, folder, who), hooks)
-        _check_disk(folder, network, settings)
-        data.trainer = trainer
-        if trainer.is_global_zero:
-            data.prepare_data()
-        if resume:
-            path, step = resume
-            if step >= settings["trainer"]["max_steps"]:
-                raise ConfigError(f"{path} has {step} steps already: write trainer.max_steps= above that")
-            data.start_at(step)
-        data.setup()
-        module.condition(
-            data.train_dataloader().batch(0)
-        )  # refuses a batch size that does not divide, a condition without data
-        if "names" in settings["condition"]:
-            module.saved["config"]["condition"]["names"] = list(data.attribute_names)
-        for hook in hooks:
-            if isinstance(hook, Quality):
-                hook.check(data)
-        if 0 < data.size("val") < trainer.world_size:
-            raise ConfigError(
-                f"{data.size('val')} validation images are too few for {trainer.world_size} processes: write data.val=0"
-            )
-        if trainer.is_global_zero:  # last, so that a run that is refused leaves nothing behind
-            _write_configuration(folder, settings)
-            if resume:
-                _keep_best(resume[0], folder)
+            _keep_best(resume[0], folder)
     os.environ[CONFIG_ENV] = str(folder / "config.yaml")  # read by the further processes that Lightning starts
     _announce(trainer, network, data, settings)
     failed = 1
     try:
-        with refusals(OSError):
+        with files.os_errors():
             trainer.fit(module, datamodule=data, ckpt_path=str(resume[0]) if resume else None, weights_only=True)
         failed = 0
         _requeue(trainer, hooks)
@@ -107,12 +119,36 @@ def _resume(config: DictConfig) -> tuple[Path, int] | None:
         return None
     path = checkpoints.find(config.ckpt)
     if path.suffix == ".safetensors":
-        raise ConfigError(f"{path} holds weights alone, and resuming needs the optimiser's state: write init={path}")
+        raise ConfigError(f"{path} holds weights alone, and resuming needs the optimizer's state: write init={path}")
     return path, int(checkpoints.read(path)["global_step"])
 
 
-def _merged(config: DictConfig, resume: tuple[Path, int] | None) -> tuple[dict[str, Any], list[str], dict[str, str]]:
-    """The configuration to run, interpolations unresolved, the overrides that made it, and the options of its groups.
+class Merged(NamedTuple):
+    """The configuration of a run and where it comes from.
+
+    Attributes:
+        composed: interpolations unresolved.
+        overrides: KEY=VALUE of the command lines that made it.
+        choices: group → option.
+        named: the classes that this command line names, which are trusted.
+    """
+
+    composed: dict[str, Any]
+    overrides: list[str]
+    choices: dict[str, str]
+    named: frozenset[str] = frozenset()
+
+    def trust(self, settings: Mapping[str, Any]) -> tuple[str, ...]:
+        """What a resumed run may instantiate besides this package's classes."""
+        return (*settings["trust"], *self.named)
+
+
+def _untrusted(node: Any, where: str = "", *, trust: tuple[str, ...], **given: Any) -> Any:
+    return instantiate_untrusted(node, trust, where, **given)
+
+
+def _merged(config: DictConfig, resume: tuple[Path, int] | None) -> Merged:
+    """The configuration to run.
 
     Of a resumed run it is the checkpoint's. On top comes what the overrides of this command line name, as the files and the
     overrides of both command lines compose it: trainer=ddp keeps a trainer.max_steps= of the first run.
@@ -122,18 +158,17 @@ def _merged(config: DictConfig, resume: tuple[Path, int] | None) -> tuple[dict[s
     if (
         not HydraConfig.initialized()
     ):  # a further process of a run, whose configuration the first one has merged already
-        return own, [], {}
-    given = list(HydraConfig.get().overrides.task)
+        return Merged(own, [], {})
+    given = composition.task_overrides(HydraConfig.get())
     if resume is None:
-        return own, given, _choices(HydraConfig.get())
+        return Merged(own, given, _choices(HydraConfig.get()))
     checkpoint = checkpoints.read(resume[0])
-    parse = OverridesParser.create().parse_overrides
-    latest = {o.key_or_group: str(o.input_line) for o in parse([*checkpoint["overrides"], *given])}
+    latest = {o.key_or_group: str(o.input_line) for o in composition.parse([*checkpoint["overrides"], *given])}
     overrides = [line for key, line in latest.items() if key not in _NOT_FROM_CHECKPOINT]
-    composed = check("train", overrides)
+    composed = composition.composed("train", overrides)
     both = OmegaConf.to_container(composed, resolve=False)
-    held = OmegaConf.create(checkpoint["composed"])
-    for override in parse(given):
+    held, named = OmegaConf.create(checkpoint["composed"]), set[str]()
+    for override in composition.parse(given):
         key = override.key_or_group
         if key in ("experiment", "recipe", "sweep"):
             raise ConfigError(
@@ -142,11 +177,27 @@ def _merged(config: DictConfig, resume: tuple[Path, int] | None) -> tuple[dict[s
         value: Any = both
         for part in [] if override.is_delete() or key in _NOT_FROM_CHECKPOINT else key.split("."):
             value = value[part]
+        if value is not both:
+            named |= {value} if key.endswith("._target_") else targets(value)
         OmegaConf.update(held, key, None if value is both else value, merge=False, force_add=True)
     for key in _NOT_FROM_CHECKPOINT:
         held[key] = own[key]
     merged: dict[str, Any] = OmegaConf.to_container(held, resolve=False)  # type: ignore[assignment]
-    return merged, overrides, _choices(composed.hydra)
+    return Merged(merged, overrides, _choices(composed.hydra), frozenset(named))
+
+
+def _with_usable_variance(composed: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with fixed_small for a sampler that cannot take the run's variance, unless sampler.variance names one."""
+    sampler = composed["sampler"]
+    if not isinstance(sampler, dict) or sampler.get("variance") != "${variance}":
+        return composed
+    kinds = [locate(composed[group], group) for group in ("sampler", "variance")]
+    if not getattr(kinds[1], "ancestral_only", False) or getattr(kinds[0], "ancestral", True):
+        return composed
+    _say(
+        f"{kinds[0].__name__} samples with variance=fixed_small, since {kinds[1].__name__} is for ancestral steps (sampler=ddpm)"
+    )
+    return {**composed, "sampler": {**sampler, "variance": {"_target_": "diffusion_lab.variances.FixedSmall"}}}
 
 
 def _choices(hydra: Any) -> dict[str, str]:
@@ -154,19 +205,18 @@ def _choices(hydra: Any) -> dict[str, str]:
     return {g: str(o) for g, o in hydra.runtime.choices.items() if o is not None and not str(g).startswith("hydra/")}
 
 
-def _identity(choices: Mapping[str, str], overrides: list[str], resume: tuple[Path, int] | None) -> loggers.Identity:
+def _identity(merged: Merged, resume: tuple[Path, int] | None) -> Identity:
     job = HydraConfig.get() if HydraConfig.initialized() else None
     sweep = Path(job.sweep.dir) if job and job.mode == RunMode.MULTIRUN else None
     held = checkpoints.read(resume[0]).get("wandb_id") if resume and not sweep else None  # jobs are runs of their own
-    return loggers.identity(choices, overrides, sweep, held)
+    return identity(merged.choices, merged.overrides, sweep, held)
 
 
-def _hooks(settings: Mapping[str, Any]) -> list[pl.Callback]:
-    """The callbacks that no file names: W&B's summaries, and the word of a search."""
+def _hooks(loggers: list[Logger]) -> list[pl.Callback]:
+    """Callbacks added by the command: W&B summaries and Optuna pruning."""
     hooks: list[pl.Callback] = []
-    options = (settings.get("logger") or {}).get("wandb")
-    if options:
-        hooks.append(Dashboard(options.get("gradients", 0)))
+    if any(isinstance(logger, WandbLogger) for logger in loggers):
+        hooks.append(Dashboard())
     report = reporter()
     if report:
         hooks.append(Pruning(report))
@@ -184,9 +234,7 @@ def _write_configuration(folder: Path, settings: Mapping[str, Any]) -> None:
         (folder / "config.yaml").open("x").close()
     except FileExistsError:
         if not settings["overwrite"]:
-            raise ConfigError(
-                f"{folder} belongs to another run that began just now: start again, or write hydra.run.dir="
-            ) from None
+            raise ConfigError(f"{folder} was just created by another run: retry, or write hydra.run.dir=") from None
     files.write(folder / "config.yaml", yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
 
 
@@ -231,8 +279,8 @@ def _check_sharding(settings: Mapping[str, Any]) -> None:
             "trainer=fsdp cuts the live weights over processes, and what is validated and sampled from are the averages: write "
             "callbacks.ema.decay=0, whose average is the live weights"
         )
-    if settings["trainer"]["compile"]:
-        raise ConfigError("trainer=fsdp does not go with trainer.compile=true: write trainer.compile=false")
+    if settings["compile"]:
+        raise ConfigError("trainer=fsdp does not go with compile=true: write compile=false")
     if ((settings.get("logger") or {}).get("wandb") or {}).get("gradients"):
         raise ConfigError("trainer=fsdp has no gradients in one place for logger.wandb.gradients: write 0")
     if settings["ckpt"]:
@@ -287,7 +335,7 @@ def _announce(trainer: pl.Trainer, network: torch.nn.Module, data: Any, settings
     threads = "" if device == "GPU" else f" of {torch.get_num_threads()} thread(s)"
     _say(
         f"{' · '.join(names)} with {parameters:,} parameters\n"
-        f"{settings['trainer']['max_steps']:,} steps of {settings['data']['batch_size']} images on {device}, {workers}{threads}\n"
+        f"{trainer.max_steps:,} steps of {settings['data']['batch_size']} images on {device}, {workers}{threads}\n"
         f"run folder {settings['run_dir']}"
     )
 
@@ -321,18 +369,21 @@ def _report(trainer: pl.Trainer, hooks: list[pl.Callback], settings: Mapping[str
     if grids and grids.path:
         _say(f"look at  {grids.path}")
     if kept:
-        program = Path(sys.argv[0]).parent / "train.py"
-        if step < settings["trainer"]["max_steps"] and kept.last_path.is_file():
-            _say(f"resume   python {program} ckpt={shlex.quote(str(kept.last_path))}")
+        program, modules = Path(sys.argv[0]).parent / "train.py", untrusted_modules(settings)
+        trust = f" trust=[{','.join(modules)}]" if modules else ""
+        if step < trainer.max_steps and kept.last_path.is_file():
+            _say(f"resume   python {program} ckpt={shlex.quote(str(kept.last_path))}{trust}")
         if kept.last_path.is_file():
-            _say(f"sample   python {program.with_name('sample.py')} ckpt={shlex.quote(str(kept.last_path))} n=64")
+            _say(
+                f"sample   python {program.with_name('sample.py')} ckpt={shlex.quote(str(kept.last_path))} n=64{trust}"
+            )
     code = 0 if signal is None else 128 + signal
     if signal == SIGUSR1 and launchers.rank() > 0:
         code = 0  # or srun --kill-on-bad-exit would end process 0 while it still sends to W&B
     losses = next((h for h in hooks if isinstance(h, Losses)), None)
     reason = None
     if losses and losses.lost:
-        code, reason = 1, f"the loss is no number since step {losses.lost:,}"
+        code, reason = 1, f"training loss is NaN or Inf since step {losses.lost:,}"
         print(f"error: {reason}", file=sys.stderr, flush=True)
     pruned = any(h.pruned for h in hooks if isinstance(h, Pruning))
     metric = quality.label if quality and kept and kept.monitor == "quality" else kept.monitor if kept else "val/loss"

@@ -8,26 +8,28 @@ from omegaconf import DictConfig, OmegaConf
 
 from diffusion_lab.data.datamodule import DataModule
 from diffusion_lab.errors import ConfigError
+from diffusion_lab.instantiation import check, instantiate
 from diffusion_lab.metrics import classifier
 from diffusion_lab.metrics.classifier import Noise, Trained
 from diffusion_lab.runs import files
-from diffusion_lab.runs.cli import refusals
 from diffusion_lab.runs.device import device
-from diffusion_lab.runs.instantiate import instantiate
 
 
 def run(config: DictConfig) -> int:
     """Trains as configured, or takes what the cache has; writes classifier.pt and accuracy.json; returns the exit code."""
-    with refusals(OSError):
+    with files.os_errors():
         settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
         out = Path(settings["out"] or settings["run_dir"])
         files.refuse_filled(out, "out", settings["overwrite"])
         if settings["steps"] is not None and not (isinstance(settings["steps"], int) and settings["steps"] >= 1):
             raise ConfigError(f"steps={settings['steps']}: write at least 1, or null for the recipe's number")
-        data: DataModule = instantiate({**settings["data"], "limit": None})
+        check(settings["data"], "data")
+        data: DataModule = instantiate({**settings["data"], "limit": None}, "data")
         data.prepare_data()
         data.setup()
-        noise = Noise(instantiate(settings["schedule"]), settings["schedule"]) if settings["noisy"] else None
+        noise = (
+            Noise(instantiate(settings["schedule"], "schedule"), settings["schedule"]) if settings["noisy"] else None
+        )
         trained = classifier.of(data, Path(settings["cache"]), device(settings["device"]), noise, settings["steps"])
         files.write(out / "classifier.pt", trained.path.read_bytes())
         report = {

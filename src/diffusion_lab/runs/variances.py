@@ -16,10 +16,11 @@ from torch import nn
 
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.errors import ConfigError
+from diffusion_lab.instantiation import instantiate, instantiate_untrusted, locate
 from diffusion_lab.models import SecondHead
 from diffusion_lab.runs import files
 from diffusion_lab.runs.checkpoints import Run
-from diffusion_lab.runs.instantiate import instantiate
+from diffusion_lab.runs.upgrade import condition_of_format_1
 from diffusion_lab.samplers import Sampler
 from diffusion_lab.variances import Analytic, FixedSmall, Variance
 
@@ -48,7 +49,7 @@ def variance_for(node: Node | None, run: Run) -> tuple[Variance, Run]:
     """
     if not node:
         own = run.config.get("variance")
-        variance: Variance = instantiate(own, run.trust) if own else FixedSmall()
+        variance: Variance = instantiate_untrusted(own, run.trust, "variance") if own else FixedSmall()
         variance.check(run.denoiser.network)
         return variance, run
     kind = FITTED.get(node["_target_"])
@@ -68,8 +69,14 @@ def variance_for(node: Node | None, run: Run) -> tuple[Variance, Run]:
 
 def usable(variance: Variance, sampler: Node, asked: bool) -> Variance:
     """The variance for a sampler: fixed_small where a checkpoint's own, not `asked` for, is not for this sampler."""
-    unfit = variance.ancestral_only and sampler["_target_"] == "diffusion_lab.samplers.DDIM"
-    return FixedSmall() if unfit and not asked else variance
+    unfit = variance.ancestral_only and not getattr(locate(sampler, "sampler"), "ancestral", True)
+    if not unfit or asked:
+        return variance
+    kind = locate(sampler).__name__
+    print(
+        f"{kind} samples with variance=fixed_small, since {type(variance).__name__} is for ancestral steps (sampler=ddpm)"
+    )
+    return FixedSmall()
 
 
 def sampler_for(node: Node, run: Run) -> tuple[Sampler, Run]:
@@ -95,7 +102,8 @@ def bare(run: Run) -> nn.Module:
 
 def fingerprint(run: Run) -> str:
     """SHA-256 of what a fit depends on: the weights that are used, and what their output means."""
-    told = {group: run.config.get(group) for group in ("schedule", "objective", "condition")}
+    told = {group: run.config.get(group) for group in ("schedule", "objective")}
+    told["condition"] = condition_of_format_1(run.config.get("condition"))
     digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
     for name, tensor in bare(run).state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -123,6 +123,8 @@ class DDIM(Ancestral):
         ValueError: η outside [0, 1], a variance for ancestral steps only, and as `Ancestral`.
     """
 
+    ancestral = False  # takes no variance that is for ancestral steps only
+
     def __init__(
         self,
         steps: int | None = 50,

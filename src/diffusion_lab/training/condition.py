@@ -19,6 +19,7 @@ class Condition(ABC):
     """condition(batch, seed) → keyword arguments for the network."""
 
     num_classes: int | None = None  # for the network's embedding; its null label is num_classes
+    given_channels: int = 0  # of images that the network reads as further input channels
     of_data = True  # whether it is made of images or tensors, which whoever samples must give; False for labels and attributes
 
     @abstractmethod
@@ -45,9 +46,6 @@ class Unconditional(Condition):
 
     of_data = False
 
-    def __init__(self, num_classes: None = None) -> None:
-        self.num_classes = num_classes
-
     def __call__(self, batch: Mapping[str, Any], seed: int | None = None) -> Given:
         return {}
 
@@ -71,7 +69,8 @@ class Label(Condition):
     def __init__(self, num_classes: int, drop: float = 0.1) -> None:
         if num_classes < 1:
             raise ConfigError(
-                "condition=label needs labelled data, and this data set has no labels: write condition=none"
+                f"data.num_classes={num_classes}, but condition=label needs the number of classes: write data.num_classes=K for "
+                "a labelled data set of K classes, or condition=none"
             )
         self.num_classes: int = num_classes
         self.drop = _probability("drop", drop)
@@ -91,7 +90,7 @@ class Attributes(Condition):
     """Several labels at once, ±1 each: `label` float (B, A), 0 where nothing is said (CelebA's smiling, male, young, …).
 
     Args:
-        num_classes: A, the attributes of the data.
+        num_attributes: A, the attributes of the data.
         drop: probability that an example says nothing at all, which classifier-free guidance needs; in [0, 1).
         drop_each: probability, besides, of each attribute alone, so that a sample may be asked for a few of them; in [0, 1).
         names: of the attributes, in order; what sample.py's labels= are looked up in.
@@ -103,17 +102,19 @@ class Attributes(Condition):
     of_data = False
 
     def __init__(
-        self, num_classes: int, drop: float = 0.1, drop_each: float = 0.5, names: Sequence[str] | None = None
+        self, num_attributes: int, drop: float = 0.1, drop_each: float = 0.5, names: Sequence[str] | None = None
     ) -> None:
-        if num_classes < 1:
+        if num_attributes < 1:
             raise ConfigError(
                 "condition=attributes needs data with attributes, and these have none: write data=celeba, or condition=label"
             )
-        self.num_classes: int = num_classes
+        self.num_classes: int = num_attributes
         self.drop, self.drop_each = _probability("drop", drop), _probability("drop_each", drop_each)
         self.names = tuple(names or ())
-        if self.names and len(self.names) != num_classes:
-            raise ConfigError(f"condition.names holds {len(self.names)} names for {num_classes} attributes: name each")
+        if self.names and len(self.names) != num_attributes:
+            raise ConfigError(
+                f"condition.names holds {len(self.names)} names for {num_attributes} attributes: name each"
+            )
 
     def __call__(self, batch: Mapping[str, Any], seed: int | None = None) -> Given:
         label: Tensor = batch["attributes"]
@@ -135,10 +136,10 @@ class Tensors(Condition):
         ValueError: no names, or (when called) one that the data do not have.
     """
 
-    def __init__(self, keys: Sequence[str], num_classes: None = None) -> None:
+    def __init__(self, keys: Sequence[str]) -> None:
         if not keys:
             raise ConfigError("condition.keys=[] names nothing: write the tensors of the batch, or condition=none")
-        self.keys, self.num_classes = tuple(keys), num_classes
+        self.keys = tuple(keys)
 
     def __call__(self, batch: Mapping[str, Any], seed: int | None = None) -> Given:
         missing = [key for key in self.keys if key not in batch]
@@ -161,10 +162,10 @@ class LowResolution(Condition):
         ValueError: a factor below 2, or (when called) one that does not divide the image's sides.
     """
 
-    def __init__(self, channels: int, factor: int = 2, num_classes: None = None) -> None:
+    def __init__(self, channels: int, factor: int = 2) -> None:
         if factor < 2:
             raise ConfigError(f"condition.factor={factor}: write at least 2")
-        self.channels, self.factor, self.num_classes = channels, factor, num_classes
+        self.channels, self.factor, self.given_channels = channels, factor, channels
 
     def __call__(self, batch: Mapping[str, Any], seed: int | None = None) -> Given:
         image: Tensor = batch["image"]

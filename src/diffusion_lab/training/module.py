@@ -1,7 +1,8 @@
 """The LightningModule: what one step of training and of validation computes."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -14,22 +15,19 @@ from diffusion_lab.objectives import Objective
 from diffusion_lab.schedules import Schedule, match, move
 from diffusion_lab.times import Stratified, TimeSampler
 from diffusion_lab.training.condition import Condition
-from diffusion_lab.training.optim import Rate, build_optimizer
+from diffusion_lab.training.optim import (
+    OptimizerConfig,
+    Rate,
+    build_optimizer,
+    evaluation_weights,
+    lr_schedulers,
+    switch,
+)
 from diffusion_lab.training.sharding import ModelParallelStrategy, is_sharded, shard
 from diffusion_lab.variances import Learned, Variance
 from diffusion_lab.weightings import Weighting
 
 VALIDATION_SEED = 0  # t and ε of validation are the same in every run, so that runs compare
-
-
-class Optimisation(NamedTuple):
-    """How the weights are updated."""
-
-    make: Callable[..., torch.optim.Optimizer]  # called with the parameters and fused=
-    rate: Rate
-    max_steps: int
-    precision: str
-    clipping: bool
 
 
 class DiffusionModule(pl.LightningModule):
@@ -46,13 +44,17 @@ class DiffusionModule(pl.LightningModule):
         error: l2, l1 or huber.
         times: how t is drawn.
         condition: which tensors of a batch reach the network.
-        optimisation: optimiser, rate, length.
+        optimizer: optimizer and learning-rate schedule.
         batch_size: the global batch, over all processes and accumulated parts.
         variance: that of the run; a learned one is trained as well.
         seed: of all noise.
         compiled: run the training steps through torch.compile.
         validation_draws: how many (t, ε) each validation image gets.
         saved: plain values to store in every checkpoint (the resolved configuration, versions).
+
+    Attributes:
+        network: the live weights, which every callback sees as they are trained; nothing is swapped into it.
+        averages: decay → network of the averaged weights (EMA), the first one evaluated; empty without callbacks.ema.
 
     Raises:
         ValueError: a variance that this network cannot give, or that this schedule cannot train.
@@ -67,7 +69,7 @@ class DiffusionModule(pl.LightningModule):
         error: Error,
         times: TimeSampler,
         condition: Condition,
-        optimisation: Optimisation,
+        optimizer: OptimizerConfig,
         *,
         batch_size: int,
         variance: Variance | None = None,
@@ -81,7 +83,7 @@ class DiffusionModule(pl.LightningModule):
         # A compiled copy of the reference lives in the denoiser only, which is no module: state_dict has no `_orig_mod.` keys.
         self.denoiser = Denoiser(torch.compile(network) if compiled else network, schedule, objective)
         self.schedule, self.objective, self.weighting = schedule, objective, weighting
-        self.error, self.times, self.condition, self.optimisation = error, times, condition, optimisation
+        self.error, self.times, self.condition, self.optimizer_config = error, times, condition, optimizer
         self.batch_size, self.seed, self.validation_draws = batch_size, seed, validation_draws
         self.saved = dict(saved or {})
         self.learned_variance = variance if isinstance(variance, Learned) else None
@@ -89,7 +91,7 @@ class DiffusionModule(pl.LightningModule):
             variance.check(network)
         if self.learned_variance:
             chain_steps(self.denoiser)
-        self._evaluated: dict[str, nn.Module] = {}  # a dict hides the averages from nn.Module's registration
+        self.averages: dict[str, nn.Module] = {}  # a dict hides the averages from nn.Module's registration
         self._sum = torch.zeros(2, dtype=torch.float64)
         self._drawn: list[Tensor] = []  # (position, t, loss) of a step's parts, for a time sampler that learns
 
@@ -97,12 +99,12 @@ class DiffusionModule(pl.LightningModule):
 
     def register_average(self, name: str, network: nn.Module) -> None:
         """Make the averaged `network` available under `name`; the first one registered is what is evaluated."""
-        self._evaluated[name] = network
+        self.averages[name] = network
 
     def denoisers(self) -> dict[str, Denoiser]:
         """Name → denoiser for evaluation: the averages first, the live weights ("raw") last unless they are cut over processes.
         Networks are in their own modes."""
-        networks = {**self._evaluated, **({} if is_sharded(self.network) else {"raw": self.network})}
+        networks = {**self.averages, **({} if is_sharded(self.network) else {"raw": self.network})}
         return {name: Denoiser(network, self.schedule, self.objective) for name, network in networks.items()}
 
     def asked(self, index: Tensor) -> dict[str, Tensor]:
@@ -178,6 +180,12 @@ class DiffusionModule(pl.LightningModule):
 
     # validation: fixed t and ε, averaged weights ------------------------------------------------------------------------
 
+    def on_validation_start(self) -> None:
+        switch(self.trainer.optimizers, "eval")
+
+    def on_validation_end(self) -> None:
+        switch(self.trainer.optimizers, "train")
+
     def on_validation_epoch_start(self) -> None:
         self._sum = torch.zeros(2, dtype=torch.float64, device=self.device)
 
@@ -211,25 +219,60 @@ class DiffusionModule(pl.LightningModule):
         if isinstance(self.trainer.strategy, ModelParallelStrategy) and not is_sharded(self.network):
             shard(self.network, self.device_mesh["data_parallel"])  # type: ignore[index]
 
+    def try_optimizer(self, max_steps: int, validate_every: int) -> None:
+        """Build optimizer and schedulers once and drop them, so that a refusal comes before the run: neither holds state yet.
+
+        Raises:
+            ConfigError: as `build_optimizer` and `lr_schedulers`.
+        """
+        lr_schedulers(
+            self.optimizer_config,
+            build_optimizer(self.optimizer_config, self.network.parameters()),
+            max_steps,
+            validate_every,
+        )
+
     def configure_optimizers(self) -> Any:
-        o = self.optimisation
-        optimizer = build_optimizer(o.make, self.network.parameters(), o.precision, o.clipping)
+        optimizer = build_optimizer(self.optimizer_config, self.network.parameters())
         self._hyper = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: o.rate(step, o.max_steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
+        every = self.trainer.val_check_interval if self.trainer.limit_val_batches else 0
+        return [optimizer], lr_schedulers(self.optimizer_config, optimizer, self.trainer.max_steps, int(every or 0))
 
     def on_train_start(self) -> None:
-        """A resumed optimiser has the hyper-parameters and the memory format of its checkpoint; those of this run hold."""
+        """A resumed optimizer has the hyper-parameters and the memory format of its checkpoint; those of this run hold."""
         self._drawn.clear()
-        rate = self.lr_schedulers()
-        assert isinstance(rate, torch.optim.lr_scheduler.LambdaLR)
-        for group, hyper in zip(rate.optimizer.param_groups, self._hyper, strict=True):
-            factor = self.optimisation.rate(self.global_step, self.optimisation.max_steps)
-            group.update({**hyper, "initial_lr": hyper["lr"], "lr": hyper["lr"] * factor})
-        rate.base_lrs = [hyper["lr"] for hyper in self._hyper]
-        for weight, state in rate.optimizer.state.items():  # a fused kernel reads a weight and its moments side by side
+        (optimizer,) = self.trainer.optimizers
+        schedule = self.optimizer_config.schedule
+        for group, hyper in zip(optimizer.param_groups, self._hyper, strict=True):
+            base = hyper.get("initial_lr", hyper["lr"])
+            if isinstance(schedule, Rate):
+                rate = base * schedule(self.global_step, self.trainer.max_steps)
+            else:  # the scheduler's own state says where it is; another optimizer.lr scales it
+                rate = group["lr"] * base / group.get("initial_lr", base)
+            ours = {k: v for k, v in hyper.items() if k != "train_mode"}
+            group.update({**ours, "initial_lr": base, "lr": rate})
+        for config in self.trainer.lr_scheduler_configs:
+            if hasattr(config.scheduler, "base_lrs"):
+                config.scheduler.base_lrs = [h.get("initial_lr", h["lr"]) for h in self._hyper]
+        for weight, state in optimizer.state.items():  # a fused kernel reads a weight and its moments side by side
             moments = {k: v for k, v in state.items() if isinstance(v, Tensor) and v.shape == weight.shape}
             state.update({k: torch.empty_like(weight).copy_(v) for k, v in moments.items()})
+        switch([optimizer], "train")
+
+    def on_train_epoch_start(self) -> None:
+        """One endless stream: a trainer that cuts it into epochs (limit_train_batches) goes on where it was."""
+        self.trainer.datamodule.start_at(self.global_step)  # type: ignore[attr-defined]
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """The live network in eval mode, with the weights that a schedule-free optimizer states for evaluation; undone after."""
+        training = self.network.training
+        self.network.eval()
+        try:
+            with evaluation_weights(self.trainer.optimizers):
+                yield
+        finally:
+            self.network.train(training)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Training resumes between two steps. A checkpoint of a time limit in the middle of an accumulated batch, or one whose

@@ -8,8 +8,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from diffusion_lab.runs.cli import refusals
-from diffusion_lab.runs.evaluate import report
+from diffusion_lab.runs import files
+from diffusion_lab.runs.evaluate import report, samplers
 from diffusion_lab.runs.evaluate.prepare import prepare
 from diffusion_lab.runs.evaluate.processes import shared
 from diffusion_lab.runs.evaluate.work import rows
@@ -19,14 +19,15 @@ __all__ = ["run"]
 
 def run(config: DictConfig) -> int:
     """Evaluates as configured: metrics.json, metrics.csv, quality.png, a table on the screen; returns the exit code."""
-    with refusals(OSError):
+    with files.os_errors():
         settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+        settings["sampler_nodes"] = samplers.nodes(settings) if settings["ckpt"] else {}
         prepared = prepare(settings)
         for warning in prepared.warnings:
             print(f"warning: {warning}", file=sys.stderr, flush=True)
         with shared(settings, prepare, rows) as processes:
             found = rows(prepared, processes)
         report.write(prepared.out, found)
-        report.to_wandb(settings, prepared.out, found)
+        report.log(settings, prepared.out, found)
     report.show(found, prepared.out)
     return 0

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from diffusion_lab.data.datamodule import DataModule
 from diffusion_lab.data.images import Examples
 from diffusion_lab.errors import ConfigError
+from diffusion_lab.instantiation import instantiate, instantiate_untrusted
 from diffusion_lab.metrics import classifier, extractors, measure, reference
 from diffusion_lab.metrics.collect import classes
 from diffusion_lab.metrics.extractors import Extractor
@@ -24,7 +25,6 @@ from diffusion_lab.runs.evaluate import likelihoods, samplers
 from diffusion_lab.runs.evaluate.images import Given
 from diffusion_lab.runs.evaluate.likelihoods import Likelihood
 from diffusion_lab.runs.evaluate.samplers import Asked
-from diffusion_lab.runs.instantiate import instantiate
 
 
 @dataclass
@@ -158,13 +158,13 @@ def _data(settings: Mapping[str, Any], run: Run | None) -> DataModule:
     """The data set: the one that is named, else the checkpoint's. All of it: a run on fewer images is judged by all."""
     stated = settings["data"]
     if stated.get("_target_"):
-        data: DataModule = instantiate({**stated, "limit": None})
+        data: DataModule = instantiate({**stated, "limit": None}, "data")
     else:
         assert run is not None
         node = {**run.config["data"], "limit": None}
         if stated.get("root"):
             node["root"] = stated["root"]
-        data = instantiate(node, settings["trust"])
+        data = instantiate_untrusted(node, settings["trust"], "data")
     data.prepare_data()
     data.setup()
     return data

@@ -4,13 +4,16 @@ import csv
 import io
 import json
 import math
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from diffusion_lab.instantiation import accepted, instantiate
 from diffusion_lab.metrics.classifier import CONFIDENT
-from diffusion_lab.runs import files, loggers
+from diffusion_lab.runs import files
 from diffusion_lab.runs.figures import better, number
+from diffusion_lab.training.loggers import Identity, log_table
 
 Row = dict[str, Any]
 COLOURS = ("#1f6f8b", "#d1495b", "#5b8c5a", "#8e6c8a", "#e09f3e", "#3d405b", "#7f7f7f", "#b56576")
@@ -169,13 +172,14 @@ def _dress(axes: Any, name: str, nfe: list[int], rows: list[Row]) -> None:
 # W&B ----------------------------------------------------------------------------------------------------------------------
 
 
-def to_wandb(settings: Mapping[str, Any], out: Path, rows: list[Row]) -> None:
-    """A table and the plot, online if the user is logged in and offline otherwise; nothing unless logger=wandb."""
-    options = (settings.get("logger") or {}).get("wandb")
-    if options is None:
-        return
+def log(settings: Mapping[str, Any], out: Path, rows: list[Row]) -> None:
+    """The table, and for W&B the plot, to every logger of the group `logger`; W&B is offline where nobody is logged in."""
     flat = [_flat(row) for row in rows]
     names = list(dict.fromkeys(name for row in flat for name in row))
     values = [[row.get(name) for name in names] for row in flat]
     curves = list(scalars(rows[0])) if rows[0]["sampler"] else []
-    loggers.log_table(options, out, dict(settings), "quality", names, values, curves)
+    who = Identity(out.name, None, [], secrets.token_hex(4))
+    for name, node in (settings.get("logger") or {}).items():
+        if node is not None:
+            given = accepted(node, save_dir=str(out), who=who, config=dict(settings), job_type="evaluate")
+            log_table(instantiate(node, f"logger.{name}", **given), out, "quality", names, values, curves)

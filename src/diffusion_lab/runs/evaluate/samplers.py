@@ -4,12 +4,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
+from diffusion_lab import composition
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.runs.checkpoints import Run
 from diffusion_lab.runs.guidance import guided
-from diffusion_lab.runs.options import CONF, first_line, group_options
 from diffusion_lab.runs.variances import sampler_for
 from diffusion_lab.samplers import Sampler
 
@@ -22,25 +21,38 @@ class Asked(NamedTuple):
     run: Run
 
 
+def nodes(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The node of every sampler that `samplers` names, as Hydra's search path has them; before processes are started.
+
+    Raises:
+        ConfigError: an unknown sampler.
+    """
+    names = list(dict.fromkeys(name for name, _ in _named(settings["samplers"])))
+    found = {}
+    for name in names:
+        known = composition.options("sampler")
+        if name not in known:
+            raise ConfigError(
+                f"samplers={name} is unknown{composition.closest(name, known)}: write some of {', '.join(known)}"
+            )
+        composed = composition.composed("evaluate", [f"+sampler={name}"])
+        node: Any = OmegaConf.to_container(OmegaConf.masked_copy(composed, ["sampler", "variance"]), resolve=True)
+        found[name] = {
+            **node["sampler"],
+            **({"variance": settings["variance"]} if "variance" in node["sampler"] else {}),
+        }
+    return found
+
+
 def build(settings: Mapping[str, Any], run: Run) -> list[Asked]:
     """samplers × steps (or × budget), in that order; a sampler that chooses its own steps comes once.
 
     Raises:
-        ValueError: an unknown sampler or option, or one that cannot work with that checkpoint.
+        ConfigError: an option that the sampler does not have, or one that cannot work with that checkpoint.
     """
-    learned = (
-        (settings["variance"] or {}).get("_target_", "").endswith("Learned")
-    )  # variance=learned names a sampler as well
-    if settings.get("sampler") and not learned:
-        raise ConfigError(
-            "sampler= is sample.py's: write samplers=[ddim,ddpm] steps=[10,50], or samplers=[{ddim:{eta:1}}]"
-        )
-    known = group_options("sampler")
     asked: list[Asked] = []
     for name, options in _named(settings["samplers"]):
-        if name not in known:
-            raise ConfigError(f"samplers={name} is unknown: write some of {', '.join(known)}")
-        node = _node(name, settings)
+        node = settings["sampler_nodes"][name]
         strange = [key for key in options if key not in node]
         if strange:
             raise ConfigError(f"samplers={name} has no option {strange[0]}: write some of {', '.join(list(node)[1:])}")
@@ -62,19 +74,6 @@ def _named(asked: list[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
             yield from ((str(name), dict(options or {})) for name, options in entry.items())
         else:
             yield str(entry), {}
-
-
-def _node(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What the sampler's file says, with its references to other groups resolved."""
-    file = OmegaConf.load(CONF / "sampler" / f"{name}.yaml")
-    try:
-        whole = OmegaConf.to_container(OmegaConf.create({**settings, "sampler": file}), resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(
-            f"samplers={name}: conf/sampler/{name}.yaml cannot be resolved ({first_line(error)})"
-        ) from None
-    assert isinstance(whole, dict)
-    return {str(key): value for key, value in whole["sampler"].items()}
 
 
 def _lengths(settings: Mapping[str, Any], node: Mapping[str, Any], options: Mapping[str, Any]) -> list[dict[str, Any]]:

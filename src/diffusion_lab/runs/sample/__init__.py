@@ -4,7 +4,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from diffusion_lab.runs.cli import refusals
+from diffusion_lab.runs import files
 from diffusion_lab.runs.sample import tasks
 
 __all__ = ["run", "write"]
@@ -12,7 +12,7 @@ __all__ = ["run", "write"]
 
 def run(config: DictConfig) -> int:
     """Does the task as configured, writes its files and says what it did; returns the exit code."""
-    with refusals(OSError):
+    with files.os_errors():
         settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
         tasks.check(settings)
         said = tasks.do(settings)

@@ -5,13 +5,18 @@ folder, outcome.json: {status, code, reason, metric, value, overrides, seconds}.
 """
 
 import json
+import os
 import shlex
+import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from diffusion_lab.errors import ConfigError
+from diffusion_lab.processes import Result
 from diffusion_lab.runs import files
 
 FILE = "outcome.json"
@@ -20,22 +25,7 @@ FAILED = 1  # the exit code of a sweep with a job that failed
 Outcome = dict[str, Any]
 
 
-class Result(NamedTuple):
-    """What a command came to, where its exit code does not say it all.
-
-    Attributes:
-        code: the exit code.
-        metric: the name of `value`.
-        value: what a sweep compares and a sweeper minimises: the best of the figure that best.ckpt goes by.
-        pruned: whether the sweeper ended the job early.
-        reason: why it failed.
-    """
-
-    code: int
-    metric: str | None = None
-    value: float | None = None
-    pruned: bool = False
-    reason: str | None = None
+_folder: Path | None = None  # of the sweep that runs in this process
 
 
 class Refusal(SystemExit):
@@ -46,13 +36,37 @@ class Refusal(SystemExit):
         self.reason = reason
 
 
-def job(call: Callable[[], int | Result], folder: Path, overrides: Sequence[str]) -> Outcome:
+@contextmanager
+def one_line() -> Iterator[None]:
+    """Turn a ConfigError into one line on stderr and exit code 2; DIFFUSION_LAB_DEBUG=1 shows its traceback instead."""
+    try:
+        yield
+    except ConfigError as error:
+        if os.environ.get("DIFFUSION_LAB_DEBUG"):
+            raise
+        line = " ".join(str(error).split())
+        print(f"error: {line}", file=sys.stderr, flush=True)
+        raise Refusal(line) from None
+
+
+def begin(folder: Path | None) -> None:
+    """State the folder of the sweep that begins, None for a single run."""
+    global _folder
+    _folder = folder
+
+
+def folder() -> Path | None:
+    """The folder of the sweep that `begin` stated."""
+    return _folder
+
+
+def job(call: Callable[[], Result], folder: Path, overrides: Sequence[str]) -> Outcome:
     """Runs one job and leaves its outcome in `folder`. What it raises becomes the reason, with the traceback on stderr
     unless it is a refusal."""
     begin, result, reason = time.perf_counter(), Result(FAILED), None
     try:
-        done = call()
-        result = done if isinstance(done, Result) else Result(done)
+        with one_line():
+            result = call()
         reason = result.reason
         ended = "pruned" if result.pruned else "interrupted" if result.code else "done"
         status = "failed" if result.code == FAILED else ended
@@ -89,7 +103,7 @@ def summarise(folder: Path) -> int:
     for began in sorted(folder.rglob(".hydra")):  # killed, or out of memory
         name = began.parent.relative_to(folder).as_posix()
         if name not in outcomes and began.stat().st_mtime >= began_at:
-            reason = "ended without a word: killed, or out of memory"
+            reason = "no result recorded: probably killed or out of memory"
             outcomes[name] = {"status": "failed", "reason": reason, "overrides": _overrides(began), "value": None}
     if not outcomes:
         return 0

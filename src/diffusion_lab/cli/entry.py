@@ -1,0 +1,139 @@
+"""`python src/NAME.py …`: flags, Hydra, the command; a mistake of the user's is one line on stderr and exit code 2."""
+
+import importlib
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from diffusion_lab import composition
+from diffusion_lab.cli import sweeps
+from diffusion_lab.cli.sweeps import one_line
+from diffusion_lab.errors import ConfigError
+from diffusion_lab.instantiation import CONF
+from diffusion_lab.processes import CONFIG_ENV, Result
+from diffusion_lab.runs import files, launchers
+
+
+def main(name: str) -> int:
+    """Run the command `name`, whose configuration is conf/NAME.yaml and whose work is `run(config)` of its module.
+
+    Returns:
+        The exit code: 0, 2 for a refusal, 128 + a signal's number, 1 for a sweep with a failed job.
+    """
+    with one_line():
+        if int(os.environ.get("LOCAL_RANK", "0")) > 0 and CONFIG_ENV in os.environ:  # started by Lightning
+            return _command(name, OmegaConf.load(os.environ[CONFIG_ENV])).code
+        arguments = _arguments(sys.argv[1:])
+        if arguments.help:
+            from diffusion_lab.cli.help import show
+
+            show(name, arguments.overrides, arguments.config_dir)
+            return 0
+        composition.refuse_renamed(composition.parse(arguments.overrides))
+        started = launchers.launched()
+        if started and not (arguments.cfg or arguments.info or arguments.hydra_help):
+            folder = [o for o in arguments.overrides if o.startswith("hydra.run.dir=")]
+            launchers.check(started, name, arguments.multirun, bool(folder), "overwrite=true" in arguments.overrides)
+            if started.rank > 0:
+                config = composition.composed(name, arguments.overrides, arguments.config_dir)
+                return _command(
+                    name, OmegaConf.load(launchers.wait_for(Path(str(config.hydra.run.dir)) / "config.yaml"))
+                ).code
+        return _under_hydra(name, arguments.overrides, arguments.config_dir)
+
+
+def _arguments(argv: Sequence[str]) -> Any:
+    """Hydra's flags and the overrides. ConfigError: an unknown flag, or a word that is neither."""
+    parser = get_args_parser()
+
+    def refuse(message: str) -> Any:
+        raise ConfigError(f"{message}; --help lists what can be written")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    arguments = parser.parse_args(list(argv))
+    for word in arguments.overrides:
+        if "=" not in word and not word.startswith("~"):
+            raise ConfigError(f"{word!r} is neither KEY=VALUE nor a flag; --help lists what can be written")
+    return arguments
+
+
+def _under_hydra(name: str, overrides: list[str], config_dir: str | None) -> int:
+    codes: list[int] = []
+    entered = False
+    first_process = os.getpid()
+
+    def task(config: DictConfig) -> Any:
+        nonlocal entered
+        entered = True
+        job = HydraConfig.get()
+        folder = Path(job.runtime.output_dir)
+        if job.mode == RunMode.MULTIRUN:
+            outcome = sweeps.job(lambda: _command(name, config), folder, composition.task_overrides(job))
+            if outcome["code"] > 128 and os.getpid() == first_process:  # a signal ends the sweep, not one job of it
+                raise SystemExit(outcome["code"])
+            return outcome
+        try:
+            with one_line():
+                codes.append(_command(name, config).code)
+        finally:
+            _tidy(folder)
+        return None
+
+    command = hydra.main(str(CONF), name, version_base="1.3")(task)
+    sweeps.begin(None)
+    try:
+        with _hydra_raises():
+            command()
+    except composition.COMPOSITION_ERRORS as error:
+        if entered:
+            raise
+        raise ConfigError(composition.explain(error, name, overrides, config_dir)) from None
+    except (SystemExit, KeyboardInterrupt) as end:
+        if (folder := sweeps.folder()) is None:
+            raise
+        # a signal, or a process of the sweep that died: the summary is still printed
+        code = 130 if isinstance(end, KeyboardInterrupt) else end.code if isinstance(end.code, int) else 1
+        return max(code, sweeps.summarise(folder))
+    if (folder := sweeps.folder()) is not None:
+        return sweeps.summarise(folder)
+    return max(codes, default=0)
+
+
+def _command(name: str, config: Any) -> Result:
+    """Run a command; what it wrote keeps its configuration beside it."""
+    done = importlib.import_module(f"diffusion_lab.runs.{name}").run(config)
+    if name != "train":  # which writes its own before the first step
+        folder = Path(str(config.get("out") or config.run_dir))
+        if folder.is_dir() and not (folder / "config.yaml").exists():
+            files.write(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+    return done if isinstance(done, Result) else Result(done)
+
+
+@contextmanager
+def _hydra_raises() -> Iterator[None]:
+    """Hydra prints errors in several lines and exits with 1, unless this variable asks for the exception itself."""
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = before
+
+
+def _tidy(folder: Path) -> None:
+    """A command that was refused, or that wrote to out=, leaves no folder that holds Hydra's record of it and nothing else."""
+    if folder.is_dir() and {path.name for path in folder.iterdir()} <= {".hydra"}:
+        shutil.rmtree(folder)

@@ -1,0 +1,98 @@
+"""`--help`: the groups with their options, then each key with the comment of its file, one a line."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from diffusion_lab import composition
+from diffusion_lab.cli.schema import COMMANDS
+from diffusion_lab.instantiation import CONF
+
+WIDTH = 44  # columns of KEY: VALUE before the comment
+
+
+def show(name: str, overrides: Sequence[str], config_dir: str | None) -> None:
+    """Print the help of a command, with the values that this command line sets."""
+    config = composition.composed(name, overrides, config_dir)
+    choices = dict(config.hydra.runtime.choices)
+    groups = [
+        g
+        for g in composition._groups_of(CONF / f"{name}.yaml")
+        if (CONF / g).is_dir() and "/" not in g and g != "hydra"
+    ]
+    print(str(config.hydra.help.template).rstrip())
+    if groups:
+        print("\nGroups (GROUP=OPTION):\n")
+        for group in sorted(groups):
+            print(f"  {group}: {', '.join(composition.options(group, config_dir))}")
+    print("\nKeys (KEY=VALUE; +KEY=VALUE adds an argument that the class of the group takes):\n")
+    comments = dict(_comments(name, choices))
+    plain: Any = OmegaConf.to_container(config, resolve=False)
+    for key, value in _leaves({k: plain[k] for k in COMMANDS[name].__annotations__ if k in plain}):
+        line = f"  {key}: {_shown(value)}"
+        comment = comments.get(key, "")
+        print(f"{line:<{WIDTH}} # {comment}" if comment else line)
+    print(
+        "\n--multirun sweeps over comma-separated choices; --config-dir DIR adds options of your own; --cfg job prints the"
+    )
+    print("configuration and stops; --hydra-help is Hydra's own.")
+
+
+def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, child in value.items():
+        if isinstance(child, dict) and child:
+            yield from _leaves(child, f"{prefix}{key}.")
+        elif key not in ("_convert_", "_partial_"):
+            yield f"{prefix}{key}", child
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_shown, value))}]"
+    return {True: "true", False: "false"}[value] if isinstance(value, bool) else "null" if value is None else str(value)
+
+
+def _comments(name: str, choices: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(dotted key, comment) of every line of the chosen files that has one."""
+    yield from _of_file(CONF / f"{name}.yaml", "")
+    for group, option in choices.items():
+        for one in option if isinstance(option, (list, tuple)) else [option]:
+            path = CONF / str(group) / f"{one}.yaml"
+            if path.is_file() and not str(group).startswith("hydra"):
+                yield from _of_group(path, str(group))
+    for path in sorted((CONF / "logger").glob("*.yaml")):
+        yield from _of_file(path, "")
+
+
+def _of_group(path: Path, group: str) -> Iterator[tuple[str, str]]:
+    for base in _bases(path):
+        yield from _of_file(base, group)
+    yield from _of_file(path, group)
+
+
+def _bases(path: Path) -> list[Path]:
+    content = OmegaConf.load(path)
+    entries = list(content.get("defaults", [])) if isinstance(content, DictConfig) else []
+    names = [str(entry).split("@")[0] for entry in entries if not isinstance(entry, DictConfig) and entry != "_self_"]
+    found = [path.parent / f"{name}.yaml" for name in names]
+    return [deeper for file in found if file.is_file() for deeper in (*_bases(file), file)]
+
+
+def _of_file(path: Path, package: str) -> Iterator[tuple[str, str]]:
+    """By indentation: the files of conf/ are plain block mappings."""
+    stack: list[tuple[int, str]] = []
+    in_defaults = False
+    for line in path.read_text().splitlines():
+        if line.startswith("# @package "):
+            package = line.split()[-1].removeprefix("_global_")
+        body, _, comment = line.partition(" #")
+        text = body.strip()
+        if not text or text.startswith(("#", "-")) or ":" not in text:
+            continue
+        indent, key = len(body) - len(body.lstrip()), text.split(":", 1)[0].strip("'\"")
+        in_defaults = key == "defaults" if indent == 0 else in_defaults
+        stack = [(i, k) for i, k in stack if i < indent] + [(indent, key)]
+        if comment.strip() and not in_defaults:
+            yield ".".join([*([package] if package else []), *(k for _, k in stack)]), comment.strip()

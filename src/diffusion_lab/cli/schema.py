@@ -1,0 +1,180 @@
+"""The root keys of each command and their types: what a configuration may hold. Importable without torch.
+
+A key whose type is `Node` is a group's choice; its arguments are checked against the constructor's signature.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+Node = dict[str, Any]
+
+
+@dataclass
+class Validation:
+    """When a training run validates, and on how many (t, ε) of each image."""
+
+    every: int
+    draws: int
+
+
+@dataclass
+class Inpaint:
+    """RePaint's resampling."""
+
+    jump_length: int
+    resample: int
+
+
+@dataclass
+class Train:
+    data: Node
+    condition: Node
+    model: Node
+    schedule: Node
+    objective: Node
+    weighting: Node
+    loss: Node
+    time_sampler: Node
+    sampler: Node
+    variance: Node
+    clip: Node
+    optimizer: Node
+    lr_scheduler: Node
+    callbacks: Node
+    trainer: Node
+    logger: Node
+    seed: int
+    ckpt: str | None
+    init: str | None
+    validation: Validation
+    compile: bool
+    print_config: bool
+    overwrite: bool
+    trust: list[str]
+    run_dir: str
+
+
+@dataclass
+class Sample:
+    sampler: Node
+    clip: Node
+    guidance: Node
+    task: str
+    ckpt: str | None
+    weights: str
+    n: int
+    seed: int
+    labels: str | list[Any]
+    condition_data: str | None
+    batch_size: int
+    device: str
+    out: str | None
+    save_images: bool
+    overwrite: bool
+    trust: list[str]
+    images: list[str] | None
+    image: str | None
+    latents: str | None
+    mask: str | None
+    inpaint: Inpaint
+    strength: float
+    run_dir: str
+    variance: Node | None = None
+
+
+@dataclass
+class Evaluate:
+    data: Node
+    clip: Node
+    guidance: Node
+    logger: Node
+    ckpt: str | None
+    images: str | None
+    weights: str
+    metrics: list[str] | Node
+    extractor: str | Node | None
+    weights_path: str | None
+    n: int | None
+    split: str
+    nll_split: str
+    reference: str | None
+    save_reference: str | None
+    samplers: list[Any]
+    steps: list[int]
+    budget: int | list[int] | None
+    repeats: int
+    seed: int
+    labels: str | list[Any]
+    batch_size: int
+    device: str
+    devices: int
+    cache: str
+    out: str | None
+    overwrite: bool
+    trust: list[str]
+    run_dir: str
+    variance: Node | None = None
+
+
+@dataclass
+class FitVariance:
+    variance: Node
+    ckpt: str | None
+    weights: str
+    n: int
+    nodes: int | None
+    steps: int
+    lr: float
+    ema: float | None
+    batch_size: int
+    seed: int
+    device: str
+    devices: int
+    data: Node
+    overwrite: bool
+    trust: list[str]
+    run_dir: str
+
+
+@dataclass
+class TrainClassifier:
+    data: Node
+    schedule: Node
+    noisy: bool
+    steps: int | None
+    device: str
+    cache: str
+    out: str | None
+    overwrite: bool
+    run_dir: str
+
+
+@dataclass
+class Export:
+    ckpt: str | None
+    weights: str
+    out: str
+    diffusers: bool
+    overwrite: bool
+    trust: list[str]
+    run_dir: str
+
+
+@dataclass
+class Dashboard:
+    entity: str | None
+    project: str
+    name: str
+    dry: bool
+    run_dir: str
+
+
+COMMANDS: dict[str, type] = {
+    "train": Train,
+    "sample": Sample,
+    "evaluate": Evaluate,
+    "fit_variance": FitVariance,
+    "train_classifier": TrainClassifier,
+    "export": Export,
+    "dashboard": Dashboard,
+}

@@ -1,0 +1,177 @@
+"""Hydra's composition with errors of one line: what was found, what is allowed, what to write."""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from diffusion_lab import renames
+from diffusion_lab.errors import ConfigError
+from diffusion_lab.instantiation import CONF
+
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException)
+
+
+def task_overrides(hydra: Any) -> list[str]:
+    """The overrides of a job, as they were written; `hydra` is the node of that name."""
+    return [str(line) for line in OmegaConf.to_container(hydra.overrides.task, resolve=False)]
+
+
+def parse(overrides: Sequence[str]) -> list[Override]:
+    """Hydra's overrides. ConfigError: one that cannot be read."""
+    parsed = []
+    for text in overrides:
+        try:
+            parsed += OverridesParser.create().parse_overrides([text])
+        except HydraException as error:
+            raise ConfigError(f"cannot read the override {text!r} ({first_line(error)}): write KEY=VALUE") from None
+    return parsed
+
+
+def refuse_renamed(overrides: Sequence[Override]) -> None:
+    """Raise ConfigError for the old name of a key, an option or a value, with the new one."""
+    for override in overrides:
+        key = override.key_or_group.split("@")[0]
+        value = "" if override.is_delete() else str(override.input_line).split("=", 1)[-1]
+        if new := renames.renamed(key, value):
+            raise ConfigError(f"{override.input_line} was renamed: write {new}")
+
+
+@contextmanager
+def hydra_of_its_own(config_dir: str | None = None) -> Iterator[list[str]]:
+    """Hydra for `compose` outside a running command; yields the overrides that add `config_dir` to its search path."""
+    instance = GlobalHydra.instance()
+    held, instance.hydra = instance.hydra, None
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            yield [f"hydra.searchpath=[file://{Path(config_dir).absolute()}]"] if config_dir else []
+    finally:
+        instance.hydra = held
+
+
+def composed(name: str, overrides: Sequence[str] = (), config_dir: str | None = None) -> DictConfig:
+    """The configuration of a command line, with Hydra's own node, unresolved; under a running command with its search path.
+
+    Raises:
+        ConfigError: one line that names what is wrong and what to write instead.
+    """
+    refuse_renamed(parse(overrides))
+    try:
+        if GlobalHydra.instance().is_initialized() and config_dir is None:
+            return compose(name, list(overrides), return_hydra_config=True)
+        with hydra_of_its_own(config_dir) as added:
+            return compose(name, [*added, *overrides], return_hydra_config=True)
+    except COMPOSITION_ERRORS as error:
+        raise ConfigError(explain(error, name, overrides, config_dir)) from None
+
+
+def explain(error: Exception, name: str, overrides: Sequence[str], config_dir: str | None = None) -> str:
+    """One line for an error of Hydra's composition of the command `name`."""
+    line = first_line(error)
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and "/" in error.missing_cfg_file:
+        group, _, option = error.missing_cfg_file.rpartition("/")
+        return _unknown_option(group, option, options(group, config_dir))
+    if isinstance(error, OverrideParseException):
+        return f"cannot read the override {error.override!r} ({line}): write KEY=VALUE"
+    parsed = parse(overrides)
+    several = next((o for o in parsed if o.is_sweep_override()), None)
+    if several is not None and ("--multirun" in str(error) or "Ambiguous" in line):
+        return f"{several.input_line} names several values: add --multirun for a run of each, or write [...] for a list"
+    quoted = next((o for o in parsed if f"'{o.key_or_group}'" in line or str(o.input_line) in line), None)
+    if quoted is not None and ("Could not override" in line or "Could not delete" in line or "Key" in line):
+        return _unknown_key(quoted, name, config_dir)
+    cause = error.__cause__
+    reason = f" ({first_line(cause)})" if isinstance(cause, Exception) else ""
+    return f"{line}{reason}; --help lists what can be written"
+
+
+def _unknown_option(group: str, option: str, options: Sequence[str]) -> str:
+    known = [o for o in options if "/" not in o]
+    if new := renames.FOREIGN_OPTIONS.get((group, option.lower())):
+        return f"unknown option {group}={option}: write {group}={new}"
+    return f"unknown option {group}={option}{closest(option, known)}: write one of {', '.join(known)}"
+
+
+def _unknown_key(override: Override, name: str, config_dir: str | None) -> str:
+    key = override.key_or_group.split("@")[0]
+    if (CONF / key).is_dir():
+        users = [path.stem for path in sorted(CONF.glob("*.yaml")) if key in _groups_of(path)]
+        others = " or ".join(f"python src/{user}.py {override.input_line}" for user in users)
+        return f"{override.input_line} is not an option of {name}.py: leave it out, or write {others}"
+    if new := renames.FOREIGN_KEYS.get(key.rsplit(".", 1)[-1]):
+        return f"unknown key {key}: write {new}"
+    with hydra_of_its_own(config_dir) as added:
+        try:
+            base = compose(name, [*added, *group_choices([str(o) for o in added])])
+            known = sorted(keys(base))
+        except COMPOSITION_ERRORS:
+            known = []
+    if "." not in key:
+        known = [k for k in known if "." not in k] + [p.name for p in CONF.iterdir() if p.is_dir() and p.name != "base"]
+    return f"unknown key {key}{closest(key, known)}; --help lists all keys"
+
+
+def group_choices(overrides: Sequence[str]) -> list[str]:
+    """The overrides that choose options, each with its first value; those that set values are left out."""
+    return [single(o) for o in parse(overrides) if is_group(o.key_or_group)]
+
+
+def is_group(key: str) -> bool:
+    """Whether an override's key chooses an option: a group of conf/ or one of Hydra's."""
+    return (CONF / key.split("@")[0]).is_dir() or key.startswith("hydra/")
+
+
+def single(override: Override) -> str:
+    """An override as text, with the first value of a sweep."""
+    if not override.is_discrete_sweep():
+        return str(override.input_line)
+    return f"{str(override.input_line).split('=', 1)[0]}={next(iter(override.sweep_string_iterator()))}"
+
+
+def options(group: str, config_dir: str | None = None) -> list[str]:
+    """The options of a group, on Hydra's whole search path."""
+    from hydra.core.object_type import ObjectType
+
+    if GlobalHydra.instance().is_initialized():
+        return sorted(GlobalHydra.instance().config_loader().get_group_options(group, ObjectType.CONFIG))
+    with hydra_of_its_own(config_dir):
+        return sorted(GlobalHydra.instance().config_loader().get_group_options(group, ObjectType.CONFIG))
+
+
+def _groups_of(path: Path) -> set[str]:
+    """The groups in the defaults list of a file."""
+    entries: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    names = [str(name) for entry in entries.get("defaults", []) if isinstance(entry, dict) for name in entry]
+    return {name.removeprefix("optional ").removeprefix("override ").removeprefix("/") for name in names}
+
+
+def keys(config: DictConfig, prefix: str = "") -> set[str]:
+    """Every dotted key of a configuration."""
+    found: set[str] = set()
+    for name in config:
+        key, node = f"{prefix}{name!s}", config._get_node(name)
+        found.add(key)
+        if isinstance(node, DictConfig) and not node._is_none() and not node._is_interpolation():
+            found |= keys(node, key + ".")
+    return found
+
+
+def closest(word: str, words: Sequence[str]) -> str:
+    """' (did you mean …?)' with the word that is most like it, or one with the same last part; else nothing."""
+    match = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    match = match or [w for w in words if w.rsplit(".", 1)[-1] == word.rsplit(".", 1)[-1]][:1]
+    return f" (did you mean {match[0]}?)" if match else ""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message that is not empty."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
