@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.guidance import ClassifierFree, ClassifierGuidance, NoisyClassifier
 from diffusion_lab.metrics import classifier
@@ -19,19 +18,23 @@ Node = Mapping[str, Any]
 TRAIN = "python src/train_classifier.py data={} noisy=true schedule={}"
 
 
+def is_guided(node: Node | None) -> bool:
+    """Whether a node of `conf/guidance` guides: that of guidance=none does not, and neither does null."""
+    return bool(node) and _kind(node) != "Unguided"
+
+
 def guided(node: Node | None, run: Run) -> Run:
-    """The same run, guided as a node of `conf/guidance` says; itself where that is empty.
+    """Return the run with its denoiser guided as a node of `conf/guidance` describes.
 
     Call it last: after clipping and a fitted variance have given the run its denoiser.
 
     Raises:
-        ValueError: a network without a null label, a classifier that is missing or of other data, numbers out of range.
+        ConfigError: a network without a null label, a classifier that is missing or of other data, numbers out of range.
     """
-    if not node:
+    if not node or not is_guided(node):
         return run
     options = {key: value for key, value in node.items() if key not in ("_target_", "ckpt")}
-    kind, denoiser = node["_target_"].rsplit(".", 1)[-1], run.denoiser
-    found: Denoiser
+    kind, denoiser = _kind(node), run.denoiser
     if kind == "ClassifierFree":
         condition = run.condition
         if getattr(condition, "num_classes", None) and getattr(condition, "drop", 1) == 0:
@@ -39,14 +42,14 @@ def guided(node: Node | None, run: Run) -> Run:
                 "guidance=cfg needs a null label, and this checkpoint was trained with condition.drop=0, which never showed it: "
                 "train with condition.drop=0.1, or write guidance=classifier"
             )
-        found = ClassifierFree(denoiser, **options, num_classes=condition.num_classes)
+        denoiser = ClassifierFree(denoiser, **options, num_classes=condition.num_classes)
     elif kind == "ClassifierGuidance":
         judge = _classifier(node["ckpt"], run)
         schedule = instantiate(judge.config["schedule"])
         same = judge.config["schedule"] == run.config["schedule"]
         judge.network.to(run.device)
         logits = NoisyClassifier(judge.network, denoiser.schedule if same else schedule, denoiser.schedule)
-        found = ClassifierGuidance(
+        denoiser = ClassifierGuidance(
             denoiser,
             logits,
             int(judge.config["data"]["classes"]),
@@ -54,8 +57,14 @@ def guided(node: Node | None, run: Run) -> Run:
             labelled=isinstance(run.condition, Label),
         )
     else:
-        raise ConfigError(f"guidance._target_={node['_target_']} is unknown: write guidance=cfg or guidance=classifier")
-    return replace(run, denoiser=found)
+        raise ConfigError(
+            f"guidance._target_={node['_target_']} is unknown: write guidance=none, guidance=cfg or guidance=classifier"
+        )
+    return replace(run, denoiser=denoiser)
+
+
+def _kind(node: Node | None) -> str:
+    return str((node or {}).get("_target_", "")).rsplit(".", 1)[-1]
 
 
 def _classifier(path: str | None, run: Run) -> Trained:

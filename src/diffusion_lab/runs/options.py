@@ -43,7 +43,7 @@ NULLABLE: dict[str, type | tuple[type, ...]] = {
     "trainer.profiler": str,
     "sampler.steps": int,
     "sampler.budget": int,
-    "sampler.last_bound": (int, float),
+    "sampler.max_final_noise": (int, float),
     "nodes": int,
     "ema": (int, float),
     "variance.times": list,

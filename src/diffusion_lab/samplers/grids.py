@@ -49,7 +49,7 @@ WARPS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] 
 NAMES = (*GRIDS, *WARPS)
 
 
-def times(name: str, schedule: Schedule, steps: int | None, start: float = 1.0, stop: float = 0.0) -> Tensor:
+def make_grid(name: str, schedule: Schedule, steps: int | None, start: float = 1.0, stop: float = 0.0) -> Tensor:
     """The grid `name` between `start` and `stop`, float64 (steps + 1,); reversed if start < stop.
 
     Args:
@@ -74,7 +74,7 @@ def times(name: str, schedule: Schedule, steps: int | None, start: float = 1.0, 
             raise ConfigError(
                 "grid leading ends short of its far end, so the state there is never reached: to encode write grid=trailing"
             )
-        return times(name, schedule, steps, stop, start).flip(0)
+        return make_grid(name, schedule, steps, stop, start).flip(0)
     if steps is None and schedule.steps is None:
         raise ConfigError(
             "this schedule is a continuous curve: give the sampler a number of steps, e.g. sampler.steps=50"

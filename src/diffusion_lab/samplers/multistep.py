@@ -14,7 +14,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from diffusion_lab.errors import ConfigError
-from diffusion_lab.samplers.base import Model, Sampler
+from diffusion_lab.samplers.base import EvaluationContext, Sampler
 from diffusion_lab.schedules import Schedule
 
 
@@ -96,12 +96,12 @@ class Multistep(Sampler):
             plan.append(Step(alpha_s, sigma_s * decay, sigma_s * spread, sigma_t, weights))
         return plan
 
-    def integrate(self, x: Tensor, times: Tensor, model: Model, steps: Iterable[int]) -> Tensor:
-        plan = self.plan(model.schedule, times)
+    def integrate(self, x: Tensor, times: Tensor, context: EvaluationContext, steps: Iterable[int]) -> Tensor:
+        plan = self.plan(context.schedule, times)
         known: deque[Tensor] = deque(maxlen=self.order)  # D_0, D_1, …
         base = None  # x_s of the DDIM step, while it waits for the corrector
         for i in steps:
-            prediction = model.depart(i, x, times[i], times[i + 1])
+            prediction = context.predict(i, x, times[i], times[i + 1])
             x0, noise = prediction.x0, prediction.noise
             if base is not None:
                 corrector = plan[i - 1].weights.corrector
@@ -109,7 +109,7 @@ class Multistep(Sampler):
             known.appendleft(x0)
             x = plan[i].alpha * x0 + plan[i].keep * noise
             if plan[i].spread:
-                x = x + plan[i].spread * model.noise(i)
+                x = x + plan[i].spread * context.noise(i)
             base = x if plan[i].weights.corrector else None
             x = _add(x, plan[i].weights.predictor, list(known)[1:], x0)
             del prediction, x0, noise  # the next evaluation need not find them in memory

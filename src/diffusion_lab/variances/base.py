@@ -19,7 +19,9 @@ class Variance(ABC):
 
     ancestral_only = False  # whether DDIM must refuse it, because it does not know of a floor
     extra_channels = False  # whether it reads C channels of the network's output beyond the first C
-    last_bound: float | None = None  # y, how many levels the last noisy step of a sampler may add unless told otherwise
+    max_final_noise: float | None = (
+        None  # y, how many levels the last noisy step of a sampler may add unless told otherwise
+    )
 
     @abstractmethod
     def __call__(

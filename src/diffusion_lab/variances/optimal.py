@@ -35,7 +35,7 @@ class Analytic(Variance):
         ValueError: none given, or not of this form.
     """
 
-    last_bound = 1.0
+    max_final_noise = 1.0
 
     def __init__(
         self, times: Tensor | Sequence[float] | None = None, moments: Tensor | Sequence[float] | None = None
@@ -79,7 +79,7 @@ class FromHead(FromExtra):
     imperfect mean in diffusion probabilistic models"): c = clip((σ²/α²) w, 0, 1). At α = 0, where no head knows, c = 1.
     """
 
-    last_bound = 1.0
+    max_final_noise = 1.0
 
     @property
     def remedy(self) -> str:  # type: ignore[override]
