@@ -263,10 +263,10 @@ assert worst_noisy < best_exact
 
 samples = {
     "data": data(50)[0],
-    "ddim": compared["ddim"](10)(denoiser, x_T),
-    "unipc": compared["unipc"](10)(denoiser, x_T),
-    "ddpm, fixed_small": compared["ddpm, fixed_small"](10)(denoiser, x_T),
-    "ddpm, fixed_large": compared["ddpm, fixed_large"](10)(denoiser, x_T),
+    "ddim": compared["ddim"](10)(denoiser, x_T).x,
+    "unipc": compared["unipc"](10)(denoiser, x_T).x,
+    "ddpm, fixed_small": compared["ddpm, fixed_small"](10)(denoiser, x_T).x,
+    "ddpm, fixed_large": compared["ddpm, fixed_large"](10)(denoiser, x_T).x,
 }
 fig, axes = plt.subplots(1, len(samples), figsize=(7.2, 1.75))
 for ax, (name, x) in zip(axes, samples.items(), strict=True):
