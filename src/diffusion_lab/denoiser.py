@@ -56,10 +56,10 @@ class Denoiser:
         clip: None, a limit for |x̂_0|, or a function of x̂_0 (see clipping.py). A function whose attribute `identity` is true
             counts as None.
         on_output: transforms of the output y in order, each f(evaluate, x_t, t, previous, condition) → Output. An attribute
-            `moves_mean` that is true says that its `gradient` is for the mean of ancestral steps; other samplers refuse it.
+            `moves_mean` that is true marks its `gradient` as one for the mean of ancestral steps; other samplers refuse it.
         on_x0: transforms of x̂_0 after clipping, in order, each f(x0, x_t, t) → x0. Where one changes x̂_0, ε̂ is derived
             again and `gradient` is 0. An attribute `fixed`, bool and broadcastable to x̂_0, marks the pixels that it sets
-            whatever x̂_0 is: they count as changed also where the two are equal (both −1, say, after clipping).
+            whatever x̂_0 is: they count as changed also where the two are equal (both −1 after clipping).
 
     Raises:
         ConfigError: the objective cannot be used with the schedule.

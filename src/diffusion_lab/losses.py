@@ -106,7 +106,7 @@ def diffusion_loss(
 
 
 def chain_steps(denoiser: Denoiser) -> int:
-    """T, each of whose steps is one term of the bound; ValueError on a curve that has none."""
+    """T, each of whose steps is one term of the bound; ConfigError on a curve that has none."""
     if denoiser.schedule.steps is None:
         raise ConfigError(
             "variance=learned is trained on the terms of a chain, and this schedule is a continuous curve without steps: write "

@@ -183,7 +183,7 @@ def _check(schedule: Schedule, variance: Variance, decoder: str, last: str, eta:
 
 
 def _refuse_unsound(sound: Tensor, times: Tensor) -> None:
-    """Raise ValueError for the first evaluation that was not sound, bool (K + 1, 2)."""
+    """Raise ConfigError for the first evaluation that was not sound, bool (K + 1, 2)."""
     bad = (~sound).nonzero()
     if not len(bad):
         return

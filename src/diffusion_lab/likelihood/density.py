@@ -134,10 +134,10 @@ class _Field:
     def __call__(self, u: Tensor, y: Tensor, rows: Tensor) -> Tensor:
         copies = 1 if self.probe is not None else max(1, min(ROWS // len(y), y.shape[1] - 1))
         t, d_alpha, d_sigma = (value.repeat(copies) for value in (self.clock.time(u), *self.clock.tangent(u)))
-        asked = rows.repeat(copies)
+        repeated = rows.repeat(copies)
         with torch.enable_grad():
             x = y[:, :-1].repeat(copies, 1).reshape(-1, *self.shape).requires_grad_()
-            condition = {name: value[asked.to(value.device)] for name, value in self.condition.items()}
+            condition = {name: value[repeated.to(value.device)] for name, value in self.condition.items()}
             prediction = self.denoiser(x, t, **condition)
             velocity = match(d_alpha, x) * prediction.x0 + match(d_sigma, x) * prediction.noise
             _refuse_nan(velocity, t)
@@ -163,7 +163,7 @@ def _trace(velocity: Tensor, x: Tensor, copies: int) -> Tensor:
 
 
 def _refuse_nan(velocity: Tensor, t: Tensor) -> None:
-    """Raise ValueError, naming the time, where dx/dt is not finite."""
+    """Raise ConfigError, naming the time, where dx/dt is not finite."""
     finite = velocity.isfinite().flatten(1).all(1)
     if not bool(finite.all()):
         bad = float(t[int((~finite).nonzero()[0])])

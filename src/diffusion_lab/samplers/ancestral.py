@@ -136,7 +136,7 @@ class DDIM(Ancestral):
         steps, grid, budget, max_final_noise: as `Ancestral`.
 
     Raises:
-        ValueError: η outside [0, 1], a variance for ancestral steps only, and as `Ancestral`.
+        ConfigError: η outside [0, 1], a variance for ancestral steps only, and as `Ancestral`.
     """
 
     def __init__(
@@ -195,7 +195,7 @@ def optimal_grid(variance: Analytic, schedule: Schedule, steps: int | None, star
     most = len(nodes) - (not into_data)
     n = most if steps is None else steps
     if n > most:
-        raise ConfigError(f"steps={n} exceeds the {most} times that grid=optimal chooses from: ask for fewer")
+        raise ConfigError(f"steps={n} exceeds the {most} times that grid=optimal chooses from: write fewer steps")
     if n == 1:
         return inner.new_tensor([start, stop])
     path = nodes[shortest(costs(variance, schedule, nodes), n - into_data)].flip(0)

@@ -42,7 +42,7 @@ class DDCM(DDPM):
         steps, variance, grid, budget, max_final_noise: as `DDPM`.
 
     Raises:
-        ValueError: K < 2, and as `DDPM`.
+        ConfigError: K < 2, and as `DDPM`.
     """
 
     def __init__(

@@ -33,7 +33,7 @@ class Heun(Sampler):
         s_noise: the factor on the noise; a little over 1 makes up for detail that networks remove.
 
     Raises:
-        ValueError: an argument of the churn outside its range.
+        ConfigError: an argument of the churn outside its range.
     """
 
     def __init__(

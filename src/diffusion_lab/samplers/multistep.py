@@ -1,4 +1,4 @@
-"""Multistep exponential integrators: a DDIM step, and a correction from what earlier estimates of x_0 say of its slope.
+"""Multistep exponential integrators: a DDIM step, and a correction for the slope of x̂_0 from earlier estimates.
 
 In λ = ln(α/σ) the probability-flow ODE is x_s = (σ_s/σ_t) x_t + σ_s ∫ e^λ x̂_0 dλ. With x̂_0 frozen that is the DDIM step
 α_s x̂_0 + σ_s ε̂, exact also where λ is infinite; with a polynomial through earlier estimates it is that and a weighted sum of
@@ -36,10 +36,10 @@ class Step(NamedTuple):
 
 
 class Multistep(Sampler):
-    """A solver that remembers the last `order` estimates. What a subclass gives: `weights`.
+    """A solver that keeps the last `order` estimates of a run. A subclass implements `weights`.
 
     Where h is infinite (into data, out of it, at α = 0) a step is of first order, and no later step looks back across it. A
-    corrector costs no evaluation: x_s is corrected once the network was asked at its prediction, as the next step needs anyway.
+    corrector costs no evaluation: x_s is corrected with the evaluation at its prediction, which the next step needs anyway.
     The callback sees the prediction.
 
     Args:
@@ -49,7 +49,7 @@ class Multistep(Sampler):
         steps, grid, budget: as in `Sampler`.
 
     Raises:
-        ValueError: fewer steps than `order`.
+        ConfigError: fewer steps than `order`.
     """
 
     def __init__(

@@ -64,7 +64,7 @@ class ODE(Sampler):
     def integrate(self, x: Tensor, times: Tensor, context: EvaluationContext, steps: Iterable[int]) -> Tensor:
         schedule, (start, stop), given = context.schedule, times.tolist(), x.dtype
         begin, end = start or min(schedule.least, stop), stop or min(schedule.least, start)
-        ends = (start == 0) + (stop == 0)  # evaluations beside the solver's
+        ends = (start == 0) + (stop == 0)  # evaluations in addition to the solver's
         clock, reports = TimeParametrization(schedule), itertools.count()
 
         def slope(u: Tensor, y: Tensor, rows: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ class ODE(Sampler):
 
 
 class _Watch:
-    """Tells the callback of the whole batch what the solver did to some of its rows."""
+    """Report the state of the whole batch to the callback after the solver has moved some of its rows."""
 
     def __init__(
         self,

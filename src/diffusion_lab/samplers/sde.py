@@ -50,7 +50,7 @@ class ReverseSDE(Sampler):
 class EulerMaruyama(ReverseSDE):
     """x_s = x − f x h − g² h ε̂/σ + g √h z with h = t − s and f, g, σ at t (Song et al. 2021, section 4.1).
 
-    Needs a finite drift where it begins, hence α > 0 there. A step is stable where g² h/σ² stays below 2, which asks for many
+    Needs a finite drift where it begins, hence α > 0 there. A step is stable where g² h/σ² stays below 2, which takes many
     steps near t = 1 on curves whose α falls steeply there (cosine); `ReverseDiffusion` is stable on all. Arguments as
     `ReverseSDE`.
     """
@@ -106,7 +106,7 @@ class PredictorCorrector(Sampler):
         snr: r > 0, the ratio of a Langevin step's drift to its noise; 0.16 is the published value of CIFAR-10 on VE.
 
     Raises:
-        ValueError: an unknown predictor, or an argument out of range.
+        ConfigError: an unknown predictor, or an argument out of range.
     """
 
     deterministic = False
