@@ -448,10 +448,10 @@ for k in reversed(range(100)):
     if k > 0:
         z = normal(shape, seed=5, index=index, draw=100 - k, dtype=torch.float64)
         by_hand += ((1 - bars[k - 1]) / (1 - bars[k]) * betas[k]).sqrt() * z
-same(by_hand, samplers.DDPM()(Denoiser(smooth, few, eps), start, seed=5), 1e-8)
+same(by_hand, samplers.DDPM()(Denoiser(smooth, few, eps), start, seed=5).x, 1e-8)
 
 eta, by_hand = 0.5, start
-times = samplers.DDIM(steps=10).times(Denoiser(smooth, few, eps))
+times = samplers.DDIM(steps=10).time_grid(Denoiser(smooth, few, eps))
 for k in range(10):
     (alpha_t, sigma_t), (alpha_s, sigma_s) = few.alpha_sigma(times[k]), few.alpha_sigma(times[k + 1])
     noise_hat = smooth(by_hand, None)
@@ -459,7 +459,7 @@ for k in range(10):
     tilde = gaussian.posterior(few, times[k], times[k + 1]).variance
     z = normal(shape, seed=5, index=index, draw=k + 1, dtype=torch.float64)
     by_hand = alpha_s * x0_hat + (sigma_s**2 - eta**2 * tilde).sqrt() * noise_hat + eta * tilde.sqrt() * z
-same(by_hand, samplers.DDIM(steps=10, eta=eta)(Denoiser(smooth, few, eps), start, seed=5), 1e-8)
+same(by_hand, samplers.DDIM(steps=10, eta=eta)(Denoiser(smooth, few, eps), start, seed=5).x, 1e-8)
 
 # %% [markdown]
 # ## 9. Infinitely many steps

@@ -81,7 +81,7 @@ state = x0
 for column, (before, t) in zip(axes.T, zip([0, *stops], stops, strict=False), strict=True):
     alpha, sigma = schedule.alpha_sigma(torch.tensor(t, dtype=torch.float64))
     if t > 0:
-        state = samplers.ODE(rtol=1e-4, atol=1e-4)(denoiser, state, start=before, stop=t)
+        state = samplers.ODE(rtol=1e-4, atol=1e-4)(denoiser, state, start=before, stop=t).x
     for ax, x in zip(column, (alpha * x0 + sigma * eps, state), strict=True):
         points(ax, x, color=None, c=order, cmap="viridis")
         ax.set(xlim=(-2.3, 2.3), ylim=(-2.3, 2.3))
@@ -114,15 +114,17 @@ fig, axes = plt.subplots(2, 4, figsize=(7.2, 3.9))
 ends = {}
 for ax, (name, sampler) in zip(axes.flat, shown.items(), strict=True):
     path = []
-    ends[name] = sampler(denoiser, start, seed=4, callback=lambda i, t, x, prediction, path=path: path.append(x))
+    ends[name], nfe, _ = sampler(
+        denoiser, start, seed=4, callback=lambda i, t, x, prediction, path=path: path.append(x)
+    )
     path = torch.cat([*path, ends[name]]).flatten(2)  # (steps, 2, 5)
     points(ax, x0, s=1, color="0.8")
     for n in range(5):
-        ax.plot(*path[:, :, n].T, ".-", color=f"C{n}", lw=0.8, ms=0 if sampler.nfe > 20 else 2.5)
+        ax.plot(*path[:, :, n].T, ".-", color=f"C{n}", lw=0.8, ms=0 if nfe > 20 else 2.5)
         ax.plot(*path[0, :, n], "o", color=f"C{n}", ms=5, mfc="white")
         ax.plot(*path[-1, :, n], "o", color=f"C{n}", ms=5)
     ax.set(xlim=(-1.9, 1.9), ylim=(-1.9, 1.9))
-    ax.set_title(f"{name} ({sampler.nfe})", loc="center", fontsize=8.5)
+    ax.set_title(f"{name} ({nfe})", loc="center", fontsize=8.5)
 plt.show()
 for name, end in ends.items():
     if shown[name].deterministic:
@@ -139,7 +141,7 @@ for name, end in ends.items():
 # %%
 fig, axes = plt.subplots(1, 2, figsize=(7.2, 2.4), sharey=True)
 for row, name in enumerate(reversed(grids.NAMES)):
-    at = grids.times(name, schedule, 15)[:-1]
+    at = grids.make_grid(name, schedule, 15)[:-1]
     for ax, where in zip(axes, (at, schedule.lam(at)), strict=True):
         ax.plot(where, [row] * len(where), "o", ms=3.5, color="C0")
 axes[0].set_yticks(range(len(grids.NAMES)), reversed(grids.NAMES))
@@ -160,7 +162,7 @@ plt.show()
 
 # %%
 few = normal((2, 6, 6), seed=3, index=one, dtype=torch.float64)
-exact = samplers.ODE(rtol=1e-11, atol=1e-11)(denoiser, few, stop=0.1)
+exact = samplers.ODE(rtol=1e-11, atol=1e-11)(denoiser, few, stop=0.1).x
 even = {"grid": "uniform_lambda"}
 solvers = {
     "ddim": (1, lambda n: samplers.DDIM(n, **even)),
@@ -175,7 +177,7 @@ errors = {}
 for name, (_, make) in solvers.items():
     errors[name] = []
     for n in budgets:
-        end = make(n)(denoiser, few, stop=0.1)
+        end = make(n)(denoiser, few, stop=0.1).x
         errors[name].append(float((end - exact).square().mean().sqrt()))
 
 fig, ax = plt.subplots(figsize=(7.2, 3.4))
@@ -235,7 +237,7 @@ final = {}
 for ax, network, title in zip(axes, (best, erring), ("The best network", "A network that errs"), strict=True):
     judged = Denoiser(network, schedule, objectives.PredNoise())
     for name, make in compared.items():
-        found = [distance(make(n)(judged, x_T)) for n in budgets]
+        found = [distance(make(n)(judged, x_T).x) for n in budgets]
         final[title, name] = found[-1]
         ax.loglog(budgets, found, "o-" if make(6).deterministic else "s--", label=name)
     ax.axhline(floor, color="black", lw=0.9, ls=":")
@@ -261,10 +263,10 @@ assert worst_noisy < best_exact
 
 samples = {
     "data": data(50)[0],
-    "ddim": compared["ddim"](10)(denoiser, x_T),
-    "unipc": compared["unipc"](10)(denoiser, x_T),
-    "ddpm, fixed_small": compared["ddpm, fixed_small"](10)(denoiser, x_T),
-    "ddpm, fixed_large": compared["ddpm, fixed_large"](10)(denoiser, x_T),
+    "ddim": compared["ddim"](10)(denoiser, x_T).x,
+    "unipc": compared["unipc"](10)(denoiser, x_T).x,
+    "ddpm, fixed_small": compared["ddpm, fixed_small"](10)(denoiser, x_T).x,
+    "ddpm, fixed_large": compared["ddpm, fixed_large"](10)(denoiser, x_T).x,
 }
 fig, axes = plt.subplots(1, len(samples), figsize=(7.2, 1.75))
 for ax, (name, x) in zip(axes, samples.items(), strict=True):

@@ -6,6 +6,7 @@
 # labels, inpainting, SDEdit, interpolation, encoding.
 
 # %%
+import dataclasses
 import math
 from pathlib import Path
 
@@ -108,7 +109,7 @@ fig, axes = plt.subplots(2, len(scales), figsize=(7.2, 3.0))
 spread, tilted = [], []
 for (above, below), s in zip(axes.T, scales, strict=True):
     density = (log_p + s * log_py).softmax(0)
-    points = solver(guidance.ClassifierFree(denoiser, scale=s, num_classes=3), x_T, condition=ask).flatten(1)
+    points = solver(guidance.ClassifierFree(denoiser, scale=s, num_classes=3), x_T, condition=ask).x.flatten(1)
     for ax in (above, below):
         ax.scatter(*means.T, s=3, color="0.75", lw=0)
         ax.set(xlim=(-1.7, 1.7), ylim=(-1.7, 1.9), xticks=[], yticks=[], aspect="equal")
@@ -213,7 +214,7 @@ scales = [0.0, 1.0, 2.0, 3.0, 5.0]
 pictures, recognised, varied = [], [], []
 for s in scales:
     guided = guidance.ClassifierFree(denoiser, scale=s)
-    images = samplers.DPMSolverPP(budget=12)(guided, start, condition={"label": labels})
+    images = samplers.DPMSolverPP(budget=12)(guided, start, condition={"label": labels}).x
     nearest = truth[torch.cdist(images.flatten(1), train).argmin(1)]
     pictures.append(images)
     recognised.append(float((nearest == labels).float().mean()))
@@ -244,7 +245,7 @@ none = {"label": torch.full((32,), 10)}
 known = originals.repeat_interleave(8, dim=0)
 filled = editing.inpaint(
     samplers.DDPM(20), denoiser, known, mask, index=torch.arange(32), condition=none, jump_length=5, resample=5
-)
+).x
 assert torch.equal(filled[..., :4, :], known[..., :4, :])  # exactly
 
 half = torch.where(mask > 0, -0.4, originals)
@@ -268,7 +269,7 @@ eps = normal((1, 8, 8), seed=3, index=torch.arange(4))
 columns = [drawing.expand(4, -1, -1, -1)]
 for t in strengths:
     x_t = denoiser.schedule.corrupt(drawing, eps, torch.tensor(t))
-    columns.append(samplers.DDIM(20)(denoiser, x_t, start=t, condition={"label": torch.full((4,), 8)}))
+    columns.append(samplers.DDIM(20)(denoiser, x_t, start=t, condition={"label": torch.full((4,), 8)}).x)
 
 fig, ax = plt.subplots(figsize=(4.2, 2.6))
 sheet = torch.stack(columns, dim=1).flatten(0, 1)
@@ -285,14 +286,14 @@ plt.show()
 # loses falls with the order of the solver. Clipping is no part of an ODE, so here the denoiser has none.
 
 # %%
-flow = Denoiser(denoiser.network, denoiser.schedule, denoiser.objective)
+flow = dataclasses.replace(denoiser, clip=None)
 known_label = {"label": truth[chosen]}
 lost = {}
 for name, make in {"ddim": samplers.DDIM, "heun": samplers.Heun, "unipc": samplers.UniPC}.items():
     lost[name] = []
     for budget in (10, 20, 40, 80):
-        there = make(budget=budget)(flow, originals, start=0.0, stop=1.0, condition=known_label)
-        back = make(budget=budget)(flow, there, condition=known_label)
+        there = make(budget=budget)(flow, originals, start=0.0, stop=1.0, condition=known_label).x
+        back = make(budget=budget)(flow, there, condition=known_label).x
         lost[name].append(float((back - originals).square().mean().sqrt()))
 
 fig, ax = plt.subplots(figsize=(4.2, 2.5))
@@ -311,15 +312,15 @@ plt.show()
 # %%
 solver = samplers.Heun(budget=40)
 pair, none = originals[[1, 3]], torch.tensor([10])
-a, b = solver(flow, pair, start=0.0, stop=1.0, condition={"label": none.expand(2)})
+a, b = solver(flow, pair, start=0.0, stop=1.0, condition={"label": none.expand(2)}).x
 weights = torch.linspace(0, 1, 9)
 latents = torch.cat([editing.slerp(a, b, weights), a + weights[:, None, None, None] * (b - a)])
-between = solver(flow, latents, condition={"label": none.expand(18)})
+between = solver(flow, latents, condition={"label": none.expand(18)}).x
 
-latents = solver(flow, originals, start=0.0, stop=1.0, condition=known_label)
+latents = solver(flow, originals, start=0.0, stop=1.0, condition=known_label).x
 guided = guidance.ClassifierFree(denoiser, scale=2.0)
 every = {"label": torch.arange(10).repeat(4)}
-decoded = solver(guided, latents.repeat_interleave(10, dim=0), condition=every)
+decoded = solver(guided, latents.repeat_interleave(10, dim=0), condition=every).x
 translated = torch.cat([originals[:, None], decoded.reshape(4, 10, 1, 8, 8)], dim=1)
 
 fig, axes = plt.subplots(2, 1, figsize=(6.0, 3.8), height_ratios=(2, 3.4))

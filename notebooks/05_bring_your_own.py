@@ -7,6 +7,7 @@
 # The four classes, with the imports of the first cell above them, make a module, say `my_lab.py`. The commands at the end use it.
 
 # %%
+import dataclasses
 import math
 from pathlib import Path
 
@@ -125,9 +126,9 @@ def train(denoiser, steps=500, batch_size=64):
 
 def sample(denoiser, sampler):
     """24 images, x̂_0 clipped to the images' range."""
-    clipped = Denoiser(denoiser.network, denoiser.schedule, denoiser.objective, clip=1.0)
+    clipped = dataclasses.replace(denoiser, clip=1.0)
     start = samplers.prior(denoiser.schedule, normal((1, 10, 10), seed=1, index=torch.arange(24)))
-    return sampler(clipped, start)
+    return sampler(clipped, start).x
 
 
 torch.manual_seed(0)

@@ -10,6 +10,7 @@ MATHEMATICS = (
     "weightings",
     "gaussian",
     "variances",
+    "clipping",
     "denoiser",
     "times",
     "losses",

@@ -10,7 +10,7 @@ from oracle import Gaussian, Mixture, Network, oracle
 from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser
-from diffusion_lab.editing import Certain, Known, inpaint, passes, slerp
+from diffusion_lab.editing import InpaintingTransform, MaskedVariance, inpaint, passes, slerp
 from diffusion_lab.noise import normal
 from diffusion_lab.objectives import PredNoise, PredV
 from diffusion_lab.samplers import DDIM, DDPM, ODE, Heun, Sampler, prior
@@ -60,7 +60,7 @@ def test_edits_of_gaussian_data_have_the_law_that_theory_gives(name: str) -> Non
     kept = []
     for t in (0.3, 0.6, 0.9):
         x_t = schedule.corrupt(image, noise, torch.tensor(t))
-        x = Heun(40)(oracle(data, schedule, PredV()), x_t, start=t)
+        x = Heun(40)(oracle(data, schedule, PredV()), x_t, start=t).x
         ends = torch.tensor([0.0, 1.0], dtype=D).reshape(2, 1, 1, 1)
         low, high = data.flow(ends, schedule, t, 1e-9).flatten().tolist()  # the flow: low + (high − low) x_t
         alpha, sigma = (float(v) for v in schedule.alpha_sigma(torch.tensor(t, dtype=D)))
@@ -89,10 +89,10 @@ def test_encoding_and_decoding_lose_what_the_solver_s_order_says(make: type[Samp
     encoded, errors = [], []
     for steps in (20, 40):
         sampler = make(steps, grid="trailing")  # type: ignore[call-arg]
-        z = sampler(oracle(gaussian, schedule, PredV()), x, **times)
+        z = sampler(oracle(gaussian, schedule, PredV()), x, **times).x
         encoded.append(float((z - gaussian.flow(x, schedule, *times.values())).abs().max()))
-        z = sampler(oracle(MIXTURE, schedule, PredV()), x, **times)
-        back = sampler(oracle(MIXTURE, schedule, PredV()), z, start=0.7, stop=0.3)
+        z = sampler(oracle(MIXTURE, schedule, PredV()), x, **times).x
+        back = sampler(oracle(MIXTURE, schedule, PredV()), z, start=0.7, stop=0.3).x
         errors.append(float((back - x).square().mean().sqrt()))
     for order, found in ((way, encoded), (both, errors)):
         for coarse, fine in itertools.pairwise(found):
@@ -177,7 +177,7 @@ def moments(sampler: Sampler, schedule: Schedule, jump_length: int, resample: in
 
     An independent route: matrices in place of samples, the steps of DDPM, DDIM and Heun's method written out anew.
     """
-    times = sampler.times(correlated(schedule))
+    times = sampler.time_grid(correlated(schedule))
     alpha, sigma = schedule.alpha_sigma(times)
     keep, know = torch.diag(torch.tensor([0.0, 1.0], dtype=D)), torch.tensor([KNOWN, 0.0], dtype=D)
 
@@ -238,7 +238,7 @@ def test_inpainting_draws_what_its_affine_steps_say_and_resampling_takes_its_bia
     for resample in (1, 4):
         x = inpaint(
             sampler, correlated(schedule), IMAGE, MASK, index=torch.arange(6000), jump_length=4, resample=resample
-        )[:, 0, 0, 1]
+        ).x[:, 0, 0, 1]
         mean, variance = moments(sampler, schedule, 4, resample)
         assert abs(float(x.mean()) - mean) < 4 * (variance / 6000) ** 0.5
         assert abs(float(x.var()) - variance) < 4 * variance * (2 / 6000) ** 0.5
@@ -281,12 +281,12 @@ def test_known_pixels_come_back_exactly_whatever_the_sampler(name: str, curve: s
     """Into data without help: the state that a sampler leaves has them to rounding, the result bit for bit; others are new."""
     denoiser, index = oracle(BLOBS, SCHEDULES[curve], PredV()), torch.arange(3)
     for resample in (1, 2):
-        x = inpaint(few(name), denoiser, PICTURE, HOLE, index=index, jump_length=2, resample=resample)
+        x = inpaint(few(name), denoiser, PICTURE, HOLE, index=index, jump_length=2, resample=resample).x
         assert torch.equal(x[..., :2], PICTURE[..., :2].expand(3, -1, -1, -1))
         assert x.isfinite().all()
         assert (x[..., 2:] - PICTURE[..., 2:]).abs().min() > 0
     start = prior(denoiser.schedule, normal((1, 4, 4), seed=0, index=index, dtype=D))
-    left = few(name)(Known(denoiser, PICTURE, HOLE), start)
+    left = few(name)(InpaintingTransform(denoiser, PICTURE, HOLE), start).x
     assert torch.allclose(left[..., :2], PICTURE[..., :2].expand(3, -1, -1, -1), atol=1e-12)
 
 
@@ -294,19 +294,18 @@ def test_known_pixels_come_back_exactly_whatever_the_sampler(name: str, curve: s
 def test_nothing_known_and_one_pass_is_the_sampler_itself(name: str) -> None:
     denoiser, index = oracle(BLOBS, SCHEDULES["Linear"], PredV()), torch.arange(5, 8)
     start = prior(denoiser.schedule, normal((1, 4, 4), seed=2, index=index, dtype=D))
-    alone = few(name)
-    want = alone(denoiser, start, seed=2, index=index)
-    sampler = few(name)
-    x = inpaint(sampler, denoiser, PICTURE, torch.ones_like(HOLE), seed=2, index=index, resample=1)
-    assert torch.allclose(x, want, atol=1e-12)
-    assert sampler.nfe == alone.nfe
+    want = few(name)(denoiser, start, seed=2, index=index)
+    got = inpaint(few(name), denoiser, PICTURE, torch.ones_like(HOLE), seed=2, index=index, resample=1)
+    assert torch.allclose(got.x, want.x, atol=1e-12)
+    assert got.nfe == want.nfe
 
 
 def test_an_image_depends_on_its_index_alone() -> None:
     denoiser = oracle(BLOBS, SCHEDULES["Cosine"], PredV())
     together, apart = (
         torch.cat([
-            inpaint(DDPM(8), denoiser, PICTURE, HOLE, seed=1, index=index, jump_length=2, resample=3) for index in parts
+            inpaint(DDPM(8), denoiser, PICTURE, HOLE, seed=1, index=index, jump_length=2, resample=3).x
+            for index in parts
         ])
         for parts in (torch.arange(6)[None], torch.arange(6).split(2))
     )  # fmt: skip
@@ -317,11 +316,11 @@ def test_an_image_depends_on_its_index_alone() -> None:
 def test_known_pixels_follow_their_exact_chain_under_any_variance() -> None:
     """x_t = α x_0 + σ ε at t = 0.2, 4,000 numbers to 4 standard errors; with fixed_large left as it is they are too wide."""
     denoiser, schedule = correlated(Linear()), Linear()
-    told, index = Known(denoiser, IMAGE, MASK), torch.arange(4000)
+    told, index = InpaintingTransform(denoiser, IMAGE, MASK), torch.arange(4000)
     alpha, sigma = (float(v) for v in schedule.alpha_sigma(torch.tensor(0.2, dtype=D)))
     start = normal((1, 1, 2), seed=4, index=index, dtype=D)
-    for variance, right in ((None, True), (Certain(FixedLarge(), told.unknown), True), (FixedLarge(), False)):
-        x = DDPM(3, variance, grid="trailing")(told, start, index=index, seed=4, stop=0.2)[..., 0]
+    for variance, right in ((None, True), (MaskedVariance(FixedLarge(), MASK > 0), True), (FixedLarge(), False)):
+        x = DDPM(3, variance, grid="trailing")(told, start, index=index, seed=4, stop=0.2).x[..., 0]
         assert abs(float(x.mean()) - alpha * KNOWN) < 4 * sigma * 1.2 / 4000**0.5
         assert (abs(float(x.std()) / sigma - 1) < 4 / 8000**0.5) == right
     z = torch.zeros(1, dtype=D) + 0.5
@@ -336,6 +335,6 @@ def test_what_cannot_be_is_refused() -> None:
     two = PICTURE.expand(2, -1, -1, -1)
     with pytest.raises(ValueError, match="one image at a time"):
         inpaint(ODE(), denoiser, two, HOLE, index=torch.arange(2))
-    assert inpaint(DDIM(3), denoiser, two, HOLE, index=torch.arange(2), resample=1).shape == two.shape
+    assert inpaint(DDIM(3), denoiser, two, HOLE, index=torch.arange(2), resample=1).x.shape == two.shape
     with pytest.raises(ValueError, match="must be at least 1"):
         inpaint(DDIM(3), denoiser, PICTURE, HOLE, index=torch.arange(2), resample=0)

@@ -1,4 +1,4 @@
-"""Transitions and posteriors against Bayes' rule by linear algebra on the joint covariance; KL, the discretised decoder."""
+"""Transitions and posteriors against Bayes' rule by linear algebra on the joint covariance; KL, the discretized decoder."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate, stats
 
-from diffusion_lab.gaussian import discretised_log_likelihood, kl, posterior, transition
+from diffusion_lab.gaussian import discretized_log_likelihood, kl, posterior, transition
 from diffusion_lab.schedules import Cosine, Linear, Schedule
 
 D = torch.float64
@@ -169,35 +169,35 @@ def naive(x0: torch.Tensor, mean: torch.Tensor, std: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize("std", [1e-20, 1e-4, 3e-3, 0.01, 0.1, 1.0])
-def test_discretised_likelihood_is_the_formula(std: float) -> None:
+def test_discretized_likelihood_is_the_formula(std: float) -> None:
     """Every level under means in and out of the range: 1e-12 nats in float64 and 1e-4 (at 1e-4, where a rounding of the
     mean is a thousandth of σ, 2e-3) in float32."""
     mean = torch.linspace(-1.4971, 1.5013, 61, dtype=D)[:, None]  # none on the edge of a bin
     for dtype, margin in ((D, 1e-12), (torch.float32, 2e-3 if std == 1e-4 else 1e-4)):
         x, m, log_variance = LEVELS.to(dtype), mean.to(dtype), torch.tensor(2 * np.log(std), dtype=dtype)
-        got = discretised_log_likelihood(x, m, log_variance)
+        got = discretized_log_likelihood(x, m, log_variance)
         assert got.dtype == dtype
         assert np.abs(got.double().numpy() - naive(x, m, float((log_variance.double() / 2).exp()))).max() < margin
 
 
-def test_discretised_likelihood_is_a_distribution() -> None:
+def test_discretized_likelihood_is_a_distribution() -> None:
     """The 256 probabilities sum to 1 for means in the range; 256 floors of 1e-12 are the margin."""
     mean = torch.linspace(-1, 1, 33, dtype=D)[:, None]
     for std in (1e-6, 1e-3, 0.05, 1.0, 30.0):
-        total = discretised_log_likelihood(LEVELS, mean, f64(2 * np.log(std))).exp().sum(1)
+        total = discretized_log_likelihood(LEVELS, mean, f64(2 * np.log(std))).exp().sum(1)
         torch.testing.assert_close(total, torch.ones(33, dtype=D), rtol=0, atol=3e-10)
 
 
-def test_discretised_likelihood_has_its_gradient() -> None:
+def test_discretized_likelihood_has_its_gradient() -> None:
     """Against finite differences where nothing is cut off; 0 on the floor; finite everywhere."""
     x = LEVELS[[0, 0, 3, 128, 200, 255, 255]]
     mean = (x + torch.tensor([0.01, -0.02, 0.004, 0.0, -0.02, 0.01, -0.02], dtype=D)).requires_grad_()
     log_variance = torch.full((7,), 2 * np.log(0.01), dtype=D, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda m, v: discretised_log_likelihood(x, m, v), (mean, log_variance))
+    assert torch.autograd.gradcheck(lambda m, v: discretized_log_likelihood(x, m, v), (mean, log_variance))
     for std in (1e-18, 1e-8, 1e-3, 1.0, 1e6):
         m = torch.linspace(-3, 3, 61)[:, None].requires_grad_()
         v = torch.tensor(2 * np.log(std), dtype=torch.float32).requires_grad_()
-        discretised_log_likelihood(LEVELS.float(), m, v).sum().backward()
+        discretized_log_likelihood(LEVELS.float(), m, v).sum().backward()
         assert m.grad is not None
         assert v.grad is not None
         assert bool(m.grad.isfinite().all() and v.grad.isfinite())

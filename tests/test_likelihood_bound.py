@@ -109,7 +109,7 @@ def test_gaussian_data_closed_form(curve: str, name: str, eta: float) -> None:
     is the entropy but for the prior and the decoder, whose gap is of order (σ/α)⁴ where t_1 is near data."""
     schedule, x0 = SCHEDULES[curve], gaussian_images(40)
     den = oracle(DATA, schedule, PredV())
-    times = grids.times("linspace", schedule, 8).flip(0)[1:]
+    times = grids.make_grid("linspace", schedule, 8).flip(0)[1:]
     variance = best(schedule, times) if name == "Analytic" else VARIANCES[name]()
     got = likelihood.vlb(den, x0, 8, variance, decoder="gaussian", eta=eta)
     assert torch.equal(got.times, times)
@@ -142,7 +142,7 @@ def test_the_bound_falls_to_the_entropy() -> None:
             assert abs(mean - want) < 4.5 * error < 0.15
     for curve in ("VP", "SubVP", "VE", "EDM"):
         schedule = SCHEDULES[curve]
-        chains = (grids.times("uniform_lambda", schedule, n).flip(0)[1:] for n in (1000, 2000, 4000))
+        chains = (grids.make_grid("uniform_lambda", schedule, n).flip(0)[1:] for n in (1000, 2000, 4000))
         excess = [closed_form(schedule, times, "FixedSmall")[3] - ENTROPY for times in chains]
         assert 1.9 < excess[0] / excess[1] < 2.1
         assert 1.9 < excess[1] / excess[2] < 2.1
@@ -151,7 +151,7 @@ def test_the_bound_falls_to_the_entropy() -> None:
 
 class Published:
     """Improved DDPM's bound by its own formulas in float64 NumPy: β of the respaced chain, its posterior tables with the first
-    log-variance clipped to the second, normal_kl and the discretised decoder; the prior is N(0, 1) as they have it."""
+    log-variance clipped to the second, normal_kl and the discretized decoder; the prior is N(0, 1) as they have it."""
 
     def __init__(self, kept: np.ndarray, learned: bool, large: bool) -> None:
         bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[kept]
@@ -337,7 +337,7 @@ def test_condition_and_times_of_a_sampler_reach_the_network() -> None:
         return 0.5 * x
 
     den, label = Denoiser(net, Linear(), PredNoise()), torch.tensor([1, 0])
-    times = DDPM(5, grid="quadratic").times(den)
+    times = DDPM(5, grid="quadratic").time_grid(den)
     got = likelihood.vlb(den, levels(2), condition={"label": label}, times=times)
     assert torch.equal(got.times, times.flip(0)[1:])
     assert [call["c"] for call in calls] == pytest.approx([1000 * float(t) - 1 for t in got.times])
@@ -394,7 +394,7 @@ def test_refusals() -> None:
     """One line each, with the remedy."""
     x0 = levels(2)
     table, curve = Denoiser(Wavy(), Linear(), PredNoise()), Denoiser(Wavy(), VP(), PredNoise())
-    refused("write one of discretised, gaussian", table, x0, 5, decoder="nonesuch")
+    refused("write one of discretized, gaussian", table, x0, 5, decoder="nonesuch")
     refused("write one of strided, full", table, x0, 5, last="nonesuch")
     refused("last=strided", curve, x0, 5, last="full")
     refused("steps", curve, x0)

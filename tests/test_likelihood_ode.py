@@ -64,7 +64,7 @@ def test_gaussian_density_on_every_curve(curve: str) -> None:
     with them, and on flow, which has none at 1, the mean over 60 images is within 1e-3 of the density of the data. And the
     start: 1e-5, or the first node."""
     schedule, x0 = SCHEDULES[curve], images(60)
-    got = likelihood.ode(oracle(DATA, schedule, PredV()), x0, dequantise=False)
+    got = likelihood.ode(oracle(DATA, schedule, PredV()), x0, dequantize=False)
     assert got.start == (1e-5 if schedule.steps is None else 1 / schedule.steps)
     torch.testing.assert_close(got.bpd, bpd(pushed(x0, schedule, got.start)), rtol=0, atol=1e-4)
     torch.testing.assert_close(got.bpd, bpd(got.log_density), rtol=1e-12, atol=0)
@@ -78,7 +78,7 @@ def test_gaussian_density_on_every_curve(curve: str) -> None:
 @pytest.mark.parametrize("name", [n for n in OBJECTIVES if accepts(OBJECTIVES[n], Cosine())])
 def test_every_objective_has_the_same_density(name: str) -> None:
     x0, schedule = images(2), Cosine()
-    got = likelihood.ode(oracle(DATA, schedule, OBJECTIVES[name]), x0, dequantise=False)
+    got = likelihood.ode(oracle(DATA, schedule, OBJECTIVES[name]), x0, dequantize=False)
     torch.testing.assert_close(got.bpd, bpd(pushed(x0, schedule, got.start)), rtol=0, atol=1e-4)
 
 
@@ -90,10 +90,10 @@ def test_mixture_density_and_its_two_divergences(curve: str) -> None:
     schedule = SCHEDULES[curve]
     den = oracle(MIXTURE, schedule, PredV())
     x0 = torch.cat([MIXTURE.means + 0.15 * torch.ones_like(MIXTURE.means), torch.zeros(1, 1, 2, 2)])
-    exact = likelihood.ode(den, x0, "exact", dequantise=False)
+    exact = likelihood.ode(den, x0, "exact", dequantize=False)
     torch.testing.assert_close(exact.bpd, bpd(log_mixture(x0), 4), rtol=0, atol=1e-4 if curve == "Flow" else 2e-3)
     one = x0[1:2].expand(100, -1, -1, -1)
-    mean, error = likelihood.average(likelihood.ode(den, one, dequantise=False, rtol=1e-4, atol=1e-4).bpd)
+    mean, error = likelihood.average(likelihood.ode(den, one, dequantize=False, rtol=1e-4, atol=1e-4).bpd)
     assert error is not None
     assert 1e-4 < error < 0.1
     assert abs(mean - float(exact.bpd[1])) < 4 * error
@@ -128,7 +128,7 @@ def test_scipy_goes_the_same_way() -> None:
         np.testing.assert_allclose(got.latent[i].flatten().numpy(), y[:-1], rtol=0, atol=1e-5)
 
 
-def test_dequantised_bits_are_the_entropy_of_the_levels() -> None:
+def test_dequantized_bits_are_the_entropy_of_the_levels() -> None:
     """Levels of N(0.1, 0.2²), 12,000 of them, under the density of N(0.1, 0.2²): bits/dim within 4 standard errors of the
     entropy of the 256 probabilities (the density is flat within a bin to 1e-4), near 5.6 for the offset log₂ 127.5. u/127.5
     is uniform over one bin and keyed."""
@@ -143,7 +143,7 @@ def test_dequantised_bits_are_the_entropy_of_the_levels() -> None:
     assert error is not None
     assert abs(mean - want) < 4 * error < 0.1
     with_u = likelihood.ode(den, x0[:2], seed=1)
-    plain = likelihood.ode(den, x0[:2], dequantise=False)
+    plain = likelihood.ode(den, x0[:2], dequantize=False)
     moved = (with_u.latent - plain.latent) * 0.2 * 127.5  # x_1 − x_1' = (x − x')/0.2 on flow
     assert moved.abs().max() < 0.5 + 1e-3
     assert moved.std() == pytest.approx(12**-0.5, abs=0.06)

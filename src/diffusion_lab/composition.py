@@ -23,7 +23,8 @@ COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException)
 
 def task_overrides(hydra: Any) -> list[str]:
     """The overrides of a job, as they were written; `hydra` is the node of that name."""
-    return [str(line) for line in OmegaConf.to_container(hydra.overrides.task, resolve=False)]
+    lines: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)
+    return [str(line) for line in lines]
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:

@@ -1,4 +1,4 @@
-"""Gaussians of the chain: the forward transition and the posterior of any pair of times s < t; KL and the discretised decoder."""
+"""Gaussians of the chain: the forward transition and the posterior of any pair of times s < t; KL and the discretized decoder."""
 
 import math
 from typing import NamedTuple
@@ -64,7 +64,7 @@ def kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tenso
     return 0.5 * (torch.expm1(ratio) - ratio + (mean1 - mean2).square() * torch.exp(-log_variance2))
 
 
-def discretised_log_likelihood(x0: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+def discretized_log_likelihood(x0: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
     """log P(level of x_0) under N(mean, e^log_variance) cut into 256 bins, of each element in nats (Ho et al. 2020, eq. 13).
 
     log[Φ((x_0 − μ + 1/255)/σ) − Φ((x_0 − μ − 1/255)/σ)]; the bins of the levels 0 and 255 are open; never below ln 1e-12.

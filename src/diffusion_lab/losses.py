@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from diffusion_lab.denoiser import Denoiser, Prediction
 from diffusion_lab.errors import ConfigError
-from diffusion_lab.gaussian import discretised_log_likelihood, kl, posterior
+from diffusion_lab.gaussian import discretized_log_likelihood, kl, posterior
 from diffusion_lab.schedules import NODE_TOLERANCE, match, move
 from diffusion_lab.variances import Learned
 from diffusion_lab.weightings import Weighting
@@ -94,7 +94,7 @@ def diffusion_loss(
     """
     schedule, objective = denoiser.schedule, denoiser.objective
     x_t = denoiser.schedule.corrupt(x0, noise, t)
-    output, extra = denoiser.output(x_t, t, previous, **condition)
+    output, extra, *_ = denoiser.output(x_t, t, previous, **condition)
     each = error(output, objective.target(schedule, t, x0, noise))
     weight = move(weighting(schedule, objective, t).to(each.dtype), each.device)
     weighted = weight * each
@@ -106,7 +106,7 @@ def diffusion_loss(
 
 
 def chain_steps(denoiser: Denoiser) -> int:
-    """T, each of whose steps is one term of the bound; ValueError on a curve that has none."""
+    """T, each of whose steps is one term of the bound; ConfigError on a curve that has none."""
     if denoiser.schedule.steps is None:
         raise ConfigError(
             "variance=learned is trained on the terms of a chain, and this schedule is a continuous curve without steps: write "
@@ -119,7 +119,7 @@ def bound_term(
     denoiser: Denoiser, learned: Learned, x0: Tensor, x_t: Tensor, t: Tensor, output: Tensor, extra: Tensor | None
 ) -> Tensor:
     """L_t of the variational bound in bits per dimension, float (B,): the KL of the step from t to s = t − 1/T, or at s = 0 the
-    decoder's discretised likelihood, whose least variance is that of the step before (Nichol & Dhariwal 2021, their code).
+    decoder's discretized likelihood, whose least variance is that of the step before (Nichol & Dhariwal 2021, their code).
 
     Args:
         denoiser: its clipping plays no part.
@@ -141,7 +141,7 @@ def bound_term(
     nats = kl(gap, match(floor.log(), x0), torch.zeros_like(gap), log_variance).flatten(1).mean(1)
     rows = move(into_data.nonzero()[:, 0], x0.device)  # few steps have any, and a decoder costs more than a KL
     if len(rows):
-        decoder = -discretised_log_likelihood(x0[rows], guess[rows], log_variance[rows]).flatten(1).mean(1)
+        decoder = -discretized_log_likelihood(x0[rows], guess[rows], log_variance[rows]).flatten(1).mean(1)
         nats = nats.index_copy(0, rows, decoder)
     return nats / math.log(2)
 

@@ -60,7 +60,7 @@ def measured(n, size, processes, keep=True):
     )
 
     def images(block):
-        made[block.start] = make(block)
+        made[block.start] = make(block).x
         return made[block.start]
 
     judge = Judging()
@@ -153,8 +153,8 @@ def test_images_do_not_depend_on_the_size_of_blocks():
         lambda x, c, **k: network(x.double(), c.double(), **k).float(), denoiser.schedule, denoiser.objective
     )
     make = sampled(wide, DDIM(5), (1, 4, 4), seed=1)
-    whole = make(range(6))
-    assert torch.allclose(torch.cat([make(range(2)), make(range(2, 6))]), whole, atol=1e-6)
+    whole = make(range(6)).x
+    assert torch.allclose(torch.cat([make(range(2)).x, make(range(2, 6)).x]), whole, atol=1e-6)
 
 
 def test_nan_is_named_by_its_index_in_the_whole_set():
@@ -188,11 +188,11 @@ def test_a_network_that_gives_nan_is_refused_with_the_image():
         (1, 8, 8),
         condition={"label": torch.arange(20) % 10},
     )
-    assert bool(make(range(7)).isfinite().all())
+    assert bool(make(range(7)).x.isfinite().all())
     with pytest.raises(ValueError, match="image 17: the network gave NaN"):
         make(range(10, 20))
     with pytest.raises(ValueError, match="image 7: the network gave NaN"):
-        collect(make, 20, 10, [Judging()])
+        collect(lambda block: make(block).x, 20, 10, [Judging()])
 
 
 @pytest.mark.parametrize("n", [0, 1])

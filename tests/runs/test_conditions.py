@@ -7,7 +7,7 @@ import pytest
 import torch
 from command import TINY, code, command, train
 
-from diffusion_lab.guidance import ClassifierFree, ClassifierGuidance
+from diffusion_lab.guidance import ClassifierFreeTransform, ClassifierTransform
 from diffusion_lab.metrics.classifier import Noise, Recipe, trained
 from diffusion_lab.runs import conditions, load_checkpoint
 from diffusion_lab.runs.build import data as data_of
@@ -84,9 +84,9 @@ def test_guidance_with_any_sampler_and_batch_size(sampler, run, judges, plain):
     node = {"_target_": "diffusion_lab.guidance.ClassifierGuidance", "ckpt": str(judges["noisy"]), "scale": 2.0}
     free = {"_target_": "diffusion_lab.guidance.ClassifierFree", "scale": 2.0}
     label = torch.arange(7) % 10
-    for given, guidance, kind in ((run, free, ClassifierFree), (plain, node, ClassifierGuidance)):
+    for given, guidance, kind in ((run, free, ClassifierFreeTransform), (plain, node, ClassifierTransform)):
         guided_run = guided(guidance, load_checkpoint(given))
-        assert type(guided_run.denoiser) is kind
+        assert [type(transform) for transform in guided_run.denoiser.on_output] == [kind]
         assert guided_run.num_classes == 10
         whole = guided_run.sample(7, made, condition={"label": label})
         parts = guided_run.sample(7, made, condition={"label": label}, batch_size=3)

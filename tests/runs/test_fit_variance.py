@@ -86,7 +86,7 @@ def test_analytic_from_nothing_to_images(made, fit, sample, tmp_path):
         (),
         ("sampler.grid=optimal",),
         ("sampler=ddim",),
-        ("sampler=ddim", "sampler.eta=0.5", "sampler.last_bound=2"),
+        ("sampler=ddim", "sampler.eta=0.5", "sampler.max_final_noise=2"),
     ):
         outcome = sample(plain, "variance=analytic", "sampler=ddpm", "sampler.steps=4", *more)
         assert outcome.code == 0, outcome.err
@@ -210,7 +210,7 @@ REFUSED = {
     ("variance=learned", "variance.loss=mse"): "hybrid, vlb",
     ("variance=learned", "model.learned_variance=false"): "train with variance=learned",
     ("variance=learned", "schedule=vp", "sampler.steps=4"): "schedule=cosine",
-    ("sampler=ddpm", "sampler.last_bound=0"): "1 or 2 levels",
+    ("sampler=ddpm", "sampler.max_final_noise=0"): "1 or 2 levels",
     ("sampler.grid=optimal",): "write variance=analytic",
 }
 

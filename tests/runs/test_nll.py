@@ -1,6 +1,7 @@
 """`metrics=[nll]`: numbers over a data set, whatever the batch, and what is written of them."""
 
 import csv
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -83,13 +84,13 @@ def test_settings_say_what_it_was() -> None:
     run = made(Linear(), clip=1.0)
     got = nll.measure(run, IMAGES, steps=4, variance=FixedLarge(), last="full", clip=True)
     assert got["settings"] == {
-        "grid": "linspace", "eta": 1.0, "clip": True, "steps": 4, "variance": "FixedLarge", "decoder": "discretised",
+        "grid": "linspace", "eta": 1.0, "clip": True, "steps": 4, "variance": "FixedLarge", "decoder": "discretized",
         "last": "full", "clipped": True,
     }  # fmt: skip
     assert not nll.measure(run, IMAGES, steps=4)["settings"]["clipped"]
     ode = nll.measure(run, IMAGES[:2], kind="ode", divergence="exact", rtol=1e-3)
     assert ode["settings"] == {
-        "divergence": "exact", "dequantise": True, "rtol": 1e-3, "atol": 1e-5, "start": 0.001, "clipped": False,
+        "divergence": "exact", "dequantize": True, "rtol": 1e-3, "atol": 1e-5, "start": 0.001, "clipped": False,
     }  # fmt: skip
 
 
@@ -165,8 +166,9 @@ def test_refusals() -> None:
             nll.measure(run, images, **options)
         assert "\n" not in str(caught.value)
     broken = Run(Denoiser(lambda x, c: x * torch.nan, Linear(), PredNoise()), run.config, 0, "live")
-    broken.denoiser.network = nn.Identity()  # has a device
-    broken.denoiser.network.forward = lambda x, c: x * torch.nan  # type: ignore[method-assign]
+    network = nn.Identity()  # has a device
+    network.forward = lambda x, c: x * torch.nan  # type: ignore[method-assign]
+    broken.denoiser = dataclasses.replace(broken.denoiser, network=network)
     for kind in ("vlb", "ode"):
         with pytest.raises(ValueError, match="NaN or infinity at t="):
             nll.measure(broken, IMAGES, kind=kind, steps=5)

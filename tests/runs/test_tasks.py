@@ -1,5 +1,6 @@
 """Every task from its command line on a tiny checkpoint: what it writes, what it promises, what it refuses."""
 
+import dataclasses
 import json
 import re
 
@@ -110,13 +111,13 @@ def test_interpolation_ends_are_equal_bit_for_bit(run, tmp_path, sample):
     """Between noises 0 and 1: with batches of one, the floats of the ends are those of decoding the ends alone."""
     _, path, _ = sample("noises", "task=interpolate", "n=4", "batch_size=1", "labels=[3]")
     loaded = load_checkpoint(run)
-    loaded.denoiser.clip = 1.0
+    loaded.denoiser = dataclasses.replace(loaded.denoiser, clip=1.0)
     ends = loaded.sample(2, DDIM(3), batch_size=1, condition={"label": torch.tensor([3, 3])})
     with np.load(tmp_path / "noises" / "latents.npz") as file:
         z, stored = torch.from_numpy(file["arr_0"]), file[CONDITION + "label"]
     assert stored.tolist() == [3] * 4
     label = torch.tensor([3])
-    decoded = [DDIM(3)(loaded.denoiser, z[i : i + 1], condition={"label": label}).clamp(-1, 1) for i in (0, 3)]
+    decoded = [DDIM(3)(loaded.denoiser, z[i : i + 1], condition={"label": label}).x.clamp(-1, 1) for i in (0, 3)]
     assert torch.equal(torch.cat(decoded), ends)
     levels = (ends * 127.5 + 128).clamp(0, 255).to(torch.uint8).numpy()[:, 0]
     assert np.array_equal(path[[0, -1]], levels)

@@ -25,19 +25,21 @@ X = torch.tensor([-2.0, -0.5, 0.3, 1.0, 2.0], dtype=D).reshape(5, 1, 1, 1)
 @pytest.mark.parametrize("clip", [None, 1.0])
 def test_ddim_with_eta_1_over_all_steps_is_ddpm(schedule: str, clip: float | None) -> None:
     den = oracle(MIXTURE, SCHEDULES[schedule], PredV(), clip=clip)
-    torch.testing.assert_close(DDIM(None, eta=1.0)(den, X, seed=5), DDPM(None)(den, X, seed=5), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        DDIM(None, eta=1.0)(den, X, seed=5).x, DDPM(None)(den, X, seed=5).x, rtol=1e-10, atol=1e-10
+    )
 
 
 def test_ddim_with_eta_1_over_a_long_chain_is_ddpm() -> None:
     den = Denoiser(lambda x, c: x.tanh() * (1 + c[:, None, None, None] / 300), Linear(300), PredNoise(), clip=1.0)
-    torch.testing.assert_close(DDIM(None, eta=1.0)(den, X, seed=5), DDPM()(den, X, seed=5), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(DDIM(None, eta=1.0)(den, X, seed=5).x, DDPM()(den, X, seed=5).x, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("n", [10, 37])
 def test_ddim_with_eta_1_is_ddpm_on_the_same_strided_grid(n: int) -> None:
     den = oracle(MIXTURE, Cosine(), PredV())
     for grid in ("trailing", "leading", "linspace", "quadratic"):
-        got, want = DDIM(n, eta=1.0, grid=grid)(den, X, seed=5), DDPM(n, grid=grid)(den, X, seed=5)
+        got, want = DDIM(n, eta=1.0, grid=grid)(den, X, seed=5).x, DDPM(n, grid=grid)(den, X, seed=5).x
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
@@ -58,7 +60,7 @@ def test_ddpm_by_hand(variance: FixedSmall | FixedLarge) -> None:
             large = isinstance(variance, FixedLarge)
             var = beta[i] if large else beta[i] * (1 - bar[i - 1]) / (1 - bar[i])
             x = x + var.sqrt() * normal((1, 1, 1), seed=8, index=torch.arange(5), draw=k + 1, dtype=D)
-    got = DDPM(variance=variance)(Denoiser(network, Linear(40), PredNoise()), X, seed=8)
+    got = DDPM(variance=variance)(Denoiser(network, Linear(40), PredNoise()), X, seed=8).x
     torch.testing.assert_close(got, x, rtol=1e-9, atol=1e-9)
 
 
@@ -77,7 +79,7 @@ def test_ddim_by_hand(eta: float) -> None:
         x0 = (x - (1 - bar[t]).sqrt() * eps) / bar[t].sqrt()
         x = bar[s].sqrt() * x0 + (1 - bar[s] - sigma**2).sqrt() * eps
         x = x + sigma * normal((1, 1, 1), seed=8, index=torch.arange(5), draw=k + 1, dtype=D)
-    got = DDIM(4, eta=eta)(Denoiser(network, Linear(40), PredNoise()), X, seed=8)
+    got = DDIM(4, eta=eta)(Denoiser(network, Linear(40), PredNoise()), X, seed=8).x
     torch.testing.assert_close(got, x, rtol=1e-9, atol=1e-9)
 
 
@@ -88,7 +90,7 @@ def test_ddim_is_first_order(schedule: str, grid: str) -> None:
     s = SCHEDULES[schedule]
     want = DATA.flow(X, s, 0.9, 0.1)
     den = oracle(DATA, s, PredV())
-    error = [float((DDIM(n, grid=grid)(den, X, start=0.9, stop=0.1) - want).abs().max()) for n in (20, 40, 80)]
+    error = [float((DDIM(n, grid=grid)(den, X, start=0.9, stop=0.1).x - want).abs().max()) for n in (20, 40, 80)]
     for coarse, fine in itertools.pairwise(error):
         assert 1.8 < coarse / fine < 2.2, error
 
@@ -98,9 +100,9 @@ def test_ddpm_brackets_the_right_spread(variance: FixedSmall | FixedLarge) -> No
     """For data with a deviation between 0 and 1 fixed_small comes out too narrow, fixed_large too wide (Ho 2020, 3.2): exact
     second moments by propagating the affine map of each step, no sampling."""
     s: Schedule = Linear()
-    from diffusion_lab.samplers.grids import times
+    from diffusion_lab.samplers.grids import make_grid
 
-    grid, var = times("linspace", s, 25), torch.ones((), dtype=D)
+    grid, var = make_grid("linspace", s, 25), torch.ones((), dtype=D)
     for t, r in itertools.pairwise(grid):
         (alpha, sigma), q = s.alpha_sigma(t), posterior(s, t, r)
         slope = q.c1 + q.c0 * alpha * 0.25 / (alpha**2 * 0.25 + sigma**2)
@@ -110,7 +112,7 @@ def test_ddpm_brackets_the_right_spread(variance: FixedSmall | FixedLarge) -> No
             step = sigma**2 - (alpha / alpha_r * sigma_r) ** 2
         var = slope**2 * var + step
     x_T = normal((1, 1, 1), seed=3, index=torch.arange(20000), dtype=D)
-    x = DDPM(25, variance)(oracle(DATA, s, PredV()), x_T, seed=4)
+    x = DDPM(25, variance)(oracle(DATA, s, PredV()), x_T, seed=4).x
     assert float(x.std()) == pytest.approx(float(var.sqrt()), abs=4 * 0.5 / 40000**0.5)
     assert (float(var) < 0.25) == isinstance(variance, FixedSmall)
 
@@ -125,9 +127,9 @@ def test_round_trip_between_noisy_times_falls_as_one_over_steps(schedule: Schedu
     x = torch.linspace(-0.9, 1.2, 15, dtype=D).reshape(-1, 1, 1, 1)
     error = []
     for n in (40, 80, 160):
-        there = DDIM(n)(den, x, start=0.1, stop=0.9)
+        there = DDIM(n)(den, x, start=0.1, stop=0.9).x
         assert (there - x).abs().mean() > 0.2, "something was encoded"
-        error.append(float((DDIM(n)(den, there, start=0.9, stop=0.1) - x).abs().mean()))
+        error.append(float((DDIM(n)(den, there, start=0.9, stop=0.1).x - x).abs().mean()))
     for coarse, fine in itertools.pairwise(error):
         assert 1.7 < coarse / fine < 2.3, error
 
@@ -136,7 +138,7 @@ def test_round_trip_of_data_falls() -> None:
     """From data itself σ̇ is infinite at t = 0, so the error falls more slowly: by 1.25 at least with each doubling."""
     den = oracle(DATA, Cosine(), PredV())
     x = torch.linspace(-0.9, 1.2, 15, dtype=D).reshape(-1, 1, 1, 1)
-    error = [float((DDIM(n)(den, DDIM(n)(den, x, start=0.0, stop=1.0)) - x).abs().mean()) for n in (50, 100, 200)]
+    error = [float((DDIM(n)(den, DDIM(n)(den, x, start=0.0, stop=1.0).x).x - x).abs().mean()) for n in (50, 100, 200)]
     assert all(coarse > 1.25 * fine for coarse, fine in itertools.pairwise(error)), error
     assert error[-1] < 0.03
 
@@ -156,10 +158,10 @@ def test_a_split_run_is_the_whole_run(at: float) -> None:
     """Bit for bit on the same grid, in both directions."""
     den, n = oracle(MIXTURE, Cosine(), PredV()), 50
     first = round(n * (1 - at))
-    half = DDIM(first)(den, X, start=1.0, stop=at)
-    assert torch.equal(DDIM(n - first)(den, half, start=at, stop=0.0), DDIM(n)(den, X))
-    back = DDIM(n - first)(den, X, start=0.0, stop=at)
-    assert torch.equal(DDIM(first)(den, back, start=at, stop=1.0), DDIM(n)(den, X, start=0.0, stop=1.0))
+    half = DDIM(first)(den, X, start=1.0, stop=at).x
+    assert torch.equal(DDIM(n - first)(den, half, start=at, stop=0.0).x, DDIM(n)(den, X).x)
+    back = DDIM(n - first)(den, X, start=0.0, stop=at).x
+    assert torch.equal(DDIM(first)(den, back, start=at, stop=1.0).x, DDIM(n)(den, X, start=0.0, stop=1.0).x)
 
 
 @pytest.mark.parametrize("stop", [0.5, 0.25])
@@ -169,7 +171,7 @@ def test_the_state_at_stop_has_the_marginal_of_stop(stop: float) -> None:
     alpha, sigma = (float(v) for v in Cosine().alpha_sigma(torch.tensor(stop, dtype=D)))
     std = (alpha**2 * 0.25 + sigma**2) ** 0.5
     for sampler in (DDIM(100), DDPM(100)):
-        x = sampler(oracle(DATA, Cosine(), PredV()), x_T, stop=stop)
+        x = sampler(oracle(DATA, Cosine(), PredV()), x_T, stop=stop).x
         assert float(x.mean()) == pytest.approx(alpha * 0.3, abs=4 * std / 20000**0.5 + 0.01)
         assert float(x.std()) == pytest.approx(std, abs=4 * std / 40000**0.5 + 0.01)
 
@@ -177,7 +179,7 @@ def test_the_state_at_stop_has_the_marginal_of_stop(stop: float) -> None:
 @pytest.mark.parametrize("sampler", [DDPM(10), DDIM(10), DDIM(10, eta=0.5)])
 def test_the_step_into_data_is_the_prediction(sampler: DDPM | DDIM) -> None:
     seen = []
-    x = sampler(oracle(MIXTURE, Cosine(), PredV()), X, callback=lambda i, t, x, p: seen.append(p.x0))
+    x = sampler(oracle(MIXTURE, Cosine(), PredV()), X, callback=lambda i, t, x, p: seen.append(p.x0)).x
     torch.testing.assert_close(x, seen[-1], rtol=0, atol=0)
 
 

@@ -15,8 +15,8 @@ from diffusion_lab.gaussian import posterior
 from diffusion_lab.noise import normal
 from diffusion_lab.objectives import PredNoise, PredV
 from diffusion_lab.samplers import DDIM, DDPM
-from diffusion_lab.samplers.ancestral import LEVEL, optimal_times
-from diffusion_lab.samplers.grids import times
+from diffusion_lab.samplers.ancestral import LEVEL, optimal_grid
+from diffusion_lab.samplers.grids import make_grid
 from diffusion_lab.schedules import Cosine, Linear, Schedule
 from diffusion_lab.variances import NPR, SN, Analytic, FixedLarge, FixedSmall, Learned, Variance
 from diffusion_lab.variances.trajectory import costs
@@ -81,12 +81,12 @@ def test_few_steps_return_the_spread_of_the_data(name: str, cls: Any) -> None:
     curve = Linear()
     variance, den = best(name, curve)
     x_T = normal((1, 1, 1), seed=3, index=torch.arange(20000), dtype=D)
-    x = cls(5, variance=variance, grid="linspace", last_bound=FREE)(den, x_T, seed=4)
+    x = cls(5, variance=variance, grid="linspace", max_final_noise=FREE)(den, x_T, seed=4).x
     alpha, sigma = (float(v) for v in curve.alpha_sigma(torch.tensor(1e-3, dtype=D)))
     std = (VAR * alpha**2 * VAR / (alpha**2 * VAR + sigma**2)) ** 0.5
     assert float(x.std()) == pytest.approx(std, abs=4 * std / 40000**0.5)
     assert float(x.mean()) == pytest.approx(MEAN, abs=4 * std / 20000**0.5)
-    assert float(DDPM(5)(den, x_T, seed=4).std()) < 0.9 * std
+    assert float(DDPM(5)(den, x_T, seed=4).x.std()) < 0.9 * std
 
 
 def test_second_heads_keep_both_modes_narrow_where_one_number_cannot() -> None:
@@ -121,8 +121,8 @@ def test_ddim_with_eta_1_is_ddpm_for_every_variance_that_knows_a_floor(schedule:
     """All steps and 7 of 40, with the default bound on the last: 1e-9."""
     variance, den = best(name, SCHEDULES[schedule], MIXTURE)
     for n in (None, 7):
-        got = DDIM(n, eta=1.0, variance=variance, grid=grid)(den, X, seed=5)
-        torch.testing.assert_close(got, DDPM(n, variance, grid=grid)(den, X, seed=5), rtol=1e-9, atol=1e-9)
+        got = DDIM(n, eta=1.0, variance=variance, grid=grid)(den, X, seed=5).x
+        torch.testing.assert_close(got, DDPM(n, variance, grid=grid)(den, X, seed=5).x, rtol=1e-9, atol=1e-9)
 
 
 def test_the_bound_acts_on_the_last_noisy_step_alone() -> None:
@@ -133,8 +133,8 @@ def test_the_bound_acts_on_the_last_noisy_step_alone() -> None:
     def kicks(sampler: DDPM | DDIM, stop: float = 0.0) -> list[float]:
         """|noise| of each step of one image, from the states and what the step would be without noise."""
         seen: list[tuple[float, torch.Tensor, Prediction]] = []
-        end = sampler(den, X[:1], seed=2, stop=stop, callback=lambda i, t, x, p: seen.append((t, x, p)))
-        grid, out = [*sampler.times(den, stop=stop)], []
+        end = sampler(den, X[:1], seed=2, stop=stop, callback=lambda i, t, x, p: seen.append((t, x, p))).x
+        grid, out = [*sampler.time_grid(den, stop=stop)], []
         for k, (_, x, p) in enumerate(seen):
             q = posterior(curve, grid[k], grid[k + 1])
             after = seen[k + 1][1] if k + 1 < len(seen) else end
@@ -146,18 +146,18 @@ def test_the_bound_acts_on_the_last_noisy_step_alone() -> None:
             )
         return out
 
-    free, bound, half = (kicks(DDPM(n, variance, last_bound=y)) for y in (FREE, None, 0.5))
+    free, bound, half = (kicks(DDPM(n, variance, max_final_noise=y)) for y in (FREE, None, 0.5))
     assert free[:-2] == pytest.approx(bound[:-2], rel=1e-9)
     assert free[-2] > LEVEL
     assert bound[-2] == pytest.approx(2 / 255 * (math.pi / 2) ** 0.5, rel=1e-9)
     assert half[-2] == pytest.approx(bound[-2] / 2, rel=1e-9)
     assert free[-1] == bound[-1] == 0
     assert 2 * LEVEL * (2 / math.pi) ** 0.5 * 255 / 2 == pytest.approx(2)  # y = 2: two levels of 2/255 on average
-    assert kicks(DDPM(n, variance), stop=0.2) == pytest.approx(kicks(DDPM(n, variance, last_bound=FREE), stop=0.2))
+    assert kicks(DDPM(n, variance), stop=0.2) == pytest.approx(kicks(DDPM(n, variance, max_final_noise=FREE), stop=0.2))
     assert kicks(DDPM(n, FixedLarge()))[-2] > LEVEL, "no bound unless asked for"
-    assert kicks(DDPM(n, FixedLarge(), last_bound=1))[-2] == pytest.approx(LEVEL, rel=1e-9)
+    assert kicks(DDPM(n, FixedLarge(), max_final_noise=1))[-2] == pytest.approx(LEVEL, rel=1e-9)
     with pytest.raises(ValueError, match="not above 0"):
-        DDPM(n, last_bound=0)
+        DDPM(n, max_final_noise=0)
 
 
 def test_a_sampler_refuses_a_variance_that_the_network_does_not_have() -> None:
@@ -210,30 +210,30 @@ def test_the_optimal_grid_loses_less_of_the_bound_than_any_other(cls: Any) -> No
 
     for n in (5, 10, 50):
         sampler = cls(n, variance=mixture, grid="optimal")
-        found = sampler.times(den)
+        found = sampler.time_grid(den)
         assert len(found) == n + 1
         assert (found.diff() < 0).all()
         assert (float(found[0]), float(found[-2]), float(found[-1])) == (1.0, 0.005, 0.0)
-        assert found is sampler.times(den), "computed once"
+        assert found is sampler.time_grid(den), "computed once"
         for name in ("linspace", "quadratic"):
-            other = times(name, curve, n)
+            other = make_grid(name, curve, n)
             other[-2] = 0.005
             assert loss(table, found) < (1 if n == 50 else 0.99) * loss(table, other)
             assert loss(flat, found) == pytest.approx(loss(flat, other), rel=1e-9)
-        x = sampler(den, X, seed=1)
-        assert sampler.nfe == n
+        x, nfe, _ = sampler(den, X, seed=1)
+        assert nfe == n
         assert x.isfinite().all()
 
 
 def test_the_optimal_grid_between_two_times_and_on_a_curve() -> None:
     curve = Linear(40)
-    part = optimal_times(fitted(curve, 40), curve, 4, 0.8, 0.2)
+    part = optimal_grid(fitted(curve, 40), curve, 4, 0.8, 0.2)
     assert (float(part[0]), float(part[-1]), len(part)) == (0.8, 0.2, 5)
     torch.testing.assert_close((part * 40).round() / 40, part)
-    assert optimal_times(fitted(curve, 40), curve, None, 1.0, 0.0).tolist() == [k / 40 for k in range(40, -1, -1)]
-    assert optimal_times(fitted(curve, 40), curve, 1, 1.0, 0.0).tolist() == [1.0, 0.0]
+    assert optimal_grid(fitted(curve, 40), curve, None, 1.0, 0.0).tolist() == [k / 40 for k in range(40, -1, -1)]
+    assert optimal_grid(fitted(curve, 40), curve, 1, 1.0, 0.0).tolist() == [1.0, 0.0]
     free = SCHEDULES["VP"]
-    grid = optimal_times(fitted(free, 50), free, 7, 1.0, 0.0)
+    grid = optimal_grid(fitted(free, 50), free, 7, 1.0, 0.0)
     assert len(grid) == 8
     assert float(grid[-2]) == 0.02, "the least fitted time"
 
@@ -253,7 +253,7 @@ def test_the_optimal_grid_is_refused_where_it_cannot_be() -> None:
             with pytest.raises(ValueError, match="unknown time grid 'optimal'"):
                 SAMPLERS[name](5, grid="optimal")
     with pytest.raises(ValueError, match="from noise to data"):
-        optimal_times(fitted(curve), curve, 5, 0.2, 0.8)
+        optimal_grid(fitted(curve), curve, 5, 0.2, 0.8)
 
 
 # ------------------------------------------------------------------------------------------------ improved DDPM
@@ -269,7 +269,7 @@ def two(x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
 def test_learned_range_by_hand(steps: int | None) -> None:
     """Improved DDPM's sampling from β alone: means of the respaced chain, log σ² between its two bounds."""
     bar = torch.cat([torch.ones(1, dtype=D), (1 - torch.linspace(1e-4 * 25, 0.02 * 25, 40, dtype=D)).cumprod(0)])
-    kept = [round(float(t) * 40) for t in times("linspace", Linear(40), steps)]
+    kept = [round(float(t) * 40) for t in make_grid("linspace", Linear(40), steps)]
     x = X
     for k, (t, s) in enumerate(itertools.pairwise(kept)):
         out = two(x, torch.full((5,), t - 1, dtype=D))
@@ -281,7 +281,7 @@ def test_learned_range_by_hand(steps: int | None) -> None:
             log = f * beta.log() + (1 - f) * (beta * (1 - bar[s]) / (1 - bar[t])).log()
             mean = mean + (0.5 * log).exp() * normal((1, 1, 1), seed=8, index=torch.arange(5), draw=k + 1, dtype=D)
         x = mean
-    got = DDPM(steps, Learned())(Denoiser(two, Linear(40), PredNoise()), X, seed=8)
+    got = DDPM(steps, Learned())(Denoiser(two, Linear(40), PredNoise()), X, seed=8).x
     torch.testing.assert_close(got, x, rtol=1e-9, atol=1e-9)
 
 
@@ -296,7 +296,7 @@ def test_learned_range_against_diffusers(kind: str, n: int) -> None:
     seen: list[tuple[float, torch.Tensor, Prediction]] = []
     den = Denoiser(two, Linear(), PredNoise(), clip=1.0)
     variance = Learned() if kind == "learned_range" else FixedSmall()
-    end = DDPM(n, variance, grid="leading")(den, X, seed=1, callback=lambda i, t, x, p: seen.append((t, x, p)))
+    end = DDPM(n, variance, grid="leading")(den, X, seed=1, callback=lambda i, t, x, p: seen.append((t, x, p))).x
     for k, (t, x, p) in enumerate(seen):
         i = round(t * 1000) - 1
         output = two(x, torch.full((5,), float(i), dtype=D)) if kind == "learned_range" else p.output

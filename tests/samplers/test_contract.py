@@ -52,7 +52,7 @@ def begin(schedule: str, count: int, name: str) -> torch.Tensor:
 def deterministic(name: str) -> bool:
     """Whether two seeds give the same images."""
     den, x = oracle(DATA, SCHEDULES["Cosine"], PredV()), begin("Cosine", 4, name)
-    return torch.equal(make(name, 5)(den, x, seed=0), make(name, 5)(den, x, seed=1))
+    return torch.equal(make(name, 5)(den, x, seed=0).x, make(name, 5)(den, x, seed=1).x)
 
 
 def test_all_that_exist_are_found() -> None:
@@ -84,7 +84,7 @@ def test_gaussian_data_comes_back(name: str, schedule: str) -> None:
     counts = (10, 40, 160) if takes(SAMPLERS[name], "steps") else (None,)
     bias = []
     for n in counts:
-        x = make(name, n)(den, x_T, seed=1)
+        x = make(name, n)(den, x_T, seed=1).x
         assert x.shape == x_T.shape
         assert x.dtype == x_T.dtype
         bias.append(abs(float(x.std()) - STD))
@@ -108,7 +108,7 @@ def test_on_every_curve(name: str, schedule: str) -> None:
         with pytest.raises(ValueError, match=r"write|needs|give|ask"):
             sampler(den, x_T)
         return
-    x = sampler(den, x_T)
+    x = sampler(den, x_T).x
     assert x.isfinite().all()
     assert abs(float(x.mean()) - MEAN) < 0.06
     alpha, sigma = SCHEDULES[schedule].alpha_sigma(torch.tensor(SCHEDULES[schedule].least, dtype=D))
@@ -122,7 +122,7 @@ def test_mixture_data_comes_back(name: str) -> None:
     0.03 of bias."""
     den = oracle(MIXTURE, SCHEDULES["Cosine"], PredV())
     count = 6000 if side(name) == 1 else 200
-    x = make(name, 100)(den, begin("Cosine", count, name), seed=2).flatten()
+    x = make(name, 100)(den, begin("Cosine", count, name), seed=2).x.flatten()
     low = x < -0.1
     assert abs(float(low.double().mean()) - 0.3) < 4 * (0.21 / count) ** 0.5 + 0.03
     for part, mean, std in ((x[low], -0.6, 0.1), (x[~low], 0.6, 0.2)):
@@ -134,23 +134,23 @@ def test_mixture_data_comes_back(name: str) -> None:
 def test_an_image_knows_nothing_of_its_batch(name: str) -> None:
     """Noise by index: image 5 is the same alone, in another order, twice. 1e-12, because kernels differ by batch size."""
     den, x = oracle(MIXTURE, SCHEDULES["Cosine"], PredV()), begin("Cosine", 6, name)
-    want = make(name, 8)(den, x, seed=3)
+    want = make(name, 8)(den, x, seed=3).x
     for rows in ([5], [5, 5, 0], [3, 2, 1]):
         index = torch.tensor(rows)
-        torch.testing.assert_close(make(name, 8)(den, x[index], seed=3, index=index), want[index], rtol=0, atol=1e-12)
+        torch.testing.assert_close(make(name, 8)(den, x[index], seed=3, index=index).x, want[index], rtol=0, atol=1e-12)
 
 
 @every
 def test_seeds_matter_only_where_there_is_noise(name: str) -> None:
     den, x = oracle(DATA, SCHEDULES["Cosine"], PredV()), begin("Cosine", 4, name)
-    assert torch.equal(make(name, 6)(den, x, seed=3), make(name, 6)(den, x, seed=3))
-    moved = make(name, 6)(den, x, seed=3, index=torch.arange(4) + 100)
-    assert torch.equal(moved, make(name, 6)(den, x, seed=3)) == deterministic(name)
+    assert torch.equal(make(name, 6)(den, x, seed=3).x, make(name, 6)(den, x, seed=3).x)
+    moved = make(name, 6)(den, x, seed=3, index=torch.arange(4) + 100).x
+    assert torch.equal(moved, make(name, 6)(den, x, seed=3).x) == deterministic(name)
 
 
 @every
 def test_callback_and_nfe(name: str) -> None:
-    """The callback sees falling times and the states there; nfe counts what the network was asked in the last call."""
+    """The callback sees falling times and the states there; nfe counts the evaluations of this call."""
     asked: list[float] = []
     inner = oracle(DATA, SCHEDULES["Cosine"], PredV())
 
@@ -162,14 +162,12 @@ def test_callback_and_nfe(name: str) -> None:
     seen: list[tuple[int, float, torch.Tensor, Prediction]] = []
     sampler, x = make(name, 7), begin("Cosine", 3, name)
     den = Counting(inner.network, inner.schedule, inner.objective)
-    sampler(den, x, callback=lambda *step: seen.append(step))
-    assert sampler.nfe == len(asked) > 0
+    assert sampler(den, x, callback=lambda *step: seen.append(step)).nfe == len(asked) > 0
     assert [s[1] for s in seen] == sorted((s[1] for s in seen), reverse=True)
     assert [s[0] for s in seen] == sorted(s[0] for s in seen)
     torch.testing.assert_close(seen[0][2], x)
     assert all(isinstance(s[3], Prediction) and s[3].x0.shape == x.shape for s in seen)
-    sampler(den, x)
-    assert sampler.nfe == len(asked) // 2
+    assert sampler(den, x).nfe == len(asked) // 2
 
 
 @every
@@ -219,12 +217,10 @@ def test_a_budget_is_used_and_kept(name: str, budget: int) -> None:
         pytest.skip("an adaptive solver has no number of steps to choose")
     den, x = oracle(DATA, SCHEDULES["Cosine"], PredV()), begin("Cosine", 2, name)
     sampler = make(name, None, budget=budget)
-    sampler(den, x)
-    assert 0 < sampler.nfe <= budget
+    assert 0 < sampler(den, x).nfe <= budget
     assert sampler.steps is not None
     more = make(name, sampler.steps + 1)
-    more(den, x)
-    assert more.nfe > budget
+    assert more(den, x).nfe > budget
     with pytest.raises(ValueError, match="budget=0"):
         make(name, None, budget=0)
 
@@ -251,7 +247,7 @@ def test_the_other_way_is_exact_or_refused(name: str) -> None:
         with pytest.raises(ValueError, match=r"encode|deterministic|stochastic"):
             sampler(den, x, start=0.0, stop=1.0)
         return
-    got = sampler(den, x, start=0.1, stop=0.9)
+    got = sampler(den, x, start=0.1, stop=0.9).x
     want = DATA.flow(x, SCHEDULES["Cosine"], 0.1, 0.9)
     assert (got - want).abs().max() < 0.02
 
@@ -264,9 +260,9 @@ def test_from_data_to_noise_and_back(name: str, schedule: str) -> None:
         return
     sampler, den = make(name, 60), oracle(DATA, SCHEDULES[schedule], PredV())
     x = torch.tensor([-0.5, 0.3, 1.0], dtype=D).reshape(3, 1, 1, 1)
-    latent = sampler(den, x, start=0.0, stop=1.0)
+    latent = sampler(den, x, start=0.0, stop=1.0).x
     assert latent.isfinite().all()
-    assert (sampler(den, latent) - x).abs().max() < 0.1
+    assert (sampler(den, latent).x - x).abs().max() < 0.1
 
 
 @every
@@ -274,6 +270,6 @@ def test_float32_and_float64_agree(name: str) -> None:
     """The state keeps x_T's dtype; with the same keyed noise single precision moves an image by its roundings only."""
     den = Denoiser(lambda x, c: x.tanh(), SCHEDULES["Linear"], PredV())
     x = begin("Linear", 4, name)
-    double, single = make(name, 10)(den, x), make(name, 10)(den, x.float())
+    double, single = make(name, 10)(den, x).x, make(name, 10)(den, x.float()).x
     assert single.dtype == torch.float32
     torch.testing.assert_close(single.double(), double, rtol=1e-4, atol=1e-4)

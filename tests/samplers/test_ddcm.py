@@ -12,7 +12,6 @@ from diffusion_lab.gaussian import posterior
 from diffusion_lab.noise import Stream, normal
 from diffusion_lab.objectives import PredV
 from diffusion_lab.samplers import DDCM, DDPM
-from diffusion_lab.samplers.base import Model
 from diffusion_lab.schedules import VE, Cosine, Schedule
 
 D = torch.float64
@@ -30,7 +29,7 @@ def book(step: int, size: int, seed: int = 0) -> torch.Tensor:
 def test_compression_by_hand(schedule: Schedule) -> None:
     """At each step the vector with the largest ⟨z_k, x_0 − x̂_0⟩ is the noise of DDPM's step; x_T is one vector for all."""
     den, sampler = oracle(DATA, schedule, PredV()), DDCM(12, codebook=8)
-    grid = sampler.times(den)
+    grid = sampler.time_grid(den)
     first = normal(SHAPE, seed=0, index=torch.zeros(5, dtype=torch.int64), draw=0, stream=Stream.CODEBOOK, dtype=D)
     x, chosen = schedule.alpha_sigma(grid[0])[1] * first, []
     for i in range(11):
@@ -43,7 +42,7 @@ def test_compression_by_hand(schedule: Schedule) -> None:
     assert torch.equal(code.indices, torch.stack(chosen, 1))
     torch.testing.assert_close(code.image, den(x, grid[11]).x0, rtol=1e-10, atol=1e-10)
     assert code.bits == 11 * 3
-    assert sampler.nfe == 12
+    assert code.nfe == 12
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, D])
@@ -57,13 +56,13 @@ def test_a_code_comes_back_bit_for_bit(dtype: torch.dtype) -> None:
 
     den, label, sampler = Denoiser(network, Cosine(), PredV(), clip=1.0), torch.arange(5), DDCM(30, codebook=16)
     code = sampler.compress(den, X0.to(dtype), {"label": label})
-    got = DDCM(30, codebook=16).decompress(den, code.indices, torch.zeros_like(code.image), {"label": label})
+    got = DDCM(30, codebook=16).decompress(den, code.indices, torch.zeros_like(code.image), {"label": label}).x
     assert torch.equal(got, code.image)
     assert got.dtype == dtype
-    one = sampler.decompress(den, code.indices[2:3], code.image[2:3], {"label": label[2:3]})
+    one = sampler.decompress(den, code.indices[2:3], code.image[2:3], {"label": label[2:3]}).x
     torch.testing.assert_close(one, code.image[2:3], rtol=0, atol=1e-4)
     assert not torch.equal(
-        DDCM(30, codebook=16, codebook_seed=1).decompress(den, code.indices, got, {"label": label}), got
+        DDCM(30, codebook=16, codebook_seed=1).decompress(den, code.indices, got, {"label": label}).x, got
     )
 
 
@@ -88,9 +87,12 @@ def test_a_generator_draws_from_the_codebook_by_key() -> None:
     seen: list[torch.Tensor] = []
 
     class Recording(DDCM):
-        def draw(self, i: int, prediction: Prediction, model: Model) -> torch.Tensor:
-            seen.append(super().draw(i, prediction, model))
-            return seen[-1]
+        def chain(self, x: Any, times: Any, context: Any, steps: Any, draw: Any) -> torch.Tensor:
+            def recorded(i: int, prediction: Prediction) -> torch.Tensor:
+                seen.append(draw(i, prediction))
+                return seen[-1]
+
+            return super().chain(x, times, context, steps, recorded)
 
     den, size = oracle(DATA, Cosine(), PredV()), 4000
 
@@ -112,17 +114,17 @@ def test_a_compressor_stays_a_generator() -> None:
     """Compressing leaves nothing behind in the sampler."""
     den, sampler = oracle(DATA, Cosine(), PredV()), DDCM(10)
     x = normal(SHAPE, seed=2, index=torch.arange(3), dtype=D)
-    want = sampler(den, x, seed=5)
+    want = sampler(den, x, seed=5).x
     sampler.compress(den, X0)
-    assert torch.equal(sampler(den, x, seed=5), want)
-    assert not torch.equal(want, DDPM(10)(den, x, seed=5))
+    assert torch.equal(sampler(den, x, seed=5).x, want)
+    assert not torch.equal(want, DDPM(10)(den, x, seed=5).x)
 
 
 def test_one_step_has_nothing_to_choose() -> None:
     den = oracle(DATA, Cosine(), PredV())
     code = DDCM(1).compress(den, X0)
     assert (code.bits, code.indices.shape) == (0.0, (5, 0))
-    assert torch.equal(DDCM(1).decompress(den, code.indices, X0), code.image)
+    assert torch.equal(DDCM(1).decompress(den, code.indices, X0).x, code.image)
 
 
 @pytest.mark.parametrize(

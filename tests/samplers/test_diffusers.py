@@ -43,7 +43,7 @@ def run(
     seen: list[Step] = []
     x = normal(SHAPE, seed=1, index=torch.arange(2), dtype=D)
     den = oracle(DATA, schedule, objective, clip=clip)
-    return seen, sampler(den, x, seed=1, callback=lambda i, t, x, p: seen.append((t, x, p)))
+    return seen, sampler(den, x, seed=1, callback=lambda i, t, x, p: seen.append((t, x, p))).x
 
 
 def ours(step: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ from contracts import SCHEDULES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusion_lab.samplers.grids import GRIDS, NAMES, WARPS, times
+from diffusion_lab.samplers.grids import GRIDS, NAMES, WARPS, make_grid
 from diffusion_lab.schedules import EDM, VE, VP, Cosine, Flow, Linear, Schedule
 
 D = torch.float64
@@ -29,7 +29,7 @@ def test_every_number_of_steps(name: str) -> None:
     """n + 1 strictly decreasing times that end in 0 exactly, for all n ≤ T = 1000; all but `leading` begin at 1 exactly."""
     s = Linear()
     for n in range(1, 1001):
-        grid = times(name, s, n)
+        grid = make_grid(name, s, n)
         assert grid.shape == (n + 1,)
         assert grid.dtype == D
         assert bool((grid.diff() < 0).all()), n
@@ -42,10 +42,10 @@ def test_every_number_of_steps(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_step_is_every_node(name: str) -> None:
     if name in WARPS:
-        assert len(times(name, Linear(), None)) == 1001
+        assert len(make_grid(name, Linear(), None)) == 1001
         return
-    assert node(times(name, Linear(), None)) == list(range(1000, -1, -1))
-    assert node(times(name, Linear(), 1000)) == list(range(1000, -1, -1))
+    assert node(make_grid(name, Linear(), None)) == list(range(1000, -1, -1))
+    assert node(make_grid(name, Linear(), 1000)) == list(range(1000, -1, -1))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -60,7 +60,7 @@ def test_any_interval(name: str, ends: tuple[float, float], steps: int | None, s
     stop, start = sorted(ends)
     grid = refusal = None
     try:
-        grid = times(name, SCHEDULES[schedule], steps, start, stop)
+        grid = make_grid(name, SCHEDULES[schedule], steps, start, stop)
     except ValueError as error:
         refusal = str(error)
     if grid is None:
@@ -78,33 +78,33 @@ def test_any_interval(name: str, ends: tuple[float, float], steps: int | None, s
 
 def test_a_start_that_rounding_misses() -> None:
     """193.3·59²/59² is not 193.3 in float64; the grid begins at `start` exactly all the same."""
-    assert float(times("quadratic", Linear(), 59, 0.25, 0.0566997629788797)[0]) == 0.25
+    assert float(make_grid("quadratic", Linear(), 59, 0.25, 0.0566997629788797)[0]) == 0.25
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_reversed(name: str) -> None:
     if name == "leading":  # never reaches its far end, so an encoding would stop short of `stop` without a word
         with pytest.raises(ValueError, match="grid=trailing"):
-            times(name, Cosine(), 7, 0.0, 1.0)
+            make_grid(name, Cosine(), 7, 0.0, 1.0)
         return
     for start, stop in ((0.0, 1.0), (0.2, 0.8), (0.0, 0.3)):
-        assert torch.equal(times(name, Cosine(), 7, start, stop), times(name, Cosine(), 7, stop, start).flip(0))
+        assert torch.equal(make_grid(name, Cosine(), 7, start, stop), make_grid(name, Cosine(), 7, stop, start).flip(0))
 
 
 @pytest.mark.parametrize("name", ["trailing", "linspace"])
 def test_a_start_between_nodes_is_kept(name: str) -> None:
     """`task=edit strength=0.3337` with every step: 0.3337, then the nodes 333 … 0."""
     for steps in (None, 334):
-        grid = times(name, Linear(), steps, 0.3337, 0.0)
+        grid = make_grid(name, Linear(), steps, 0.3337, 0.0)
         assert float(grid[0]) == 0.3337
         assert node(grid[1:]) == list(range(333, -1, -1))
-    assert times(name, Linear(), None, 0.0004, 0.0).tolist() == [0.0004, 0.0]
+    assert make_grid(name, Linear(), None, 0.0004, 0.0).tolist() == [0.0004, 0.0]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_sub_intervals_of_nodes(name: str) -> None:
     for n in (1, 3, 10, 50):
-        grid = times(name, Cosine(), n, 0.6, 0.1)
+        grid = make_grid(name, Cosine(), n, 0.6, 0.1)
         assert len(grid) == n + 1
         assert float(grid[-1]) == 0.1
         assert ((grid >= 0.1) & (grid <= 0.6)).all()
@@ -123,14 +123,14 @@ def test_leading_is_ddims() -> None:
     """range(0, T, T // n)[:n], counted from 0 as the networks are (DDIM's code; diffusers' "leading")."""
     for n in range(1, 1001):
         want = [1 + i for i in range(0, 1000, 1000 // n)][:n]
-        assert node(times("leading", Linear(), n)) == [*want[::-1], 0]
+        assert node(make_grid("leading", Linear(), n)) == [*want[::-1], 0]
 
 
 def test_trailing_is_lins() -> None:
     """round(T − iT/n), i < n (Lin et al. 2023, table 2), in exact arithmetic."""
     for n in [*range(1, 1001, 7), 16, 48, 64, 80, 400, 625, 1000]:
         want = [half_even(1000 - Fraction(i * 1000, n)) for i in range(n)]
-        assert node(times("trailing", Linear(), n)) == [*want, 0], n
+        assert node(make_grid("trailing", Linear(), n)) == [*want, 0], n
 
 
 def test_an_arange_has_the_wrong_length() -> None:
@@ -143,19 +143,19 @@ def test_linspace_is_round_of_exact_fractions() -> None:
     """round(1 + (T−1)k/(K−1)), k < K (improved DDPM, Analytic-DPM)."""
     for n in [*range(2, 1001, 7), 3, 4, 334, 500, 667, 1000]:
         exact = [1 + Fraction(999 * k, n - 1) for k in range(n)]
-        got = node(times("linspace", Linear(), n))[::-1][1:]
+        got = node(make_grid("linspace", Linear(), n))[::-1][1:]
         for g, e in zip(got, exact, strict=True):
             assert g == half_even(e), (n, g, e)
-    assert node(times("linspace", Linear(), 1)) == [1000, 0]
+    assert node(make_grid("linspace", Linear(), 1)) == [1000, 0]
 
 
 def test_quadratic() -> None:
     """T(k/n)² rounded, pushed apart near data where two meet."""
     for n in (2, 5, 10, 20):
-        got = node(times("quadratic", Linear(), n))[::-1][1:]
+        got = node(make_grid("quadratic", Linear(), n))[::-1][1:]
         for k, g in enumerate(got, start=1):
             assert g == max(half_even(Fraction(1000 * k * k, n * n)), k)
-    assert node(times("quadratic", Linear(), 1000)) == list(range(1000, -1, -1))
+    assert node(make_grid("quadratic", Linear(), 1000)) == list(range(1000, -1, -1))
 
 
 @pytest.mark.parametrize("schedule", ["Linear", "Cosine", "Sigmoid", "Linear-40"])
@@ -164,12 +164,12 @@ def test_uniform_lambda_has_equal_distances(schedule: str, n: int) -> None:
     """From t = 1 to the first node and then into data; between two noisy times all n steps are equal."""
     s = SCHEDULES[schedule]
     assert s.steps is not None
-    grid = times("uniform_lambda", s, n)
+    grid = make_grid("uniform_lambda", s, n)
     h = s.lam(grid)[:-1].diff()
     torch.testing.assert_close(h, h.mean().expand_as(h) if n > 1 else h, rtol=1e-9, atol=1e-9)
     if n > 1:
         assert float(grid[-2]) == pytest.approx(1 / s.steps, rel=1e-9)
-    inner = times("uniform_lambda", s, n, 0.9, 0.2)
+    inner = make_grid("uniform_lambda", s, n, 0.9, 0.2)
     h = s.lam(inner).diff()
     torch.testing.assert_close(h, ((s.lam(inner[-1:]) - s.lam(inner[:1])) / n).expand_as(h), rtol=1e-9, atol=1e-9)
 
@@ -182,11 +182,11 @@ def test_karras_is_the_published_ramp(schedule: Schedule, n: int) -> None:
     alpha, sigma = schedule.alpha_sigma(torch.tensor([1.0, least], dtype=D))
     high, low = (float(v) for v in (sigma / alpha) ** (1 / 7))
     want = torch.tensor([(high + i / (n - 1) * (low - high)) ** 7 for i in range(n)], dtype=D)
-    grid = times("karras", schedule, n)
+    grid = make_grid("karras", schedule, n)
     alpha, sigma = schedule.alpha_sigma(grid)
     torch.testing.assert_close((sigma / alpha)[:-1], want, rtol=1e-9, atol=0)
     assert float(grid[-1]) == 0
-    inner = times("karras", schedule, n, 0.9, 0.2)
+    inner = make_grid("karras", schedule, n, 0.9, 0.2)
     alpha, sigma = schedule.alpha_sigma(inner)
     step = ((sigma / alpha) ** (1 / 7)).diff()
     torch.testing.assert_close(step, step.mean().expand_as(step), rtol=1e-7, atol=0)
@@ -195,7 +195,7 @@ def test_karras_is_the_published_ramp(schedule: Schedule, n: int) -> None:
 @pytest.mark.parametrize("n", [2, 5, 18, 40])
 def test_on_edms_curve_karras_is_linspace(n: int) -> None:
     """EDM's curve is straight in σ^(1/ρ): its published time steps are both. 1e-6 of σ is what least = 1e-9 allows."""
-    (_, karras), (_, line) = (EDM().alpha_sigma(times(name, EDM(), n)) for name in ("karras", "linspace"))
+    (_, karras), (_, line) = (EDM().alpha_sigma(make_grid(name, EDM(), n)) for name in ("karras", "linspace"))
     torch.testing.assert_close(karras, line, rtol=1e-6, atol=0)
     want = [(80 ** (1 / 7) + i / (n - 1) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(n)]
     torch.testing.assert_close(karras, torch.tensor([*want, 0.0], dtype=D), rtol=1e-6, atol=0)
@@ -207,16 +207,16 @@ def test_continuous_curves(name: str, schedule: str) -> None:
     s = SCHEDULES[schedule]
     if name in WARPS and s.ends_in_noise:
         with pytest.raises(ValueError, match="grid=trailing"):
-            times(name, s, 10)
+            make_grid(name, s, 10)
         return
     for n in (1, 2, 10, 250):
-        grid = times(name, s, n)
+        grid = make_grid(name, s, n)
         assert len(grid) == n + 1
         assert (grid.diff() < 0).all()
         assert float(grid[-1]) == 0
         assert float(grid[0]) == 1 or name == "leading"
     with pytest.raises(ValueError, match=r"sampler\.steps"):
-        times(name, s, None)
+        make_grid(name, s, None)
 
 
 @pytest.mark.parametrize(
@@ -236,8 +236,8 @@ def test_continuous_curves(name: str, schedule: str) -> None:
 )
 def test_refusals(arguments: tuple[object, ...], remedy: str) -> None:
     with pytest.raises(ValueError, match=remedy):
-        times(*arguments)  # type: ignore[arg-type]
+        make_grid(*arguments)  # type: ignore[arg-type]
 
 
 def test_uniform_lambda_works_below_zero_terminal_snr() -> None:
-    assert len(times("uniform_lambda", Linear(zero_terminal_snr=True), 10, 0.999, 0.0)) == 11
+    assert len(make_grid("uniform_lambda", Linear(zero_terminal_snr=True), 10, 0.999, 0.0)) == 11

@@ -14,8 +14,8 @@ from diffusion_lab.noise import normal
 from diffusion_lab.objectives import PredNoise, PredV
 from diffusion_lab.samplers import ODE
 from diffusion_lab.samplers.base import prior
-from diffusion_lab.samplers.clock import Clock
 from diffusion_lab.samplers.dormand_prince import integrate
+from diffusion_lab.samplers.time_parametrization import TimeParametrization
 from diffusion_lab.schedules import VE, VP, Cosine, Schedule, SubVP, match
 
 D = torch.float64
@@ -35,7 +35,7 @@ def test_the_exact_flow(name: str, start: float, stop: float) -> None:
     """Within ten tolerances of the Gaussian's own solution, relative to the state it starts from; into data: then x̂_0."""
     schedule = SCHEDULES[name]
     x = begin(schedule)
-    got = ODE(1e-6, 1e-6)(oracle(DATA, schedule, PredV()), x, start=start, stop=stop)
+    got = ODE(1e-6, 1e-6)(oracle(DATA, schedule, PredV()), x, start=start, stop=stop).x
     want = DATA.flow(x, schedule, start, stop or schedule.least)
     if stop == 0:
         want = DATA.denoise(want, *schedule.alpha_sigma(torch.tensor(schedule.least, dtype=D)))
@@ -60,12 +60,12 @@ def test_single_images_are_scipys(schedule: Schedule) -> None:
     """Published settings, 1e-5 from 1 to the curve's end: the same number of evaluations, states equal to 1e-7 of σ_max.
     The right-hand side is written in another form, so the roundings differ, and with them the steps by a little."""
     x = begin(schedule, 2)
-    sampler = ODE()
     stop = schedule.least
-    got = sampler(oracle(MIXTURE, schedule, PredNoise()), x, stop=stop)
+    got, _, evaluations = ODE()(oracle(MIXTURE, schedule, PredNoise()), x, stop=stop)
+    assert evaluations is not None
     for i, image in enumerate(x):
         want = scipys(schedule, image[None], 1.0, stop, 1e-5)
-        assert int(sampler.evaluations[i]) == want.nfev
+        assert int(evaluations[i]) == want.nfev
         end = torch.from_numpy(want.y[:, -1]).reshape(SHAPE)
         torch.testing.assert_close(got[i], end, rtol=0, atol=1e-7 * float(x.abs().max()))
 
@@ -77,12 +77,13 @@ def test_an_image_does_not_know_its_neighbours_and_scipys_does() -> None:
     x = begin(schedule)
     den = oracle(MIXTURE, schedule, PredV())
     sampler = ODE()
-    want = sampler(den, x)
-    evaluations = sampler.evaluations
+    want, _, evaluations = sampler(den, x)
+    assert evaluations is not None
     for rows in ([0], [4, 0, 1], [4, 3, 2, 1, 0]):
         got = sampler(den, x[rows])
-        torch.testing.assert_close(got, want[rows], rtol=0, atol=1e-10)
-        assert torch.equal(sampler.evaluations, evaluations[rows])
+        torch.testing.assert_close(got.x, want[rows], rtol=0, atol=1e-10)
+        assert got.evaluations is not None
+        assert torch.equal(got.evaluations, evaluations[rows])
     alone, among = (scipys(schedule, rows, 1.0, 1e-3, 1e-5).y[:8, -1] for rows in (x[:1], x))
     assert np.abs(alone - among).max() > 1e-6
 
@@ -96,20 +97,19 @@ def test_evaluations_of_each_image() -> None:
         asked.append(len(x))
         return inner.network(x, c)
 
-    sampler, x = ODE(1e-3, 1e-3), begin(Cosine(), 8)
-    sampler(Denoiser(network, Cosine(), PredV()), x)
-    assert sampler.nfe == len(asked) == int(sampler.evaluations.max())
-    assert int(sampler.evaluations.sum()) == sum(asked) < 8 * len(asked)
-    assert sampler.evaluations.dtype == torch.int64
+    got = ODE(1e-3, 1e-3)(Denoiser(network, Cosine(), PredV()), begin(Cosine(), 8))
+    assert got.evaluations is not None
+    assert got.nfe == len(asked) == int(got.evaluations.max())
+    assert int(got.evaluations.sum()) == sum(asked) < 8 * len(asked)
+    assert got.evaluations.dtype == torch.int64
 
 
 def test_budget() -> None:
     """What suffices is used, one less is refused in one line; no step is possible with less than nine."""
     den, x = oracle(DATA, VP(), PredV()), begin(VP())
-    sampler = ODE(1e-3, 1e-3)
-    want = sampler(den, x)
-    assert torch.equal(ODE(1e-3, 1e-3, budget=sampler.nfe)(den, x), want)
-    for budget in (sampler.nfe - 1, 8, 1):
+    want, nfe, _ = ODE(1e-3, 1e-3)(den, x)
+    assert torch.equal(ODE(1e-3, 1e-3, budget=nfe)(den, x).x, want)
+    for budget in (nfe - 1, 8, 1):
         with pytest.raises(ValueError, match=r"raise the budget, or loosen rtol=0.001"):
             ODE(1e-3, 1e-3, budget=budget)(den, x)
 
@@ -123,10 +123,11 @@ def test_the_condition_follows_its_image() -> None:
 
     den, x, label = Denoiser(network, Cosine(), PredV()), begin(Cosine(), 4), torch.tensor([3, 0, 9, 1])
     sampler = ODE(1e-4, 1e-4)
-    got = sampler(den, x, condition={"label": label})
-    assert len(set(sampler.evaluations.tolist())) > 1
+    got, _, evaluations = sampler(den, x, condition={"label": label})
+    assert evaluations is not None
+    assert len(set(evaluations.tolist())) > 1
     for i in range(4):
-        alone = sampler(den, x[i : i + 1], condition={"label": label[i : i + 1]})
+        alone = sampler(den, x[i : i + 1], condition={"label": label[i : i + 1]}).x
         torch.testing.assert_close(got[i : i + 1], alone, rtol=0, atol=1e-12)
 
 
@@ -134,9 +135,9 @@ def test_the_condition_follows_its_image() -> None:
 
 
 @pytest.mark.parametrize("name", ["Cosine", "Linear-40", "Linear-zero", "VE", "SubVP"])
-def test_a_clock_runs_along_the_curve(name: str) -> None:
+def test_the_parametrization_runs_along_the_curve(name: str) -> None:
     """u ↦ t and back, and (dα/du, dσ/du) against differences of (α, σ)(t(u)), at times between nodes."""
-    schedule, clock = SCHEDULES[name], Clock(SCHEDULES[name])
+    schedule, clock = SCHEDULES[name], TimeParametrization(SCHEDULES[name])
     for t in (1.0, 0.9876, 0.5013, 0.1234, 0.0312):
         u = torch.tensor(clock.at(t), dtype=D)
         assert float(clock.time(u)) == pytest.approx(t, abs=1e-12)
@@ -153,8 +154,8 @@ def test_over_the_angle_a_table_is_smooth(name: str) -> None:
     schedule, x = SCHEDULES[name], begin(SCHEDULES[name], 3)
     den, least = oracle(DATA, schedule, PredV()), schedule.least
     want = DATA.flow(x, schedule, 1.0, least)
-    sampler = ODE()
-    ours = float((sampler(den, x, stop=least) - want).abs().max())
+    got = ODE()(den, x, stop=least)
+    ours = float((got.x - want).abs().max())
 
     def slope(t: torch.Tensor, y: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         prediction, (d_alpha, d_sigma) = den(y, t), schedule.derivatives(t)
@@ -163,7 +164,7 @@ def test_over_the_angle_a_table_is_smooth(name: str) -> None:
     over_t = integrate(slope, x, 1.0, least)
     assert ours < 1e-4
     assert float((over_t.y - want).abs().max()) > 10 * ours
-    assert over_t.calls > 2 * sampler.nfe
+    assert over_t.calls > 2 * got.nfe
 
 
 # --------------------------------------------------------------------------------------------------- both directions
@@ -174,9 +175,9 @@ def test_there_and_back(name: str) -> None:
     """Encode 0.1 → 0.9 and decode: back to 1e-3 at tolerance 1e-6."""
     schedule, x = SCHEDULES[name], torch.linspace(-1, 1, 24, dtype=D).reshape(3, *SHAPE)
     den = oracle(MIXTURE, schedule, PredV())
-    there = ODE(1e-6, 1e-6)(den, x, start=0.1, stop=0.9)
+    there = ODE(1e-6, 1e-6)(den, x, start=0.1, stop=0.9).x
     assert (there - x).abs().mean() > 0.1
-    back = ODE(1e-6, 1e-6)(den, there, start=0.9, stop=0.1)
+    back = ODE(1e-6, 1e-6)(den, there, start=0.9, stop=0.1).x
     torch.testing.assert_close(back, x, rtol=0, atol=1e-3)
 
 
@@ -186,12 +187,12 @@ def test_data_is_encoded_and_comes_back(schedule: Schedule) -> None:
     x = torch.linspace(-0.5, 1.1, 24, dtype=D).reshape(3, *SHAPE)
     den = oracle(DATA, schedule, PredV())
     sampler = ODE()
-    latent = sampler(den, x, start=0.0, stop=1.0)
+    latent = sampler(den, x, start=0.0, stop=1.0).x
     least = torch.tensor(schedule.least, dtype=D)
     alpha, sigma = schedule.alpha_sigma(least)
     first = alpha * x + sigma * den(x, least).noise
     torch.testing.assert_close(latent, DATA.flow(first, schedule, schedule.least, 1.0), rtol=1e-3, atol=1e-3)
-    back = sampler(den, latent)
+    back = sampler(den, latent).x
     assert float((back - x).abs().max()) < 10 * float(sigma) ** 2 + 1e-4
 
 
@@ -199,11 +200,11 @@ def test_ends_below_the_least_time() -> None:
     """stop inside (0, least) is gone to; from there into data no ODE is left to solve; as for encoding up to there."""
     den, x = oracle(DATA, VP(), PredV()), begin(VP())
     sampler = ODE(1e-6, 1e-6)
-    torch.testing.assert_close(sampler(den, x, stop=5e-4), DATA.flow(x, VP(), 1.0, 5e-4), rtol=0, atol=1e-4)
-    assert torch.equal(sampler(den, x, start=5e-4), den(x, torch.tensor(5e-4, dtype=D)).x0)
-    assert sampler.nfe == 1
-    sampler(den, x, start=0.0, stop=5e-4)
-    assert sampler.nfe == 1
+    torch.testing.assert_close(sampler(den, x, stop=5e-4).x, DATA.flow(x, VP(), 1.0, 5e-4), rtol=0, atol=1e-4)
+    got = sampler(den, x, start=5e-4)
+    assert torch.equal(got.x, den(x, torch.tensor(5e-4, dtype=D)).x0)
+    assert got.nfe == 1
+    assert sampler(den, x, start=0.0, stop=5e-4).nfe == 1
 
 
 # -------------------------------------------------------------------------------------------------- callback, dtypes
@@ -214,7 +215,7 @@ def test_the_callback_sees_each_image_at_its_own_time() -> None:
     the last report is the step into data."""
     seen: list[Any] = []
     den, x = oracle(DATA, VP(), PredV()), begin(VP(), 1)
-    out = ODE(1e-4, 1e-4)(den, x, callback=lambda *report: seen.append(report))
+    out = ODE(1e-4, 1e-4)(den, x, callback=lambda *report: seen.append(report)).x
     assert [i for i, *_ in seen] == list(range(len(seen)))
     for _, t, state, prediction in seen:  # one image, so that t is its time
         want = den(state, torch.tensor(t, dtype=D))
@@ -244,17 +245,17 @@ def test_a_float32_network_and_state() -> None:
 
     seen: list[torch.Tensor] = []
     x = begin(VP()).float()
-    got = ODE()(Denoiser(Net(), VP(), PredV()), x, callback=lambda i, t, x, p: seen.extend((x, p.x0, p.output)))
+    got = ODE()(Denoiser(Net(), VP(), PredV()), x, callback=lambda i, t, x, p: seen.extend((x, p.x0, p.output))).x
     assert got.dtype == torch.float32
     assert {v.dtype for v in seen[:-3]} == {torch.float32}
-    torch.testing.assert_close(got.double(), ODE()(Denoiser(Net(), VP(), PredV()), x.double()), rtol=0, atol=1e-5)
+    torch.testing.assert_close(got.double(), ODE()(Denoiser(Net(), VP(), PredV()), x.double()).x, rtol=0, atol=1e-5)
 
 
 def test_clipping_is_part_of_the_equation() -> None:
     """With x̂_0 clipped to ±0.1 the end is a clipped x̂_0, and the callback is told the clipped one."""
     seen: list[Any] = []
     den = oracle(DATA, VP(), PredV(), clip=0.1)
-    assert float(ODE(1e-3, 1e-3)(den, begin(VP()), callback=lambda *r: seen.append(r)).abs().max()) <= 0.1
+    assert float(ODE(1e-3, 1e-3)(den, begin(VP()), callback=lambda *r: seen.append(r)).x.abs().max()) <= 0.1
     assert all(float(p.x0.abs().max()) < 0.1 + 1e-9 for *_, p in seen)
 
 

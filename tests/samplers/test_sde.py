@@ -15,7 +15,7 @@ from diffusion_lab.noise import normal
 from diffusion_lab.objectives import PredNoise, PredV
 from diffusion_lab.samplers import EulerMaruyama, PredictorCorrector, ReverseDiffusion
 from diffusion_lab.samplers.base import Sampler, prior
-from diffusion_lab.samplers.grids import times
+from diffusion_lab.samplers.grids import make_grid
 from diffusion_lab.samplers.sde import ReverseSDE
 from diffusion_lab.schedules import EDM, VE, VP, Flow, Linear, Schedule, SubVP
 
@@ -68,7 +68,7 @@ def test_reverse_diffusion_on_ve_is_songs() -> None:
         x = x + fall * score
         if i < n - 1:
             x = x + np.sqrt(fall) * z(i)
-    agree(ReverseDiffusion(n)(Denoiser(network, VE(), PredNoise()), 50 * X, seed=4), x)
+    agree(ReverseDiffusion(n)(Denoiser(network, VE(), PredNoise()), 50 * X, seed=4).x, x)
 
 
 @pytest.mark.parametrize(("first", "last"), [(1000, 900), (100, 0)])
@@ -83,7 +83,9 @@ def test_reverse_diffusion_on_ddpms_chain_is_songs(first: int, last: int) -> Non
         if i:
             x = x + np.sqrt(beta[i]) * z(k)
     den = Denoiser(network, Linear(), PredNoise())
-    agree(ReverseDiffusion(None)(den, X, seed=4, start=first / 1000, stop=last / 1000), x, 1e-6 if last == 0 else 1e-9)
+    agree(
+        ReverseDiffusion(None)(den, X, seed=4, start=first / 1000, stop=last / 1000).x, x, 1e-6 if last == 0 else 1e-9
+    )
 
 
 def beta(t: float) -> float:
@@ -115,7 +117,7 @@ def test_euler_maruyama_is_songs(name: str) -> None:
         x = x - (f * x - g2 * score) * h + math.sqrt(g2 * h) * z(k)
     sampler = EulerMaruyama(n, grid="trailing")
     denoiser = Denoiser(network, schedule, PredNoise() if name != "flow" else _NoiseOnFlow())
-    agree(sampler(denoiser, X, seed=4, start=0.9, stop=0.3), x)
+    agree(sampler(denoiser, X, seed=4, start=0.9, stop=0.3).x, x)
 
 
 class _NoiseOnFlow(PredNoise):
@@ -131,7 +133,7 @@ def test_predictor_corrector_by_hand(name: str, corrector_steps: int) -> None:
     """M Langevin steps, κ = 2a(r‖z‖/‖g‖)² of each image by itself, then the predictor; no draw is used twice."""
     schedule, n, m = CURVES[name], 20, corrector_steps
     scale = 50 if name == "ve" else 1
-    x, t, drawn = scale * X.numpy(), times("trailing", schedule, n).tolist(), []
+    x, t, drawn = scale * X.numpy(), make_grid("trailing", schedule, n).tolist(), []
     curve = [tuple(map(float, schedule.alpha_sigma(torch.tensor(s, dtype=D)))) for s in t]
     for i in range(n):
         (alpha, sigma), (alpha_s, sigma_s) = curve[i], curve[i + 1]
@@ -154,8 +156,9 @@ def test_predictor_corrector_by_hand(name: str, corrector_steps: int) -> None:
             x = (2 - ratio) * x - fall * eps / sigma + np.sqrt(fall) * z(drawn[-1])
     assert len(set(drawn)) == len(drawn) == n * (m + 1) - 1
     sampler = PredictorCorrector(n, grid="trailing", corrector_steps=m)
-    agree(sampler(Denoiser(network, schedule, PredNoise()), scale * X, seed=4), x)
-    assert sampler.nfe == n * (m + 1)
+    samples = sampler(Denoiser(network, schedule, PredNoise()), scale * X, seed=4)
+    agree(samples.x, x)
+    assert samples.nfe == n * (m + 1)
 
 
 def test_the_published_scale_of_a_langevin_step() -> None:
@@ -176,7 +179,9 @@ def test_the_published_scale_of_a_langevin_step() -> None:
 def test_without_a_corrector_it_is_the_predictor(name: str) -> None:
     den = Denoiser(network, VP(), PredNoise())
     alone: Sampler = (ReverseDiffusion if name == "reverse_diffusion" else EulerMaruyama)(15)
-    assert torch.equal(PredictorCorrector(15, predictor=name, corrector_steps=0)(den, X, seed=4), alone(den, X, seed=4))
+    assert torch.equal(
+        PredictorCorrector(15, predictor=name, corrector_steps=0)(den, X, seed=4).x, alone(den, X, seed=4).x
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ exact moments
@@ -184,7 +189,7 @@ def test_without_a_corrector_it_is_the_predictor(name: str) -> None:
 
 def moments(sampler: ReverseSDE, schedule: Schedule, mean: float, std: float) -> tuple[float, float]:
     """Mean and deviation that the sampler gives to Gaussian data: each step is affine, so no sampling is needed."""
-    grid = sampler.times(oracle(Gaussian(torch.zeros(1, 1, 1), 1.0), schedule, PredV()))
+    grid = sampler.time_grid(oracle(Gaussian(torch.zeros(1, 1, 1), 1.0), schedule, PredV()))
     alpha, sigma = schedule.alpha_sigma(grid)
     at, var = torch.zeros((), dtype=D), sigma[0] ** 2
     a, b, c = sampler.coefficients(schedule, grid[:-1], grid[1:])
@@ -218,7 +223,7 @@ def test_samples_have_these_moments(cls: type[ReverseSDE], name: str) -> None:
     """30 steps, 4,000 images of four pixels with four means: mean, variances and covariances within 4.5 standard errors."""
     schedule, means = CURVES[name], torch.tensor([0.3, -0.5, 0.0, 0.8], dtype=D)
     x_T = prior(schedule, normal((1, 2, 2), seed=2, index=torch.arange(4000), dtype=D))
-    x = cls(30)(oracle(Gaussian(means.reshape(1, 2, 2), 0.5), schedule, PredV()), x_T, seed=3).flatten(1)
+    x = cls(30)(oracle(Gaussian(means.reshape(1, 2, 2), 0.5), schedule, PredV()), x_T, seed=3).x.flatten(1)
     std = moments(cls(30), schedule, 0.0, 0.5)[1]
     want = torch.tensor([moments(cls(30), schedule, float(m), 0.5)[0] for m in means], dtype=D)
     assert float((x.mean(0) - want).abs().max()) < 4.5 * std / 4000**0.5
@@ -230,7 +235,7 @@ def test_samples_have_these_moments(cls: type[ReverseSDE], name: str) -> None:
 def test_a_stop_before_data_is_a_noisy_state(sampler: Sampler) -> None:
     """At t = 0.4 on VP the variance is α²0.25 + σ², to 4 standard errors and 0.01: the last step keeps its noise there."""
     den = oracle(Gaussian(torch.zeros(1, 1, 1), 0.5), VP(), PredV())
-    x = sampler(den, normal((1, 8, 8), seed=2, index=torch.arange(200), dtype=D), seed=3, stop=0.4)
+    x = sampler(den, normal((1, 8, 8), seed=2, index=torch.arange(200), dtype=D), seed=3, stop=0.4).x
     alpha, sigma = (float(v) for v in VP().alpha_sigma(torch.tensor(0.4, dtype=D)))
     want = alpha**2 / 4 + sigma**2
     assert abs(float(x.var()) - want) < 4 * want * (2 / x.numel()) ** 0.5 + 0.01
@@ -268,10 +273,10 @@ def test_no_score_is_no_step() -> None:
     """A fresh network gives ε̂ = 0: κ would be infinite."""
     den = Denoiser(lambda x, c: torch.zeros_like(x), VE(), PredNoise())
     sampler = PredictorCorrector(5)
-    grid = sampler.times(den)
+    grid = sampler.time_grid(den)
     spread = sampler.predictor.coefficients(VE(), grid[:-1], grid[1:])[2]
     want = 50 * X.numpy() + sum(float(spread[i]) * z(2 * i + 1) for i in range(4))
-    agree(sampler(den, 50 * X, seed=4), want)
+    agree(sampler(den, 50 * X, seed=4).x, want)
 
 
 # --------------------------------------------------------------------------------------------------------------- peers
@@ -358,10 +363,10 @@ def test_an_infinite_drift_is_refused_and_avoidable(schedule: Schedule) -> None:
             sampler.check(den)
         with pytest.raises(ValueError, match="write sampler=reverse_diffusion"):
             sampler(den, x)
-        assert sampler(den, x, start=0.9).isfinite().all()
+        assert sampler(den, x, start=0.9).x.isfinite().all()
     for sampler in (ReverseDiffusion(20), PredictorCorrector(20)):
         sampler.check(den)
-        assert sampler(den, x).isfinite().all()
+        assert sampler(den, x).x.isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -386,5 +391,5 @@ def test_budget(budget: int, m: int, n: int) -> None:
     """N(M + 1) evaluations at most, counted where they happen."""
     sampler = PredictorCorrector(budget=budget, corrector_steps=m)
     assert sampler.steps == n
-    sampler(Denoiser(network, VE(), PredNoise()), 50 * X)
-    assert sampler.nfe == n * (m + 1) <= budget
+    nfe = sampler(Denoiser(network, VE(), PredNoise()), 50 * X).nfe
+    assert nfe == n * (m + 1) <= budget

@@ -17,7 +17,7 @@ from diffusion_lab.noise import normal
 from diffusion_lab.objectives import EDM as Preconditioned
 from diffusion_lab.objectives import Objective, PredFlow, PredNoise, PredV, PredX0
 from diffusion_lab.samplers import DPMSolverPP, Euler, Heun, Sampler, UniPC, prior
-from diffusion_lab.samplers.grids import times
+from diffusion_lab.samplers.grids import make_grid
 from diffusion_lab.schedules import EDM, VP, Cosine, Flow, Linear, Schedule
 
 diffusers = pytest.importorskip("diffusers")
@@ -49,12 +49,12 @@ def run(sampler: Sampler, curve: str, prediction: str, start: float = 1.0) -> tu
             return prediction
 
     x = prior(schedule, normal(SHAPE, seed=1, index=torch.arange(2), dtype=D))
-    return seen, sampler(Recording(inner.network, schedule, inner.objective), x, seed=1, start=start)
+    return seen, sampler(Recording(inner.network, schedule, inner.objective), x, seed=1, start=start).x
 
 
 def levels(sampler: Sampler, curve: str, start: float = 1.0) -> torch.Tensor:
     """What they call sigmas, at our times: σ/α; of flow σ."""
-    alpha, sigma = CURVES[curve].alpha_sigma(times(sampler.grid, CURVES[curve], sampler.steps, start, 0.0))
+    alpha, sigma = CURVES[curve].alpha_sigma(make_grid(sampler.grid, CURVES[curve], sampler.steps, start, 0.0))
     return sigma if curve == "flow" else sigma / alpha
 
 

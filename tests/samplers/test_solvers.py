@@ -17,7 +17,7 @@ from diffusion_lab.denoiser import Denoiser, Prediction
 from diffusion_lab.noise import Draws, normal
 from diffusion_lab.objectives import PredV
 from diffusion_lab.samplers import DDIM, DDPM, DPMSolverPP, Euler, Heun, Sampler, UniPC, prior
-from diffusion_lab.samplers.base import Model
+from diffusion_lab.samplers.base import EvaluationContext
 from diffusion_lab.samplers.multistep import phi
 from diffusion_lab.schedules import Cosine, Schedule
 
@@ -89,7 +89,7 @@ def run(sampler: Sampler, curve: str) -> torch.Tensor:
     """x/α at λ = 0.7, begun where `exact` begins."""
     s = SCHEDULES[curve]
     start, stop = interval(s)
-    x = sampler(Best(s), X * math.exp(2) * scale(s, start), start=start, stop=stop)
+    x = sampler(Best(s), X * math.exp(2) * scale(s, start), start=start, stop=stop).x
     return x / scale(s, stop)
 
 
@@ -128,8 +128,8 @@ def test_unipc_is_of_order_p_plus_1_from_an_exact_start(p: int, b: str) -> None:
         h = (FAR[1] - FAR[0]) / n
         lam = [FAR[0] + k * h**3 for k in range(p)] + [FAR[0] + k * h for k in range(1, n + 1)]
         times = s.time(torch.tensor(lam, dtype=D))
-        model = Model(Best(s), {}, None, Draws((1, 1, 1), 0, torch.arange(len(X))))
-        x = UniPC(order=p, b=b, lower_last=False).integrate(X * math.exp(2), times, model, range(len(lam) - 1))
+        context = EvaluationContext(Best(s), {}, None, Draws((1, 1, 1), 0, torch.arange(len(X))))
+        x = UniPC(order=p, b=b, lower_last=False).integrate(X * math.exp(2), times, context, range(len(lam) - 1))
         found.append(float((x - exact()).abs().mean()))
     assert slopes(found)[-1] == pytest.approx(p + 1, abs=0.3), found
 
@@ -196,9 +196,9 @@ def test_first_order_has_many_names(curve: str) -> None:
     den = Best(s)
     for start, stop in ((1.0, 0.0), (0.9, 0.2), (0.0, 1.0), (0.1, 1.0)):
         x = X * s.alpha_sigma(torch.tensor(start, dtype=D))[1] if start else X
-        want = DDIM(11)(den, x, start=start, stop=stop)
+        want = DDIM(11)(den, x, start=start, stop=stop).x
         for sampler in (DPMSolverPP(11, 1), Euler(11)):
-            torch.testing.assert_close(sampler(den, x, start=start, stop=stop), want, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(sampler(den, x, start=start, stop=stop).x, want, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("curve", [*CURVES, "SubVP", "VE", "Cosine-40-zero"])
@@ -206,9 +206,9 @@ def test_the_sde_of_first_order_is_ancestral_sampling(curve: str) -> None:
     """σ_s √(1 − e^−2h) is σ̃, the deviation of the posterior: DDPM with fixed_small and the same noise, on every curve."""
     s = SCHEDULES[curve]
     den, x = oracle(MIXTURE, s, PredV()), prior(s, X)
-    got = DPMSolverPP(11, 1, sde=True)(den, x, seed=4)
-    torch.testing.assert_close(got, DDPM(11, grid="trailing")(den, x, seed=4), rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(got, DDIM(11, eta=1.0)(den, x, seed=4), rtol=1e-9, atol=1e-9)
+    got = DPMSolverPP(11, 1, sde=True)(den, x, seed=4).x
+    torch.testing.assert_close(got, DDPM(11, grid="trailing")(den, x, seed=4).x, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(got, DDIM(11, eta=1.0)(den, x, seed=4).x, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("curve", ["Cosine", "Flow", "EDM"])
@@ -217,7 +217,7 @@ def test_the_sde_brings_the_data_back(curve: str, order: int) -> None:
     """N(0.3, 0.5²) from 4,000 images and 60 steps: 4 standard errors, and 0.01 of bias. Order 1 is ancestral sampling, above."""
     s = SCHEDULES[curve]
     x_T = prior(s, normal((1, 1, 1), seed=3, index=torch.arange(4000), dtype=D))
-    x = DPMSolverPP(60, order, sde=True)(oracle(DATA, s, PredV()), x_T, seed=5)
+    x = DPMSolverPP(60, order, sde=True)(oracle(DATA, s, PredV()), x_T, seed=5).x
     assert float(x.mean()) == pytest.approx(0.3, abs=4 * 0.5 / 4000**0.5 + 0.01)
     assert float(x.std()) == pytest.approx(0.5, abs=4 * 0.5 / 8000**0.5 + 0.01)
 
@@ -246,7 +246,7 @@ def test_the_order_of_the_sde(order: int, corrected: bool, measures: int, n: int
     found = []
     for steps in (n, 2 * n):
         sampler = DPMSolverPP(steps, order, sde=True, corrected=corrected, grid="uniform_lambda")
-        known, nothing = (sampler(made(s), X, start=start, stop=stop) for made in (Known, Nothing))
+        known, nothing = (sampler(made(s), X, start=start, stop=stop).x for made in (Known, Nothing))
         want = quad(lambda lam: 2 * math.exp(-2 * (FAR[1] - lam)) * math.sin(2 * lam), *FAR, epsabs=1e-13)[0]
         found.append(abs(float((known - nothing).mean() / scale(s, stop)) - want))
     assert slopes(found)[0] == pytest.approx(measures, abs=0.2), found
@@ -261,9 +261,9 @@ def test_the_step_into_data_is_the_last_estimate(curve: str, make: Any) -> None:
     """On every curve, also where σ jumps to 0; and with it the sampler's least steps are enough."""
     s, last = SCHEDULES[curve], []
     sampler = make(3)
-    x = sampler(oracle(MIXTURE, s, PredV()), prior(s, X), callback=lambda i, t, x, p: last.append(p.x0))
+    x, nfe, _ = sampler(oracle(MIXTURE, s, PredV()), prior(s, X), callback=lambda i, t, x, p: last.append(p.x0))
     assert torch.equal(x, last[-1])
-    assert sampler.nfe == (5 if isinstance(sampler, Heun) else 3)
+    assert nfe == (5 if isinstance(sampler, Heun) else 3)
 
 
 @pytest.mark.parametrize("curve", ["Flow", "Cosine-40-zero"])
@@ -275,11 +275,11 @@ def test_no_step_looks_back_across_alpha_0(curve: str, make: Any) -> None:
     bit for bit the first step, and then a run that begins after it."""
     s, seen = SCHEDULES[curve], []
     den, x = oracle(MIXTURE, s, PredV()), prior(s, X)
-    whole = make(20)(den, x, callback=lambda i, t, x, p: seen.append((t, x, p)))
+    whole = make(20)(den, x, callback=lambda i, t, x, p: seen.append((t, x, p))).x
     (_, _, first), (t, state, _) = seen[0], seen[1]
     alpha, sigma = s.alpha_sigma(torch.tensor(t, dtype=D))
     assert torch.equal(state, alpha * first.x0 + sigma * first.noise)
-    assert torch.equal(make(19)(den, state, start=t), whole)
+    assert torch.equal(make(19)(den, state, start=t).x, whole)
     assert whole.isfinite().all()
 
 
@@ -289,12 +289,12 @@ def test_encoding_and_decoding(curve: str, make: Any) -> None:
     """From data to noise and back with 40 steps: finite, of unit spread over σ(1), and within 0.1 of where it began."""
     s = SCHEDULES[curve]
     sampler, x = make(40), X / 1.5
-    latent = sampler(Best(s), x, start=0.0, stop=1.0)
+    latent = sampler(Best(s), x, start=0.0, stop=1.0).x
     assert latent.isfinite().all()
     size = float(s.alpha_sigma(torch.ones((), dtype=D))[1])
     assert 0.3 < float(latent.std()) / size < 2
     assert (latent.flatten().diff() > 0).all(), "the flow of one dimension keeps the order"
-    assert (sampler(Best(s), latent) - x).abs().max() < 0.1
+    assert (sampler(Best(s), latent).x - x).abs().max() < 0.1
 
 
 def test_lowering_the_last_steps() -> None:
@@ -303,7 +303,7 @@ def test_lowering_the_last_steps() -> None:
     den, x = Best(SCHEDULES["VP"]), X
 
     def differs(cls: Any, steps: int, order: int, stop: float) -> bool:
-        runs = [cls(steps, order, lower_last=lower)(den, x, stop=stop) for lower in (True, False)]
+        runs = [cls(steps, order, lower_last=lower)(den, x, stop=stop).x for lower in (True, False)]
         return not torch.equal(*runs)
 
     assert not differs(DPMSolverPP, 9, 2, 0.0)
@@ -320,12 +320,13 @@ def test_one_step_and_all_steps() -> None:
     den, x = oracle(DATA, s, PredV()), X
     for cls in (Euler, Heun, DPMSolverPP, UniPC):
         sampler = cls(None)
-        end = sampler(den, x)
-        assert sampler.nfe == (79 if cls is Heun else 40)
+        end, nfe, _ = sampler(den, x)
+        assert nfe == (79 if cls is Heun else 40)
         assert float((end - DATA.flow(x, s, 1.0, 0.0)).abs().max()) < 0.05
     for sampler in (Euler(1), Heun(1), DPMSolverPP(1, 1), UniPC(1, 1)):
-        torch.testing.assert_close(sampler(den, x), den(x, 1.0).x0)
-        assert sampler.nfe == 1
+        end, nfe, _ = sampler(den, x)
+        torch.testing.assert_close(end, den(x, 1.0).x0)
+        assert nfe == 1
 
 
 # ----------------------------------------------------------------------------------------------------- cost and refusals
@@ -357,12 +358,11 @@ def test_the_budget_of_heun(budget: int, stop: float) -> None:
     """2N − 1 evaluations to data. To a noisy time a run has 2N, and within a budget the last step goes without its second."""
     s = SCHEDULES["VP"]
     den, sampler = oracle(DATA, s, PredV()), Heun(budget=budget)
-    sampler(den, X, stop=stop)
+    nfe = sampler(den, X, stop=stop).nfe
     assert sampler.steps == (budget + 1) // 2
-    assert sampler.nfe == (2 * sampler.steps - 1 if stop == 0 or budget % 2 else budget)
+    assert nfe == (2 * sampler.steps - 1 if stop == 0 or budget % 2 else budget)
     free = Heun(sampler.steps)
-    free(den, X, stop=stop)
-    assert free.nfe == 2 * (sampler.steps or 0) - (stop == 0)
+    assert free(den, X, stop=stop).nfe == 2 * (sampler.steps or 0) - (stop == 0)
 
 
 @pytest.mark.parametrize(

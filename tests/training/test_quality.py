@@ -62,6 +62,25 @@ def test_the_figure_is_logged_decides_best_and_is_evaluate_s(tmp_path, cache, ca
     assert resumed["callbacks"]["Checkpoints"]["best"] == pytest.approx(min(*found.values(), *figures(again).values()))
 
 
+def test_clip_none_is_no_threshold_for_the_callbacks_and_the_commands(tmp_path, cache, capfd):
+    """Grids, quality and evaluate.py sample without clipping, by the same figure; it is another one with clipping."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    grids = ("callbacks.samples.every=2", "callbacks.samples.n=4")
+    sampled = [a for a in QUALITY if a != "callbacks.samples=null"]
+    train(run, *sampled, *grids, cache, "clip=none", "trainer.max_steps=2", capfd=capfd)
+    (figure,) = figures(run).values()
+    asked = [f"ckpt={run}", f"cache={cache.split('=')[1]}", "n=70", "steps=[2]", "batch_size=16", "device=cpu"]
+    found = {}
+    for clip in ("none", "static"):
+        arguments = [*asked, f"clip={clip}", f"out={out / clip}"]
+        assert command("evaluate", arguments, capfd).code == 0
+        (row,) = json.loads((out / clip / "metrics.json").read_text())
+        found[row["checkpoint"]["clip"]] = row["metrics"]["fd_classifier"]
+        assert row["checkpoint"]["guidance"] is None
+    assert found["NoThreshold"] == pytest.approx(figure, rel=1e-5)
+    assert found["StaticThreshold"] != pytest.approx(figure, rel=1e-3)
+
+
 def test_a_run_with_it_trains_the_very_same_weights(tmp_path, cache, capfd):
     with_it, without = tmp_path / "with", tmp_path / "without"
     train(with_it, *QUALITY, cache, "trainer.max_steps=4", capfd=capfd)

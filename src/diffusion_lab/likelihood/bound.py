@@ -9,14 +9,14 @@ from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.errors import ConfigError
-from diffusion_lab.gaussian import discretised_log_likelihood, kl, posterior
+from diffusion_lab.gaussian import discretized_log_likelihood, kl, posterior
 from diffusion_lab.likelihood.base import bits, keys, ready
 from diffusion_lab.noise import Stream, normal
 from diffusion_lab.samplers import grids
 from diffusion_lab.schedules import Schedule, match, move
 from diffusion_lab.variances import FixedSmall, Variance
 
-DECODERS = ("discretised", "gaussian")
+DECODERS = ("discretized", "gaussian")
 LAST = ("strided", "full")
 FIRST_DRAW = 2  # 0 and 1 are density.py's
 
@@ -39,7 +39,7 @@ def vlb(
     x0: Tensor,
     steps: int | None = None,
     variance: Variance | None = None,
-    decoder: str = "discretised",
+    decoder: str = "discretized",
     condition: Mapping[str, Tensor] | None = None,
     seed: int = 0,
     index: Tensor | None = None,
@@ -61,7 +61,7 @@ def vlb(
 
     p(x_s | x_t) has the mean of q with x̂_0 for x_0, and the step variance. The two decoders p(x_0 | x_t), both of mean x̂_0:
 
-    - discretised: the probability of x_0's level (gaussian.discretised_log_likelihood). Its variance is the step
+    - discretized: the probability of x_0's level (gaussian.discretized_log_likelihood). Its variance is the step
       variance of the pair (t_1, 0) where σ̃² = 0 is replaced by that of another pair, see `last`: every variance but the
       learned one then is just that σ̃².
     - gaussian: the density N(x̂_0, (σ/α)² I) at t = t_1, for data that is continuous; (σ/α)² is the most that Cov[x_0 | x_t]
@@ -69,25 +69,25 @@ def vlb(
       bound then falls to the entropy of x_0, but for the prior's mismatch and a gap of order (σ/α)⁴ at t_1.
 
     Args:
-        denoiser: its clipping plays no part unless `clip`.
-        x0: float (B, C, H, W) in [−1, 1], on the grid k/127.5 − 1 for the discretised decoder.
+        denoiser: its clipping is dropped unless `clip`; its guidance is kept.
+        x0: float (B, C, H, W) in [−1, 1], on the grid k/127.5 − 1 for the discretized decoder.
         steps: K + 1, network evaluations; None is every step of a table.
         variance: of a step; default fixed_small.
-        decoder: "discretised" or "gaussian".
+        decoder: "discretized" or "gaussian".
         condition: keyword arguments for the network, each with B rows.
         seed: with `index` the key of the noise.
         index: int64 (B,), which image each row is; default 0 … B − 1.
         grid: the time grid (samplers/grids.py); linspace is improved DDPM's strided chain.
-        times: instead of `steps` and `grid` the times themselves, as a sampler's `times` gives them: falling to 0, (K + 2,).
-        last: which pair gives the discretised decoder its variance σ̃²: "strided", (t_2, t_1) of this chain (improved DDPM),
+        times: instead of `steps` and `grid` the times themselves, those of a sampler's `time_grid`: falling to 0, (K + 2,).
+        last: which pair gives the discretized decoder its variance σ̃²: "strided", (t_2, t_1) of this chain (improved DDPM),
             or "full", (2/T, 1/T) of the table (Analytic-DPM).
         eta: η in (0, 1] of DDIM's chain, whose q(x_s | x_t, x_0) has the variance η²σ̃²; 1 is the ancestral one.
         clip: keep the denoiser's clipping of x̂_0, as improved DDPM's evaluation does. The bound holds for that model too.
         progress: show a bar.
 
     Raises:
-        ValueError: a name, grid, η or number of steps that cannot be; a step variance of 0 (no finite bound); NaN from the
-            network; a self-conditioning network.
+        ConfigError: an unknown name, a grid, η or number of steps out of range; a step variance of 0 (no finite bound); NaN
+            from the network; a self-conditioning network; known pixels (`on_x0`).
     """
     variance = variance or FixedSmall()
     variance.check(denoiser.network)
@@ -95,11 +95,13 @@ def vlb(
     clipped = clip and denoiser.clip is not None
     denoiser, x0 = ready(denoiser, x0, clip)
     schedule, key, shape = denoiser.schedule, keys(x0, index), tuple(x0.shape[1:])
-    falling = grids.times(grid, schedule, steps) if times is None else times.double().cpu()
+    falling = grids.make_grid(grid, schedule, steps) if times is None else times.double().cpu()
     chain = falling.flip(0)  # 0, t_1, …, t_{K+1}
     if len(chain) < 2 or not bool(chain[0] == 0 and (chain.diff() > 0).all() and chain[-1] <= 1):
-        raise ConfigError("times must fall from 1, or below it, to 0: give those of a sampler, sampler.times(denoiser)")
-    if decoder == "discretised" and last == "strided" and len(chain) < 3:
+        raise ConfigError(
+            "times must fall from 1, or below it, to 0: give those of a sampler, sampler.time_grid(denoiser)"
+        )
+    if decoder == "discretized" and last == "strided" and len(chain) < 3:
         raise ConfigError("steps=1 leaves no pair of times whose variance L_0 could take: write steps=2 or last=full")
 
     alpha, sigma = schedule.alpha_sigma(chain)
@@ -116,9 +118,9 @@ def vlb(
             low, factor = match(least[k - 1], data), match(pull[k - 1], data)
             spread = variance(schedule, t, chain[k], prediction, floor=least[k - 1]).double()
             nats = kl(factor * data, low.log(), factor * estimate, spread.log())
-        elif decoder == "discretised":
+        elif decoder == "discretized":
             spread = variance(schedule, t, chain[0], prediction, floor=floor).double()
-            nats = -discretised_log_likelihood(data, estimate, spread.log())
+            nats = -discretized_log_likelihood(data, estimate, spread.log())
         else:
             spread = match((sigma[1] / alpha[1]).square(), data)
             nats = 0.5 * ((data - estimate).square() / spread + (2 * math.pi * spread).log())
@@ -159,6 +161,8 @@ def _prior(x0: Tensor, alpha: Tensor, sigma: Tensor, end: Tensor) -> Tensor:
 
 
 def _check(schedule: Schedule, variance: Variance, decoder: str, last: str, eta: float) -> None:
+    if decoder == "discretised":
+        raise ConfigError("decoder='discretised' was renamed: write decoder='discretized'")
     if decoder not in DECODERS:
         raise ConfigError(f"unknown decoder {decoder!r}: write one of {', '.join(DECODERS)}")
     if last not in LAST:
@@ -179,7 +183,7 @@ def _check(schedule: Schedule, variance: Variance, decoder: str, last: str, eta:
 
 
 def _refuse_unsound(sound: Tensor, times: Tensor) -> None:
-    """Raise ValueError for the first evaluation that was not sound, bool (K + 1, 2)."""
+    """Raise ConfigError for the first evaluation that was not sound, bool (K + 1, 2)."""
     bad = (~sound).nonzero()
     if not len(bad):
         return

@@ -11,8 +11,8 @@ from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.likelihood.base import keys, ready
 from diffusion_lab.noise import Stream, uniform, words
-from diffusion_lab.samplers.clock import Clock
 from diffusion_lab.samplers.dormand_prince import integrate
+from diffusion_lab.samplers.time_parametrization import TimeParametrization
 from diffusion_lab.schedules import match
 
 DIVERGENCES = ("hutchinson", "exact")
@@ -29,7 +29,7 @@ class Density(NamedTuple):
     bpd: Tensor  # (B,) bits per dimension, for 256 levels: −log p/(N ln 2) + log₂ 127.5
     nfe: int  # network evaluations: the most of an image; each has a backward pass, the exact divergence N of them
     terms: dict[str, Tensor]  # "prior" −log p_1(x_1), "divergence" −∫ div: (B,), bits per dimension without the offset
-    log_density: Tensor  # (B,) log p(x) in nats, x being x_0 or, dequantised, x_0 + u/127.5
+    log_density: Tensor  # (B,) log p(x) in nats, x being x_0 or, dequantized, x_0 + u/127.5
     latent: Tensor  # (B, C, H, W) the state at t = 1
     evaluations: Tensor  # int64 (B,) of each image
     start: float  # where the integration began
@@ -39,7 +39,7 @@ def ode(
     denoiser: Denoiser,
     x0: Tensor,
     divergence: str = "hutchinson",
-    dequantise: bool = True,
+    dequantize: bool = True,
     condition: Mapping[str, Tensor] | None = None,
     seed: int = 0,
     index: Tensor | None = None,
@@ -47,6 +47,7 @@ def ode(
     rtol: float = 1e-5,
     atol: float = 1e-5,
     start: float | None = None,
+    dequantise: object = None,
 ) -> Density:
     """log p(x) = log p_1(x_1) + ∫ ∇·(dx/dt) dt along dx/dt = α̇ x̂_0 + σ̇ ε̂ from `start` to 1, p_1 = N(0, σ_1² I).
 
@@ -55,11 +56,11 @@ def ode(
     depend on the batch. x̂_0 is never clipped: the divergence of a clamped function is no density's.
 
     Args:
-        denoiser: its clipping plays no part.
-        x0: float (B, C, H, W) in [−1, 1], on the grid k/127.5 − 1 where it is dequantised.
+        denoiser: its clipping is dropped, its guidance kept.
+        x0: float (B, C, H, W) in [−1, 1], on the grid k/127.5 − 1 where it is dequantized.
         divergence: "hutchinson", zᵀ(∂f/∂x)z with one z of random signs for the whole solve (Hutchinson 1990), unbiased; or
             "exact", the trace itself, for images of at most 1024 dimensions: as many backward passes for each image.
-        dequantise: add u/127.5, u uniform in (−½, ½), so that the mean of `bpd` bounds the bits of the discrete data from
+        dequantize: add u/127.5, u uniform in (−½, ½), so that the mean of `bpd` bounds the bits of the discrete data from
             above (Theis et al. 2016). False takes x0 as continuous; `bpd` keeps its unit and with it the offset.
         condition: keyword arguments for the network, each with B rows.
         seed: with `index` the key of u and z.
@@ -67,11 +68,14 @@ def ode(
         rtol: relative tolerance of the solver.
         atol: absolute tolerance of the solver.
         start: in (0, 1); default 1e-5, and 1/T for a table, below which no network was trained and σ̇ grows to infinity.
+        dequantise: the spelling of `dequantize` before; refused.
 
     Raises:
-        ValueError: an unknown divergence, more dimensions than the exact one takes, a start out of range, NaN from the
-            network (t named), a self-conditioning network.
+        ConfigError: an unknown divergence, more dimensions than the exact one takes, a start out of range, NaN from the
+            network (t named), a self-conditioning network, known pixels (`on_x0`).
     """
+    if dequantise is not None:
+        raise ConfigError(f"dequantise={dequantise} was renamed: write dequantize={dequantise}")
     if divergence not in DIVERGENCES:
         raise ConfigError(f"unknown divergence {divergence!r}: write one of {', '.join(DIVERGENCES)}")
     size = x0[0].numel()
@@ -89,13 +93,13 @@ def ode(
     with torch.inference_mode(False), torch.no_grad():
         shape, key = tuple(x0.shape[1:]), keys(x0, index)
         x = x0.double().clone()
-        if dequantise:
+        if dequantize:
             x += (uniform(shape, seed=seed, index=key, draw=0, stream=Stream.LIKELIHOOD) - 0.5) / 127.5
         probe = None
         if divergence == "hutchinson":
             bit = words(size, seed=seed, index=key, draw=1, stream=Stream.LIKELIHOOD) >> 31
             probe = (bit.to(x) * 2 - 1).reshape(x.shape)
-        clock = Clock(schedule)
+        clock = TimeParametrization(schedule)
         field = _Field(denoiser, clock, probe, condition or {}, shape)
         state = torch.cat([x.flatten(1), x.new_zeros(len(x), 1)], 1)
         solution = integrate(field, state, clock.at(start), clock.at(1.0), rtol=rtol, atol=atol)
@@ -120,7 +124,7 @@ class _Field:
     def __init__(
         self,
         denoiser: Denoiser,
-        clock: Clock,
+        clock: TimeParametrization,
         probe: Tensor | None,
         condition: Mapping[str, Tensor],
         shape: tuple[int, ...],
@@ -130,10 +134,10 @@ class _Field:
     def __call__(self, u: Tensor, y: Tensor, rows: Tensor) -> Tensor:
         copies = 1 if self.probe is not None else max(1, min(ROWS // len(y), y.shape[1] - 1))
         t, d_alpha, d_sigma = (value.repeat(copies) for value in (self.clock.time(u), *self.clock.tangent(u)))
-        asked = rows.repeat(copies)
+        repeated = rows.repeat(copies)
         with torch.enable_grad():
             x = y[:, :-1].repeat(copies, 1).reshape(-1, *self.shape).requires_grad_()
-            condition = {name: value[asked.to(value.device)] for name, value in self.condition.items()}
+            condition = {name: value[repeated.to(value.device)] for name, value in self.condition.items()}
             prediction = self.denoiser(x, t, **condition)
             velocity = match(d_alpha, x) * prediction.x0 + match(d_sigma, x) * prediction.noise
             _refuse_nan(velocity, t)
@@ -159,7 +163,7 @@ def _trace(velocity: Tensor, x: Tensor, copies: int) -> Tensor:
 
 
 def _refuse_nan(velocity: Tensor, t: Tensor) -> None:
-    """Raise ValueError, naming the time, where dx/dt is not finite."""
+    """Raise ConfigError, naming the time, where dx/dt is not finite."""
     finite = velocity.isfinite().flatten(1).all(1)
     if not bool(finite.all()):
         bad = float(t[int((~finite).nonzero()[0])])

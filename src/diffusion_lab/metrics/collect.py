@@ -17,7 +17,7 @@ from diffusion_lab.metrics.extractors import Extractor
 from diffusion_lab.metrics.moments import Sums, refuse_nan
 from diffusion_lab.metrics.scores import MOST
 from diffusion_lab.noise import normal
-from diffusion_lab.samplers import Sampler, prior
+from diffusion_lab.samplers import Sampler, Samples, prior
 from diffusion_lab.samplers.base import Callback
 
 
@@ -153,8 +153,8 @@ def sampled(
     seed: int = 0,
     condition: Mapping[str, Tensor] | None = None,
     device: torch.device | str = "cpu",
-) -> Callable[[range], Tensor]:
-    """What makes the samples of a block, float32 (b, C, H, W): image i depends on (seed, i) alone.
+) -> Callable[[range], Samples]:
+    """Return a function that samples a block, x float32 (b, C, H, W): image i depends on (seed, i) alone.
 
     Args:
         denoiser: whose network is on `device`, in eval mode.
@@ -169,13 +169,14 @@ def sampled(
     """
 
     @torch.no_grad()
-    def block(part: range) -> Tensor:
+    def block(part: range) -> Samples:
         index = torch.arange(part.start, part.stop, device=device)
         given = {name: value[part.start : part.stop].to(device) for name, value in (condition or {}).items()}
         x_T = prior(denoiser.schedule, normal(shape, seed=seed, index=index))
 
-        def run(callback: Callback | None = None) -> Tensor:
-            return sampler(denoiser, x_T, seed=seed, index=index, condition=given, callback=callback).float()
+        def run(callback: Callback | None = None) -> Samples:
+            samples = sampler(denoiser, x_T, seed=seed, index=index, condition=given, callback=callback)
+            return samples._replace(x=samples.x.float())
 
         try:
             return run()
@@ -186,7 +187,7 @@ def sampled(
     return block
 
 
-def _not_finite(run: Callable[[Callback], Tensor], n: int, device: torch.device | str) -> list[int]:
+def _not_finite(run: Callable[[Callback], Samples], n: int, device: torch.device | str) -> list[int]:
     """Which images of a run that was refused had an estimate that is not finite: the run is repeated, watched."""
     finite = torch.ones(n, dtype=torch.bool, device=device)
 

@@ -183,7 +183,7 @@ def _try_channels(built: DiffusionModule, config: Config) -> None:
     condition = {"label": torch.zeros(1, dtype=torch.long)} if built.condition.num_classes else {}
     training = built.network.training
     built.network.eval()
-    output, extra = Denoiser(built.network, built.schedule, built.objective).output(x, 1.0, **condition)
+    output, extra, *_ = Denoiser(built.network, built.schedule, built.objective).output(x, 1.0, **condition)
     built.network.train(training)
     assert built.learned_variance is not None
     built.learned_variance.read(Prediction(x, x, output, extra))

@@ -17,10 +17,12 @@ from diffusion_lab.errors import ConfigError
 from diffusion_lab.instantiation import instantiate_untrusted, untrusted
 from diffusion_lab.noise import normal
 from diffusion_lab.runs.upgrade import upgraded
-from diffusion_lab.samplers import Sampler, prior
+from diffusion_lab.samplers import Sampler, Samples, prior
 from diffusion_lab.training.condition import Condition
 
-Make = Callable[[Tensor, dict[str, Tensor], bool], Tensor]  # (index, condition, progress) → (B, …)
+# (index, condition, progress) → (B, …)
+Make = Callable[[Tensor, dict[str, Tensor], bool], Tensor]
+MakeSamples = Callable[[Tensor, dict[str, Tensor], bool], Samples]
 
 FORMAT = 2  # of what this project adds to Lightning's checkpoint
 EXPORTED = "diffusion_lab"  # where a .safetensors file of src/export.py holds its configuration
@@ -60,9 +62,10 @@ class Run:
 
     @property
     def num_classes(self) -> int | None:
-        """How many labels the network, or what guides it, knows; None for an unconditional one."""
+        """The number of classes of the network, or else of its guidance; None for an unconditional one."""
         count = self.condition.num_classes
-        count = getattr(self.denoiser, "num_classes", None) if count is None else count
+        guidance = (getattr(transform, "num_classes", None) for transform in self.denoiser.on_output)
+        count = next((k for k in guidance if k is not None), None) if count is None else count
         return None if count is None else int(count)
 
     @property
@@ -90,7 +93,22 @@ class Run:
         condition: Mapping[str, Tensor] | None = None,
         progress: bool = False,
     ) -> Tensor:
-        """n images, float32 (n, C, H, W) in [−1, 1] on the CPU. Image i depends on (seed, i) alone.
+        """Sample n images, float32 (n, C, H, W) in [−1, 1] on the CPU. Image i depends on (seed, i) alone.
+
+        Arguments and errors as for `generate`, which also returns the network evaluations.
+        """
+        return self.generate(n, sampler, seed, batch_size, condition, progress).x
+
+    def generate(
+        self,
+        n: int,
+        sampler: Sampler | None = None,
+        seed: int = 0,
+        batch_size: int | None = None,
+        condition: Mapping[str, Tensor] | None = None,
+        progress: bool = False,
+    ) -> Samples:
+        """Sample n images, x float32 (n, C, H, W) in [−1, 1] on the CPU. Image i depends on (seed, i) alone.
 
         Args:
             n: how many.
@@ -101,16 +119,40 @@ class Run:
             progress: show a bar.
 
         Raises:
-            ValueError: n < 1, a condition of another length, a label out of range, NaN from the network.
+            ConfigError: n < 1, a condition of another length, a label out of range, NaN from the network.
         """
         chosen = sampler or self.sampler()
 
-        def make(index: Tensor, condition: dict[str, Tensor], progress: bool) -> Tensor:
+        def make(index: Tensor, condition: dict[str, Tensor], progress: bool) -> Samples:
             x_T = prior(self.denoiser.schedule, normal(self.shape, seed=seed, index=index))
-            x = chosen(self.denoiser, x_T, seed=seed, index=index, condition=condition, progress=progress)
-            return x.float().clamp(-1, 1)
+            samples = chosen(self.denoiser, x_T, seed=seed, index=index, condition=condition, progress=progress)
+            return samples._replace(x=samples.x.float().clamp(-1, 1))
 
-        return self.batched(n, make, batch_size, condition, progress)
+        return self.batched_samples(n, make, batch_size, condition, progress)
+
+    def batched_samples(
+        self,
+        n: int,
+        make: MakeSamples,
+        batch_size: int | None = None,
+        condition: Mapping[str, Tensor] | None = None,
+        progress: bool = False,
+    ) -> Samples:
+        """Run a sampler on images 0 … n − 1, a batch at a time. Arguments as for `batched`.
+
+        Returns:
+            x (n, …) on the CPU, and nfe, the most of a batch: they differ only under an adaptive sampler.
+        """
+        nfe = 0
+
+        def images(index: Tensor, condition: dict[str, Tensor], progress: bool) -> Tensor:
+            nonlocal nfe
+            samples = make(index, condition, progress)
+            nfe = max(nfe, samples.nfe)
+            return samples.x
+
+        x = self.batched(n, images, batch_size, condition, progress)
+        return Samples(x, nfe)
 
     def batched(
         self,
@@ -189,10 +231,9 @@ def load_checkpoint(path: str | Path, weights: str = "ema", trust: Sequence[str]
     return Run(denoiser, config, int(checkpoint["global_step"]), name, tuple(trust), found)
 
 
-def rewrapped(run: Run, clip: Clip) -> Run:
-    """The same run with another clipping."""
-    d = run.denoiser
-    return replace(run, denoiser=Denoiser(d.network, d.schedule, d.objective, clip=clip))
+def with_clip(run: Run, clip: Clip) -> Run:
+    """Return the run with another clipping; the denoiser's transforms stay."""
+    return replace(run, denoiser=replace(run.denoiser, clip=clip))
 
 
 def find(path: str | Path) -> Path:

@@ -3,7 +3,7 @@
 import csv
 import io
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +11,6 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from diffusion_lab.data.datamodule import DataModule
-from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.instantiation import instantiate_untrusted
 from diffusion_lab.metrics.collect import Processes
@@ -134,7 +133,7 @@ def _head(p: Prepared, processes: Processes) -> Fit:
     network = SecondHead(d.network, p.kind).to(p.run.device)  # type: ignore[arg-type]
     times = instantiate_untrusted(p.run.config["time_sampler"], settings["trust"], "time_sampler")
     rows = train_head(
-        Denoiser(network, d.schedule, d.objective),
+        replace(d, network=network, clip=None),
         p.kind,
         p.data.train_dataloader(),
         Stratified() if times.learns else times,  # importance sampling knows the losses of the network, not of the head

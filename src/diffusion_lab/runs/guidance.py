@@ -7,8 +7,8 @@ from typing import Any
 
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.errors import ConfigError
-from diffusion_lab.guidance import ClassifierFree, ClassifierGuidance, NoisyClassifier
-from diffusion_lab.instantiation import instantiate_untrusted
+from diffusion_lab.guidance import ClassifierFree, NoisyClassifier, Unguided
+from diffusion_lab.instantiation import accepted, instantiate, instantiate_untrusted, locate
 from diffusion_lab.metrics import classifier
 from diffusion_lab.metrics.classifier import Trained
 from diffusion_lab.runs.checkpoints import Run
@@ -19,43 +19,50 @@ Node = Mapping[str, Any]
 TRAIN = "python src/train_classifier.py data={} noisy=true schedule={}"
 
 
-def guided(node: Node | None, run: Run) -> Run:
-    """The same run, guided as a node of `conf/guidance` says; itself where that is empty.
+def is_guided(node: Node | None) -> bool:
+    """Whether a node of `conf/guidance` guides: that of guidance=none does not, and neither does null."""
+    return node is not None and locate(node, "guidance") is not Unguided
 
-    Call it last: after clipping and a fitted variance have given the run its denoiser.
+
+def guided(node: Node | None, run: Run) -> Run:
+    """Return the run with its denoiser guided as a node of `conf/guidance` describes.
+
+    Call it last: after clipping and a fitted variance have given the run its denoiser. The file key `ckpt` of a node becomes
+    the arguments `classifier`, `num_classes` and `labelled`.
 
     Raises:
-        ValueError: a network without a null label, a classifier that is missing or of other data, numbers out of range.
+        ConfigError: a network without a null label, a classifier that is missing or of other data, numbers out of range.
     """
-    if not node:
+    if node is None or not is_guided(node):
         return run
-    options = {key: value for key, value in node.items() if key not in ("_target_", "ckpt")}
-    kind, denoiser = node["_target_"].rsplit(".", 1)[-1], run.denoiser
-    found: Denoiser
-    if kind == "ClassifierFree":
-        condition = run.condition
-        if getattr(condition, "num_classes", None) and getattr(condition, "drop", 1) == 0:
-            raise ConfigError(
-                "guidance=cfg needs a null label, and this checkpoint was trained with condition.drop=0, which never showed it: "
-                "train with condition.drop=0.1, or write guidance=classifier"
-            )
-        found = ClassifierFree(denoiser, **options, num_classes=condition.num_classes)
-    elif kind == "ClassifierGuidance":
-        judge = _classifier(node["ckpt"], run)
-        schedule = instantiate_untrusted(judge.config["schedule"], run.trust, "schedule")
-        same = judge.config["schedule"] == run.config["schedule"]
-        judge.network.to(run.device)
-        logits = NoisyClassifier(judge.network, denoiser.schedule if same else schedule, denoiser.schedule)
-        found = ClassifierGuidance(
-            denoiser,
-            logits,
-            int(judge.config["data"]["classes"]),
-            **options,
-            labelled=isinstance(run.condition, Label),
+    condition = run.condition
+    given: dict[str, Any] = {"num_classes": condition.num_classes}
+    if "ckpt" in node:
+        given = _by_classifier(node["ckpt"], run)
+    elif locate(node) is ClassifierFree and condition.num_classes and getattr(condition, "drop", 1) == 0:
+        raise ConfigError(
+            "guidance=cfg needs a null label, and this checkpoint was trained with condition.drop=0, which never showed it: "
+            "train with condition.drop=0.1, or write guidance=classifier"
         )
-    else:
-        raise ConfigError(f"guidance._target_={node['_target_']} is unknown: write guidance=cfg or guidance=classifier")
-    return replace(run, denoiser=found)
+    options = {key: value for key, value in node.items() if key != "ckpt"}
+    denoiser = instantiate(options, "guidance", denoiser=run.denoiser, **accepted(options, **given))
+    if not isinstance(denoiser, Denoiser):
+        raise ConfigError(
+            f"guidance._target_={node['_target_']} returns no Denoiser: return the one it was given, guided"
+        )
+    return replace(run, denoiser=denoiser)
+
+
+def _by_classifier(path: str | None, run: Run) -> dict[str, Any]:
+    """The arguments that a classifier's file stands for."""
+    judge = _classifier(path, run)
+    own, schedule = judge.config["schedule"], run.denoiser.schedule
+    trained_along = schedule if own == run.config["schedule"] else instantiate_untrusted(own, run.trust, "schedule")
+    return {
+        "classifier": NoisyClassifier(judge.network.to(run.device), trained_along, schedule),
+        "num_classes": int(judge.config["data"]["classes"]),
+        "labelled": isinstance(run.condition, Label),
+    }
 
 
 def _classifier(path: str | None, run: Run) -> Trained:

@@ -42,7 +42,7 @@ def chain(sampler: Sampler, denoiser: Denoiser) -> dict[str, Any]:
             f"the variational bound is that of a chain with noise, and {type(sampler).__name__}{how} is none, so it has no "
             "finite one: write samplers=[ddpm] or samplers=[{ddim:{eta:1}}], or take the likelihood of the ODE"
         )
-    return {"times": sampler.times(denoiser), "eta": eta, "variance": sampler.variance}
+    return {"times": sampler.time_grid(denoiser), "eta": eta, "variance": sampler.variance}
 
 
 def measure(
@@ -64,13 +64,13 @@ def measure(
         run: of a checkpoint, on the device that is to work.
         images: uint8 (N, C, H, W); say which split they are.
         condition: keyword arguments for the network, each with N rows; None asks it without.
-        kind: "vlb", the variational bound of the ancestral chain, or "ode", the density of the ODE on dequantised images.
+        kind: "vlb", the variational bound of the ancestral chain, or "ode", the density of the ODE on dequantized images.
         steps: of the bound's chain; None is every step of a table, or its `times` among the options.
         variance: of the bound's chain; default fixed_small.
         seed: of all noise; image i has that of (seed, i), whatever the batch.
         batch_size: images at a time; None is all at once.
         progress: show a bar.
-        options: for `likelihood.vlb` (grid, times, eta, decoder, last, clip) or `likelihood.ode` (divergence, dequantise, rtol,
+        options: for `likelihood.vlb` (grid, times, eta, decoder, last, clip) or `likelihood.ode` (divergence, dequantize, rtol,
             atol, start), e.g. `**chain(sampler, run.denoiser)`.
 
     Returns:
@@ -162,7 +162,7 @@ def _bound(denoiser: Denoiser, x0: Tensor, **options: Any) -> _Part:
 
 def _density(denoiser: Denoiser, x0: Tensor, **options: Any) -> _Part:
     found = likelihood.ode(denoiser, x0, **options)
-    defaults = {"divergence": "hutchinson", "dequantise": True, "rtol": 1e-5, "atol": 1e-5}
+    defaults = {"divergence": "hutchinson", "dequantize": True, "rtol": 1e-5, "atol": 1e-5}
     return _Part(
         found.bpd,
         float(found.evaluations.sum()),

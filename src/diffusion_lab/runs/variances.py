@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.instantiation import instantiate, instantiate_untrusted, locate
 from diffusion_lab.models import SecondHead
@@ -60,11 +59,10 @@ def variance_for(node: Node | None, run: Run) -> tuple[Variance, Run]:
     fit = read(run, kind)
     if kind == "analytic":
         return Analytic(fit["times"], fit["moments"]), run
-    d = run.denoiser
     network = SecondHead(bare(run), kind).to(run.device)
     network.head.load_state_dict(fit["head"])
     network.requires_grad_(False).eval()
-    return instantiate(node), replace(run, denoiser=Denoiser(network, d.schedule, d.objective, clip=d.clip))
+    return instantiate(node), replace(run, denoiser=replace(run.denoiser, network=network))
 
 
 def usable(variance: Variance, sampler: Node, asked: bool) -> Variance:

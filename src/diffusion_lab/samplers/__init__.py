@@ -1,7 +1,7 @@
 """Samplers: integrators over a grid of times t_N > … > t_0. One signature (`base.Sampler`), one file a family."""
 
 from diffusion_lab.samplers.ancestral import DDIM, DDPM
-from diffusion_lab.samplers.base import Sampler, prior
+from diffusion_lab.samplers.base import Sampler, Samples, prior
 from diffusion_lab.samplers.ddcm import DDCM
 from diffusion_lab.samplers.dpm_solver import DPMSolverPP
 from diffusion_lab.samplers.euler import Euler
@@ -22,6 +22,7 @@ __all__ = [
     "PredictorCorrector",
     "ReverseDiffusion",
     "Sampler",
+    "Samples",
     "UniPC",
     "prior",
 ]

@@ -1,6 +1,5 @@
 """Ancestral sampling with the noise of a codebook, and the compression that follows from it."""
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
@@ -10,22 +9,22 @@ from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser, Prediction
 from diffusion_lab.errors import ConfigError
-from diffusion_lab.noise import Stream, normal
-from diffusion_lab.samplers.ancestral import DDPM
-from diffusion_lab.samplers.base import Model, prior
+from diffusion_lab.noise import Draws, Stream, normal
+from diffusion_lab.samplers.ancestral import DDPM, Draw
+from diffusion_lab.samplers.base import EvaluationContext, Samples, prior
 from diffusion_lab.variances import Variance
 
-Choice = Callable[
-    [int, Tensor, Prediction], Tensor
-]  # (step, codebook (K, C, H, W), prediction) → int64 (B,), which vector
+# (step, codebook (K, C, H, W), prediction) → int64 (B,), the index of each image's vector
+Choice = Callable[[int, Tensor, Prediction], Tensor]
 
 
 class Code(NamedTuple):
     """A compressed batch."""
 
     indices: Tensor  # int64 (B, n), in [0, K): the codebook's vector of every noisy step
-    image: Tensor  # (B, C, H, W), what `decompress` makes of the indices
+    image: Tensor  # (B, C, H, W), which `decompress` reconstructs from the indices
     bits: float  # n log₂ K, the size of an image's indices
+    nfe: int  # network evaluations
 
 
 class DDCM(DDPM):
@@ -40,10 +39,10 @@ class DDCM(DDPM):
     Args:
         codebook: K ≥ 2, the vectors of a step.
         codebook_seed: of the codebooks and x_T, in [0, 2⁶⁴).
-        steps, variance, grid, budget, last_bound: as `DDPM`.
+        steps, variance, grid, budget, max_final_noise: as `DDPM`.
 
     Raises:
-        ValueError: K < 2, and as `DDPM`.
+        ConfigError: K < 2, and as `DDPM`.
     """
 
     def __init__(
@@ -52,49 +51,44 @@ class DDCM(DDPM):
         variance: Variance | None = None,
         grid: str = "linspace",
         budget: int | None = None,
-        last_bound: float | None = None,
+        max_final_noise: float | None = None,
         codebook: int = 64,
         codebook_seed: int = 0,
     ) -> None:
-        super().__init__(steps, variance, grid, budget, last_bound)
+        super().__init__(steps, variance, grid, budget, max_final_noise)
         if codebook < 2:
             raise ConfigError(f"sampler=ddcm needs codebook >= 2 vectors to choose from, not codebook={codebook}")
         self.codebook, self.codebook_seed = codebook, codebook_seed
-        self._choice: Choice | None = None  # None: at random
 
-    def integrate(self, x: Tensor, times: Tensor, model: Model, steps: Iterable[int]) -> Tensor:
-        if self._choice is not None:
-            return super().integrate(x, times, model, steps)
-        chosen = model.noise.choices(len(times) - 1, self.codebook)
-        return self._choosing(lambda i, book, prediction: chosen[:, i]).integrate(x, times, model, steps)
+    def integrate(self, x: Tensor, times: Tensor, context: EvaluationContext, steps: Iterable[int]) -> Tensor:
+        chosen = context.noise.choices(len(times) - 1, self.codebook)
+        return self.chain(x, times, context, steps, self._draw(lambda i, book, prediction: chosen[:, i]))
 
-    def draw(self, i: int, prediction: Prediction, model: Model) -> Tensor:
-        assert self._choice is not None
-        book = self._vectors(prediction.x0, torch.arange(self.codebook), i + 1)
-        return book[self._choice(i, book, prediction)]
+    def _draw(self, choice: Choice) -> Draw:
+        """The z of a step: the vectors of its codebook that `choice` picks."""
 
-    def _choosing(self, choice: Choice) -> "DDCM":
-        """This sampler with the vectors that `choice` picks."""
-        chooser = copy.copy(self)
-        chooser._choice = choice
-        return chooser
+        def draw(i: int, prediction: Prediction) -> Tensor:
+            book = self._vectors(prediction.x0, torch.arange(self.codebook), i + 1)
+            return book[choice(i, book, prediction)]
+
+        return draw
 
     def compress(self, denoiser: Denoiser, x0: Tensor, condition: Mapping[str, Tensor] | None = None) -> Code:
-        """The indices that lead to images x0, float (B, C, H, W) in [−1, 1]; `condition` as for a call, and for both ways."""
+        """Return the code of images x0, float (B, C, H, W) in [−1, 1]; `decompress` needs the same `condition`."""
         chosen: list[Tensor] = []
 
         def nearest(i: int, book: Tensor, prediction: Prediction) -> Tensor:
             chosen.append(((x0 - prediction.x0).flatten(1) @ book.flatten(1).T).argmax(1))
             return chosen[-1]
 
-        image = self._walk(nearest, denoiser, x0, condition)
+        image, nfe, _ = self._chosen(nearest, denoiser, x0, condition)
         indices = torch.stack(chosen, 1) if chosen else torch.zeros(len(x0), 0, dtype=torch.int64)
-        return Code(indices, image, indices.shape[1] * math.log2(self.codebook))
+        return Code(indices, image, indices.shape[1] * math.log2(self.codebook), nfe)
 
     def decompress(
         self, denoiser: Denoiser, indices: Tensor, like: Tensor, condition: Mapping[str, Tensor] | None = None
-    ) -> Tensor:
-        """The images (B, C, H, W) of a code.
+    ) -> Samples:
+        """Reconstruct the images (B, C, H, W) of a code.
 
         Args:
             denoiser: that of `compress`.
@@ -103,23 +97,29 @@ class DDCM(DDPM):
             condition: that of `compress`.
 
         Raises:
-            ValueError: indices for another number of steps, or outside [0, K).
+            ConfigError: indices for another number of steps, or outside [0, K).
         """
-        steps = len(self.times(denoiser)) - 2
+        steps = len(self.time_grid(denoiser)) - 2
         if indices.shape != (len(like), steps) or not bool(((indices >= 0) & (indices < self.codebook)).all()):
             raise ConfigError(
                 f"{tuple(indices.shape)} indices, but this sampler decodes {(len(like), steps)} in [0, {self.codebook}): "
                 "take the steps, the grid and the codebook that compressed them"
             )
-        return self._walk(lambda i, book, prediction: indices[:, i], denoiser, like, condition)
+        return self._chosen(lambda i, book, prediction: indices[:, i], denoiser, like, condition)
 
-    def _walk(self, choice: Choice, denoiser: Denoiser, like: Tensor, condition: Mapping[str, Tensor] | None) -> Tensor:
+    @torch.no_grad()
+    def _chosen(
+        self, choice: Choice, denoiser: Denoiser, like: Tensor, condition: Mapping[str, Tensor] | None
+    ) -> Samples:
         """A run from the common x_T with the vectors that `choice` picks."""
-        chooser = self._choosing(choice)
-        noise = self._vectors(like, torch.zeros(len(like), dtype=torch.int64), 0)
-        x: Tensor = chooser(denoiser, prior(denoiser.schedule, noise), condition=condition)
-        self.nfe = chooser.nfe
-        return x
+        self._check_denoiser(denoiser)
+        times = self.time_grid(denoiser)
+        start = self._vectors(like, torch.zeros(len(like), dtype=torch.int64), 0)
+        unused = Draws(tuple(like.shape[1:]), 0, torch.arange(len(like), device=like.device), like.dtype)
+        context = EvaluationContext(denoiser, condition or {}, None, unused)
+        x = self.chain(prior(denoiser.schedule, start), times, context, range(len(times) - 1), self._draw(choice))
+        context.refuse_nan()
+        return Samples(x, context.nfe)
 
     def _vectors(self, like: Tensor, index: Tensor, draw: int) -> Tensor:
         """Rows `index` of the codebook of a draw: 0 holds x_T, i + 1 the vectors of step i."""

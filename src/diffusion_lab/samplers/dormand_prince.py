@@ -37,7 +37,7 @@ class Solution(NamedTuple):
     """The end of an integration."""
 
     y: Tensor  # float64 (R, …), the state at `stop`
-    evaluations: Tensor  # int64 (R,) on the CPU: how often f was asked for each row
+    evaluations: Tensor  # int64 (R,) on the CPU: how often f was evaluated for each row
     calls: int  # how often f was called, that is the most evaluations of a row
 
 
@@ -60,7 +60,7 @@ def integrate(
 
     Args:
         f: f(t, y, rows) → dy/dt of y's shape. Rows that have arrived are left out: t float64 (R',) on the CPU, y float64
-            (R', …), rows int64 (R',) on y's device says which of the R they are.
+            (R', …), rows int64 (R',) on y's device, their indices among the R.
         y: the state at `start`, (R, …); float64 from here on.
         start: where it begins.
         stop: where it ends.
@@ -71,7 +71,7 @@ def integrate(
             that arrive in this step included.
 
     Raises:
-        ValueError: tolerances out of range, more than `limit` evaluations, a state or derivative that is not finite, a step
+        ConfigError: tolerances out of range, more than `limit` evaluations, a state or derivative that is not finite, a step
             below the resolution of t.
     """
     if not (rtol > 0 and atol > 0):
@@ -99,7 +99,7 @@ def integrate(
         size = torch.where(retry, size, torch.maximum(size, least))
         if bool((size < least).any()):
             raise ConfigError(
-                f"{_way(t[size < least], start, stop)} the step fell below what float64 tells apart, since the solution is not "
+                f"{_way(t[size < least], start, stop)} the step fell below the resolution of float64, since the solution is not "
                 f"smooth there: loosen rtol={rtol:g} and atol={atol:g}"
             )
         goal = t + sign * size
@@ -188,7 +188,7 @@ def _norm(value: Tensor, size: Tensor, tolerances: tuple[float, float]) -> Tenso
 
 
 def _refuse_infinite(norm: Tensor, t: Tensor, goal: Tensor) -> None:
-    """Raise ValueError where a norm is not finite, naming the times between which it arose."""
+    """Raise ConfigError where a norm is not finite, naming the times between which it arose."""
     bad = (~norm.isfinite()).nonzero()
     if len(bad):
         i = int(bad[0])

@@ -29,7 +29,7 @@ class DPMSolverPP(Multistep):
         budget: network evaluations, instead of `steps`.
 
     Raises:
-        ValueError: another order, fewer steps than `order`, `corrected` at order 1.
+        ConfigError: another order, fewer steps than `order`, `corrected` at order 1.
     """
 
     def __init__(

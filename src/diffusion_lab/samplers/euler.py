@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from diffusion_lab.samplers.base import Model, Sampler
+from diffusion_lab.samplers.base import EvaluationContext, Sampler
 
 
 class Euler(Sampler):
@@ -26,9 +26,9 @@ class Euler(Sampler):
     def __init__(self, steps: int | None = 50, grid: str = "trailing", budget: int | None = None) -> None:
         super().__init__(steps, grid, budget)
 
-    def integrate(self, x: Tensor, times: Tensor, model: Model, steps: Iterable[int]) -> Tensor:
-        alpha, sigma = (v.tolist() for v in model.schedule.alpha_sigma(times))
+    def integrate(self, x: Tensor, times: Tensor, context: EvaluationContext, steps: Iterable[int]) -> Tensor:
+        alpha, sigma = (v.tolist() for v in context.schedule.alpha_sigma(times))
         for i in steps:
-            x0, noise, *_ = model.depart(i, x, times[i], times[i + 1])
+            x0, noise, *_ = context.predict(i, x, times[i], times[i + 1])
             x = alpha[i + 1] * x0 + sigma[i + 1] * noise
         return x

@@ -1,4 +1,4 @@
-"""Time grids: where a sampler stops on its way from `start` to `stop`.
+"""Time grids: the times of a sampler from `start` to `stop`.
 
 A grid maps (schedule, steps, start, stop) to steps + 1 strictly decreasing times, float64 on the CPU, the last of them `stop`.
 On a table the times are nodes i/T, rounded and never truncated; but grids that are even in a function of λ lie between them.
@@ -49,8 +49,8 @@ WARPS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] 
 NAMES = (*GRIDS, *WARPS)
 
 
-def times(name: str, schedule: Schedule, steps: int | None, start: float = 1.0, stop: float = 0.0) -> Tensor:
-    """The grid `name` between `start` and `stop`, float64 (steps + 1,); reversed if start < stop.
+def make_grid(name: str, schedule: Schedule, steps: int | None, start: float = 1.0, stop: float = 0.0) -> Tensor:
+    """Return the grid `name` between `start` and `stop`, float64 (steps + 1,); reversed if start < stop.
 
     Args:
         name: one of `NAMES`.
@@ -60,7 +60,7 @@ def times(name: str, schedule: Schedule, steps: int | None, start: float = 1.0, 
         stop: the last time, in [0, 1].
 
     Raises:
-        ValueError: unknown name, more steps than nodes, no steps on a continuous curve, a grid even in λ from α = 0 or from
+        ConfigError: unknown name, more steps than nodes, no steps on a continuous curve, a grid even in λ from α = 0 or from
             below the first node, or `leading` with start < stop.
     """
     if name not in NAMES:
@@ -74,7 +74,7 @@ def times(name: str, schedule: Schedule, steps: int | None, start: float = 1.0, 
             raise ConfigError(
                 "grid leading ends short of its far end, so the state there is never reached: to encode write grid=trailing"
             )
-        return times(name, schedule, steps, stop, start).flip(0)
+        return make_grid(name, schedule, steps, stop, start).flip(0)
     if steps is None and schedule.steps is None:
         raise ConfigError(
             "this schedule is a continuous curve: give the sampler a number of steps, e.g. sampler.steps=50"
@@ -84,7 +84,7 @@ def times(name: str, schedule: Schedule, steps: int | None, start: float = 1.0, 
         raise ConfigError(f"a sampler needs steps >= 1, not steps={n}")
     if schedule.steps is not None and name not in WARPS and n > math.ceil(cells):
         raise ConfigError(
-            f"steps={n} exceeds the {cells:g} steps of the schedule between t={start} and t={stop}: ask for fewer"
+            f"steps={n} exceeds the {cells:g} steps of the schedule between t={start} and t={stop}: write fewer steps"
         )
     if name in WARPS:
         grid = _warped(name, n, schedule, start, stop, 1 / count)
@@ -99,7 +99,7 @@ def times(name: str, schedule: Schedule, steps: int | None, start: float = 1.0, 
     grid = torch.cat([grid, torch.tensor([stop], dtype=torch.float64)])
     if not bool((grid.diff() < 0).all() and grid[0] <= start):
         raise ConfigError(
-            f"grid {name} has no {n} different times between t={start} and t={stop}: ask for fewer steps, or grid=trailing"
+            f"grid {name} has no {n} different times between t={start} and t={stop}: write fewer steps, or grid=trailing"
         )
     return grid
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.gaussian import transition
-from diffusion_lab.samplers.base import Model, Sampler
+from diffusion_lab.samplers.base import EvaluationContext, Sampler
 from diffusion_lab.schedules import Schedule
 
 
@@ -33,7 +33,7 @@ class Heun(Sampler):
         s_noise: the factor on the noise; a little over 1 makes up for detail that networks remove.
 
     Raises:
-        ValueError: an argument of the churn outside its range.
+        ConfigError: an argument of the churn outside its range.
     """
 
     def __init__(
@@ -59,26 +59,26 @@ class Heun(Sampler):
     def deterministic(self) -> bool:
         return self.s_churn == 0
 
-    def within(self, budget: int) -> int:
+    def steps_for_budget(self, budget: int) -> int:
         return (budget + 1) // 2
 
-    def integrate(self, x: Tensor, times: Tensor, model: Model, steps: Iterable[int]) -> Tensor:
+    def integrate(self, x: Tensor, times: Tensor, context: EvaluationContext, steps: Iterable[int]) -> Tensor:
         given, x = x.dtype, x.double()
-        begins = self._raised(model.schedule, times[:-1]) if self.s_churn else times[:-1]
-        up = transition(model.schedule, begins, times[:-1])
+        begins = self._raised(context.schedule, times[:-1]) if self.s_churn else times[:-1]
+        up = transition(context.schedule, begins, times[:-1])
         grown, spread = up.alpha.tolist(), (self.s_noise * up.variance.clamp(min=0).sqrt()).tolist()
-        alpha, sigma = (v.tolist() for v in model.schedule.alpha_sigma(begins))
-        alpha_s, sigma_s = (v.tolist() for v in model.schedule.alpha_sigma(times[1:]))
+        alpha, sigma = (v.tolist() for v in context.schedule.alpha_sigma(begins))
+        alpha_s, sigma_s = (v.tolist() for v in context.schedule.alpha_sigma(times[1:]))
         for i in steps:
             t, s = begins[i], times[i + 1]
             if self.s_churn and t > times[i]:
-                x = grown[i] * x + spread[i] * model.noise(i)
-            here = model.depart(i, x, t, s)
+                x = grown[i] * x + spread[i] * context.noise(i)
+            here = context.predict(i, x, t, s)
             euler = alpha_s[i] * here.x0 + sigma_s[i] * here.noise
-            if s == 0 or (self.budget is not None and model.nfe >= self.budget):
+            if s == 0 or (self.budget is not None and context.nfe >= self.budget):
                 x = euler
                 continue
-            there = model(euler, s)
+            there = context(euler, s)
             x = x + (alpha_s[i] - alpha[i]) / 2 * (here.x0 + there.x0)
             x = x + (sigma_s[i] - sigma[i]) / 2 * (here.noise + there.noise)
         return x.to(given)

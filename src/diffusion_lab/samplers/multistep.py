@@ -1,4 +1,4 @@
-"""Multistep exponential integrators: a DDIM step, and a correction from what earlier estimates of x_0 say of its slope.
+"""Multistep exponential integrators: a DDIM step, and a correction for the slope of x̂_0 from earlier estimates.
 
 In λ = ln(α/σ) the probability-flow ODE is x_s = (σ_s/σ_t) x_t + σ_s ∫ e^λ x̂_0 dλ. With x̂_0 frozen that is the DDIM step
 α_s x̂_0 + σ_s ε̂, exact also where λ is infinite; with a polynomial through earlier estimates it is that and a weighted sum of
@@ -14,7 +14,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from diffusion_lab.errors import ConfigError
-from diffusion_lab.samplers.base import Model, Sampler
+from diffusion_lab.samplers.base import EvaluationContext, Sampler
 from diffusion_lab.schedules import Schedule
 
 
@@ -36,10 +36,10 @@ class Step(NamedTuple):
 
 
 class Multistep(Sampler):
-    """A solver that remembers the last `order` estimates. What a subclass gives: `weights`.
+    """A solver that keeps the last `order` estimates of a run. A subclass implements `weights`.
 
     Where h is infinite (into data, out of it, at α = 0) a step is of first order, and no later step looks back across it. A
-    corrector costs no evaluation: x_s is corrected once the network was asked at its prediction, as the next step needs anyway.
+    corrector costs no evaluation: x_s is corrected with the evaluation at its prediction, which the next step needs anyway.
     The callback sees the prediction.
 
     Args:
@@ -49,7 +49,7 @@ class Multistep(Sampler):
         steps, grid, budget: as in `Sampler`.
 
     Raises:
-        ValueError: fewer steps than `order`.
+        ConfigError: fewer steps than `order`.
     """
 
     def __init__(
@@ -96,12 +96,12 @@ class Multistep(Sampler):
             plan.append(Step(alpha_s, sigma_s * decay, sigma_s * spread, sigma_t, weights))
         return plan
 
-    def integrate(self, x: Tensor, times: Tensor, model: Model, steps: Iterable[int]) -> Tensor:
-        plan = self.plan(model.schedule, times)
+    def integrate(self, x: Tensor, times: Tensor, context: EvaluationContext, steps: Iterable[int]) -> Tensor:
+        plan = self.plan(context.schedule, times)
         known: deque[Tensor] = deque(maxlen=self.order)  # D_0, D_1, …
         base = None  # x_s of the DDIM step, while it waits for the corrector
         for i in steps:
-            prediction = model.depart(i, x, times[i], times[i + 1])
+            prediction = context.predict(i, x, times[i], times[i + 1])
             x0, noise = prediction.x0, prediction.noise
             if base is not None:
                 corrector = plan[i - 1].weights.corrector
@@ -109,7 +109,7 @@ class Multistep(Sampler):
             known.appendleft(x0)
             x = plan[i].alpha * x0 + plan[i].keep * noise
             if plan[i].spread:
-                x = x + plan[i].spread * model.noise(i)
+                x = x + plan[i].spread * context.noise(i)
             base = x if plan[i].weights.corrector else None
             x = _add(x, plan[i].weights.predictor, list(known)[1:], x0)
             del prediction, x0, noise  # the next evaluation need not find them in memory

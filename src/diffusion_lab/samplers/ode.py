@@ -9,9 +9,9 @@ from torch import Tensor
 from diffusion_lab.denoiser import Denoiser, Prediction
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.samplers import grids
-from diffusion_lab.samplers.base import Model, Sampler
-from diffusion_lab.samplers.clock import Clock
+from diffusion_lab.samplers.base import EvaluationContext, Sampler
 from diffusion_lab.samplers.dormand_prince import integrate
+from diffusion_lab.samplers.time_parametrization import TimeParametrization
 from diffusion_lab.schedules import match
 
 LIMIT = 100_000  # evaluations of an image where no budget is given: to end what does not converge
@@ -20,7 +20,7 @@ LIMIT = 100_000  # evaluations of an image where no budget is given: to end what
 class ODE(Sampler):
     """dx/dt = α̇ x̂_0 + σ̇ ε̂ by Dormand and Prince's method, with step and error control for each image by itself.
 
-    On a table the solver runs over the angle arctan(σ/α) in place of t, because t has kinks (see clock.py).
+    On a table the solver runs over the angle arctan(σ/α) in place of t, because t has kinks (see time_parametrization.py).
 
     Sampling runs from `start` to the curve's least time, 1e-3 for vp and sub_vp, 1e-5 for ve (Song et al. 2021, appendix C),
     the first node of a table; the step into data is x̂_0 there. Encoding begins with the same step turned round. Images that
@@ -38,12 +38,10 @@ class ODE(Sampler):
         atol: absolute tolerance, > 0, in units of the images' range [−1, 1].
         budget: the most network evaluations of an image; a call that needs more is refused.
 
-    Attributes:
-        nfe: network evaluations of the image that needed most.
-        evaluations: int64 (B,) on the CPU, those of each image of the last call.
+    A call returns the evaluations of each image, and as `nfe` those of the image that needed most.
 
     Raises:
-        ValueError: tolerances that are not positive, no budget.
+        ConfigError: tolerances that are not positive, no budget.
     """
 
     deterministic = True
@@ -58,26 +56,25 @@ class ODE(Sampler):
         if budget is not None and budget < 1:
             raise ConfigError(f"sampler.budget={budget} allows no evaluation: allow more")
         self.rtol, self.atol, self.budget = rtol, atol, budget
-        self.evaluations = torch.zeros(0, dtype=torch.int64)
 
-    def times(self, denoiser: Denoiser, start: float = 1.0, stop: float = 0.0) -> Tensor:
-        """(start, stop), float64 (2,): each image finds the times between by itself. Raises ValueError as grids.times does."""
-        return grids.times("trailing", denoiser.schedule, 1, start, stop)
+    def time_grid(self, denoiser: Denoiser, start: float = 1.0, stop: float = 0.0) -> Tensor:
+        """Return (start, stop), float64 (2,), between which each image has times of its own. Errors as of make_grid."""
+        return grids.make_grid("trailing", denoiser.schedule, 1, start, stop)
 
-    def integrate(self, x: Tensor, times: Tensor, model: Model, steps: Iterable[int]) -> Tensor:
-        schedule, (start, stop), given = model.schedule, times.tolist(), x.dtype
+    def integrate(self, x: Tensor, times: Tensor, context: EvaluationContext, steps: Iterable[int]) -> Tensor:
+        schedule, (start, stop), given = context.schedule, times.tolist(), x.dtype
         begin, end = start or min(schedule.least, stop), stop or min(schedule.least, start)
-        ends = (start == 0) + (stop == 0)  # evaluations beside the solver's
-        clock, reports = Clock(schedule), itertools.count()
+        ends = (start == 0) + (stop == 0)  # evaluations in addition to the solver's
+        clock, reports = TimeParametrization(schedule), itertools.count()
 
         def slope(u: Tensor, y: Tensor, rows: Tensor) -> Tensor:
-            prediction = model(y, clock.time(u), rows)
+            prediction = context(y, clock.time(u), rows)
             d_alpha, d_sigma = clock.tangent(u)
             return match(d_alpha, y) * prediction.x0 + match(d_sigma, y) * prediction.noise
 
         for _ in steps:  # one, the whole way
             if start == 0:
-                first = model.depart(next(reports), x, times[0], times.new_tensor(begin))
+                first = context.predict(next(reports), x, times[0], times.new_tensor(begin))
                 alpha, sigma = schedule.alpha_sigma(times.new_tensor(begin))
                 x = match(alpha, x) * x + match(sigma, x) * first.noise
             try:
@@ -89,24 +86,29 @@ class ODE(Sampler):
                     rtol=self.rtol,
                     atol=self.atol,
                     limit=LIMIT if self.budget is None else self.budget - ends,
-                    watch=_Watch(model, clock, x, (begin, end), reports) if model.callback else None,
+                    watch=_Watch(context, clock, x, (begin, end), reports) if context.callback else None,
                 )
             except ConfigError:
-                model.refuse_nan()  # names the evaluation, where that was the reason
+                context.refuse_nan()  # names the evaluation, where that was the reason
                 raise
-            x, self.evaluations = solution.y, solution.evaluations + ends
+            x, context.evaluations = solution.y, solution.evaluations + ends
             if stop == 0:
-                x = model.depart(next(reports), x, times.new_tensor(end), times[1]).x0
+                x = context.predict(next(reports), x, times.new_tensor(end), times[1]).x0
         return x.to(given)
 
 
 class _Watch:
-    """Tells the callback of the whole batch what the solver did to some of its rows."""
+    """Report the state of the whole batch to the callback after the solver has moved some of its rows."""
 
     def __init__(
-        self, model: Model, clock: Clock, x: Tensor, ends: tuple[float, float], reports: Iterator[int]
+        self,
+        context: EvaluationContext,
+        clock: TimeParametrization,
+        x: Tensor,
+        ends: tuple[float, float],
+        reports: Iterator[int],
     ) -> None:
-        self.model, self.clock, self.reports, self.dtype = model, clock, reports, x.dtype
+        self.context, self.clock, self.reports, self.dtype = context, clock, reports, x.dtype
         self.first, self.last = clock.at(ends[0]), clock.at(ends[1])
         self.u = torch.full((len(x),), self.first, dtype=torch.float64)
         self.x = x.double()
@@ -119,13 +121,13 @@ class _Watch:
             return  # this is the result, or what the step into data reports
         behind = self.u.max() if self.first > self.last else self.u.min()
         prediction = Prediction(*(value.to(self.dtype) for value in self._solved()))
-        self.model.report(next(self.reports), self.clock.time(behind), self.x.to(self.dtype), prediction)
+        self.context.report(next(self.reports), self.clock.time(behind), self.x.to(self.dtype), prediction)
 
     def _solved(self) -> tuple[Tensor, Tensor, Tensor]:
         """(x̂_0, ε̂, y) of every image from x = α x̂_0 + σ ε̂ and dx/du = dα/du x̂_0 + dσ/du ε̂."""
-        schedule, x, t = self.model.schedule, self.x, self.clock.time(self.u)
+        schedule, x, t = self.context.schedule, self.x, self.clock.time(self.u)
         (alpha, sigma), (d_alpha, d_sigma) = schedule.alpha_sigma(t), self.clock.tangent(self.u)
         d = sigma * d_alpha - alpha * d_sigma
         x0 = match(sigma / d, x) * self.slope - match(d_sigma / d, x) * x
         noise = match(d_alpha / d, x) * x - match(alpha / d, x) * self.slope
-        return x0, noise, self.model.denoiser.objective.target(schedule, t, x0, noise)
+        return x0, noise, self.context.denoiser.objective.target(schedule, t, x0, noise)

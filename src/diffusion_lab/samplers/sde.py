@@ -13,7 +13,7 @@ from torch import Tensor
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.gaussian import transition
-from diffusion_lab.samplers.base import Model, Sampler
+from diffusion_lab.samplers.base import EvaluationContext, Sampler
 from diffusion_lab.schedules import Schedule, match
 
 CHAIN = 1000  # steps of the chain for which the published corrector's 1 − β_i is stated
@@ -37,31 +37,31 @@ class ReverseSDE(Sampler):
     def coefficients(self, schedule: Schedule, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(a, b, c) of the steps from t to s < t, float64 (N,); those with s = 0 are not used."""
 
-    def integrate(self, x: Tensor, times: Tensor, model: Model, steps: Iterable[int]) -> Tensor:
-        a, b, c = (v.tolist() for v in self.coefficients(model.schedule, times[:-1], times[1:]))
+    def integrate(self, x: Tensor, times: Tensor, context: EvaluationContext, steps: Iterable[int]) -> Tensor:
+        a, b, c = (v.tolist() for v in self.coefficients(context.schedule, times[:-1], times[1:]))
         for i in steps:
-            prediction = model.depart(i, x, times[i], times[i + 1])
+            prediction = context.predict(i, x, times[i], times[i + 1])
             if times[i + 1] == 0:
                 return prediction.x0
-            x = a[i] * x + b[i] * prediction.noise + c[i] * model.noise(i)
+            x = a[i] * x + b[i] * prediction.noise + c[i] * context.noise(i)
         return x
 
 
 class EulerMaruyama(ReverseSDE):
     """x_s = x − f x h − g² h ε̂/σ + g √h z with h = t − s and f, g, σ at t (Song et al. 2021, section 4.1).
 
-    Needs a finite drift where it begins, hence α > 0 there. A step is stable where g² h/σ² stays below 2, which asks for many
+    Needs a finite drift where it begins, hence α > 0 there. A step is stable where g² h/σ² stays below 2, which takes many
     steps near t = 1 on curves whose α falls steeply there (cosine); `ReverseDiffusion` is stable on all. Arguments as
     `ReverseSDE`.
     """
 
-    def times(self, denoiser: Denoiser, start: float = 1.0, stop: float = 0.0) -> Tensor:
+    def time_grid(self, denoiser: Denoiser, start: float = 1.0, stop: float = 0.0) -> Tensor:
         if start == 1 and denoiser.schedule.ends_in_noise:
             raise ConfigError(
                 "sampler=euler_maruyama needs a finite drift, and on this schedule, which ends in alpha = 0, that at t = 1 is "
                 "infinite: write sampler=reverse_diffusion"
             )
-        return super().times(denoiser, start, stop)
+        return super().time_grid(denoiser, start, stop)
 
     def coefficients(self, schedule: Schedule, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         f, g2 = schedule.drift_diffusion(t)
@@ -106,7 +106,7 @@ class PredictorCorrector(Sampler):
         snr: r > 0, the ratio of a Langevin step's drift to its noise; 0.16 is the published value of CIFAR-10 on VE.
 
     Raises:
-        ValueError: an unknown predictor, or an argument out of range.
+        ConfigError: an unknown predictor, or an argument out of range.
     """
 
     deterministic = False
@@ -131,25 +131,25 @@ class PredictorCorrector(Sampler):
         super().__init__(steps, grid, budget)
         self.predictor = PREDICTORS[predictor](self.steps, grid)
 
-    def within(self, budget: int) -> int:
+    def steps_for_budget(self, budget: int) -> int:
         return budget // (self.corrector_steps + 1)
 
-    def times(self, denoiser: Denoiser, start: float = 1.0, stop: float = 0.0) -> Tensor:
-        return self.predictor.times(denoiser, start, stop)
+    def time_grid(self, denoiser: Denoiser, start: float = 1.0, stop: float = 0.0) -> Tensor:
+        return self.predictor.time_grid(denoiser, start, stop)
 
-    def integrate(self, x: Tensor, times: Tensor, model: Model, steps: Iterable[int]) -> Tensor:
-        a, b, c = (v.tolist() for v in self.predictor.coefficients(model.schedule, times[:-1], times[1:]))
-        scale = self.scale(model.schedule, times[:-1]).tolist()
-        sigma = model.schedule.alpha_sigma(times)[1].tolist()
+    def integrate(self, x: Tensor, times: Tensor, context: EvaluationContext, steps: Iterable[int]) -> Tensor:
+        a, b, c = (v.tolist() for v in self.predictor.coefficients(context.schedule, times[:-1], times[1:]))
+        scale = self.scale(context.schedule, times[:-1]).tolist()
+        sigma = context.schedule.alpha_sigma(times)[1].tolist()
         draws = self.corrector_steps + 1
         for i in steps:
-            prediction = model.depart(i, x, times[i], times[i + 1])
+            prediction = context.predict(i, x, times[i], times[i + 1])
             for m in range(self.corrector_steps):
-                x = self.langevin(x, prediction.noise, sigma[i], scale[i], model.noise(i * draws + m))
-                prediction = model(x, times[i])
+                x = self.langevin(x, prediction.noise, sigma[i], scale[i], context.noise(i * draws + m))
+                prediction = context(x, times[i])
             if times[i + 1] == 0:
                 return prediction.x0
-            x = a[i] * x + b[i] * prediction.noise + c[i] * model.noise(i * draws + self.corrector_steps)
+            x = a[i] * x + b[i] * prediction.noise + c[i] * context.noise(i * draws + self.corrector_steps)
         return x
 
     def scale(self, schedule: Schedule, t: Tensor) -> Tensor:

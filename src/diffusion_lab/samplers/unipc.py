@@ -30,7 +30,7 @@ class UniPC(Multistep):
         budget: network evaluations, instead of `steps`.
 
     Raises:
-        ValueError: another B, an order below 1, fewer steps than `order`.
+        ConfigError: another B, an order below 1, fewer steps than `order`.
     """
 
     def __init__(

@@ -1,6 +1,7 @@
 """Fitting the optimal variance of a trained network: its second moments in one pass, or a second head. Plain torch."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ def second_moments(
         rank, world: this process takes the evaluations rank, rank + world, …
         progress: show a bar.
     """
-    denoiser = Denoiser(denoiser.network, denoiser.schedule, denoiser.objective)
+    denoiser = replace(denoiser, clip=None)
     device = next((p.device for p in denoiser.network.parameters()), torch.device("cpu"))  # type: ignore[attr-defined]
     sums = torch.zeros(2, len(times), dtype=torch.float64)
     keys = torch.arange(rank, n * len(times), world)

@@ -9,7 +9,7 @@ covariance of q(x_s | x_t) for a Gaussian x_0 given x_t (Bao et al. 2022, "Analy
 |---|---|
 | `FixedSmall` | c = 0 |
 | `FixedLarge` | σ²_{t|s} |
-| `Learned` | between the two, where the network says |
+| `Learned` | between the two, by the network's second half |
 | `Analytic` | c from one number for each t, measured on the data |
 | `SN`, `NPR` | c from a second head, for each element |
 """

@@ -13,13 +13,14 @@ from diffusion_lab.schedules import Schedule, Times
 class Variance(ABC):
     """variance(schedule, t, s, prediction, floor) → σ² ≥ 0, broadcastable to x_t; t > s and the floor 0-d or (B,).
 
-    At s = 0, where only a likelihood asks, the floor is the caller's choice, σ̃² of the posterior being 0 there (improved DDPM:
-    σ̃² of the next pair). Every variance but the learned one then is that floor, if it is positive.
+    At s = 0, which only a likelihood evaluates, the floor is the caller's choice, since σ̃² of the posterior is 0 there
+    (improved DDPM takes σ̃² of the next pair). Every variance but the learned one then is that floor, if it is positive.
     """
 
-    ancestral_only = False  # whether DDIM must refuse it, because it does not know of a floor
+    ancestral_only = False  # whether DDIM must refuse it, because it ignores the floor
     extra_channels = False  # whether it reads C channels of the network's output beyond the first C
-    last_bound: float | None = None  # y, how many levels the last noisy step of a sampler may add unless told otherwise
+    #: default of a sampler's `max_final_noise`, in 8-bit levels
+    max_final_noise: float | None = None
 
     @abstractmethod
     def __call__(
@@ -27,7 +28,7 @@ class Variance(ABC):
     ) -> Tensor: ...
 
     def check(self, network: object) -> None:  # noqa: B027 most variances work with every network
-        """Raise ValueError where `network` is known not to give what this variance reads (its attribute `extra` says)."""
+        """Raise ConfigError if the attribute `extra` of `network` shows that it does not output what this variance reads."""
 
 
 class FromExtra(Variance):
@@ -47,7 +48,7 @@ class FromExtra(Variance):
             raise self._refusal("this network gives none of its kind")
 
     def read(self, prediction: Prediction) -> Tensor:
-        """prediction.extra (B, C, H, W); ValueError: there is none, or of another shape."""
+        """prediction.extra (B, C, H, W); ConfigError: there is none, or of another shape."""
         if prediction.extra is None or prediction.extra.shape != prediction.x0.shape:
             found = 0 if prediction.extra is None else prediction.extra.shape[1]
             raise self._refusal(f"the network gives {found} of them for images of {prediction.x0.shape[1]}")

@@ -1,4 +1,4 @@
-"""The two variances of Ho et al. 2020, which know nothing of the data: lower and upper bound of the right one."""
+"""Data-independent lower and upper bounds of the optimal variance (Ho et al. 2020)."""
 
 import torch
 from torch import Tensor

@@ -20,7 +20,7 @@ class Learned(FromExtra):
             detached there; or `vlb`, the bound alone, the mean as well.
 
     Raises:
-        ValueError: another loss.
+        ConfigError: another loss.
     """
 
     ancestral_only = True

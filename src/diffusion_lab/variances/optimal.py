@@ -1,4 +1,4 @@
-"""The optimal variance, from the covariance of x_0 given x_t: measured, or told by a second head."""
+"""The optimal variance, from the covariance of x_0 given x_t: measured, or predicted by a second head."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -25,17 +25,17 @@ class Analytic(Variance):
     theorem 1 and its bounds for data in [−1, 1]). The same numbers serve every stride, DDPM, and DDIM with any η.
 
     Between two fitted times c is linear in t; below the first m is that of the first, above the last c is that of the last,
-    which also stands for a time with α = 0, where ε̂ says nothing of x_0.
+    which also stands for a time with α = 0, where ε̂ is independent of x_0.
 
     Args:
         times: float (N,), increasing in (0, 1].
         moments: m at these times, of the raw averaged network without clipping.
 
     Raises:
-        ValueError: none given, or not of this form.
+        ConfigError: none given, or not of this form.
     """
 
-    last_bound = 1.0
+    max_final_noise = 1.0
 
     def __init__(
         self, times: Tensor | Sequence[float] | None = None, moments: Tensor | Sequence[float] | None = None
@@ -76,10 +76,10 @@ class Analytic(Variance):
 
 class FromHead(FromExtra):
     """c of each element from a second head on a frozen network (Bao et al. 2022, "Estimating the optimal covariance with
-    imperfect mean in diffusion probabilistic models"): c = clip((σ²/α²) w, 0, 1). At α = 0, where no head knows, c = 1.
+    imperfect mean in diffusion probabilistic models"): c = clip((σ²/α²) w, 0, 1). At α = 0, where no head applies, c = 1.
     """
 
-    last_bound = 1.0
+    max_final_noise = 1.0
 
     @property
     def remedy(self) -> str:  # type: ignore[override]

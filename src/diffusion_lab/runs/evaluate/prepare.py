@@ -19,12 +19,13 @@ from diffusion_lab.metrics.moments import singular
 from diffusion_lab.metrics.reference import Reference
 from diffusion_lab.metrics.scores import MOST
 from diffusion_lab.runs import conditions, files
-from diffusion_lab.runs.checkpoints import Run, load_checkpoint, rewrapped
+from diffusion_lab.runs.checkpoints import Run, load_checkpoint, with_clip
 from diffusion_lab.runs.device import device
 from diffusion_lab.runs.evaluate import likelihoods, samplers
 from diffusion_lab.runs.evaluate.images import Given
 from diffusion_lab.runs.evaluate.likelihoods import Likelihood
 from diffusion_lab.runs.evaluate.samplers import Asked
+from diffusion_lab.runs.guidance import is_guided
 
 
 @dataclass
@@ -138,11 +139,11 @@ def _checked(settings: Mapping[str, Any], rank: int) -> str | None:
         raise ConfigError(
             f"extractor={chosen} is unknown: write inception, classifier, or {{_target_: package.Module}}"
         )
-    if settings["guidance"] and "nll" in settings["metrics"]:
+    if is_guided(settings["guidance"]) and "nll" in settings["metrics"]:
         raise ConfigError(
             "metrics=nll is the likelihood of a model, and guided denoisers are none of one: leave out guidance="
         )
-    if settings["images"] and settings["guidance"]:
+    if settings["images"] and is_guided(settings["guidance"]):
         raise ConfigError("guidance= is for samples of a checkpoint: write ckpt=PATH, not images=")
     if settings["images"] and "nll" in settings["metrics"]:
         raise ConfigError("metrics=nll is the likelihood of data under a checkpoint: write ckpt=PATH, not images=")
@@ -151,7 +152,7 @@ def _checked(settings: Mapping[str, Any], rank: int) -> str | None:
 
 def _run(settings: Mapping[str, Any], on: str) -> Run:
     loaded = load_checkpoint(settings["ckpt"], settings["weights"], settings["trust"])
-    return rewrapped(loaded, clip=instantiate(settings.get("clip"))).to(on)
+    return with_clip(loaded, clip=instantiate(settings["clip"], "clip")).to(on)
 
 
 def _data(settings: Mapping[str, Any], run: Run | None) -> DataModule:

@@ -13,6 +13,7 @@ from diffusion_lab.runs import nll
 from diffusion_lab.runs.evaluate import likelihoods
 from diffusion_lab.runs.evaluate.prepare import Prepared
 from diffusion_lab.runs.evaluate.samplers import Asked
+from diffusion_lab.runs.guidance import is_guided
 from diffusion_lab.runs.nll import Measured
 
 Row = dict[str, Any]
@@ -96,16 +97,19 @@ def _once(prepared: Prepared, processes: Processes, asked: Asked | None, seed: i
     work = torch.zeros(2, dtype=torch.float64)  # network evaluations, of how many images
     if asked is not None:
         run = asked.run.to(p.device)
-        make = sampled(run.denoiser, asked.sampler, run.shape, seed=seed, condition=p.condition, device=p.device)
+        sample = sampled(run.denoiser, asked.sampler, run.shape, seed=seed, condition=p.condition, device=p.device)
         said = f"{asked.name}, {asked.sampler.steps or 'all'} steps"
     else:
-        assert p.given is not None
-        make, said = p.given.block, "reading"
+        sample, said = None, "reading"
 
     def images(block: range) -> Tensor:
-        made = make(block)
-        work.add_(torch.tensor([(asked.sampler.nfe if asked else 0) * len(block), len(block)]))
-        return made
+        if sample is None:
+            assert p.given is not None
+            work.add_(torch.tensor([0, len(block)]))
+            return p.given.block(block)
+        samples = sample(block)
+        work.add_(torch.tensor([samples.nfe * len(block), len(block)]))
+        return samples.x
 
     collected = collect(
         images,
@@ -158,12 +162,10 @@ def _common(prepared: Prepared, processes: Processes) -> Row:
 
 
 def _guidance(node: Row | None) -> Row | None:
-    """What guided the samples, in plain values; None where nothing did."""
-    return (
-        {"kind": node["_target_"].rsplit(".", 1)[-1], **{k: v for k, v in node.items() if k != "_target_"}}
-        if node
-        else None
-    )
+    """The guidance of the samples in plain values; None where there was none."""
+    if node is None or not is_guided(node):
+        return None
+    return {"kind": node["_target_"].rsplit(".", 1)[-1], **{k: v for k, v in node.items() if k != "_target_"}}
 
 
 def _accuracy(judge: Any) -> Row:

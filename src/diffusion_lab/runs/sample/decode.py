@@ -11,6 +11,6 @@ def do(work: Work) -> str:
     latents, condition = load(work, Path(work.settings["latents"]))
     if work.settings["labels"] != "cycle":
         condition = work.condition(len(latents))
-    images = work.decoded(latents, condition)
+    images, nfe, _ = work.decoded(latents, condition)
     write(work.out, images, condition.get("label"), work.settings["save_images"])
-    return work.said(f"{len(images)} images from latents")
+    return work.said(f"{len(images)} images from latents", nfe)

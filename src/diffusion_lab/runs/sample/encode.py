@@ -20,18 +20,19 @@ def do(work: Work) -> str:
     work.must_be_deterministic()
     images, labels = read("image", Path(work.settings["image"]), work.run.shape)
     condition = work.condition(len(images), labels)
-    latents = work.encoded(images, condition)
-    way, back = work.sampler.nfe, work.decoded(latents, condition)
+    latents, forth, _ = work.encoded(images, condition)
+    back, nfe, _ = work.decoded(latents, condition)
     errors = round_trip(images, back)
     write(work.out, back, condition.get("label"), work.settings["save_images"])
     save(work, latents, condition)
     panels = [("original", images), ("latents", visible(latents, *work.ends())), ("decoded again", back)]
     save_sheet(work.out / "sheet.png", [Panel(caption, pictures[:SHOWN]) for caption, pictures in panels])
-    report = {"sampler": named(work.sampler), "steps": work.sampler.steps, "nfe": way + work.sampler.nfe, **errors}
+    report = {"sampler": named(work.sampler), "steps": work.sampler.steps, "nfe": forth + nfe, **errors}
     files.write(work.out / "error.json", json.dumps(report, indent=1))
     return work.said(
         f"{len(images)} images to latents.npz and back: off by {errors['rmse']:.2f} levels of 255 (root mean square), "
         f"{errors['max']:.1f} at most",
+        nfe,
         "sheet.png",
     )
 

@@ -7,7 +7,7 @@ def do(work: Work) -> str:
     """Samples n images and writes them; a labelled checkpoint's grid has a row a class."""
     settings = work.settings
     condition = work.condition(settings["n"])
-    images = work.run.sample(
+    images, nfe, _ = work.run.generate(
         settings["n"],
         work.sampler,
         seed=settings["seed"],
@@ -16,4 +16,4 @@ def do(work: Work) -> str:
         progress=True,
     )
     write(work.out, images, condition.get("label"), settings["save_images"])
-    return work.said(f"{len(images)} images")
+    return work.said(f"{len(images)} images", nfe)

@@ -10,6 +10,7 @@ from diffusion_lab.editing import inpaint, passes
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.runs.inputs import read_one
 from diffusion_lab.runs.sample.work import SHOWN, Work, write
+from diffusion_lab.samplers import Samples
 
 
 def do(work: Work) -> str:
@@ -20,11 +21,11 @@ def do(work: Work) -> str:
     if not bool(mask.any()):
         raise ConfigError(f"mask={settings['mask']} is black everywhere: paint white what is to be generated")
     jumps = (int(settings["inpaint"]["jump_length"]), int(settings["inpaint"]["resample"]))
-    way = passes(len(work.sampler.times(denoiser)) - 1, *jumps)
+    way = passes(len(work.sampler.time_grid(denoiser)) - 1, *jumps)
     condition = work.condition(n)
 
-    def make(index: Tensor, condition: dict[str, Tensor], progress: bool) -> Tensor:
-        x = inpaint(
+    def make(index: Tensor, condition: dict[str, Tensor], progress: bool) -> Samples:
+        samples = inpaint(
             work.sampler,
             denoiser,
             known.to(index.device),
@@ -36,11 +37,11 @@ def do(work: Work) -> str:
             resample=jumps[1],
             progress=progress,
         )
-        return x.clamp(-1, 1)
+        return samples._replace(x=samples.x.clamp(-1, 1))
 
-    images = work.batched(n, make, condition)
+    images, nfe, _ = work.samples(n, make, condition)
     write(work.out, images, condition.get("label"), settings["save_images"])
     panels = [("original", known), ("known", torch.where(mask > 0, 0.0, known)), ("generated", images[:SHOWN])]
     save_sheet(work.out / "sheet.png", [Panel(*panel) for panel in panels])
     hidden, again = float(mask.mean()), sum(part.again for part in way)
-    return work.said(f"{n} images with {hidden:.0%} of the pixels generated, {again} times back up", "sheet.png")
+    return work.said(f"{n} images with {hidden:.0%} of the pixels generated, {again} times back up", nfe, "sheet.png")

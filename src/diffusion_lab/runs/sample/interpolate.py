@@ -26,17 +26,17 @@ def do(work: Work) -> str:
     ends = [read_one("images", Path(path), work.run.shape) for path in settings["images"] or ()]
     condition = {name: value.expand(n, *value.shape[1:]).clone() for name, value in work.condition(1).items()}
     if ends:
-        a, b = work.encoded(torch.cat(ends), {name: value[:2] for name, value in condition.items()})
+        a, b = work.encoded(torch.cat(ends), {name: value[:2] for name, value in condition.items()}).x
     else:
         a, b = _noises(work)
     latents = slerp(a, b, torch.linspace(0, 1, n, dtype=torch.float64))
-    images = work.decoded(latents, condition)
+    images, nfe, _ = work.decoded(latents, condition)
     write(work.out, images, condition.get("label"), settings["save_images"])
     if n <= ROW:
         save_png(work.out / "grid.png", grid(images, n))
     save(work, latents, condition)
     between = " and ".join(settings["images"]) if ends else f"noises 0 and 1 of seed {settings['seed']}"
-    return work.said(f"{n} images between {between}, both ends among them")
+    return work.said(f"{n} images between {between}, both ends among them", nfe)
 
 
 def _noises(work: Work) -> Tensor:

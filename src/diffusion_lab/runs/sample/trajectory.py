@@ -7,7 +7,7 @@ from torch import Tensor
 from diffusion_lab.data.pictures import Panel, grid, save_animation, save_sheet, to_uint8
 from diffusion_lab.denoiser import Prediction
 from diffusion_lab.runs.sample.work import Work, visible, write
-from diffusion_lab.samplers import prior
+from diffusion_lab.samplers import Samples, prior
 from diffusion_lab.schedules import Schedule
 
 SHOWN = 36  # images of the animation at most
@@ -43,9 +43,9 @@ def do(work: Work) -> str:
     settings, n, schedule = work.settings, work.settings["n"], work.run.denoiser.schedule
     condition, films = work.condition(n), []
 
-    def make(index: Tensor, condition: dict[str, Tensor], progress: bool) -> Tensor:
+    def make(index: Tensor, condition: dict[str, Tensor], progress: bool) -> Samples:
         film = Film(schedule, max(0, SHOWN - int(index[0])))
-        x = work.sampler(
+        samples = work.sampler(
             work.run.denoiser,
             prior(schedule, work.noise(index)),
             seed=settings["seed"],
@@ -53,11 +53,12 @@ def do(work: Work) -> str:
             condition=condition,
             callback=film if film.most else None,
             progress=progress,
-        ).clamp(-1, 1)
+        )
+        x = samples.x.clamp(-1, 1)
         films.append((film, x[: film.most]))
-        return x
+        return samples._replace(x=x)
 
-    images = work.batched(n, make, condition)
+    images, nfe, _ = work.samples(n, make, condition)
     shot = [(film, x) for film, x in films if film.most]
     frames = min([FRAMES, *(len(film.moments) for film, _ in shot)])  # of an adaptive solver batches differ
     moments = torch.cat([film.end(x, frames) for film, x in shot], 1).float() / 127.5 - 1
@@ -67,7 +68,7 @@ def do(work: Work) -> str:
     strips = moments[some, : STRIP[0]].transpose(0, 1)  # (images, moments, 2, C, H, W)
     panels = [(f"image {i}, {what}", strip[:, k]) for i, strip in enumerate(strips) for k, what in enumerate(WHAT)]
     save_sheet(work.out / "strip.png", [Panel(caption, strip, len(some)) for caption, strip in panels])
-    return work.said(f"{n} images on their way", "trajectory.gif")
+    return work.said(f"{n} images on their way", nfe, "trajectory.gif")
 
 
 def _side_by_side(left: Tensor, right: Tensor) -> np.ndarray:

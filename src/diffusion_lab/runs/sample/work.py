@@ -15,11 +15,11 @@ from diffusion_lab.errors import ConfigError
 from diffusion_lab.instantiation import instantiate
 from diffusion_lab.noise import normal
 from diffusion_lab.runs import conditions, files
-from diffusion_lab.runs.checkpoints import Make, Run, load_checkpoint, rewrapped
+from diffusion_lab.runs.checkpoints import Make, MakeSamples, Run, load_checkpoint, with_clip
 from diffusion_lab.runs.device import device
 from diffusion_lab.runs.guidance import guided
 from diffusion_lab.runs.variances import sampler_for
-from diffusion_lab.samplers import Sampler
+from diffusion_lab.samplers import Sampler, Samples
 from diffusion_lab.schedules import match
 
 SHOWN = 400  # images of grid.png at most
@@ -39,7 +39,7 @@ class Work:
         """As the options say. ValueError: a checkpoint, sampler, clipping, guidance or device that cannot be."""
         where = device(settings["device"])
         run = load_checkpoint(settings["ckpt"], settings["weights"], settings["trust"])
-        run = rewrapped(run, clip=instantiate(settings.get("clip")))
+        run = with_clip(run, clip=instantiate(settings["clip"], "clip"))
         sampler, run = sampler_for(settings["sampler"], run)
         run = guided(settings.get("guidance"), run)
         sampler.check(run.denoiser)
@@ -61,6 +61,10 @@ class Work:
         """As `Run.batched`, with a bar."""
         return self.run.batched(n, make, self.settings["batch_size"], condition, progress=True)
 
+    def samples(self, n: int, make: MakeSamples, condition: Mapping[str, Tensor]) -> Samples:
+        """As `Run.batched_samples`, with a bar."""
+        return self.run.batched_samples(n, make, self.settings["batch_size"], condition, progress=True)
+
     def noise(self, index: Tensor) -> Tensor:
         """The noise that images int64 (B,) begin with."""
         return normal(self.run.shape, seed=self.settings["seed"], index=index)
@@ -77,36 +81,36 @@ class Work:
                 f"task={self.settings['task']} needs a deterministic sampler, and {named(self.sampler)} as configured is "
                 "stochastic: write sampler=ddim variance=fixed_small, or sampler=heun"
             )
-        self.sampler.times(self.run.denoiser, 0.0, 1.0)  # whether it can encode
+        self.sampler.time_grid(self.run.denoiser, 0.0, 1.0)  # refuses a grid that cannot encode
 
-    def encoded(self, images: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
-        """Images (N, C, H, W) → the states at t = 1 that the probability-flow ODE leads to."""
+    def encoded(self, images: Tensor, condition: Mapping[str, Tensor]) -> Samples:
+        """Encode images (N, C, H, W) along the probability-flow ODE: the states at t = 1."""
 
-        def make(index: Tensor, condition: dict[str, Tensor], progress: bool) -> Tensor:
+        def make(index: Tensor, condition: dict[str, Tensor], progress: bool) -> Samples:
             x0 = images[index.cpu()].to(index.device)
             return self.sampler(
                 self.run.denoiser, x0, index=index, condition=condition, start=0.0, stop=1.0, progress=progress
             )
 
-        return self.batched(len(images), make, condition)
+        return self.samples(len(images), make, condition)
 
-    def decoded(self, states: Tensor, condition: Mapping[str, Tensor], start: float = 1.0) -> Tensor:
-        """States (N, C, H, W) at time `start` → images in [−1, 1]."""
+    def decoded(self, states: Tensor, condition: Mapping[str, Tensor], start: float = 1.0) -> Samples:
+        """Decode states (N, C, H, W) at time `start` to images in [−1, 1]."""
 
-        def make(index: Tensor, condition: dict[str, Tensor], progress: bool) -> Tensor:
+        def make(index: Tensor, condition: dict[str, Tensor], progress: bool) -> Samples:
             x = states[index.cpu()].to(index.device)
             seed = self.settings["seed"]
-            x = self.sampler(
+            samples = self.sampler(
                 self.run.denoiser, x, seed=seed, index=index, condition=condition, start=start, progress=progress
             )
-            return x.clamp(-1, 1)
+            return samples._replace(x=samples.x.clamp(-1, 1))
 
-        return self.batched(len(states), make, condition)
+        return self.samples(len(states), make, condition)
 
-    def said(self, what: str, look: str = "grid.png") -> str:
-        """What a task says at its end."""
+    def said(self, what: str, nfe: int, look: str = "grid.png") -> str:
+        """The summary that a task prints at its end; nfe: network evaluations of an image."""
         return (
-            f"{what}, {named(self.sampler)}, {self.sampler.nfe} network evaluations each, weights {self.run.weights}, "
+            f"{what}, {named(self.sampler)}, {nfe} network evaluations each, weights {self.run.weights}, "
             f"step {self.run.step:,}, seed {self.settings['seed']}\nlook at  {self.out / look}"
         )
 

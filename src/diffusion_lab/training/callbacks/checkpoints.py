@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.training.callbacks.losses import Losses
+from diffusion_lab.training.optim import evaluation_weights
 
 
 class Checkpoints(pl.Callback):
@@ -70,9 +71,12 @@ class Checkpoints(pl.Callback):
             self._saved = trainer.global_step
 
     def _write(self, trainer: pl.Trainer, path: Path) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # a dry run, for which Lightning drops loggers as well
+            return
         partial = path.with_name(f".{path.name}.partial")
         try:
-            trainer.save_checkpoint(partial)  # every process: a sharded strategy gathers here
+            with evaluation_weights(trainer.optimizers):
+                trainer.save_checkpoint(partial)  # every process: a sharded strategy gathers here
             if trainer.is_global_zero:
                 os.replace(partial, path)
         except OSError as error:

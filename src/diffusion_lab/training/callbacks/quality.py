@@ -4,6 +4,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -194,8 +195,9 @@ class Quality(pl.Callback):
         shape = (data.channels, data.image_size[0], data.image_size[1])
         condition = module.asked(torch.arange(self.n))
         with self._evaluated(module) as denoiser:
+            sample = sampled(denoiser, self.sampler, shape, seed=self.seed, condition=condition, device=module.device)
             collected = collect(
-                sampled(denoiser, self.sampler, shape, seed=self.seed, condition=condition, device=module.device),
+                lambda block: sample(block).x,
                 self.n,
                 self.batch_size,
                 [self._judge],
@@ -218,13 +220,8 @@ class Quality(pl.Callback):
     def _evaluated(self, module: DiffusionModule) -> Iterator[Denoiser]:
         """The denoiser of the first average (of the live weights where there is none), in eval mode, without autocast."""
         denoiser = next(iter(module.denoisers().values()))
-        training = module.network.training
-        module.network.eval()
-        try:
-            with torch.no_grad(), torch.autocast(module.device.type, enabled=False):
-                yield Denoiser(denoiser.network, denoiser.schedule, denoiser.objective, clip=self.clip)
-        finally:
-            module.network.train(training)
+        with module.evaluating(), torch.no_grad(), torch.autocast(module.device.type, enabled=False):
+            yield replace(denoiser, clip=self.clip)
 
 
 def _seconds(call: object, device: torch.device) -> float:
@@ -247,7 +244,5 @@ def _evaluations(sampler: Sampler, denoiser: Denoiser, shape: tuple[int, ...]) -
     def nothing(x: Tensor, c: Tensor, **condition: Tensor) -> Tensor:
         return torch.zeros(len(x), channels, *x.shape[2:], dtype=x.dtype, device=x.device)
 
-    free = Denoiser(nothing, denoiser.schedule, denoiser.objective, clip=denoiser.clip)
     x = prior(denoiser.schedule, torch.zeros(1, *shape))
-    sampler(free, x)
-    return sampler.nfe
+    return sampler(replace(denoiser, network=nothing), x).nfe

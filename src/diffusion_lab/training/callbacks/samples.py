@@ -1,6 +1,7 @@
 """Grids of samples while training."""
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
 from diffusion_lab.data.pictures import Panel, grid, save_sheet
-from diffusion_lab.denoiser import Clip, Denoiser
+from diffusion_lab.denoiser import Clip
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.noise import normal
 from diffusion_lab.samplers import Sampler, prior
@@ -49,7 +50,7 @@ class Samples(pl.Callback):
         self.folder, self.sampler, self.clip, self.every, self.n, self.seed = (
             Path(folder),
             sampler,
-            clip or None,  # the option clip=none is an empty node
+            clip,
             every,
             n,
             seed,
@@ -73,21 +74,15 @@ class Samples(pl.Callback):
 
     def _draw(self, trainer: pl.Trainer, module: DiffusionModule) -> None:
         step = trainer.global_step
-        if not trainer.is_global_zero or step == self._drawn:
+        if not trainer.is_global_zero or step == self._drawn or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._drawn = step
-        training = module.network.training
-        module.network.eval()
         try:
-            panels = self._panels(module)
-        except (
-            ConfigError,
-            torch.OutOfMemoryError,
-        ) as error:  # NaN, or no room for n images: no reason to end the training
+            with module.evaluating():
+                panels = self._panels(module)
+        except (ConfigError, torch.OutOfMemoryError) as error:  # NaN, or n images do not fit: training goes on
             warnings.warn(f"no samples at step {step}: {error}", stacklevel=2)
             return
-        finally:
-            module.network.train(training)
         self.path = self.folder / f"step_{step:07d}.png"
         save_sheet(self.path, panels)
         what = " | ".join(panel.caption for panel in panels if panel.columns is None)
@@ -110,19 +105,18 @@ class Samples(pl.Callback):
         way: list[Tensor] = []
         kept, moments = self.strip or (0, 0)
         for name, denoiser in module.denoisers().items():
-            clipped = Denoiser(denoiser.network, denoiser.schedule, denoiser.objective, clip=self.clip)
             first = not panels
             record = (lambda i, t, x, p: way.append(p.x0[:kept].cpu())) if first and kept else None
             with torch.autocast(module.device.type, enabled=False):
-                images = self.sampler(
-                    clipped,
+                samples = self.sampler(
+                    replace(denoiser, clip=self.clip),
                     prior(module.schedule, noise),
                     seed=self.seed,
                     index=index,
                     condition=condition,
                     callback=record,
                 )
-            panels.append(Panel("live weights" if name == "raw" else f"EMA {name}", images.float().cpu()))
+            panels.append(Panel("live weights" if name == "raw" else f"EMA {name}", samples.x.float().cpu()))
         if way:
             chosen = torch.linspace(0, len(way) - 1, min(moments, len(way))).round().long().tolist()
             strip = torch.stack([way[i] for i in chosen], dim=1).flatten(0, 1).float()

@@ -1,4 +1,4 @@
-"""What an adaptive solver of the probability-flow ODE integrates over."""
+"""The variable over which an adaptive solver integrates the probability-flow ODE."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from torch import Tensor
 from diffusion_lab.schedules import Schedule
 
 
-class Clock:
+class TimeParametrization:
     """u, a smooth function of t along the curve: t itself, or on a table the angle arctan(σ/α).
 
     A table is interpolated, so that α̇ and σ̇ jump at every node. Over t a solver of high order then rejects most of its steps,
