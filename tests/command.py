@@ -11,8 +11,12 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
+from torch import nn
 
 from diffusion_lab import cli, composition
+from diffusion_lab.runs import build
+from diffusion_lab.training.condition import Condition
+from diffusion_lab.training.module import DiffusionModule
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -72,6 +76,20 @@ def composed(name: str, *overrides: str, run_dir: str = "RUN") -> dict[str, Any]
     resolved = OmegaConf.to_container(OmegaConf.create({**plain, "run_dir": run_dir}), resolve=True)
     assert isinstance(resolved, dict)
     return resolved
+
+
+def network(config: dict[str, Any]) -> tuple[nn.Module, Condition, dict[str, Any]]:
+    """The network of a resolved configuration, its condition, and the configuration with what the command fills in."""
+    condition, node = build.condition(config, build.data(config))
+    config = {**config, "condition": node}
+    net, model = build.model(config, condition, config["variance"]["_target_"].endswith(".Learned"))
+    return net, condition, {**config, "model": model}
+
+
+def module(config: dict[str, Any]) -> DiffusionModule:
+    """What a resolved configuration trains."""
+    net, condition, filled = network(config)
+    return build.module(filled, net, condition, {})
 
 
 def train(folder: Path, *arguments: str, capfd: pytest.CaptureFixture[str]) -> Outcome:

@@ -137,7 +137,7 @@ class Recorder(pl.LightningModule):
 @pytest.mark.parametrize("val", [180, pytest.param(0, marks=pytest.mark.filterwarnings("ignore:Total length of"))])
 @pytest.mark.filterwarnings("ignore::lightning_fabric.utilities.warnings.PossibleUserWarning")
 def test_lightning_takes_the_stream(tmp_path, val):
-    data, module = digits(batch_size=8, accumulate=2, val=val), Recorder()
+    data, module = digits(batch_size=8, val=val), Recorder()
     data.start_at(40)
     trainer = pl.Trainer(
         accelerator="cpu",

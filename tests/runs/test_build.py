@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from command import composed
+from command import composed, module, network
 
 from diffusion_lab import composition
 from diffusion_lab.denoiser import Denoiser
@@ -14,35 +14,39 @@ from diffusion_lab.losses import diffusion_loss
 from diffusion_lab.noise import normal
 from diffusion_lab.runs import build
 from diffusion_lab.samplers import prior
+from diffusion_lab.training.optim import build_optimizer
 
 BUILT = (
     "schedule",
     "objective",
     "weighting",
     "loss",
-    "times",
+    "time_sampler",
     "variance",
     "sampler",
     "condition",
-    "rate",
+    "lr_scheduler",
     "clip",
     "optimizer",
 )
 
 
 # a class of the user's; a variance that fit_variance.py fills; conditions of data that the digits do not have
-UNBUILT = ("own", "analytic", "tensors", "attributes")
+UNBUILT = ("custom", "analytic", "tensors", "attributes", "label")
 
 
 @pytest.mark.parametrize(
     ("group", "option"), [(g, o) for g in BUILT for o in composition.options(g) if o not in UNBUILT]
 )
 def test_every_option_builds(group, option):
-    node = composed("train", f"{group}={option}").get(group)
-    assert instantiate(node) is not None
+    assert instantiate(composed("train", f"{group}={option}")[group], group) is not None
 
 
-CURVES = [o for o in composition.options("schedule") if o != "own"]
+def options(group):
+    return [o for o in composition.options(group) if o != "custom"]
+
+
+CURVES = options("schedule")
 
 
 @functools.cache
@@ -51,14 +55,13 @@ def denoiser(schedule, objective):
     config = composed(
         "train", f"schedule={schedule}", f"objective={objective}", "model.width=8", "model.multipliers=[1]"
     )
-    network = build.network(config)
-    return Denoiser(network, instantiate(config["schedule"]), instantiate(config["objective"]), clip=1.0)
+    return Denoiser(network(config)[0], instantiate(config["schedule"]), instantiate(config["objective"]), clip=1.0)
 
 
 NOISE = normal((1, 8, 8), seed=0, index=torch.arange(4))
 
 
-@pytest.mark.parametrize("objective", composition.options("objective"))
+@pytest.mark.parametrize("objective", options("objective"))
 @pytest.mark.parametrize("schedule", CURVES)
 def test_every_pair_trains_with_every_weighting_or_is_refused(schedule, objective):
     continuous = schedule in ("vp", "sub_vp", "ve", "edm", "flow")
@@ -67,7 +70,7 @@ def test_every_pair_trains_with_every_weighting_or_is_refused(schedule, objectiv
             denoiser(schedule, objective)
         return
     t = torch.tensor([0.001, 0.3, 0.7, 1.0], dtype=torch.float64)
-    for weighting, loss in itertools.product(composition.options("weighting"), composition.options("loss")):
+    for weighting, loss in itertools.product(options("weighting"), options("loss")):
         chosen = composed("train", f"weighting={weighting}", f"loss={loss}")
         weight, error = instantiate(chosen["weighting"]), instantiate(chosen["loss"])
         step = diffusion_loss(denoiser(schedule, objective), weight, error, NOISE.clamp(-1, 1), NOISE.flip(0), t)
@@ -76,7 +79,7 @@ def test_every_pair_trains_with_every_weighting_or_is_refused(schedule, objectiv
         assert step.weighted[3] >= 0  # where α(1) = 0 a weight on ε is 0 in other coordinates
 
 
-@pytest.mark.parametrize("sampler", composition.options("sampler"))
+@pytest.mark.parametrize("sampler", options("sampler"))
 @pytest.mark.parametrize("schedule", CURVES)
 def test_every_sampler_runs_on_every_curve(schedule, sampler):
     steps = ("sampler.steps=4",) if "steps" in composed("train", f"sampler={sampler}")["sampler"] else ()
@@ -111,11 +114,12 @@ def test_every_experiment_builds(name):
     config = composed("train", f"experiment={name}")
     first = (CONF / "experiment" / f"{name}.yaml").read_text().splitlines()[:6]
     assert any(f"experiment={name}" in line for line in first)
+    build.check_nodes(config)
     with torch.device("meta"):
-        network = instantiate(config["model"])
-    module = build.module(config, network, {})
+        net, condition, filled = network(config)
+    built = build.module(filled, net, condition, {})
     assert build.callbacks(config, CONF)
-    instantiate(config["sampler"]).check(module.denoiser)
+    instantiate(config["sampler"]).check(built.denoiser)
 
 
 @pytest.mark.parametrize(
@@ -130,5 +134,6 @@ def test_every_experiment_builds(name):
 )
 def test_the_optimiser_is_fused_wherever_that_works(precision, clipping, fused):
     config = composed("train", f"trainer.precision={precision}", f"trainer.gradient_clip_val={clipping}")
-    module = build.module(config, build.network(config), {})
-    assert module.configure_optimizers()["optimizer"].defaults["fused"] is fused
+    built = module(config)
+    optimizer = build_optimizer(built.optimizer_config, built.network.parameters())
+    assert optimizer.defaults["fused"] is fused

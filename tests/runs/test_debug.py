@@ -30,7 +30,7 @@ def test_overfit_takes_sixteen_images(tmp_path, capfd):
     train(tmp_path / "run", "debug=overfit", "trainer.max_steps=1", "data.batch_size=16", capfd=capfd)
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert config["data"]["limit"] == 16
-    assert config["trainer"]["val_every"] == 0
+    assert config["validation"]["every"] == 0
 
 
 def test_print_config_says_what_the_run_folder_holds(tmp_path, capfd):
@@ -70,7 +70,7 @@ def test_an_exported_file_samples_as_its_checkpoint(run, exported, tmp_path, cap
 def test_live_weights_and_diffusers_names(run, tmp_path, capfd):
     live, theirs = tmp_path / "live.safetensors", tmp_path / "theirs.safetensors"
     assert command("export", [f"ckpt={run}", "weights=raw", f"out={live}"], capfd).code == 0
-    one, two = (checkpoints.load_checkpoint(p, "live").denoiser.network.state_dict() for p in (run, live))
+    one, two = (checkpoints.load_checkpoint(p, "raw").denoiser.network.state_dict() for p in (run, live))
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert command("export", [f"ckpt={run}", "diffusers=true", f"out={theirs}"], capfd).code == 0
     begun = train(tmp_path / "begun", "condition=label", "trainer.max_steps=1", f"init={theirs}", capfd=capfd)

@@ -8,7 +8,12 @@ from command import TINY, code, command, train
 
 from diffusion_lab import composition
 
-CURVES = [o for o in composition.options("schedule") if o != "own"]
+
+def options(group):
+    return [o for o in composition.options(group) if o != "custom"]
+
+
+CURVES = options("schedule")
 ONE_STEP = ("trainer.max_steps=1", "data.batch_size=16")
 QUICK = ("device=cpu", "n=3", "save_images=false")
 
@@ -25,9 +30,9 @@ def sampled(folder, capfd, *arguments):
     "choice",
     [
         *(f"schedule={o}" for o in CURVES),
-        *(f"objective={o}" for o in composition.options("objective")),
-        *(f"time_sampler={o}" for o in composition.options("times")),
-        *(f"weighting={o}" for o in composition.options("weighting")),
+        *(f"objective={o}" for o in options("objective")),
+        *(f"time_sampler={o}" for o in options("time_sampler")),
+        *(f"weighting={o}" for o in options("weighting")),
         "variance=learned",
     ],
 )
@@ -49,13 +54,13 @@ def fitted(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("sampler", composition.options("sampler"))
+@pytest.mark.parametrize("sampler", options("sampler"))
 def test_every_sampler_samples(sampler, fitted, tmp_path, capfd):
     short = "sampler.rtol=0.5" if sampler == "ode" else "sampler.steps=3"
     assert sampled(tmp_path / "out", capfd, f"ckpt={fitted}", f"sampler={sampler}", short).shape == (3, 8, 8, 1)
 
 
-@pytest.mark.parametrize("variance", [o for o in composition.options("variance") if o != "learned"])
+@pytest.mark.parametrize("variance", [o for o in options("variance") if o != "learned"])
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 def test_every_variance_samples_and_bounds(variance, sampler, fitted, tmp_path, capfd):
     chosen = (f"ckpt={fitted}", f"variance={variance}")

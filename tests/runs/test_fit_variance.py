@@ -5,11 +5,11 @@ import re
 
 import pytest
 import torch
-from command import TINY, command, composed, train
+from command import TINY, command, composed, module, train
 
 from diffusion_lab.instantiation import instantiate
 from diffusion_lab.models import SecondHead
-from diffusion_lab.runs import build, load_checkpoint, variances
+from diffusion_lab.runs import load_checkpoint, variances
 from diffusion_lab.samplers import DDIM, DDPM
 from diffusion_lab.variances import NPR, SN, Analytic, FixedLarge, FixedSmall, Learned
 
@@ -159,7 +159,7 @@ def test_what_cannot_be_fitted(made, fit, capfd, tmp_path):
         ("nodes=41",): "nodes=null",
         ("variance=sn", "devices=2"): "devices=1",
         ("variance=sn", "steps=0"): "at least 1",
-        ("weights=0.5",): "ema, live",
+        ("weights=0.5",): "ema, raw",
         ("device=tpu",): "write auto, cpu or cuda",
     }.items():
         refused(fit(plain, *arguments), remedy)
@@ -219,7 +219,7 @@ REFUSED = {
 def test_a_variance_that_cannot_be_trained_or_used_is_refused(arguments, remedy):
     config = composed("train", *arguments, "model.width=8", "model.multipliers=[1]")
     with pytest.raises(ValueError, match=re.escape(remedy)):
-        instantiate(config["sampler"]).check(build.module(config, build.network(config), {}).denoiser)
+        instantiate(config["sampler"]).check(module(config).denoiser)
 
 
 def test_and_on_the_command_line_before_training(tmp_path, capfd):

@@ -39,7 +39,10 @@ class Labelled(nn.Module):
 
 def made(schedule: Schedule | None = None, classes: int | None = None, clip: float | None = None) -> Run:
     den = Denoiser(Labelled().eval(), schedule or Cosine(40), PredV(), clip=clip)
-    return Run(den, {"condition": {"num_classes": classes}}, 0, "live")
+    kind = {"_target_": "diffusion_lab.training.condition.Unconditional"}
+    if classes:
+        kind = {"_target_": "diffusion_lab.training.condition.Label", "num_classes": classes}
+    return Run(den, {"condition": kind}, 0, "raw")
 
 
 @pytest.mark.parametrize("kind", ["vlb", "ode"])
@@ -165,7 +168,7 @@ def test_refusals() -> None:
         with pytest.raises(ValueError, match=match) as caught:
             nll.measure(run, images, **options)
         assert "\n" not in str(caught.value)
-    broken = Run(Denoiser(lambda x, c: x * torch.nan, Linear(), PredNoise()), run.config, 0, "live")
+    broken = Run(Denoiser(lambda x, c: x * torch.nan, Linear(), PredNoise()), run.config, 0, "raw")
     network = nn.Identity()  # has a device
     network.forward = lambda x, c: x * torch.nan  # type: ignore[method-assign]
     broken.denoiser = dataclasses.replace(broken.denoiser, network=network)

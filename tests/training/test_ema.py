@@ -3,7 +3,7 @@
 import pytest
 import pytorch_lightning as pl
 import torch
-from command import composed, train
+from command import composed, module, train
 
 from diffusion_lab.runs import build
 from diffusion_lab.training.callbacks import EMA
@@ -40,11 +40,10 @@ def _fit(tmp_path, hooks, *overrides, steps=6):
     config = composed(
         "train", *SMALL, f"trainer.max_steps={steps}", "validation.every=2", "data.batch_size=16", *overrides
     )
-    data, network = build.data(config), build.network(config)
-    module = build.module(config, network, {})
+    built = module(config)
     trainer = build.trainer(config, tmp_path, [], hooks)
-    trainer.fit(module, datamodule=data)
-    return trainer, module
+    trainer.fit(built, datamodule=build.data(config))
+    return trainer, built
 
 
 @pytest.mark.parametrize("warmup", [True, False])
@@ -72,17 +71,17 @@ def test_averages_are_apart_from_the_live_network(tmp_path):
     config = composed(
         "train", *SMALL, "trainer.max_steps=6", "validation.every=2", "data.batch_size=16", "model.dropout=0.5"
     )
-    module = build.module(config, build.network(config), {})
+    built = module(config)
     trainer = build.trainer(config, tmp_path, [], [ema, fails])
     with pytest.raises(RuntimeError, match="a callback of the user"):
-        trainer.fit(module, datamodule=build.data(config))
+        trainer.fit(built, datamodule=build.data(config))
     average = ema.networks[0.5]
     assert not average.training
     assert not any(p.requires_grad for p in average.parameters())
-    assert {k.split(".")[0] for k in module.state_dict()} == {"network"}
-    trained = {id(p) for p in module.parameters()}
+    assert {k.split(".")[0] for k in built.state_dict()} == {"network"}
+    trained = {id(p) for p in built.parameters()}
     assert not trained & {id(p) for p in average.parameters()}
-    for k, v in module.network.state_dict().items():
+    for k, v in built.network.state_dict().items():
         assert torch.equal(v, fails.live[k])
     assert any(not torch.equal(v, fails.live[k]) for k, v in average.state_dict().items())
 

@@ -71,7 +71,7 @@ def also(monkeypatch):
     def adding(callback):
         with monkeypatch.context() as patch:
             original = build.callbacks
-            patch.setattr(build, "callbacks", lambda config, folder: [*original(config, folder), callback])
+            patch.setattr(build, "callbacks", lambda *given: [*original(*given), callback])
             yield
 
     return adding
@@ -211,8 +211,8 @@ def test_ema_and_best_are_of_the_averaged_weights(tmp_path, capfd):
     live = {k.removeprefix("network."): v for k, v in state["state_dict"].items()}
     assert live.keys() == state["ema"]["0.9"].keys()
     assert any(not torch.equal(live[k], v) for k, v in state["ema"]["0.9"].items())
-    ema, raw = load_checkpoint(run, weights=0.9), load_checkpoint(run, weights="live")
-    assert (ema.weights, raw.weights) == ("ema 0.9", "live")
+    ema, raw = load_checkpoint(run, weights=0.9), load_checkpoint(run, weights="raw")
+    assert (ema.weights, raw.weights) == ("ema 0.9", "raw")
     _assert_same(dict(ema.denoiser.network.state_dict()), dict(state["ema"]["0.9"]))
     _assert_same(dict(raw.denoiser.network.state_dict()), live)
 

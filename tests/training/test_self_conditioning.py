@@ -8,8 +8,8 @@ from diffusion_lab.objectives import PredV
 from diffusion_lab.schedules import Cosine
 from diffusion_lab.times import Uniform
 from diffusion_lab.training.condition import Unconditional
-from diffusion_lab.training.module import DiffusionModule, Optimisation
-from diffusion_lab.training.optim import Constant
+from diffusion_lab.training.module import DiffusionModule
+from diffusion_lab.training.optim import Constant, OptimizerConfig
 from diffusion_lab.weightings import Native
 
 N = 2000
@@ -33,7 +33,7 @@ class Remembers(nn.Module):
 def step(network: Remembers, position: Tensor, number: int = 3) -> Tensor:
     module = DiffusionModule(
         network, Cosine(), PredV(), Native(), L2(), Uniform(), Unconditional(),
-        Optimisation(torch.optim.SGD, Constant(), 1, "32-true", False), batch_size=N, seed=5,
+        OptimizerConfig(torch.optim.SGD, Constant()), batch_size=N, seed=5,
     )  # fmt: skip
     image = torch.linspace(-1, 1, 4).reshape(1, 1, 2, 2).expand(len(position), -1, -1, -1)
     loss: Tensor = module.training_step({"image": image, "position": position, "step": number}, 0)["loss"]

@@ -187,16 +187,16 @@ def _merged(config: DictConfig, resume: tuple[Path, int] | None) -> Merged:
 
 
 def _with_usable_variance(composed: dict[str, Any]) -> dict[str, Any]:
-    """The configuration with fixed_small for a sampler that cannot take the run's variance, unless sampler.variance names one."""
+    """The configuration with fixed_small for a sampler that cannot take the learned one, unless sampler.variance names one."""
     sampler = composed["sampler"]
     if not isinstance(sampler, dict) or sampler.get("variance") != "${variance}":
         return composed
-    kinds = [locate(composed[group], group) for group in ("sampler", "variance")]
-    if not getattr(kinds[1], "ancestral_only", False) or getattr(kinds[0], "ancestral", True):
-        return composed
-    _say(
-        f"{kinds[0].__name__} samples with variance=fixed_small, since {kinds[1].__name__} is for ancestral steps (sampler=ddpm)"
-    )
+    if locate(composed["variance"], "variance") is not Learned or getattr(
+        locate(sampler, "sampler"), "ancestral", True
+    ):
+        return composed  # other variances are of the sampler alone, which refuses what it cannot use
+    kind = locate(sampler).__name__
+    _say(f"{kind} samples with variance=fixed_small, since Learned is for ancestral steps (sampler=ddpm)")
     return {**composed, "sampler": {**sampler, "variance": {"_target_": "diffusion_lab.variances.FixedSmall"}}}
 
 

@@ -149,7 +149,7 @@ def _common(prepared: Prepared, processes: Processes) -> Row:
         out["checkpoint"] = {
             "path": str(p.run.path.absolute() if p.run.path else p.settings["ckpt"]),  # what `latest` means now
             "step": p.run.step,
-            "ema_decay": None if p.run.weights == "live" else float(average),
+            "ema_decay": None if p.run.weights == "raw" else float(average),
             "clip": (p.settings.get("clip") or {}).get("_target_", "none").rsplit(".", 1)[-1],
             "guidance": _guidance(p.settings["guidance"]),
             "variance": (p.settings["variance"] or {}).get("_target_", "its own").rsplit(".", 1)[-1],
