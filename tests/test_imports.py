@@ -13,7 +13,7 @@ FLOORS = (
     ("runs",),
     ("training",),
     ("metrics", "data"),
-    ("editing", "samplers", "likelihood", "guidance"),
+    ("editing", "samplers", "likelihood", "guidance", "clipping"),
     ("losses", "times"),
     ("denoiser",),
     ("variances", "gaussian"),
