@@ -16,7 +16,7 @@ FLOORS = (
     ("composition",),
     ("instantiation",),
     ("metrics", "data"),
-    ("editing", "samplers", "likelihood", "guidance"),
+    ("editing", "samplers", "likelihood", "guidance", "clipping"),
     ("losses", "times"),
     ("denoiser",),
     ("variances", "gaussian"),

@@ -253,7 +253,7 @@ def test_the_expected_term_is_least_at_the_optimal_variance() -> None:
     v = 2 * float((best / q.variance).log() / (large / q.variance).log()) - 1
     den = oracle(Gaussian(torch.full((1, 1, 1), 0.2), 0.5), s, PredNoise())
     x_t = den.schedule.corrupt(x0, noise, t)
-    output, _ = den.output(x_t, t)
+    output, *_ = den.output(x_t, t)
 
     def term(at: float) -> Tensor:
         return bound_term(den, Learned(), x0, x_t, t, output, torch.full_like(x0, at))

@@ -65,7 +65,7 @@ def test_scale_1_is_no_guidance_bit_for_bit(sample, run):
     without = sample(*asked)
     assert without["arr_1"].tolist() == [3, 1] * 6
     one = sample(*asked, "guidance=cfg", "guidance.scale=1")
-    two = sample(*asked, "guidance=cfg", "guidance.scale=1000")
+    two = sample(*asked, "guidance=cfg", "guidance.scale=1e8")  # four steps leave the label next to no effect
     assert (one["arr_0"] == without["arr_0"]).all()
     assert (two["arr_0"] != without["arr_0"]).any()
 

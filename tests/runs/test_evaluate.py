@@ -238,7 +238,7 @@ def test_inception_metrics_without_weights_are_one_line(evaluate, settings, tmp_
         ({"samplers": ["dpm"]}, "samplers=dpm is unknown"),
         ({"samplers": [{"ddim": {"etta": 1}}]}, "no option etta"),
         ({"samplers": []}, r"samplers=\[ddim\]"),
-        ({"steps": [5000]}, "ask for fewer"),
+        ({"steps": [5000]}, "write fewer steps"),
         ({"repeats": 0}, "repeats=0: write at least 1"),
         ({"batch_size": 0}, "batch_size=0: write at least 1"),
         ({"extractor": "vgg"}, "inception, classifier"),

@@ -269,7 +269,7 @@ def test_images_that_fit_are_read_level_by_level(given):
 
 
 REFUSED = {  # by a command: the checkpoint is read, nothing is sampled or written
-    ("task=edit", "image={given}/a.png", "strength=0.002", "sampler.steps=50"): "ask for fewer",
+    ("task=edit", "image={given}/a.png", "strength=0.002", "sampler.steps=50"): "write fewer steps",
     ("task=edit", "image={given}/broken.png"): "cannot be read as an image",
     ("task=inpaint", "image={given}/a.png", "mask={given}/large.png"): "resize it to 8×8",
     ("task=inpaint", "image={given}/a.png", "mask={given}/black.png"): "black everywhere",

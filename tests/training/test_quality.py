@@ -65,14 +65,16 @@ def test_the_figure_is_logged_decides_best_and_is_evaluate_s(tmp_path, cache, ca
 def test_clip_none_is_no_threshold_for_the_callbacks_and_the_commands(tmp_path, cache, capfd):
     """Grids, quality and evaluate.py sample without clipping, by the same figure; it is another one with clipping."""
     run, out = tmp_path / "run", tmp_path / "out"
-    grids = ("callbacks.samples.every=2", "callbacks.samples.n=4")
-    sampled = [a for a in QUALITY if a != "callbacks.samples=null"]
-    train(run, *sampled, *grids, cache, "clip=none", "trainer.max_steps=2", capfd=capfd)
+    tiny = [a for a in TINY if a != "callbacks.samples=null"]
+    grids = ["callbacks.samples.every=2", "callbacks.samples.n=4"]
+    arguments = [*tiny, *QUALITY, *grids, cache, "clip=none", "trainer.max_steps=2", f"hydra.run.dir={run}"]
+    assert command("train", arguments, capfd).code == 0
+    assert (run / "samples" / "step_0000002.png").is_file()
     (figure,) = figures(run).values()
     asked = [f"ckpt={run}", f"cache={cache.split('=')[1]}", "n=70", "steps=[2]", "batch_size=16", "device=cpu"]
     found = {}
-    for clip in ("none", "static"):
-        arguments = [*asked, f"clip={clip}", f"out={out / clip}"]
+    for clip, limit in (("none", []), ("static", ["clip.limit=0.1"])):
+        arguments = [*asked, f"clip={clip}", *limit, f"out={out / clip}"]
         assert command("evaluate", arguments, capfd).code == 0
         (row,) = json.loads((out / clip / "metrics.json").read_text())
         found[row["checkpoint"]["clip"]] = row["metrics"]["fd_classifier"]
