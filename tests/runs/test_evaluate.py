@@ -10,11 +10,12 @@ import torch
 from command import command, composed
 from PIL import Image
 
+from diffusion_lab import composition
 from diffusion_lab.data.pictures import to_uint8
 from diffusion_lab.metrics import extractors
 from diffusion_lab.metrics.collect import Processes
 from diffusion_lab.metrics.frechet import frechet_distance, moments
-from diffusion_lab.runs import build, load_checkpoint, options
+from diffusion_lab.runs import build, load_checkpoint
 from diffusion_lab.runs.evaluate.prepare import prepare
 from diffusion_lab.runs.evaluate.work import rows
 from diffusion_lab.runs.sample import write
@@ -47,8 +48,9 @@ def evaluate(run, cache, tmp_path, capfd):
 def settings(run, cache, tmp_path):
     """settings(*overrides, key=value) → what the command resolves them to."""
 
-    def call(*overrides, **values):
-        base = composed("evaluate", *QUICK, *overrides)
+    def call(*overrides, metrics=None, **values):
+        chosen = () if metrics is None else (f"metrics=[{','.join(metrics)}]",)
+        base = composed("evaluate", *QUICK, *chosen, *overrides)
         return {**base, "cache": str(cache), "ckpt": str(run), "out": str(tmp_path / "out"), **values}
 
     return call
@@ -160,9 +162,10 @@ def test_a_module_of_ones_own_measures(measured, made):
 def test_every_sampler_of_its_folder_is_known(measured):
     """Also one that chooses its own steps, with options of its own."""
     loose = {"ode": {"rtol": 0.5, "atol": 0.5}}
-    entries = [loose if name == "ode" else name for name in options.group_options("sampler")]
+    names = [name for name in composition.options("sampler") if name != "custom"]
+    entries = [loose if name == "ode" else name for name in names]
     found = measured(samplers=entries, steps=[3], n=66, batch_size=66)
-    assert [r["sampler"].split("(")[0] for r in found] == options.group_options("sampler")
+    assert [r["sampler"].split("(")[0] for r in found] == names
     assert all(r["nfe"] >= 3 for r in found)
     found = measured(samplers=["ddim", {"ddim": {"eta": 1}}], budget=[2], n=66, batch_size=66)
     assert [(r["sampler"], r["nfe"]) for r in found] == [("ddim", 2), ("ddim(eta=1)", 2)]
@@ -232,7 +235,7 @@ def test_inception_metrics_without_weights_are_one_line(evaluate, settings, tmp_
 @pytest.mark.parametrize(
     ("values", "remedy"),
     [
-        ({"metrics": ["fud"]}, "write some of fid, kid, is, prdc"),
+        ({"metrics": ["fud"]}, "write one of custom, fd, fd_classifier, fid, is, kid, nll, prdc"),
         ({"metrics": []}, "write some of fid, kid, is, prdc"),
         ({"n": 1}, "n=1: write at least 2"),
         ({"samplers": ["dpm"]}, "samplers=dpm is unknown"),

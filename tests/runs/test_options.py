@@ -104,7 +104,8 @@ GROUPS = sorted(p.name for p in CONF.iterdir() if p.is_dir() and p.name not in (
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_option_of_every_group_composes(group):
     for option in composition.options(group):
-        assert composed("sample" if group == "guidance" else "train", f"{group}={option}")["seed"] == 0
+        command_of = {"guidance": "sample", "metrics": "evaluate"}
+        assert composed(command_of.get(group, "train"), f"{group}={option}")["seed"] == 0
 
 
 def test_the_default_configuration_is_the_golden_one():
@@ -128,6 +129,7 @@ def test_every_group_of_the_surface_is_there():
         "condition": "none label",
         "trainer": "auto cpu gpu ddp",
         "logger": "csv wandb tensorboard none",
+        "metrics": "fid kid is prdc fd_classifier nll custom",
     }.items():
         assert set(names.split()) <= set(composition.options(group))
 
