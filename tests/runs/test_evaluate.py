@@ -10,11 +10,12 @@ import torch
 from command import command, composed
 from PIL import Image
 
+from diffusion_lab import composition
 from diffusion_lab.data.pictures import to_uint8
 from diffusion_lab.metrics import extractors
 from diffusion_lab.metrics.collect import Processes
 from diffusion_lab.metrics.frechet import frechet_distance, moments
-from diffusion_lab.runs import build, load_checkpoint, options
+from diffusion_lab.runs import build, load_checkpoint
 from diffusion_lab.runs.evaluate.prepare import prepare
 from diffusion_lab.runs.evaluate.work import rows
 from diffusion_lab.runs.sample import write
@@ -160,9 +161,9 @@ def test_a_module_of_ones_own_measures(measured, made):
 def test_every_sampler_of_its_folder_is_known(measured):
     """Also one that chooses its own steps, with options of its own."""
     loose = {"ode": {"rtol": 0.5, "atol": 0.5}}
-    entries = [loose if name == "ode" else name for name in options.group_options("sampler")]
+    entries = [loose if name == "ode" else name for name in composition.options("sampler")]
     found = measured(samplers=entries, steps=[3], n=66, batch_size=66)
-    assert [r["sampler"].split("(")[0] for r in found] == options.group_options("sampler")
+    assert [r["sampler"].split("(")[0] for r in found] == composition.options("sampler")
     assert all(r["nfe"] >= 3 for r in found)
     found = measured(samplers=["ddim", {"ddim": {"eta": 1}}], budget=[2], n=66, batch_size=66)
     assert [(r["sampler"], r["nfe"]) for r in found] == [("ddim", 2), ("ddim(eta=1)", 2)]

@@ -60,6 +60,9 @@ def check_configuration(config: DictConfig, name: str) -> None:
     plain = OmegaConf.to_container(config, resolve=False)
     assert isinstance(plain, dict)
     overrides = composition.parse(composition.task_overrides(config.hydra))
+    named = {o.get_key_element() for o in overrides}
+    swept = (config.hydra.sweeper.get("params") or {}).items()  # what conf/sweep/NAME.yaml varies
+    overrides += composition.parse([f"{key}={value}" for key, value in swept if key not in named])
     _check_values(overrides, config, name)
     _check_root({str(k): v for k, v in plain.items() if k != "hydra"}, COMMANDS[name], "")
     try:
