@@ -155,8 +155,9 @@ def options(group: str, config_dir: str | None = None) -> list[str]:
 
     if GlobalHydra.instance().is_initialized():
         return sorted(GlobalHydra.instance().config_loader().get_group_options(group, ObjectType.CONFIG))
-    with hydra_of_its_own(config_dir):
-        return sorted(GlobalHydra.instance().config_loader().get_group_options(group, ObjectType.CONFIG))
+    with hydra_of_its_own():
+        found = set(GlobalHydra.instance().config_loader().get_group_options(group, ObjectType.CONFIG))
+    return sorted(found | {path.stem for path in (Path(config_dir) / group).glob("*.yaml")} if config_dir else found)
 
 
 def _groups_of(path: Path) -> set[str]:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, QuotedString, Sweep
+from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override, QuotedString, Sweep
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -152,7 +152,7 @@ def _values(override: Override) -> Iterable[Any]:
     value = override.value()
     if isinstance(value, ChoiceSweep):
         return [v for v in value.list if not isinstance(v, Sweep)]
-    if override.is_discrete_sweep() and not isinstance(value, IntervalSweep):
+    if override.is_discrete_sweep() and not isinstance(value, IntervalSweep | Glob):
         return list(override.sweep_iterator())
     return [] if override.is_sweep_override() else [value]
 

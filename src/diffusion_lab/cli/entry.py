@@ -30,6 +30,8 @@ def main(name: str) -> int:
     Returns:
         The exit code: 0, 2 for a refusal, 128 + a signal's number, 1 for a sweep with a failed job.
     """
+    if os.getcwd() not in sys.path:  # classes of the user's own lie there, or on PYTHONPATH
+        sys.path.append(os.getcwd())
     with one_line():
         if int(os.environ.get("LOCAL_RANK", "0")) > 0 and CONFIG_ENV in os.environ:  # started by Lightning
             return _command(name, OmegaConf.load(os.environ[CONFIG_ENV])).code
