@@ -19,7 +19,7 @@ import yaml
 from omegaconf import OmegaConf
 from PIL import Image
 
-from diffusion_lab.runs import options
+from diffusion_lab import composition
 
 Rows = Sequence[Mapping[str, float]]
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
@@ -36,7 +36,7 @@ FLAGS = [
 @functools.cache
 def _composed(*groups: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """(the configuration, interpolations unresolved; group → option)."""
-    config = options.check("train", groups)
+    config = composition.composed("train", groups)
     plain: Any = OmegaConf.to_container(config, resolve=False)
     choices: dict[str, Any] = plain.pop("hydra")["runtime"]["choices"]
     return plain, choices

@@ -1,6 +1,7 @@
 """Hydra's composition with errors of one line: what was found, what is allowed, what to write."""
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,6 +88,12 @@ def explain(error: Exception, name: str, overrides: Sequence[str], config_dir: s
     several = next((o for o in parsed if o.is_sweep_override()), None)
     if several is not None and ("--multirun" in str(error) or "Ambiguous" in line):
         return f"{several.input_line} names several values: add --multirun for a run of each, or write [...] for a list"
+    nested = re.search(r"In '(\S+)': Could not override '([\w/]+)'", line)
+    if nested and is_group(nested.group(2)):
+        group = nested.group(1).partition("/")[0]
+        chosen = next((o for o in parsed if o.key_or_group == group), None)
+        if chosen is not None:
+            return _not_of_this_command(chosen, name, {group, nested.group(2)})
     quoted = next((o for o in parsed if f"'{o.key_or_group}'" in line or str(o.input_line) in line), None)
     if quoted is not None and ("Could not override" in line or "Could not delete" in line or "Key" in line):
         return _unknown_key(quoted, name, config_dir)
@@ -105,9 +112,7 @@ def _unknown_option(group: str, option: str, options: Sequence[str]) -> str:
 def _unknown_key(override: Override, name: str, config_dir: str | None) -> str:
     key = override.key_or_group.split("@")[0]
     if (CONF / key).is_dir():
-        users = [path.stem for path in sorted(CONF.glob("*.yaml")) if key in _groups_of(path)]
-        others = " or ".join(f"python src/{user}.py {override.input_line}" for user in users)
-        return f"{override.input_line} is not an option of {name}.py: leave it out, or write {others}"
+        return _not_of_this_command(override, name, {key})
     if new := renames.FOREIGN_KEYS.get(key.rsplit(".", 1)[-1]):
         return f"unknown key {key}: write {new}"
     with hydra_of_its_own(config_dir) as added:
@@ -119,6 +124,12 @@ def _unknown_key(override: Override, name: str, config_dir: str | None) -> str:
     if "." not in key:
         known = [k for k in known if "." not in k] + [p.name for p in CONF.iterdir() if p.is_dir() and p.name != "base"]
     return f"unknown key {key}{closest(key, known)}; --help lists all keys"
+
+
+def _not_of_this_command(override: Override, name: str, groups: set[str]) -> str:
+    users = [path.stem for path in sorted(CONF.glob("*.yaml")) if groups <= _groups_of(path)]
+    others = " or ".join(f"python src/{user}.py {override.input_line}" for user in users)
+    return f"{override.input_line} is not an option of {name}.py: leave it out, or write {others}"
 
 
 def group_choices(overrides: Sequence[str]) -> list[str]:
@@ -144,8 +155,9 @@ def options(group: str, config_dir: str | None = None) -> list[str]:
 
     if GlobalHydra.instance().is_initialized():
         return sorted(GlobalHydra.instance().config_loader().get_group_options(group, ObjectType.CONFIG))
-    with hydra_of_its_own(config_dir):
-        return sorted(GlobalHydra.instance().config_loader().get_group_options(group, ObjectType.CONFIG))
+    with hydra_of_its_own():
+        found = set(GlobalHydra.instance().config_loader().get_group_options(group, ObjectType.CONFIG))
+    return sorted(found | {path.stem for path in (Path(config_dir) / group).glob("*.yaml")} if config_dir else found)
 
 
 def _groups_of(path: Path) -> set[str]:

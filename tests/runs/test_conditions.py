@@ -8,9 +8,9 @@ import torch
 from command import TINY, code, command, train
 
 from diffusion_lab.guidance import ClassifierFreeTransform, ClassifierTransform
+from diffusion_lab.instantiation import instantiate_untrusted
 from diffusion_lab.metrics.classifier import Noise, Recipe, trained
 from diffusion_lab.runs import conditions, load_checkpoint
-from diffusion_lab.runs.build import data as data_of
 from diffusion_lab.runs.guidance import guided
 from diffusion_lab.samplers import DDIM, DDPM
 from diffusion_lab.schedules import Cosine
@@ -30,7 +30,7 @@ def plain(tmp_path_factory):
 @pytest.fixture(scope="module")
 def judges(tmp_path_factory, run):
     """Folders of a noisy classifier and of a clean one, hardly trained."""
-    data = data_of(load_checkpoint(run).config)
+    data = instantiate_untrusted(load_checkpoint(run).config["data"], ())
     data.setup()
     found = {}
     for kind, noise in (("noisy", Noise(Cosine(), COSINE)), ("clean", None)):
@@ -201,7 +201,7 @@ def test_attributes_by_their_names(tmp_path, capfd, monkeypatch):
     [
         ("run", ["labels=[3,10]"], "0 … 9"),
         ("run", ["labels=[three]"], "cycle or a list"),
-        ("run", ["given=somewhere"], "leave it out"),
+        ("run", ["condition_data=somewhere"], "leave it out"),
         ("run", ["guidance=cfg", "guidance.scale=-1"], "from 0 on"),
         ("run", ["guidance=cfg", "guidance.interval=[0.5,0.1]"], "low < high"),
         ("run", ["guidance.scale=2"], "guidance"),

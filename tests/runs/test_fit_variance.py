@@ -168,9 +168,9 @@ def test_what_cannot_be_fitted(made, fit, capfd, tmp_path):
 
 
 def test_a_learned_variance_simply_trains_and_samples(made, sample, fit):
-    """variance=learned alone chooses 2C channels and a sampler that can use them; sample.py takes the checkpoint's variance where
-    its sampler can, and fixed_small for DDIM."""
-    learned = made("learned", "variance=learned", "validation.every=1", "callbacks.ema.decay=0.5")
+    """variance=learned alone chooses 2C channels; sample.py takes the checkpoint's variance where its sampler can, and
+    fixed_small for DDIM."""
+    learned = made("learned", "variance=learned", "sampler=ddpm", "validation.every=1", "callbacks.ema.decay=0.5")
     run = load_checkpoint(learned)
     assert run.config["model"]["learned_variance"] is True
     assert isinstance(run.sampler(), DDPM)
@@ -180,11 +180,11 @@ def test_a_learned_variance_simply_trains_and_samples(made, sample, fit):
                        ({"_target_": "diffusion_lab.samplers.DDIM", "variance": None}, FixedSmall)):  # fmt: skip
         assert isinstance(variances.sampler_for(node, run)[0].variance, want)
     assert variances.sampler_for({"_target_": "diffusion_lab.samplers.Euler", "steps": 3}, run)[1] is run
-    for arguments in ((), ("variance=learned",), ("variance=fixed_large", "sampler=ddpm")):
+    for arguments in ((), ("variance=learned", "sampler=ddpm"), ("variance=fixed_large", "sampler=ddpm")):
         outcome = sample(learned, "sampler.steps=3", *arguments)
         assert outcome.code == 0, outcome.err
     refused(sample(learned, "variance=learned", "sampler=ddim"), "sampler=ddpm")
-    refused(sample(made("plain"), "variance=learned", "sampler.steps=3"), "train with variance=learned")
+    refused(sample(made("plain"), "variance=learned", "sampler=ddpm", "sampler.steps=3"), "train with variance=learned")
     assert fit(learned, "n=1", "nodes=4").code == 0, "its mean alone is looked at"
     outcome = sample(learned, "variance=analytic", "sampler.steps=3")
     assert outcome.code == 0, outcome.err
@@ -193,6 +193,7 @@ def test_a_learned_variance_simply_trains_and_samples(made, sample, fit):
 def test_the_bound_alone_with_importance_sampling(tmp_path, capfd):
     options = (
         "variance=learned",
+        "sampler=ddpm",
         "variance.loss=vlb",
         "time_sampler=importance",
         "trainer.max_steps=2",
@@ -208,8 +209,7 @@ REFUSED = {
     ("variance=npr",): "python src/fit_variance.py ckpt=PATH variance=npr",
     ("variance=learned", "sampler=ddim"): "sampler=ddpm",
     ("variance=learned", "variance.loss=mse"): "hybrid, vlb",
-    ("variance=learned", "model.learned_variance=false"): "train with variance=learned",
-    ("variance=learned", "schedule=vp", "sampler.steps=4"): "schedule=cosine",
+    ("variance=learned", "sampler=ddpm", "schedule=vp", "sampler.steps=4"): "schedule=cosine",
     ("sampler=ddpm", "sampler.max_final_noise=0"): "1 or 2 levels",
     ("sampler.grid=optimal",): "write variance=analytic",
 }
@@ -231,7 +231,7 @@ def test_and_on_the_command_line_before_training(tmp_path, capfd):
 
 def test_networks_of_one_s_own(tmp_path, capfd, fit, sample):
     """With 2C channels they learn a variance; without they are refused in one line; no features, so no second head."""
-    tiny = [o for o in TINY if not o.startswith(("model.", "rate"))]
+    tiny = [o for o in TINY if not o.startswith(("model.", "lr_scheduler"))]
     common = [*tiny, "model=custom", "trainer.max_steps=1", "schedule.steps=40", "sampler.steps=4"]
     one, two = tmp_path / "one", tmp_path / "two"
     asked = [*common, "model._target_=own_network.Own", f"hydra.run.dir={one}"]
@@ -245,7 +245,7 @@ def test_networks_of_one_s_own(tmp_path, capfd, fit, sample):
     assert outcome.code == 0, outcome.err
     refused(fit(one, trust, "variance=sn"), "Own does not show: write variance=analytic")
     assert fit(one, trust, "n=1", "nodes=4").code == 0
-    refused(sample(one, trust, "variance=learned", "sampler.steps=3"), "train with variance=learned")
+    refused(sample(one, trust, "variance=learned", "sampler=ddpm", "sampler.steps=3"), "train with variance=learned")
 
 
 def test_the_checkpoint_s_own_variance_holds(made):

@@ -132,7 +132,7 @@ def test_a_loss_that_is_no_number_is_said_and_ends_the_run(tmp_path, capfd, monk
     ended, _, err = command("train", [*arguments, f"hydra.run.dir={run}"], capfd)
     assert ended == 1
     assert "train/loss is nan at step 3" in err
-    assert "the loss is no number since step 3" in err
+    assert "training loss is NaN or Inf since step 3" in err
     assert not (run / "checkpoints" / "last.ckpt").exists()  # such weights replace none
     ((title, text),) = offline_wandb.read(run).alerts
     assert title == "the loss is no number"

@@ -7,7 +7,7 @@ import math
 import pytest
 from command import command
 
-from diffusion_lab.runs import options
+from diffusion_lab import composition
 
 NARROW = (
     "model.width=8",
@@ -26,7 +26,7 @@ BRIEF = (
 QUIET = ("logger=csv", "callbacks.samples=null", "callbacks.progress=null", "callbacks.checkpoints.every=2")
 
 
-@pytest.mark.parametrize("name", options.group_options("experiment"))
+@pytest.mark.parametrize("name", composition.options("experiment"))
 def test_two_steps_of_every_recipe(name, tmp_path, capfd):
     split = ["data.val=4", "data.test=0", "data.stratify=false"]
     arguments = [f"experiment={name}", *NARROW, *BRIEF, *QUIET, *split, f"hydra.run.dir={tmp_path / 'run'}"]

@@ -10,13 +10,14 @@ from pathlib import Path
 import optuna
 import pytest
 from command import ROOT, TINY, command
-from diffusion_lab.runs.loggers import identity
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from diffusion_lab.runs import options, sweeps
+from diffusion_lab import composition
+from diffusion_lab.cli import entry, sweeps
 from diffusion_lab.runs.report.sections import command as report_command
 from diffusion_lab.training.callbacks import Pruning
+from diffusion_lab.training.loggers import identity
 
 SHORT = (*TINY, "trainer.max_steps=4", "validation.every=2", "validation.draws=1")
 
@@ -45,7 +46,7 @@ def test_a_sweep_goes_on_after_jobs_that_fail_and_lists_them(tmp_path, capfd, mo
         lowest = min(float(row["val/loss"]) for row in csv.DictReader(file) if row["val/loss"])
     assert done["value"] == pytest.approx(lowest, rel=1e-6)
 
-    def defect(config: object) -> None:
+    def defect(*_: object) -> None:
         raise RuntimeError("no such kernel\nsecond line")
 
     monkeypatch.setattr("diffusion_lab.runs.build.data", defect)
@@ -61,7 +62,7 @@ def test_a_job_that_was_killed_is_listed(tmp_path, capsys):
     (tmp_path / "0" / ".hydra").mkdir(parents=True)
     (tmp_path / "0" / ".hydra" / "overrides.yaml").write_text("[seed=1]")
     assert sweeps.summarise(tmp_path) == 1
-    assert "failed  0  seed=1: ended without a word" in capsys.readouterr().out
+    assert "failed  0  seed=1: no result recorded" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "conf" / "sweep").glob("*.yaml")))
@@ -69,7 +70,7 @@ def test_every_sweep_composes_with_the_command_that_its_first_line_names(name):
     first = (ROOT / "conf" / "sweep" / f"{name}.yaml").read_text().splitlines()[1].removeprefix("# python src/")
     program, *words = first.split()
     arguments = [word for word in words if "=" in word]
-    config = options.check(program.removesuffix(".py"), arguments[: arguments.index(f"sweep={name}") + 1])
+    config = composition.composed(program.removesuffix(".py"), arguments[: arguments.index(f"sweep={name}") + 1])
     assert config.hydra.mode.name == "MULTIRUN"
     for key in config.hydra.sweeper.params:  # composed with its first value, so it exists
         assert OmegaConf.select(config, key) is not None
@@ -78,7 +79,7 @@ def test_every_sweep_composes_with_the_command_that_its_first_line_names(name):
 def test_the_command_of_a_job_is_that_run_alone():
     line = shlex.split(report_command(["sweep=learning_rate", "optimizer.lr=1e-3"]))
     assert line[:2] == ["python", "src/train.py"]
-    config = options.check("train", line[2:])
+    config = composition.composed("train", line[2:])
     assert config.hydra.mode.name == "RUN"
     assert config.optimizer.lr == 1e-3
 
@@ -90,7 +91,8 @@ def test_a_sweep_over_an_unknown_key_is_refused_before_the_first_job(tmp_path, c
     (conf / "sweep" / "mine.yaml").write_text(
         "# @package _global_\nhydra: { mode: MULTIRUN, sweeper: { params: { optimizer.rl: '1e-3,2e-3' } } }\n"
     )
-    monkeypatch.setattr(options, "CONF", conf)
+    monkeypatch.setattr(entry, "CONF", conf)
+    monkeypatch.setattr(composition, "CONF", conf)
     for arguments in (["sweep=mine"], ["--multirun", "optimizer.rl=1e-3,2e-3"]):
         code, _, err = command("train", [*arguments, f"hydra.sweep.dir={sweep}"], capfd)
         assert code == 2
@@ -102,7 +104,7 @@ def test_a_sweep_over_an_unknown_key_is_refused_before_the_first_job(tmp_path, c
     ("arguments", "said"),
     [
         (["optimizer.lr=interval(1e-4,1e-2)"], "hydra/sweeper=optuna"),
-        (["hydra/launcher=slrum"], "hydra/launcher/slrum"),
+        (["hydra/launcher=slrum"], "hydra/launcher=slrum"),
         (["hydra/sweeper=optuna", "hydra.sweeper.sampler=grid", "seed=0,1"], "write tpe, random"),
         (["sweep=guidance_scale"], "python src/evaluate.py sweep=guidance_scale"),
     ],

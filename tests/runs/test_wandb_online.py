@@ -10,7 +10,8 @@ import pytorch_lightning as pl
 import wandb
 from command import TINY, command
 
-from diffusion_lab.runs import loggers, train
+from diffusion_lab.runs import train
+from diffusion_lab.training import loggers
 
 
 class Server(BaseHTTPRequestHandler):

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, QuotedString, Sweep
+from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override, QuotedString, Sweep
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -60,6 +60,9 @@ def check_configuration(config: DictConfig, name: str) -> None:
     plain = OmegaConf.to_container(config, resolve=False)
     assert isinstance(plain, dict)
     overrides = composition.parse(composition.task_overrides(config.hydra))
+    named = {o.get_key_element() for o in overrides}
+    swept = (config.hydra.sweeper.get("params") or {}).items()  # what conf/sweep/NAME.yaml varies
+    overrides += composition.parse([f"{key}={value}" for key, value in swept if key not in named])
     _check_values(overrides, config, name)
     _check_root({str(k): v for k, v in plain.items() if k != "hydra"}, COMMANDS[name], "")
     try:
@@ -149,7 +152,7 @@ def _values(override: Override) -> Iterable[Any]:
     value = override.value()
     if isinstance(value, ChoiceSweep):
         return [v for v in value.list if not isinstance(v, Sweep)]
-    if override.is_discrete_sweep() and not isinstance(value, IntervalSweep):
+    if override.is_discrete_sweep() and not isinstance(value, IntervalSweep | Glob):
         return list(override.sweep_iterator())
     return [] if override.is_sweep_override() else [value]
 

@@ -30,6 +30,8 @@ def main(name: str) -> int:
     Returns:
         The exit code: 0, 2 for a refusal, 128 + a signal's number, 1 for a sweep with a failed job.
     """
+    if os.getcwd() not in sys.path:  # classes of the user's own lie there, or on PYTHONPATH
+        sys.path.append(os.getcwd())
     with one_line():
         if int(os.environ.get("LOCAL_RANK", "0")) > 0 and CONFIG_ENV in os.environ:  # started by Lightning
             return _command(name, OmegaConf.load(os.environ[CONFIG_ENV])).code
@@ -60,7 +62,7 @@ def _arguments(argv: Sequence[str]) -> Any:
         raise ConfigError(f"{message}; --help lists what can be written")
 
     parser.error = refuse  # type: ignore[method-assign]
-    arguments = parser.parse_args(list(argv))
+    arguments = parser.parse_intermixed_args(list(argv))
     for word in arguments.overrides:
         if "=" not in word and not word.startswith("~"):
             raise ConfigError(f"{word!r} is neither KEY=VALUE nor a flag; --help lists what can be written")
@@ -89,6 +91,8 @@ def _under_hydra(name: str, overrides: list[str], config_dir: str | None) -> int
             _tidy(folder)
         return None
 
+    flags = [word for word in sys.argv[1:] if word not in overrides]
+    sys.argv = [sys.argv[0], *flags, *overrides]  # Hydra reads flags first
     command = hydra.main(str(CONF), name, version_base="1.3")(task)
     sweeps.begin(None)
     try:

@@ -165,7 +165,12 @@ def _merged(config: DictConfig, resume: tuple[Path, int] | None) -> Merged:
     checkpoint = checkpoints.read(resume[0])
     latest = {o.key_or_group: str(o.input_line) for o in composition.parse([*checkpoint["overrides"], *given])}
     overrides = [line for key, line in latest.items() if key not in _NOT_FROM_CHECKPOINT]
-    composed = composition.composed("train", overrides)
+    try:
+        composed = composition.composed("train", overrides)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error}; an option that the first run had from a --config-dir needs that flag again"
+        ) from None
     both = OmegaConf.to_container(composed, resolve=False)
     held, named = OmegaConf.create(checkpoint["composed"]), set[str]()
     for override in composition.parse(given):
@@ -308,6 +313,12 @@ def _check_disk(folder: Path, network: torch.nn.Module, settings: Mapping[str, A
 # what the user reads ------------------------------------------------------------------------------------------------------
 
 
+def _config_dir() -> str | None:
+    """The folder of options that this command line added by --config-dir."""
+    sources = HydraConfig.get().runtime.config_sources if HydraConfig.initialized() else []
+    return next((str(source.path) for source in sources if source.provider == "command-line"), None)
+
+
 def _quiet() -> None:
     """Lightning's banners and advice about loaders it does not know of; what this run does is said by `_announce`."""
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
@@ -371,8 +382,9 @@ def _report(trainer: pl.Trainer, hooks: list[pl.Callback], settings: Mapping[str
     if kept:
         program, modules = Path(sys.argv[0]).parent / "train.py", untrusted_modules(settings)
         trust = f" trust=[{','.join(modules)}]" if modules else ""
+        again = f"{trust} --config-dir={shlex.quote(config_dir)}" if (config_dir := _config_dir()) else trust
         if step < trainer.max_steps and kept.last_path.is_file():
-            _say(f"resume   python {program} ckpt={shlex.quote(str(kept.last_path))}{trust}")
+            _say(f"resume   python {program} ckpt={shlex.quote(str(kept.last_path))}{again}")
         if kept.last_path.is_file():
             _say(
                 f"sample   python {program.with_name('sample.py')} ckpt={shlex.quote(str(kept.last_path))} n=64{trust}"

@@ -183,5 +183,7 @@ def log(settings: Mapping[str, Any], out: Path, rows: list[Row]) -> None:
     who = Identity(out.name, None, [], secrets.token_hex(4))
     for name, node in (settings.get("logger") or {}).items():
         if node is not None:
+            if node.get("save_dir") == settings["run_dir"]:  # which out= stands for
+                node = {**node, "save_dir": str(out)}
             given = accepted(node, save_dir=str(out), who=who, config=dict(settings), job_type="evaluate")
             log_table(instantiate(node, f"logger.{name}", **given), out, "quality", names, values, curves)
