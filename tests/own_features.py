@@ -23,7 +23,7 @@ class Colored(Pooled):
     def __init__(self) -> None:
         super().__init__()
         self.mix = nn.Conv2d(3, 1, 1, bias=False)
-        nn.init.constant_(self.mix.weight, 1 / 3)
+        nn.init.constant_(self.mix.weight, 1 / 3).requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
         return nn.functional.avg_pool2d(self.mix(images.float() / 255), 4).flatten(1)

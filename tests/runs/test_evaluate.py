@@ -16,6 +16,7 @@ from diffusion_lab.metrics import extractors
 from diffusion_lab.metrics.collect import Processes
 from diffusion_lab.metrics.frechet import frechet_distance, moments
 from diffusion_lab.runs import build, load_checkpoint
+from diffusion_lab.runs.evaluate import samplers
 from diffusion_lab.runs.evaluate.prepare import prepare
 from diffusion_lab.runs.evaluate.work import rows
 from diffusion_lab.runs.sample import write
@@ -51,7 +52,8 @@ def settings(run, cache, tmp_path):
     def call(*overrides, metrics=None, **values):
         chosen = () if metrics is None else (f"metrics=[{','.join(metrics)}]",)
         base = composed("evaluate", *QUICK, *chosen, *overrides)
-        return {**base, "cache": str(cache), "ckpt": str(run), "out": str(tmp_path / "out"), **values}
+        resolved = {**base, "cache": str(cache), "ckpt": str(run), "out": str(tmp_path / "out"), **values}
+        return {**resolved, "sampler_nodes": samplers.nodes(resolved) if resolved["ckpt"] else {}}
 
     return call
 
@@ -264,7 +266,7 @@ def test_what_cannot_be_is_refused(settings, values, remedy, tmp_path):
 
 
 def test_mistakes_of_the_command_line_are_one_line(evaluate):
-    assert "write samplers=" in evaluate("sampler=ddpm", code=2)
+    assert "write samplers=[ddpm]" in evaluate("sampler=ddpm", code=2)
     assert "nowhere" in evaluate("data=mnist", "data.root=nowhere", "data.download=false", code=2)
     assert "did you mean samplers" in evaluate("samples=[ddim]", code=2)
 

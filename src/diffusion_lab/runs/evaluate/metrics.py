@@ -68,5 +68,5 @@ def build(nodes: Mapping[str, Any]) -> Chosen:
 def _built(node: Mapping[str, Any], where: str) -> Any:
     try:
         return instantiate(node, where)
-    except ModuleNotFoundError as error:  # packages that torchmetrics imports on use
-        raise ConfigError(f"{where}: {node['_target_']} needs a package ({' '.join(str(error).split())})") from error
+    except (ModuleNotFoundError, RuntimeError) as error:  # packages that torchmetrics imports on use; a feature module
+        raise ConfigError(f"{where}: {node['_target_']} cannot be built: {' '.join(str(error).split())}") from error
