@@ -19,6 +19,7 @@ from diffusion_lab import renames
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.instantiation import CONF
 
+LISTS = ("logger", "metrics")  # groups of which several options are chosen; each file states its package
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException)
 
 
@@ -48,6 +49,14 @@ def refuse_renamed(overrides: Sequence[Override]) -> None:
             raise ConfigError(f"{override.input_line} was renamed: write {new}")
 
 
+def refuse_null_list(overrides: Sequence[Override]) -> None:
+    """Raise ConfigError for metrics=null or logger=null, of which Hydra makes a defect: their choice is a list."""
+    for override in overrides:
+        key = override.key_or_group
+        if key in LISTS and not override.is_delete() and override.value() is None:
+            raise ConfigError(f"{key}=null is no list of options: write {key}=[] for none, or {key}=[OPTION,…]")
+
+
 @contextmanager
 def hydra_of_its_own(config_dir: str | None = None) -> Iterator[list[str]]:
     """Hydra for `compose` outside a running command; yields the overrides that add `config_dir` to its search path."""
@@ -67,6 +76,7 @@ def composed(name: str, overrides: Sequence[str] = (), config_dir: str | None = 
         ConfigError: one line that names what is wrong and what to write instead.
     """
     refuse_renamed(parse(overrides))
+    refuse_null_list(parse(overrides))
     try:
         if GlobalHydra.instance().is_initialized() and config_dir is None:
             return compose(name, list(overrides), return_hydra_config=True)

@@ -1,6 +1,8 @@
 """Exactly n images, each in one process, whatever their number; NaN by index; memory that does not grow."""
 
+import functools
 import itertools
+import math
 import tracemalloc
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from oracle import Gaussian, oracle
 from torch import distributed, multiprocessing, nn
 
 from diffusion_lab.denoiser import Denoiser
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.metrics.collect import Processes, blocks, collect, sampled
 from diffusion_lab.metrics.extractors import Extractor, Features
 from diffusion_lab.metrics.frechet import frechet_distance, moments
@@ -80,6 +83,28 @@ def measured(n, size, processes, keep=True):
     return made, got
 
 
+def received(n, size, processes):
+    """The blocks that rank 0 receives of n different images; what it then raises is raised in every process."""
+    parts = []
+    numbers = torch.arange(n, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 2, 2)
+    assert collect(lambda b: numbers[b.start : b.stop], n, size, [], feed=parts.append, processes=processes) == {}
+    assert processes.first(lambda: len(parts)) == math.ceil(n / size)
+
+    def refuse(images):
+        if images[0, 0, 0, 0] == size:  # the second block
+            raise ConfigError("no such images")
+
+    with pytest.raises(ConfigError, match="no such images"):
+        collect(lambda b: numbers[b.start : b.stop], n, size, [], feed=refuse, processes=processes)
+    with pytest.raises(ConfigError, match="no figure"):
+        processes.first(functools.partial(fail, "no figure"))
+    return parts
+
+
+def fail(reason):
+    raise ConfigError(reason)
+
+
 def test_blocks_hold_every_image_once():
     for n, size, world in itertools.product((2, 7, 12, 100), (1, 4, 12, 500), (1, 2, 3, 5)):
         parts = [list(blocks(n, size, rank, world)) for rank in range(world)]
@@ -104,6 +129,7 @@ def _work(rank, folder, world):
         if rank < count:
             distributed.init_process_group("gloo", init_method=f"file://{folder}/{count}", rank=rank, world_size=count)
             found = [measured(n, size, Processes()) for n, size in CASES]
+            torch.save([received(n, size, Processes()) for n, size in CASES], f"{folder}/fed-{count}-{rank}.pt")
             torch.save(
                 [(made, vars(got) | {"sums": got.sums.vector}) for made, got in found], f"{folder}/{count}-{rank}.pt"
             )
@@ -121,6 +147,12 @@ def test_one_two_and_three_processes_give_the_same_images_and_values(tmp_path):
     multiprocessing.spawn(_work, (str(tmp_path), 3), nprocs=3)
     reference = Reference(moments(torch.randn(200, 64)), torch.randn(200, 64), None, Path())
     for count in (2, 3):
+        fed = [torch.load(tmp_path / f"fed-{count}-{rank}.pt", weights_only=True) for rank in range(count)]
+        for case, (n, size) in enumerate(CASES):
+            want = received(n, size, Processes())
+            assert [part.flatten().tolist() for part in fed[0][case]] == [part.flatten().tolist() for part in want]
+            assert torch.equal(torch.cat(want)[:, 0, 0, 0], torch.arange(n))
+            assert all(share[case] == [] for share in fed[1:])
         parts = [torch.load(tmp_path / f"{count}-{rank}.pt", weights_only=True) for rank in range(count)]
         for case, (made, want) in enumerate(alone):
             shares = [part[case][0] for part in parts]
@@ -227,7 +259,7 @@ def test_memory_does_not_grow_with_n():
 
 def test_metrics_are_sorted_by_extractor_and_named_by_it():
     def keys(*names, extractor=None):
-        return {e: list(metrics) for e, metrics in plan(metrics_of(*names), extractor).asked.items()}
+        return {e: list(metrics) for e, metrics in plan(metrics_of(*names), extractor).by_extractor.items()}
 
     assert keys("fid", "prdc", "fd_classifier") == {"inception": ["fid", "prdc"], "classifier": ["fd_classifier"]}
     assert keys("fd_classifier", "prdc") == {"classifier": ["fd_classifier", "prdc"]}

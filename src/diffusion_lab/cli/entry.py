@@ -42,6 +42,7 @@ def main(name: str) -> int:
             show(name, arguments.overrides, arguments.config_dir)
             return 0
         composition.refuse_renamed(composition.parse(arguments.overrides))
+        composition.refuse_null_list(composition.parse(arguments.overrides))
         started = launchers.launched()
         if started and not (arguments.cfg or arguments.info or arguments.hydra_help):
             folder = [o for o in arguments.overrides if o.startswith("hydra.run.dir=")]

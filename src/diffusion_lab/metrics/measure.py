@@ -16,16 +16,16 @@ Metrics = Mapping[str, FeatureMetric]  # by their keys in `metrics`
 class Plan(NamedTuple):
     """Which metrics are taken in which extractor: its name, or "own" for a module → key → metric."""
 
-    asked: dict[str, dict[str, FeatureMetric]]
+    by_extractor: dict[str, dict[str, FeatureMetric]]
     main: str  # the extractor of metrics that are not pinned to one; empty without metrics
 
     def features(self, extractor: str) -> bool:
         """Whether its features are kept, not only their sums."""
-        return any(metric.keeps_features for metric in self.asked[extractor].values())
+        return any(metric.keeps_features for metric in self.by_extractor[extractor].values())
 
     def logits(self, extractor: str) -> bool:
         """Whether its logits are kept."""
-        return any(metric.keeps_logits for metric in self.asked[extractor].values())
+        return any(metric.keeps_logits for metric in self.by_extractor[extractor].values())
 
 
 def plan(metrics: Metrics, extractor: str | None) -> Plan:
@@ -38,10 +38,10 @@ def plan(metrics: Metrics, extractor: str | None) -> Plan:
     if not metrics:
         return Plan({}, "")
     main = extractor or ("inception" if any(metric.of_inception for metric in metrics.values()) else "classifier")
-    asked: dict[str, dict[str, FeatureMetric]] = {}
+    by_extractor: dict[str, dict[str, FeatureMetric]] = {}
     for key, metric in metrics.items():
-        asked.setdefault(metric.pinned or main, {})[key] = metric
-    return Plan(asked, main)
+        by_extractor.setdefault(metric.pinned or main, {})[key] = metric
+    return Plan(by_extractor, main)
 
 
 def check(metrics: Metrics, extractor: Extractor, n: int) -> None:

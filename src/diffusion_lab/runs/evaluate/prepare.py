@@ -73,7 +73,7 @@ def prepare(settings: dict[str, Any], rank: int = 0) -> Prepared:
     on = device(settings["device"], settings["devices"], rank)
     run = _run(settings, on) if settings["ckpt"] else None
     asked = samplers.build(settings, run) if run else []
-    if "inception" in plan.asked:
+    if "inception" in plan.by_extractor:
         extractors.weights(settings["weights_path"])  # before the data are opened, let alone a classifier trained
     data = _data(settings, run)
     shape = (data.channels, data.image_size[0], data.image_size[1])
@@ -87,7 +87,7 @@ def prepare(settings: dict[str, Any], rank: int = 0) -> Prepared:
         raise ConfigError(
             f"split={settings['split']} holds {len(real)} image(s), and 2 at least are needed: write split=all"
         )
-    judges = {name: _extractor(name, settings, data, shape).to(on) for name in plan.asked}
+    judges = {name: _extractor(name, settings, data, shape).to(on) for name in plan.by_extractor}
     references = {name: _reference(settings, plan, name, judge, data, real) for name, judge in judges.items()}
     n = settings["n"] or (given.count if given else min(len(real), MOST))
     if given and n > given.count:
@@ -124,7 +124,7 @@ def prepare(settings: dict[str, Any], rank: int = 0) -> Prepared:
     elif given and given.labels is not None:
         prepared.labels = given.labels[:n]
     for name, judge in judges.items():
-        measure.check(plan.asked[name], judge, n)
+        measure.check(plan.by_extractor[name], judge, n)
         warning = singular(n, judge.dim)
         if warning:
             prepared.warnings.append(f"extractor {judge.name}: {warning}")
@@ -206,9 +206,9 @@ def _reference(
     settings: Mapping[str, Any], plan: Plan, name: str, judge: Extractor, data: DataModule, real: reference.Images
 ) -> Reference:
     key = reference.key_of(real, reference.described(data.source), settings["split"], judge)
-    if len(plan.asked) > 1 and (settings["reference"] or settings["save_reference"]):
+    if len(plan.by_extractor) > 1 and (settings["reference"] or settings["save_reference"]):
         raise ConfigError(
-            f"reference= is of one extractor, and these metrics take {' and '.join(plan.asked)}: ask for fewer"
+            f"reference= is of one extractor, and these metrics take {' and '.join(plan.by_extractor)}: ask for fewer"
         )
     if settings["reference"]:
         if plan.features(name):

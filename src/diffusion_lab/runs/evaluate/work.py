@@ -144,7 +144,7 @@ def _once(prepared: Prepared, processes: Processes, asked: Asked | None, seed: i
     )
     found: Row = {}
     for name, extractor in p.extractors.items():
-        found |= measure(p.plan.asked[name], extractor, collected[extractor.name], p.references[name])
+        found |= measure(p.plan.by_extractor[name], extractor, collected[extractor.name], p.references[name])
     if p.feeds:
         found |= processes.first(lambda: {k: v for metric in fed.values() for k, v in metric.figures().items()})
     evaluations, count = processes.sum(work).tolist()
@@ -154,7 +154,7 @@ def _once(prepared: Prepared, processes: Processes, asked: Asked | None, seed: i
 def _common(prepared: Prepared, processes: Processes) -> Row:
     """What holds for every row: everything else that another needs to get the same numbers."""
     p = prepared
-    words = protocol({key: metric for metrics in p.plan.asked.values() for key, metric in metrics.items()})
+    words = protocol({key: metric for metrics in p.plan.by_extractor.values() for key, metric in metrics.items()})
     words |= {key: metric.protocol for key, metric in p.image_metrics.items()}
     out: Row = {"protocol": words, "batch_size": p.settings["batch_size"], "processes": processes.world}
     out["data"] = {"name": type(p.data.source).__name__, "shape": [p.data.channels, *p.data.image_size]}
