@@ -37,7 +37,15 @@ def test_each_configuration_states_every_argument(path):
 
 
 def test_all_sets_are_configured():
-    assert {path.stem for path in CONF} == {"digits", "mnist", "fashion_mnist", "cifar10", "celeba", "image_folder", "custom"}
+    assert {path.stem for path in CONF} == {
+        "digits",
+        "mnist",
+        "fashion_mnist",
+        "cifar10",
+        "celeba",
+        "image_folder",
+        "custom",
+    }
 
 
 def test_digits_split_and_described():

@@ -308,12 +308,18 @@ def _slurm() -> list[Any] | None:
 
 
 def saved(
-    resolved: Config, composed: Config, overrides: Sequence[str], choices: Mapping[str, str], wandb_id: str
+    resolved: Config,
+    composed: Config,
+    overrides: Sequence[str],
+    choices: Mapping[str, str],
+    wandb_id: str,
+    class_names: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What this project adds to a checkpoint: plain values only, so that it loads with weights_only=True."""
     return {
         "choices": dict(choices),
         "wandb_id": wandb_id,
+        "class_names": list(class_names),
         "config": copy.deepcopy(dict(resolved)),
         "overrides": list(overrides),
         "composed": copy.deepcopy(dict(composed)),  # the same with its interpolations, to resume with overrides on top
