@@ -112,6 +112,8 @@ def _unknown_option(group: str, option: str, options: Sequence[str]) -> str:
 def _unknown_key(override: Override, name: str, config_dir: str | None) -> str:
     key = override.key_or_group.split("@")[0]
     if (CONF / key).is_dir():
+        if f"{key}s" in OmegaConf.load(CONF / f"{name}.yaml"):  # evaluate.py's list of samplers
+            return f"{override.input_line} is not an option of {name}.py: write {key}s=[{override.value()}]"
         return _not_of_this_command(override, name, {key})
     if new := renames.FOREIGN_KEYS.get(key.rsplit(".", 1)[-1]):
         return f"unknown key {key}: write {new}"

@@ -14,7 +14,9 @@ from diffusion_lab.metrics.collect import Processes, blocks, collect, sampled
 from diffusion_lab.metrics.extractors import Extractor, Features
 from diffusion_lab.metrics.frechet import frechet_distance, moments
 from diffusion_lab.metrics.measure import label, measure, plan
+from diffusion_lab.metrics.options import FD, FID, KID, PRDC, FDClassifier, InceptionScore
 from diffusion_lab.metrics.reference import Reference
+from diffusion_lab.metrics.scores import inception_score, kid, prdc
 from diffusion_lab.models.classifier import Classifier
 from diffusion_lab.noise import normal
 from diffusion_lab.objectives import PredNoise
@@ -34,6 +36,12 @@ class Judging(Extractor):
     def extract(self, images):
         hidden = self.network.features(images / 127.5 - 1)
         return Features(hidden, 40 * self.network.head(hidden))
+
+
+def metrics_of(*names):
+    """The options of these names with their defaults, by name."""
+    options = (FD, FID, FDClassifier, KID, InceptionScore, PRDC)
+    return {name: next(option for option in options if option.key == name)() for name in names}
 
 
 class Small(nn.Module):
@@ -218,19 +226,43 @@ def test_memory_does_not_grow_with_n():
 
 
 def test_metrics_are_sorted_by_extractor_and_named_by_it():
-    assert plan(["fid", "prdc", "fd_classifier"], None).asked == {
-        "inception": ["fid", "prdc"],
-        "classifier": ["fd_classifier"],
-    }
-    assert plan(["fd_classifier", "prdc"], None).asked == {"classifier": ["fd_classifier", "prdc"]}
-    assert plan(["kid", "is", "fid"], "classifier").asked == {"classifier": ["kid", "is"], "inception": ["fid"]}
-    assert plan(["fd", "fd"], "own").asked == {"own": ["fd"]}
-    for bad in (["fidd"], []):
-        with pytest.raises(ValueError, match="write some of fid, kid"):
-            plan(bad, None)
+    def keys(*names, extractor=None):
+        return {e: list(metrics) for e, metrics in plan(metrics_of(*names), extractor).asked.items()}
+
+    assert keys("fid", "prdc", "fd_classifier") == {"inception": ["fid", "prdc"], "classifier": ["fd_classifier"]}
+    assert keys("fd_classifier", "prdc") == {"classifier": ["fd_classifier", "prdc"]}
+    assert keys("kid", "is", "fid", extractor="classifier") == {"classifier": ["kid", "is"], "inception": ["fid"]}
+    assert keys("fd", "fd", extractor="own") == {"own": ["fd"]}
+    assert keys() == {}
     _, got = measured(23, 5, Processes())
     reference = Reference(moments(torch.randn(200, 64)), torch.randn(200, 64), None, Path())
-    named = measure(["kid", "is", "prdc", "fd"], Judging(), got, reference)
+    named = measure(metrics_of("kid", "is", "prdc", "fd"), Judging(), got, reference)
     assert {"kid_classifier", "is_classifier", "precision", "coverage", "fd_classifier", "recognised"} <= set(named)
     assert not {"fid", "kid", "is"} & set(named)
     assert [label("fid", n) for n in (1000, 50_000, 2500, 900)] == ["fid_1k", "fid_50k", "fid_2500", "fid_900"]
+
+
+def test_a_metric_under_a_key_of_its_own_has_its_own_arguments_and_names():
+    """Three neighbors of density in place of five, subsets of ten: the functions' figures, under the key."""
+    _, got = measured(23, 5, Processes())
+    g = torch.Generator().manual_seed(1)
+    real = got.features[torch.randint(0, 23, (40,), generator=g)] + 0.3 * torch.randn(40, 64, generator=g)
+    reference = Reference(moments(real), real, None, Path())
+    own = {"near": PRDC(neighbors=1, density_neighbors=2), "small": KID(subsets=7, subset_size=10), "mine": FD()}
+    named = measure({**own, "is": InceptionScore(splits=2), "prdc": PRDC()}, Judging(), got, reference)
+    near = prdc(got.features, real, 1, 2)
+    assert {name: named[f"near_{name}"] for name in near} == near
+    assert near != {name: named[name] for name in near} == prdc(got.features, real)
+    assert (named["small"], named["small_std"]) == tuple(kid(got.features, real, 7, 10))
+    assert named["is_classifier"] == inception_score(got.logits, 2).mean
+    assert named["mine"] == frechet_distance(got.sums.moments(), reference.moments)
+    assert PRDC(neighbors=7).least == 8
+    assert InceptionScore(splits=4).least == 4
+    for make in (
+        lambda: KID(subset_size=1),
+        lambda: KID(subsets=0),
+        lambda: PRDC(neighbors=0),
+        lambda: InceptionScore(0),
+    ):
+        with pytest.raises(ValueError, match="write at least"):
+            make()

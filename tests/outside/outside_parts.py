@@ -13,6 +13,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
 
 from diffusion_lab.data.images import Examples
 from diffusion_lab.data.sources import Dataset, Source
@@ -159,3 +160,15 @@ class Logger(CSVLogger):
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
         USED.add("logger")
         super().log_metrics(metrics, step)
+
+
+class Brightness(MeanMetric):
+    """The mean byte of the samples, scaled."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def update(self, images: Tensor) -> None:
+        USED.add("metrics")
+        super().update(images * self.scale)

@@ -1,6 +1,7 @@
 """A new option of every group through --config-dir, its class on PYTHONPATH and nothing else: train, resume, sample, evaluate."""
 
 import importlib
+import json
 import sys
 
 import pytest
@@ -74,9 +75,13 @@ def test_sampling_and_evaluation_take_their_own_options(run, tmp_path, capfd, pa
     parts.USED.clear()
     measured = ["samplers=[outside]", "steps=[2]", "clip=outside", "guidance=outside", "n=12", "extractor=classifier"]
     own = [f"cache={tmp_path / 'cache'}", f"out={tmp_path / 'metrics'}", "logger=[outside]"]
+    own += ["metrics=[fd_classifier,outside]", "metrics.outside.scale=0.25"]
     outcome = command("evaluate", [FLAG, *asked, *measured, *own], capfd)
     assert outcome.code == 0, outcome.err
-    assert {"sampler", "clip", "guidance", "data", "logger"} <= parts.USED
+    assert {"sampler", "clip", "guidance", "data", "logger", "metrics"} <= parts.USED
+    (row,) = json.loads((tmp_path / "metrics" / "metrics.json").read_text())
+    assert 0 < row["metrics"]["outside"] < 64
+    assert "fd_classifier" in row["metrics"]
 
 
 def test_a_resumed_run_goes_on_with_them(run, tmp_path, capfd, parts):

@@ -16,6 +16,7 @@ from diffusion_lab.metrics import extractors
 from diffusion_lab.metrics.collect import Processes
 from diffusion_lab.metrics.frechet import frechet_distance, moments
 from diffusion_lab.runs import build, load_checkpoint
+from diffusion_lab.runs.evaluate import samplers
 from diffusion_lab.runs.evaluate.prepare import prepare
 from diffusion_lab.runs.evaluate.work import rows
 from diffusion_lab.runs.sample import write
@@ -48,9 +49,11 @@ def evaluate(run, cache, tmp_path, capfd):
 def settings(run, cache, tmp_path):
     """settings(*overrides, key=value) → what the command resolves them to."""
 
-    def call(*overrides, **values):
-        base = composed("evaluate", *QUICK, *overrides)
-        return {**base, "cache": str(cache), "ckpt": str(run), "out": str(tmp_path / "out"), **values}
+    def call(*overrides, metrics=None, **values):
+        chosen = () if metrics is None else (f"metrics=[{','.join(metrics)}]",)
+        base = composed("evaluate", *QUICK, *chosen, *overrides)
+        resolved = {**base, "cache": str(cache), "ckpt": str(run), "out": str(tmp_path / "out"), **values}
+        return {**resolved, "sampler_nodes": samplers.nodes(resolved) if resolved["ckpt"] else {}}
 
     return call
 
@@ -161,9 +164,10 @@ def test_a_module_of_ones_own_measures(measured, made):
 def test_every_sampler_of_its_folder_is_known(measured):
     """Also one that chooses its own steps, with options of its own."""
     loose = {"ode": {"rtol": 0.5, "atol": 0.5}}
-    entries = [loose if name == "ode" else name for name in composition.options("sampler")]
+    names = [name for name in composition.options("sampler") if name != "custom"]
+    entries = [loose if name == "ode" else name for name in names]
     found = measured(samplers=entries, steps=[3], n=66, batch_size=66)
-    assert [r["sampler"].split("(")[0] for r in found] == composition.options("sampler")
+    assert [r["sampler"].split("(")[0] for r in found] == names
     assert all(r["nfe"] >= 3 for r in found)
     found = measured(samplers=["ddim", {"ddim": {"eta": 1}}], budget=[2], n=66, batch_size=66)
     assert [(r["sampler"], r["nfe"]) for r in found] == [("ddim", 2), ("ddim(eta=1)", 2)]
@@ -233,7 +237,7 @@ def test_inception_metrics_without_weights_are_one_line(evaluate, settings, tmp_
 @pytest.mark.parametrize(
     ("values", "remedy"),
     [
-        ({"metrics": ["fud"]}, "write some of fid, kid, is, prdc"),
+        ({"metrics": ["fud"]}, "write one of custom, fd, fd_classifier, fid, is, kid, nll, prdc"),
         ({"metrics": []}, "write some of fid, kid, is, prdc"),
         ({"n": 1}, "n=1: write at least 2"),
         ({"samplers": ["dpm"]}, "samplers=dpm is unknown"),
@@ -262,7 +266,7 @@ def test_what_cannot_be_is_refused(settings, values, remedy, tmp_path):
 
 
 def test_mistakes_of_the_command_line_are_one_line(evaluate):
-    assert "write samplers=" in evaluate("sampler=ddpm", code=2)
+    assert "write samplers=[ddpm]" in evaluate("sampler=ddpm", code=2)
     assert "nowhere" in evaluate("data=mnist", "data.root=nowhere", "data.download=false", code=2)
     assert "did you mean samplers" in evaluate("samples=[ddim]", code=2)
 

@@ -108,7 +108,8 @@ GROUPS = sorted(p.name for p in CONF.iterdir() if p.is_dir() and p.name not in (
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_option_of_every_group_composes(group):
     for option in composition.options(group):
-        assert composed("sample" if group == "guidance" else "train", f"{group}={option}")["seed"] == 0
+        command_of = {"guidance": "sample", "metrics": "evaluate"}
+        assert composed(command_of.get(group, "train"), f"{group}={option}")["seed"] == 0
 
 
 # recipe, experiment, sweep and debug are overlays; a data set chooses its recipe and network; quality adds a callback
@@ -223,6 +224,7 @@ def test_every_group_of_the_surface_is_there():
         "condition": "none label",
         "trainer": "auto cpu gpu ddp",
         "logger": "csv wandb tensorboard none",
+        "metrics": "fid kid is prdc fd_classifier nll custom",
     }.items():
         assert set(names.split()) <= set(composition.options(group))
 

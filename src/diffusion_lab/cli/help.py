@@ -62,8 +62,9 @@ def _comments(name: str, choices: dict[str, Any]) -> Iterator[tuple[str, str]]:
             path = CONF / str(group) / f"{one}.yaml"
             if path.is_file() and not str(group).startswith("hydra"):
                 yield from _of_group(path, str(group))
-    for path in sorted((CONF / "logger").glob("*.yaml")):
-        yield from _of_file(path, "")
+    for group in ("logger", "metrics"):  # lists: every file states its package
+        for path in sorted((CONF / group).glob("*.yaml")):
+            yield from _of_file(path, "")
 
 
 def _of_group(path: Path, group: str) -> Iterator[tuple[str, str]]:

@@ -91,7 +91,7 @@ class Evaluate:
     ckpt: str | None
     images: str | None
     weights: str
-    metrics: list[str] | Node
+    metrics: Node
     extractor: str | Node | None
     weights_path: str | None
     n: int | None

@@ -44,6 +44,28 @@ class Processes:
             distributed.all_reduce(tensor)
         return tensor.cpu()
 
+    def gather(self, tensor: Tensor | None) -> list[Tensor]:
+        """The tensors of all processes in the order of their ranks, on rank 0; an empty list elsewhere. None adds nothing."""
+        if self.world == 1:
+            return [] if tensor is None else [tensor]
+        parts: list[Any] | None = [None] * self.world if self.rank == 0 else None
+        distributed.gather_object(None if tensor is None else tensor.cpu(), parts, dst=0)
+        return [part for part in parts or [] if part is not None]
+
+    def first(self, make: Callable[[], Any]) -> Any:
+        """What `make` returns on rank 0, in every process; what it raises there is raised in every process."""
+        outcome: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                outcome[0] = make()
+            except Exception as error:
+                outcome[1] = error
+        if self.world > 1:
+            distributed.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
     def agree(self, error: Exception | None) -> None:
         """Raises everywhere what one process met, so that none waits for another that is gone."""
         met: list[Any] = [error]
@@ -63,9 +85,15 @@ def blocks(n: int, size: int, rank: int = 0, world: int = 1) -> Iterator[range]:
     Raises:
         ValueError: size < 1.
     """
+    return (block for block in rounds(n, size, rank, world) if len(block))
+
+
+def rounds(n: int, size: int, rank: int = 0, world: int = 1) -> Iterator[range]:
+    """As `blocks`, with an empty range in the last round where none is left for this process: all have equally many rounds."""
     if size < 1:
         raise ConfigError(f"batch_size={size}: write at least 1")
-    for start in range(rank * size, n, world * size):
+    for first in range(0, n, world * size):
+        start = min(first + rank * size, n)
         yield range(start, min(start + size, n))
 
 
@@ -96,6 +124,7 @@ def collect(
     features: Collection[str] = (),
     logits: Collection[str] = (),
     labels: Tensor | None = None,
+    feed: Callable[[Tensor], None] | None = None,
     processes: Processes | None = None,
     progress: str = "",
 ) -> dict[str, Collected]:
@@ -109,6 +138,7 @@ def collect(
         features: names of the extractors whose features are kept, of the first 10,000 images.
         logits: names of the extractors whose logits are kept, of all.
         labels: int64 (n,), the classes that were asked for.
+        feed: on rank 0 it receives every block as uint8, in the order of the images; all processes pass one, or none does.
         processes: those that share the work.
         progress: what a bar says; none if empty.
 
@@ -123,18 +153,29 @@ def collect(
         raise ConfigError(f"n={n}: a distance needs at least 2 images")
     tallies = {e.name: _Tally(e, n, min(n, MOST) if e.name in features else 0, e.name in logits) for e in extractors}
     error: Exception | None = None
-    try:
-        with tqdm(total=n, desc=progress, unit="image", leave=False, disable=not progress or processes.rank > 0) as bar:
-            for block in blocks(n, size, processes.rank, processes.world):
-                made = images(block)
-                if made.is_floating_point():
-                    refuse_nan(made, block.start, "the pixels")
-                    made = to_uint8(made)
-                for tally in tallies.values():
-                    tally.add(made, block, None if labels is None else labels[block.start : block.stop])
-                bar.update(min(len(block) * processes.world, n - bar.n))
-    except Exception as met:  # a defect too: or the other processes would wait for this one
-        error = met
+    with tqdm(total=n, desc=progress, unit="image", leave=False, disable=not progress or processes.rank > 0) as bar:
+        for block in rounds(n, size, processes.rank, processes.world):
+            made = None
+            try:
+                if len(block) and error is None:
+                    made = images(block)
+                    if made.is_floating_point():
+                        refuse_nan(made, block.start, "the pixels")
+                        made = to_uint8(made)
+                    for tally in tallies.values():
+                        tally.add(made, block, None if labels is None else labels[block.start : block.stop])
+                    bar.update(min(len(block) * processes.world, n - bar.n))
+            except Exception as met:  # a defect too: or the other processes would wait for this one
+                error = met
+            if feed is not None:  # every process takes part in every round
+                processes.agree(error)
+                try:
+                    for part in processes.gather(made):
+                        feed(part)
+                except Exception as met:
+                    error = met
+            elif error is not None:
+                break
     processes.agree(error)
     return {name: tally.reduced(processes) for name, tally in tallies.items()}
 

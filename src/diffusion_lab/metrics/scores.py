@@ -24,12 +24,14 @@ class Score(NamedTuple):
     std: float
 
 
-def kid(features: Tensor, real: Tensor) -> Score:
-    """Squared MMD with the kernel (x·y/D + 1)³, unbiased, over 100 subsets of at most 1,000 (Bińkowski et al. 2018).
+def kid(features: Tensor, real: Tensor, subsets: int = SUBSETS, subset_size: int = SUBSET) -> Score:
+    """Squared MMD with the kernel (x·y/D + 1)³, unbiased, over random subsets (Bińkowski et al. 2018).
 
     Args:
         features: of the samples, float (N, D).
         real: of the data, float (M, D).
+        subsets: their number.
+        subset_size: images of a subset, at most N and M.
 
     Raises:
         ValueError: fewer than 2 images in a set, or NaN.
@@ -37,57 +39,62 @@ def kid(features: Tensor, real: Tensor) -> Score:
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
     _check(features, real, 2, "kid")
-    size = min(SUBSET, len(features), len(real))
+    size = min(subset_size, len(features), len(real))
     out = kid_features_to_metric(
-        features.double(), real.double(), kid_subsets=SUBSETS, kid_subset_size=size, verbose=False
+        features.double(), real.double(), kid_subsets=subsets, kid_subset_size=size, verbose=False
     )
     return Score(out[KEY_METRIC_KID_MEAN], out[KEY_METRIC_KID_STD])
 
 
-def inception_score(logits: Tensor) -> Score:
-    """exp E KL(p(y|x) ‖ p(y)) over 10 splits of the shuffled samples (Salimans et al. 2016).
+def inception_score(logits: Tensor, splits: int = SPLITS) -> Score:
+    """exp E KL(p(y|x) ‖ p(y)) over splits of the shuffled samples (Salimans et al. 2016).
 
     Args:
         logits: of the samples, float (N, K).
+        splits: their number.
 
     Raises:
-        ValueError: fewer than 10 images, or NaN.
+        ValueError: fewer images than splits, or NaN.
     """
     from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
 
-    refuse_few(len(logits), SPLITS, "is, a mean over 10 splits,")
+    refuse_few(len(logits), splits, f"is, a mean over {splits} splits,")
     refuse_nan(logits, of="the logits")
-    out = isc_features_to_metric(logits, splits=SPLITS)
+    out = isc_features_to_metric(logits, splits=splits)
     return Score(out[KEY_METRIC_ISC_MEAN], out[KEY_METRIC_ISC_STD])
 
 
-def prdc(features: Tensor, real: Tensor) -> dict[str, float]:
-    """Precision and recall (k = 3), density and coverage (k = 5) by nearest neighbours.
+def prdc(
+    features: Tensor, real: Tensor, neighbors: int = NEAREST, density_neighbors: int = NEAREST_DENSITY
+) -> dict[str, float]:
+    """Precision, recall, density and coverage by nearest neighbors.
 
-    A ball around each image of a set reaches its k-th nearest neighbour of that set. Precision: the share of samples in some
+    A ball around each image of a set reaches its k-th nearest neighbor of that set. Precision: the share of samples in some
     real ball; recall: of real images in some ball of a sample (Kynkäänniemi et al. 2019). Density: in how many real balls a
     sample lies, divided by k; coverage: the share of real balls that hold a sample (Naeem et al. 2020, eq. 4 and 6).
 
     Args:
         features: of the samples, float (N, D).
         real: of the data, float (M, D).
+        neighbors: k of precision and recall.
+        density_neighbors: k of density and coverage.
 
     Raises:
-        ValueError: no more than 5 images in a set, or NaN.
+        ValueError: no more than the larger k images in a set, or NaN.
     """
     from torch_fidelity.metric_prc import calculate_precision_recall_part
 
-    _check(features, real, NEAREST_DENSITY + 1, "prdc")
-    precision, recall = calculate_precision_recall_part(features, real, NEAREST, BLOCK)
+    _check(features, real, max(neighbors, density_neighbors) + 1, "prdc")
+    precision, recall = calculate_precision_recall_part(features, real, neighbors, BLOCK)
     inside, covered = 0, []
-    for balls, radii in _balls(real, NEAREST_DENSITY):
+    for balls, radii in _balls(real, density_neighbors):
         held = torch.cat([torch.cdist(balls, part) <= radii for part in features.split(BLOCK)], dim=1)
         inside += int(held.sum())
         covered.append(held.any(1))
     return {
         "precision": precision,
         "recall": recall,
-        "density": inside / (NEAREST_DENSITY * len(features)),
+        "density": inside / (density_neighbors * len(features)),
         "coverage": float(torch.cat(covered).double().mean()),
     }
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from diffusion_lab.data.datamodule import DataModule
@@ -14,6 +16,7 @@ from diffusion_lab.instantiation import instantiate, instantiate_untrusted
 from diffusion_lab.metrics import classifier, extractors, measure, reference
 from diffusion_lab.metrics.collect import classes
 from diffusion_lab.metrics.extractors import Extractor
+from diffusion_lab.metrics.images import ImageMetric
 from diffusion_lab.metrics.measure import Plan
 from diffusion_lab.metrics.moments import singular
 from diffusion_lab.metrics.reference import Reference
@@ -21,7 +24,7 @@ from diffusion_lab.metrics.scores import MOST
 from diffusion_lab.runs import conditions, files
 from diffusion_lab.runs.checkpoints import Run, load_checkpoint, with_clip
 from diffusion_lab.runs.device import device
-from diffusion_lab.runs.evaluate import likelihoods, samplers
+from diffusion_lab.runs.evaluate import likelihoods, metrics, samplers
 from diffusion_lab.runs.evaluate.images import Given
 from diffusion_lab.runs.evaluate.likelihoods import Likelihood
 from diffusion_lab.runs.evaluate.samplers import Asked
@@ -42,12 +45,21 @@ class Prepared:
     plan: Plan
     extractors: dict[str, Extractor]  # by the plan's names
     references: dict[str, Reference]
-    likelihoods: list[Likelihood | None]  # what nll is of, for each sampler; empty unless it is asked for
+    real: reference.Images  # of the split
+    image_metrics: dict[str, ImageMetric]  # by key; built on rank 0, which receives the images of all processes
+    feeds: bool  # whether there are any, in every process
+    nll: str | None  # the key of the likelihood
+    likelihoods: list[Likelihood | None]  # what it is of, for each sampler; empty without nll
     held_out: Examples | None  # nll's images
     n: int
     condition: dict[str, Tensor]  # what the network is told, a row for each image
     labels: Tensor | None  # the classes among it, or of given images
     warnings: list[str] = field(default_factory=list)
+
+    @property
+    def measures_samples(self) -> bool:
+        """Whether any metric needs samples, as nll alone does not."""
+        return bool(self.extractors) or self.feeds
 
 
 def prepare(settings: dict[str, Any], rank: int = 0) -> Prepared:
@@ -56,11 +68,9 @@ def prepare(settings: dict[str, Any], rank: int = 0) -> Prepared:
     Raises:
         ValueError: anything that cannot be, in one line; nothing is written then but into the cache.
     """
-    chosen = _checked(settings, rank)
-    metrics = [metric for metric in settings["metrics"] if metric != "nll"]
+    chosen = metrics.build(settings["metrics"])
+    plan = measure.plan(chosen.features, _checked(settings, rank, chosen.nll))
     on = device(settings["device"], settings["devices"], rank)
-    nll = "nll" in settings["metrics"]
-    plan = measure.plan(metrics, chosen) if metrics or not nll else Plan({}, "")
     run = _run(settings, on) if settings["ckpt"] else None
     asked = samplers.build(settings, run) if run else []
     if "inception" in plan.asked:
@@ -93,8 +103,12 @@ def prepare(settings: dict[str, Any], rank: int = 0) -> Prepared:
         plan,
         judges,
         references,
-        likelihoods.kinds(asked) if nll else [],
-        likelihoods.held_out(data, settings) if nll else None,
+        real,
+        _image_metrics(chosen, real, on) if rank == 0 else {},
+        bool(chosen.images),
+        chosen.nll,
+        likelihoods.kinds(asked) if chosen.nll else [],
+        likelihoods.held_out(data, settings) if chosen.nll else None,
         n,
         {},
         None,
@@ -114,10 +128,11 @@ def prepare(settings: dict[str, Any], rank: int = 0) -> Prepared:
         warning = singular(n, judge.dim)
         if warning:
             prepared.warnings.append(f"extractor {judge.name}: {warning}")
+    prepared.warnings += [m.warning for m in prepared.image_metrics.values() if m.warning]
     return prepared
 
 
-def _checked(settings: Mapping[str, Any], rank: int) -> str | None:
+def _checked(settings: Mapping[str, Any], rank: int, nll: str | None) -> str | None:
     """The extractor's name, "own" for a module, after the checks that need nothing but the settings."""
     if bool(settings["ckpt"]) == bool(settings["images"]):
         raise ConfigError(
@@ -139,13 +154,13 @@ def _checked(settings: Mapping[str, Any], rank: int) -> str | None:
         raise ConfigError(
             f"extractor={chosen} is unknown: write inception, classifier, or {{_target_: package.Module}}"
         )
-    if is_guided(settings["guidance"]) and "nll" in settings["metrics"]:
+    if is_guided(settings["guidance"]) and nll:
         raise ConfigError(
             "metrics=nll is the likelihood of a model, and guided denoisers are none of one: leave out guidance="
         )
     if settings["images"] and is_guided(settings["guidance"]):
         raise ConfigError("guidance= is for samples of a checkpoint: write ckpt=PATH, not images=")
-    if settings["images"] and "nll" in settings["metrics"]:
+    if settings["images"] and nll:
         raise ConfigError("metrics=nll is the likelihood of data under a checkpoint: write ckpt=PATH, not images=")
     return str(chosen) if chosen else None
 
@@ -169,6 +184,11 @@ def _data(settings: Mapping[str, Any], run: Run | None) -> DataModule:
     data.prepare_data()
     data.setup()
     return data
+
+
+def _image_metrics(chosen: metrics.Chosen, real: reference.Images, on: str) -> dict[str, ImageMetric]:
+    probe = torch.from_numpy(np.ascontiguousarray(real[0:2]))
+    return {key: ImageMetric(key, metric, probe, on) for key, metric in chosen.images.items()}
 
 
 def _extractor(name: str, settings: Mapping[str, Any], data: DataModule, shape: tuple[int, int, int]) -> Extractor:

@@ -57,9 +57,10 @@ def scalars(row: Row) -> dict[str, float]:
 def show(rows: list[Row], out: Path) -> None:
     """The table."""
     first = rows[0]
+    likelihood = first["sampler"] is not None and "seeds" not in first  # nothing was sampled
     of = f"seed {first['seed']}, weights {first['weights']}, " if first["weights"] else ""
     repeats = f", mean ± spread of {len(first['seeds'])} seeds" if "spread" in first else ""
-    against = "against" if first["extractor"] else "likelihood of"
+    against = "likelihood of" if likelihood else "against"
     print(f"{first['n']:,} images, {of}{against} {first['data']['name']} {first['split']}{repeats}")
     for name, said in first["references"].items():
         n = f"{said['n']:,} images" if said["n"] else "an unknown number of images"
@@ -138,8 +139,9 @@ def _plot(rows: list[Row]) -> bytes | None:
     for axes in panels[len(names) :]:
         axes.set_visible(False)
     first = rows[0]
+    taken = [first["extractor"], first["weights"]]
     figure.suptitle(
-        f"{first['data']['name']}, {first['split']} · {first['n']:,} images · {first['extractor']} · {first['weights']}",
+        " · ".join([f"{first['data']['name']}, {first['split']}", f"{first['n']:,} images", *filter(None, taken)]),
         fontsize=10,
         color="#444444",
     )
@@ -151,7 +153,7 @@ def _plot(rows: list[Row]) -> bytes | None:
 
 
 def _dress(axes: Any, name: str, nfe: list[int], rows: list[Row]) -> None:
-    axes.set_title(f"{name}  ({better(name)})", fontsize=10, loc="left")
+    axes.set_title(f"{name}  ({better(name)})" if better(name) else name, fontsize=10, loc="left")
     axes.set_xlabel("network evaluations a sample", fontsize=9)
     axes.set_xscale("log")
     axes.set_xticks(nfe, [str(v) for v in nfe])

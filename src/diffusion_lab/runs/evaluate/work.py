@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from diffusion_lab.metrics.collect import Processes, collect, sampled
+from diffusion_lab.metrics.collect import Processes, blocks, collect, sampled
 from diffusion_lab.metrics.measure import measure, protocol
 from diffusion_lab.runs import nll
 from diffusion_lab.runs.evaluate import likelihoods
@@ -33,6 +34,7 @@ def rows(prepared: Prepared, processes: Processes) -> list[Row]:
     Raises:
         ValueError: NaN, with the image's index.
     """
+    _show_real(prepared)
     common = _common(prepared, processes)
     if prepared.given:
         once = _once(prepared, processes, None, 0)
@@ -43,8 +45,18 @@ def rows(prepared: Prepared, processes: Processes) -> list[Row]:
     return [{**row, **common} for row in found]
 
 
+def _show_real(prepared: Prepared) -> None:
+    """Update the metrics of images that compare with the data, once for all samplers, with every image of the split."""
+    metrics = [metric for metric in prepared.image_metrics.values() if metric.takes_real]
+    parts = list(blocks(len(prepared.real), prepared.settings["batch_size"])) if metrics else []
+    for part in tqdm(parts, desc="real images", unit="block", leave=False, disable=not parts):
+        images = torch.from_numpy(np.ascontiguousarray(prepared.real[part.start : part.stop]))
+        for metric in metrics:
+            metric.add(images, real=True)
+
+
 def _row(prepared: Prepared, processes: Processes, asked: Asked) -> Row:
-    if not prepared.extractors:
+    if not prepared.measures_samples:
         return {**_head(prepared, asked, 0), "metrics": {}, "seconds": 0.0}
     seed, repeats = prepared.settings["seed"], prepared.settings["repeats"]
     seeds = list(range(seed, seed + repeats))
@@ -67,12 +79,13 @@ def _add_likelihoods(prepared: Prepared, found: list[Row]) -> None:
             continue
         begin = time.perf_counter()
         m = likelihoods.measured(asked, likelihood, prepared.held_out, prepared.settings)
-        row["metrics"] |= {"nll": m["bpd"]} | ({} if m["standard_error"] is None else {"nll_std": m["standard_error"]})
+        key, error = prepared.nll, m["standard_error"]
+        row["metrics"] |= {key: m["bpd"]} | ({} if error is None else {f"{key}_std": error})
         row["nll"] = {k: m[k] for k in ("kind", "n", "seed", "nfe", "settings")} | {
             "split": prepared.settings["nll_split"]
         }
         row["seconds"] += time.perf_counter() - begin
-        if not prepared.extractors:
+        if not prepared.measures_samples:
             row |= {"n": m["n"], "nfe": round(m["nfe"]), "split": prepared.settings["nll_split"]}
         by_name[f"{asked.name}, {asked.sampler.steps or 'all'} steps"] = m
     nll.write(prepared.out, by_name)
@@ -111,20 +124,29 @@ def _once(prepared: Prepared, processes: Processes, asked: Asked | None, seed: i
         work.add_(torch.tensor([samples.nfe * len(block), len(block)]))
         return samples.x
 
+    fed = {key: metric.copy() for key, metric in p.image_metrics.items()}
+
+    def feed(images: Tensor) -> None:
+        for metric in fed.values():
+            metric.add(images)
+
     collected = collect(
         images,
         p.n,
         p.settings["batch_size"],
         list(p.extractors.values()),
         features=[judge.name for name, judge in p.extractors.items() if p.plan.features(name)],
-        logits=[p.extractors[name].name for name, metrics in p.plan.asked.items() if "is" in metrics],
+        logits=[judge.name for name, judge in p.extractors.items() if p.plan.logits(name)],
         labels=p.labels,
+        feed=feed if p.feeds else None,
         processes=processes,
         progress=said,
     )
     found: Row = {}
     for name, extractor in p.extractors.items():
         found |= measure(p.plan.asked[name], extractor, collected[extractor.name], p.references[name])
+    if p.feeds:
+        found |= processes.first(lambda: {k: v for metric in fed.values() for k, v in metric.figures().items()})
     evaluations, count = processes.sum(work).tolist()
     return Once(found, time.perf_counter() - begin, evaluations / count)
 
@@ -132,8 +154,9 @@ def _once(prepared: Prepared, processes: Processes, asked: Asked | None, seed: i
 def _common(prepared: Prepared, processes: Processes) -> Row:
     """What holds for every row: everything else that another needs to get the same numbers."""
     p = prepared
-    metrics = [metric for names in p.plan.asked.values() for metric in names]
-    out: Row = {"protocol": protocol(metrics), "batch_size": p.settings["batch_size"], "processes": processes.world}
+    words = protocol({key: metric for metrics in p.plan.asked.values() for key, metric in metrics.items()})
+    words |= {key: metric.protocol for key, metric in p.image_metrics.items()}
+    out: Row = {"protocol": words, "batch_size": p.settings["batch_size"], "processes": processes.world}
     out["data"] = {"name": type(p.data.source).__name__, "shape": [p.data.channels, *p.data.image_size]}
     out["references"] = {
         judge.name: {

@@ -1,0 +1,185 @@
+"""The metrics of the group `metrics`: one class an option, whose arguments are those of the published protocol."""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from diffusion_lab.errors import ConfigError
+from diffusion_lab.metrics.collect import Collected
+from diffusion_lab.metrics.extractors import Extractor
+from diffusion_lab.metrics.frechet import frechet_distance
+from diffusion_lab.metrics.reference import Reference
+from diffusion_lab.metrics.scores import (
+    MOST,
+    NEAREST,
+    NEAREST_DENSITY,
+    SPLITS,
+    SUBSET,
+    SUBSETS,
+    Score,
+    inception_score,
+    kid,
+    prdc,
+)
+
+
+class FeatureMetric(ABC):
+    """A metric of the samples' features, against those of the data. A subclass of one's own works by `_target_`.
+
+    Attributes:
+        key: the option's name. Under this key in `metrics` the figures have their published names, under another the key's.
+        pinned: "inception" or "classifier", the extractor whatever `extractor=` names; None for that of `extractor=`.
+        of_inception: whether Inception is the extractor of all metrics that are not pinned where `extractor=` names none.
+        keeps_features, keeps_logits: whether those of each image are needed, not the sums of features alone.
+        least: the smallest number of images.
+    """
+
+    key: ClassVar[str] = ""
+    pinned: ClassVar[str | None] = None
+    of_inception: ClassVar[bool] = False
+    keeps_features: ClassVar[bool] = False
+    keeps_logits: ClassVar[bool] = False
+    least: int = 2
+
+    @abstractmethod
+    def figures(self, key: str, extractor: Extractor, collected: Collected, reference: Reference) -> dict[str, float]:
+        """Name → figure.
+
+        Args:
+            key: of the node in `metrics`.
+            extractor: whose features these are.
+            collected: of the samples.
+            reference: of the data.
+
+        Raises:
+            ConfigError: too few images, or features that are not finite.
+        """
+
+    def protocol(self) -> str | None:
+        """What another must do to get comparable figures; None where the extractor and the moments are all."""
+        return None
+
+
+class FD(FeatureMetric):
+    """Fréchet distance in the features of `extractor=` (Heusel et al. 2017)."""
+
+    key = "fd"
+
+    def figures(self, key: str, extractor: Extractor, collected: Collected, reference: Reference) -> dict[str, float]:
+        name = extractor.distance if key == self.key else key
+        return {name: frechet_distance(collected.sums.moments(), reference.moments)}
+
+
+class FID(FD):
+    """Fréchet distance in Inception's features, whatever `extractor=` names."""
+
+    key, pinned, of_inception = "fid", "inception", True
+
+
+class FDClassifier(FD):
+    """Fréchet distance in the features of the data set's own classifier, whatever `extractor=` names."""
+
+    key, pinned = "fd_classifier", "classifier"
+
+
+class KID(FeatureMetric):
+    """Kernel Inception distance: squared MMD with a cubic kernel, mean and standard deviation (Bińkowski et al. 2018).
+
+    Args:
+        subsets: random subsets, at least 1.
+        subset_size: images of a subset, at least 2; fewer where a set is smaller.
+
+    Raises:
+        ConfigError: smaller values.
+    """
+
+    key, of_inception, keeps_features = "kid", True, True
+
+    def __init__(self, subsets: int = SUBSETS, subset_size: int = SUBSET) -> None:
+        self.subsets = _at_least(1, "kid", "subsets", subsets)
+        self.subset_size = _at_least(2, "kid", "subset_size", subset_size)
+
+    def figures(self, key: str, extractor: Extractor, collected: Collected, reference: Reference) -> dict[str, float]:
+        assert collected.features is not None
+        assert reference.features is not None
+        score = kid(collected.features, reference.features, self.subsets, self.subset_size)
+        return _score(self, key, extractor, score)
+
+    def protocol(self) -> str:
+        return f"kernel (x·y/D + 1)³, {self.subsets} subsets of at most {self.subset_size:,}, of at most {MOST:,} images a side"
+
+
+class InceptionScore(FeatureMetric):
+    """exp E KL(p(y|x) ‖ p(y)) of an extractor with logits, mean and standard deviation (Salimans et al. 2016).
+
+    Args:
+        splits: parts of the shuffled samples, at least 1.
+
+    Raises:
+        ConfigError: fewer.
+    """
+
+    key, of_inception, keeps_logits = "is", True, True
+
+    def __init__(self, splits: int = SPLITS) -> None:
+        self.splits = _at_least(1, "is", "splits", splits)
+        self.least = max(2, splits)
+
+    def figures(self, key: str, extractor: Extractor, collected: Collected, reference: Reference) -> dict[str, float]:
+        assert collected.logits is not None
+        return _score(self, key, extractor, inception_score(collected.logits, self.splits))
+
+    def protocol(self) -> str:
+        return f"{self.splits} splits, shuffled"
+
+
+class PRDC(FeatureMetric):
+    """Precision and recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020) by nearest neighbors.
+
+    Args:
+        neighbors: k of precision and recall, at least 1.
+        density_neighbors: k of density and coverage, at least 1.
+
+    Raises:
+        ConfigError: smaller values.
+    """
+
+    key, keeps_features = "prdc", True
+
+    def __init__(self, neighbors: int = NEAREST, density_neighbors: int = NEAREST_DENSITY) -> None:
+        self.neighbors = _at_least(1, "prdc", "neighbors", neighbors)
+        self.density_neighbors = _at_least(1, "prdc", "density_neighbors", density_neighbors)
+        self.least = max(neighbors, density_neighbors) + 1
+
+    def figures(self, key: str, extractor: Extractor, collected: Collected, reference: Reference) -> dict[str, float]:
+        assert collected.features is not None
+        assert reference.features is not None
+        shares = prdc(collected.features, reference.features, self.neighbors, self.density_neighbors)
+        return shares if key == self.key else {f"{key}_{name}": value for name, value in shares.items()}
+
+    def protocol(self) -> str:
+        return (
+            f"precision, recall k = {self.neighbors}; density, coverage k = {self.density_neighbors}; "
+            f"at most {MOST:,} images a side"
+        )
+
+
+class NLL:
+    """Bits per dimension of held-out images, by the bound or the density that a sampler has; no metric of samples."""
+
+    key: ClassVar[str] = "nll"
+
+
+OPTIONS = ("fid", "kid", "is", "prdc", "fd", "fd_classifier", "nll")
+
+
+def _score(metric: FeatureMetric, key: str, extractor: Extractor, score: Score) -> dict[str, float]:
+    """Mean and standard deviation. Only Inception's are `kid` and `is`; others have the extractor's name at the end."""
+    own = key if extractor.name == "inception" else f"{key}_{extractor.name}"
+    name = own if key == metric.key else key
+    return {name: score.mean, f"{name}_std": score.std}
+
+
+def _at_least(least: int, metric: str, name: str, value: int) -> int:
+    if value < least:
+        raise ConfigError(f"metrics.{metric}.{name}={value}: write at least {least}")
+    return value
