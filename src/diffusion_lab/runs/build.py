@@ -30,7 +30,7 @@ import diffusion_lab
 from diffusion_lab.data.datamodule import DataModule
 from diffusion_lab.denoiser import Denoiser, Prediction
 from diffusion_lab.errors import ConfigError
-from diffusion_lab.instantiation import accepted, check, instantiate, is_node, locate
+from diffusion_lab.instantiation import accepted, check, check_named, instantiate, locate
 from diffusion_lab.runs import launchers
 from diffusion_lab.runs.checkpoints import FORMAT
 from diffusion_lab.training import sharding
@@ -56,7 +56,7 @@ PASSED: dict[str, tuple[str, ...]] = {
     "sampler": (),
     "variance": (),
     "clip": (),
-    "optimizer": (),
+    "optimizer": ("params",),
     "trainer": ("callbacks", "logger"),
 }
 
@@ -70,16 +70,8 @@ def check_nodes(config: Config) -> None:
     for group, passed in PASSED.items():
         check(config[group], group, passed)
     check(_schedule_node(config["lr_scheduler"]), "lr_scheduler", ("optimizer",))
-    for group in ("callbacks", "logger"):
-        for name, node in (config.get(group) or {}).items():
-            if node is not None and not is_node(node):
-                example = "logger=[csv,wandb]" if group == "logger" else f"{group}=default"
-                raise ConfigError(
-                    f"{group}.{name} has no _target_, so that nothing reads it: write {example}, or "
-                    f"+{group}.{name}._target_=my_package.MyClass"
-                )
-            if node is not None:
-                check(node, f"{group}.{name}", ("folder", "sampler", "clip", "save_dir", "who", "config"))
+    check_named(config["callbacks"], "callbacks", "callbacks=default", ("folder", "sampler", "clip"))
+    check_named(config["logger"], "logger", "logger=[csv,wandb]", ("save_dir", "who", "config"))
     for key in ("callbacks", "logger"):
         if config["trainer"].get(key) is not None:
             raise ConfigError(
