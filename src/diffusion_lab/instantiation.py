@@ -102,6 +102,29 @@ def check(node: Node, where: str, given: Collection[str] = ()) -> None:
         _refuse_missing(target, parameters, {*_arguments(node), *given}, where)
 
 
+def check_named(nodes: Node, group: str, example: str, given: Collection[str] = ()) -> None:
+    """`check` for every node of a dictionary of named ones; null switches one off.
+
+    Args:
+        nodes: name → node.
+        group: the dictionary's key, for messages.
+        example: how nodes of this group are chosen, for messages.
+        given: as for `check`.
+
+    Raises:
+        ConfigError: a mapping without `_target_`, and as `check`.
+    """
+    for name, node in nodes.items():
+        if node is None:
+            continue
+        if not is_node(node):
+            raise ConfigError(
+                f"{group}.{name} has no _target_, so that nothing reads it: write {example}, or "
+                f"+{group}.{name}._target_=my_package.MyClass"
+            )
+        check(node, f"{group}.{name}", given)
+
+
 def locate(node: Node, where: str = "") -> Any:
     """The class or function that a node names. ConfigError: none, or it cannot be imported."""
     name = node.get("_target_")

@@ -1,6 +1,12 @@
 """What a command returns, and how the processes of one run find its configuration. The standard library alone."""
 
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
+
+from diffusion_lab.errors import ConfigError
 
 CONFIG_ENV = "DIFFUSION_LAB_CONFIG"  # in further processes of a run: the configuration that rank 0 resolved
 
@@ -21,3 +27,24 @@ class Result(NamedTuple):
     value: float | None = None
     pruned: bool = False
     reason: str | None = None
+
+
+class Refusal(SystemExit):
+    """Ends a command with exit code 2; the line is on stderr already."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(2)
+        self.reason = reason
+
+
+@contextmanager
+def one_line() -> Iterator[None]:
+    """Turn a ConfigError into one line on stderr and exit code 2; DIFFUSION_LAB_DEBUG=1 shows its traceback instead."""
+    try:
+        yield
+    except ConfigError as error:
+        if os.environ.get("DIFFUSION_LAB_DEBUG"):
+            raise
+        line = " ".join(str(error).split())
+        print(f"error: {line}", file=sys.stderr, flush=True)
+        raise Refusal(line) from None

@@ -26,15 +26,26 @@ def digits(**options) -> DataModule:
 
 @pytest.mark.parametrize("path", CONF, ids=lambda path: path.stem)
 def test_each_configuration_states_every_argument(path):
-    run = OmegaConf.create({"seed": 7, "trainer": {"accumulate_grad_batches": 2}, "data": OmegaConf.load(path)})
-    assert {"_target_", *inspect.signature(DataModule).parameters} == set(run.data)
-    module = instantiate(run.data, _convert_="all")
-    assert (module.seed, module.accumulate) == (7, 2)
-    assert set(run.data.source) == {"_target_", *inspect.signature(type(module.source)).parameters}
+    """All but the run's seed, which the command passes, and the class of one's own."""
+    node = OmegaConf.load(path)
+    assert {"_target_", *inspect.signature(DataModule).parameters} == {*node, "seed"}
+    if path.stem == "custom":
+        node.source._target_ = "diffusion_lab.data.sources.Digits"
+    module = instantiate(node, _convert_="all", seed=7)
+    assert module.seed == 7
+    assert set(node.source) == {"_target_", *inspect.signature(type(module.source)).parameters}
 
 
 def test_all_sets_are_configured():
-    assert {path.stem for path in CONF} == {"digits", "mnist", "fashion_mnist", "cifar10", "celeba", "image_folder"}
+    assert {path.stem for path in CONF} == {
+        "digits",
+        "mnist",
+        "fashion_mnist",
+        "cifar10",
+        "celeba",
+        "image_folder",
+        "custom",
+    }
 
 
 def test_digits_split_and_described():
@@ -94,7 +105,7 @@ def test_unused_labels_are_left_out():
         ({"num_classes": 9}, r"data\.num_classes=9, but Digits has 10: write data\.num_classes=10"),
         ({"num_attributes": 4}, r"write data\.num_attributes=0"),
         ({"test": None}, r"data\.test=null"),
-        ({"batch_size": 7, "accumulate": 2}, r"write data\.batch_size=8"),
+        ({"batch_size": 0}, r"write data\.batch_size=1"),
     ],
 )
 def test_what_does_not_agree_is_refused(options, remedy):

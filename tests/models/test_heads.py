@@ -28,11 +28,12 @@ def test_the_network_s_output_first_then_the_head_s(build, size):
     both = SecondHead(network, "sn").eval()
     got = both(x, c)
     assert got.shape == (3, 4, *size)
-    assert torch.equal(got[:, :2], want)
+    # Not bit for bit: on some processors a convolution rounds by the alignment of its input in memory.
+    torch.testing.assert_close(got[:, :2], want, rtol=0, atol=1e-6)
     assert (got[:, 2:] == 1).all(), "it starts from the mean of what it learns, E ε² = 1"
     assert (SecondHead(network, "npr").eval()(x, c)[:, 2:] == 0).all()
     nn.init.normal_(both.head[-1].weight)
-    assert torch.equal(both(x, c)[:, :2], want)
+    torch.testing.assert_close(both(x, c)[:, :2], want, rtol=0, atol=1e-6)
     assert (both(x, c)[:, 2:] != 0).any()
 
 

@@ -65,6 +65,7 @@ def test_an_exported_file_samples_as_its_checkpoint(run, exported, tmp_path, cap
     assert kept["ckpt"] == str(exported)
     a, b = checkpoints.load_checkpoint(run), checkpoints.load_checkpoint(exported)
     assert (a.config, a.step, a.weights) == (b.config, b.step, b.weights)
+    assert a.class_names == b.class_names == tuple("0123456789")
 
 
 def test_live_weights_and_diffusers_names(run, tmp_path, capfd):

@@ -1,5 +1,6 @@
 """What a person can mistype is reported early, in one line, with exit code 2; what the files offer composes."""
 
+import functools
 import subprocess
 import sys
 import time
@@ -8,9 +9,12 @@ from pathlib import Path
 import pytest
 import yaml
 from command import ROOT, command, composed
+from omegaconf import OmegaConf
 
 from diffusion_lab import composition
+from diffusion_lab.cli.schema import COMMANDS
 from diffusion_lab.instantiation import CONF
+from diffusion_lab.runs.sample import tasks
 
 MISTAKES = {
     "schedule=cosin": "did you mean cosine?",
@@ -106,6 +110,97 @@ def test_every_option_of_every_group_composes(group):
     for option in composition.options(group):
         command_of = {"guidance": "sample", "metrics": "evaluate"}
         assert composed(command_of.get(group, "train"), f"{group}={option}")["seed"] == 0
+
+
+# recipe, experiment, sweep and debug are overlays; a data set chooses its recipe and network; quality adds a callback
+OVERLAYS = ("recipe", "experiment", "sweep", "debug", "data", "quality")
+
+
+@pytest.mark.parametrize("group", [g for g in GROUPS if g not in OVERLAYS])
+def test_a_choice_writes_into_no_other_group(group):
+    command = "sample" if group == "guidance" else "train"
+    default = plain(command)
+    for option in composition.options(group):
+        chosen = plain(command, f"{group}={option}")
+        assert {k: v for k, v in chosen.items() if k != group} == {k: v for k, v in default.items() if k != group}
+        assert chosen[group] or (group, option) == ("logger", "none"), f"{group}={option} is an empty node"
+
+
+@functools.cache
+def plain(name, *overrides):
+    """The configuration without Hydra's node, interpolations as they are."""
+    found = OmegaConf.to_container(composition.composed(name, overrides), resolve=False)
+    return {k: v for k, v in found.items() if k != "hydra"}
+
+
+def test_no_command_carries_keys_that_it_does_not_read():
+    for name, schema in COMMANDS.items():
+        assert set(plain(name)) <= set(schema.__annotations__)
+        assert name == "train" or not {"trainer", "learned_variance"} & set(schema.__annotations__)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_a_line_a_key_with_the_comment_of_its_file(name, capfd):
+    code, out, _ = command(name, ["--help"], capfd)
+    assert code == 0
+    lines = out.splitlines()
+    assert len(lines) <= 190
+    shown = {line.split(":", 1)[0].strip(): line for line in lines if line.startswith("  ") and ": " in line}
+    config = OmegaConf.create(plain(name))
+    for key in composition.keys(config):
+        leaf = OmegaConf.select(config, key, throw_on_resolution_failure=False)
+        if not OmegaConf.is_config(leaf) and not key.endswith(("_convert_", "_partial_")):
+            assert key in shown, key
+    comments = {
+        "train": {
+            "schedule.steps": "T",
+            "model.blocks": "residual blocks of a level",
+            "trainer.gradient_clip_val": "norm",
+        },
+        "sample": {"strength": "t in (0, 1]", "sampler.eta": "0 deterministic", "inpaint.resample": "how often"},
+        "evaluate": {"repeats": "seeds seed, seed + 1"},
+        "fit_variance": {"nodes": "analytic: how many t"},
+    }
+    for key, comment in comments.get(name, {}).items():
+        assert f"# {comment}" in shown[key]
+    if name == "sample":
+        assert "guidance: cfg, classifier, custom, none" in out
+        for task in tasks.NEEDS:
+            assert f"\n  {task} " in out
+
+
+def test_old_names_are_refused_with_the_new_ones(capfd):
+    for old, new in {
+        "times=uniform": "time_sampler=uniform",
+        "times.history=3": "time_sampler.history=3",
+        "rate.warmup=5": "lr_scheduler.warmup=5",
+        "trainer.val_every=5": "validation.every=5",
+        "trainer.val_draws=5": "validation.draws=5",
+        "trainer.compile=true": "compile=true",
+        "model=own": "model=custom",
+        "schedule=own": "schedule=custom",
+        "+learned_variance=true": "variance=learned",
+        "sampler.last_bound=1": "sampler.max_final_noise=1",
+        "weights=live": "weights=raw",
+        "given=x": "condition_data=x",
+    }.items():
+        code, _, err = command("train", [old], capfd)
+        assert (code, err.count("\n")) == (2, 1)
+        assert f"was renamed: write {new}" in err
+
+
+def test_names_of_other_libraries_get_a_hint(capfd):
+    for line, hint in {
+        "objective=epsilon": "objective=pred_noise",
+        "objective=v_prediction": "objective=pred_v",
+        "sampler.timestep_spacing=trailing": "sampler.grid=",
+        "schedule.num_train_timesteps=10": "schedule.steps=",
+        "clip_sample=true": "clip=static",
+        "schedule=squaredcos_cap_v2": "schedule=cosine",
+    }.items():
+        code, _, err = command("train", [line], capfd)
+        assert (code, err.count("\n")) == (2, 1)
+        assert f"write {hint}" in err
 
 
 def test_the_default_configuration_is_the_golden_one():

@@ -21,6 +21,7 @@ from diffusion_lab.cli import sweeps
 from diffusion_lab.cli.schema import COMMANDS, Node
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.instantiation import coerce
+from diffusion_lab.processes import one_line
 from diffusion_lab.runs import files, launchers
 
 
@@ -44,7 +45,7 @@ class Checks(Callback):
 def _heard() -> Iterator[None]:
     """Hydra turns an exception of a callback into a warning and goes on: a defect ends the command here."""
     try:
-        with sweeps.one_line():
+        with one_line():
             yield
     except Exception:
         traceback.print_exc()

@@ -17,10 +17,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from diffusion_lab import composition
 from diffusion_lab.cli import sweeps
-from diffusion_lab.cli.sweeps import one_line
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.instantiation import CONF
-from diffusion_lab.processes import CONFIG_ENV, Result
+from diffusion_lab.processes import CONFIG_ENV, Result, one_line
 from diffusion_lab.runs import files, launchers
 
 

@@ -5,18 +5,14 @@ folder, outcome.json: {status, code, reason, metric, value, overrides, seconds}.
 """
 
 import json
-import os
 import shlex
-import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusion_lab.errors import ConfigError
-from diffusion_lab.processes import Result
+from diffusion_lab.processes import Refusal, Result, one_line
 from diffusion_lab.runs import files
 
 FILE = "outcome.json"
@@ -26,27 +22,6 @@ Outcome = dict[str, Any]
 
 
 _folder: Path | None = None  # of the sweep that runs in this process
-
-
-class Refusal(SystemExit):
-    """Ends a command with exit code 2; the line is on stderr already."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(2)
-        self.reason = reason
-
-
-@contextmanager
-def one_line() -> Iterator[None]:
-    """Turn a ConfigError into one line on stderr and exit code 2; DIFFUSION_LAB_DEBUG=1 shows its traceback instead."""
-    try:
-        yield
-    except ConfigError as error:
-        if os.environ.get("DIFFUSION_LAB_DEBUG"):
-            raise
-        line = " ".join(str(error).split())
-        print(f"error: {line}", file=sys.stderr, flush=True)
-        raise Refusal(line) from None
 
 
 def begin(folder: Path | None) -> None:

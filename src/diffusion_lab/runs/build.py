@@ -30,7 +30,7 @@ import diffusion_lab
 from diffusion_lab.data.datamodule import DataModule
 from diffusion_lab.denoiser import Denoiser, Prediction
 from diffusion_lab.errors import ConfigError
-from diffusion_lab.instantiation import accepted, check, instantiate, is_node, locate
+from diffusion_lab.instantiation import accepted, check, check_named, instantiate, locate
 from diffusion_lab.runs import launchers
 from diffusion_lab.runs.checkpoints import FORMAT
 from diffusion_lab.training import sharding
@@ -56,7 +56,7 @@ PASSED: dict[str, tuple[str, ...]] = {
     "sampler": (),
     "variance": (),
     "clip": (),
-    "optimizer": (),
+    "optimizer": ("params",),
     "trainer": ("callbacks", "logger"),
 }
 
@@ -70,16 +70,8 @@ def check_nodes(config: Config) -> None:
     for group, passed in PASSED.items():
         check(config[group], group, passed)
     check(_schedule_node(config["lr_scheduler"]), "lr_scheduler", ("optimizer",))
-    for group in ("callbacks", "logger"):
-        for name, node in (config.get(group) or {}).items():
-            if node is not None and not is_node(node):
-                example = "logger=[csv,wandb]" if group == "logger" else f"{group}=default"
-                raise ConfigError(
-                    f"{group}.{name} has no _target_, so that nothing reads it: write {example}, or "
-                    f"+{group}.{name}._target_=my_package.MyClass"
-                )
-            if node is not None:
-                check(node, f"{group}.{name}", ("folder", "sampler", "clip", "save_dir", "who", "config"))
+    check_named(config["callbacks"], "callbacks", "callbacks=default", ("folder", "sampler", "clip"))
+    check_named(config["logger"], "logger", "logger=[csv,wandb]", ("save_dir", "who", "config"))
     for key in ("callbacks", "logger"):
         if config["trainer"].get(key) is not None:
             raise ConfigError(
@@ -308,12 +300,18 @@ def _slurm() -> list[Any] | None:
 
 
 def saved(
-    resolved: Config, composed: Config, overrides: Sequence[str], choices: Mapping[str, str], wandb_id: str
+    resolved: Config,
+    composed: Config,
+    overrides: Sequence[str],
+    choices: Mapping[str, str],
+    wandb_id: str,
+    class_names: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What this project adds to a checkpoint: plain values only, so that it loads with weights_only=True."""
     return {
         "choices": dict(choices),
         "wandb_id": wandb_id,
+        "class_names": list(class_names),
         "config": copy.deepcopy(dict(resolved)),
         "overrides": list(overrides),
         "composed": copy.deepcopy(dict(composed)),  # the same with its interpolations, to resume with overrides on top

@@ -39,6 +39,7 @@ class Run:
         weights: "ema 0.9999" or "raw".
         trust: further modules whose classes its configuration may name.
         path: the checkpoint's file.
+        class_names: a name for each label of the data set; empty without labels, and for files of format 1.
     """
 
     denoiser: Denoiser
@@ -47,6 +48,7 @@ class Run:
     weights: str
     trust: tuple[str, ...] = ()
     path: Path | None = None
+    class_names: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -228,7 +230,8 @@ def load_checkpoint(path: str | Path, weights: str = "ema", trust: Sequence[str]
         instantiate_untrusted(config["objective"], trust, "objective"),
         clip=instantiate_untrusted(config["clip"], trust, "clip"),
     )
-    return Run(denoiser, config, int(checkpoint["global_step"]), name, tuple(trust), found)
+    names = tuple(checkpoint.get("class_names", ()))
+    return Run(denoiser, config, int(checkpoint["global_step"]), name, tuple(trust), found, names)
 
 
 def with_clip(run: Run, clip: Clip) -> Run:

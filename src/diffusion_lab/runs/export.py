@@ -32,7 +32,11 @@ def run(config: DictConfig) -> int:
             tensors, told = to_diffusers(network), {}
         else:
             source = checkpoints.read(found)
-            kept = {key: source[key] for key in ("config", "choices", "global_step", "diffusion_lab") if key in source}
+            kept = {
+                key: source[key]
+                for key in ("config", "choices", "class_names", "global_step", "diffusion_lab")
+                if key in source
+            }
             tensors = network.state_dict()  # type: ignore[attr-defined]
             told = {EXPORTED: json.dumps({**kept, "weights": loaded.weights})}
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}  # channels_last is not

@@ -84,9 +84,8 @@ def prepare(settings: dict[str, Any], rank: int = 0) -> Prepared:
         fit_times(loaded.denoiser.schedule, settings["nodes"])
     else:
         SecondHead(loaded.denoiser.network, kind)  # type: ignore[arg-type]
-    node = {**loaded.config["data"], "batch_size": settings["batch_size"]}
-    if settings["data"]["root"]:
-        node["root"] = settings["data"]["root"]
+    stated = {key: value for key, value in settings["data"].items() if value is not None}
+    node = {**loaded.config["data"], "batch_size": settings["batch_size"], **stated}
     data: DataModule = instantiate_untrusted(node, settings["trust"], "data", seed=settings["seed"])
     data.prepare_data()
     data.setup()

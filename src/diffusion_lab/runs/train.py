@@ -79,7 +79,7 @@ def run(config: DictConfig) -> Result:
     network, settings["model"] = build.model(settings, condition, learned, make)
     if settings["init"]:
         _say(f"weights from {checkpoints.initialise(network, settings['init'])}")
-    saved = build.saved(settings, composed, merged.overrides, merged.choices, who.id)
+    saved = build.saved(settings, composed, merged.overrides, merged.choices, who.id, data.class_names)
     module = build.module(settings, network, condition, saved, make)
     make(settings["sampler"], "sampler").check(module.denoiser)
     _check_disk(folder, network, settings)

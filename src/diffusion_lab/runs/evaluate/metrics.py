@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from torchmetrics import Metric
 
 from diffusion_lab.errors import ConfigError
-from diffusion_lab.instantiation import check, instantiate, is_node
+from diffusion_lab.instantiation import check_named, instantiate
 from diffusion_lab.metrics.options import NLL, OPTIONS, FeatureMetric
 
 # Names that metrics.json and metrics.csv have already.
@@ -37,15 +37,10 @@ def build(nodes: Mapping[str, Any]) -> Chosen:
             f"metrics=[] leaves nothing to measure: write some of {', '.join(OPTIONS)}, or "
             "+metrics.NAME._target_=torchmetrics.CLASS"
         )
-    for key, node in nodes.items():
-        if not is_node(node):
-            raise ConfigError(
-                f"metrics.{key} has no _target_, so that nothing reads it: write metrics=[fid,kid], or "
-                f"+metrics.{key}._target_=torchmetrics.CLASS"
-            )
+    check_named(nodes, "metrics", "metrics=[fid,kid]")
+    for key in nodes:
         if key in TAKEN:
             raise ConfigError(f"metrics.{key}: results have a column {key} already: write +metrics.my_{key}._target_=…")
-        check(node, f"metrics.{key}")
     features, images, nll = {}, {}, None
     for key, node in nodes.items():
         metric = _built(node, f"metrics.{key}")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from diffusion_lab.data.datamodule import DataModule
 from diffusion_lab.data.images import Examples
 from diffusion_lab.errors import ConfigError
-from diffusion_lab.instantiation import instantiate, instantiate_untrusted
+from diffusion_lab.instantiation import check, check_named, instantiate, instantiate_untrusted
 from diffusion_lab.metrics import classifier, extractors, measure, reference
 from diffusion_lab.metrics.collect import classes
 from diffusion_lab.metrics.extractors import Extractor
@@ -138,6 +138,9 @@ def _checked(settings: Mapping[str, Any], rank: int, nll: str | None) -> str | N
         raise ConfigError(
             "name what to evaluate: ckpt=PATH of a checkpoint or a run folder, ckpt=latest, or images=PATH with data=…"
         )
+    if settings["data"].get("_target_"):
+        check(settings["data"], "data")
+    check_named(settings["logger"], "logger", "logger=wandb", ("save_dir", "who", "config", "job_type"))
     if settings["images"] and not settings["data"].get("_target_"):
         raise ConfigError("images= needs the data set that they are compared with: write data=digits, data=mnist, …")
     for key, least in (("repeats", 1), ("devices", 1), ("batch_size", 1), ("n", 2)):
@@ -177,9 +180,7 @@ def _data(settings: Mapping[str, Any], run: Run | None) -> DataModule:
         data: DataModule = instantiate({**stated, "limit": None}, "data")
     else:
         assert run is not None
-        node = {**run.config["data"], "limit": None}
-        if stated.get("root"):
-            node["root"] = stated["root"]
+        node = {**run.config["data"], "limit": None, **{k: v for k, v in stated.items() if v is not None}}
         data = instantiate_untrusted(node, settings["trust"], "data")
     data.prepare_data()
     data.setup()

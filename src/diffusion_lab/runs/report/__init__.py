@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from diffusion_lab.errors import ConfigError
+from diffusion_lab.processes import one_line
 from diffusion_lab.runs import files
 from diffusion_lab.runs.report.page import MARK, page
 from diffusion_lab.runs.report.read import find
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the first PATH")
     parser.add_argument("--title", help="default: the name of the first PATH")
-    with files.os_errors():
+    with one_line(), files.os_errors():
         asked = parser.parse_args(arguments)
         found = find(asked.paths)
         out = asked.out or asked.paths[0] / "report.html"
