@@ -101,7 +101,7 @@ def test_spawned_processes_begin_the_same_run_and_bring_back_how_it_ended(tmp_pa
     ended, out, err = command("train", _short(lost, *spawned), capfd)
     assert ended == 1
     assert "2 processes" in out
-    assert "error: the loss is no number since step" in err
+    assert "error: training loss is NaN or Inf since step" in err
     assert not (lost / "checkpoints" / "last.ckpt").exists()
     assert _rows(lost, "train/loss")[1] == pytest.approx(_rows(one, "train/loss")[1], rel=1e-5)
 
