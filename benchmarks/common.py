@@ -46,6 +46,14 @@ def network(config: dict[str, Any]) -> tuple[nn.Module, Condition]:
     return net, condition
 
 
+def loggers(config: dict[str, Any], folder: Path) -> list[Any]:
+    """The loggers of a configuration, which write to `folder`."""
+    from diffusion_lab.training.loggers import identity
+
+    nodes = {name: {**node, "save_dir": str(folder)} for name, node in config["logger"].items()}
+    return build.loggers({**config, "logger": nodes}, folder, identity({}, [], None, None))
+
+
 class Bare:
     """The loop that one writes without any framework: cosine ᾱ in closed form, v, stratified t, AdamW, clipping, an average.
 
@@ -120,8 +128,6 @@ def fitted(config: dict[str, Any], steps: int, warm: int) -> Callable[[], float]
     """
     import pytorch_lightning as pl
 
-    from diffusion_lab.training.loggers import identity
-
     class Clock(pl.Callback):
         def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
             if trainer.global_step == warm:  # after the first steps, which allocate
@@ -136,8 +142,7 @@ def fitted(config: dict[str, Any], steps: int, warm: int) -> Callable[[], float]
             module = build.module(config, net, condition, {})
             clock = Clock()
             hooks = [*build.callbacks(config, Path(folder)), clock]
-            loggers = build.loggers(config, Path(folder), identity({}, [], None, None))
-            trainer = build.trainer(config, Path(folder), loggers, hooks)
+            trainer = build.trainer(config, Path(folder), loggers(config, Path(folder)), hooks)
             trainer.fit(module, datamodule=data)
             return clock.seconds
 

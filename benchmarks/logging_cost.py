@@ -11,11 +11,10 @@ from typing import Any
 
 import pytorch_lightning as pl
 import wandb
-from common import configuration, network, table
+from common import configuration, loggers, network, table
 
 from diffusion_lab.runs import build
 from diffusion_lab.training.callbacks import Dashboard
-from diffusion_lab.training.loggers import identity
 
 CALLS = ("log_metrics", "log_image", "save", "finalize")
 
@@ -48,7 +47,7 @@ def measure(chosen: list[str], steps: int) -> list[str]:
         place, before = Path(folder), _children()
         data, (net, condition) = build.data(config), network(config)
         module = build.module(config, net, condition, {})
-        written = build.loggers(config, place, identity({}, [], None, None))
+        written = loggers(config, place)
         for logger in written:
             for name in CALLS:
                 if hasattr(logger, name):
