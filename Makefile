@@ -13,7 +13,7 @@ help: ## this list
 setup: $(READY) ## .venv with exactly the locked packages; the other targets do it when needed
 
 # uv reads the lock's hashes; where it is not installed, it comes from the package index into the environment itself. The import
-# writes the bytecode of what every command imports: where the environment forbids that, each would compile it anew for seconds.
+# writes the bytecode of what every command imports: where the environment forbids that, each would spend seconds on compiling it.
 $(READY): requirements.lock pyproject.toml
 	@test -x $(PYTHON) || python3 -m venv $(VENV)
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else f"Python {v[0]}.{v[1]} is not supported: install 3.11, 3.12 or 3.13, remove $(VENV) and try again")'
@@ -24,7 +24,7 @@ $(READY): requirements.lock pyproject.toml
 	@env -u PYTHONDONTWRITEBYTECODE $(PYTHON) -c "import diffusion_lab.runs.train, sklearn.datasets"
 	@touch $@
 
-lock: ## requirements.lock anew from pyproject.toml (needs uv)
+lock: ## write requirements.lock from pyproject.toml (needs uv)
 	uv pip compile pyproject.toml --universal --python-version 3.11 --extra dev --extra peers --extra sweeps --generate-hashes \
 		--no-emit-index-url --custom-compile-command "make lock" --quiet -o requirements.lock
 
@@ -61,7 +61,7 @@ format: setup ## ruff's formatter and safe fixes
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
-bench: setup ## speed and quality beside peers; the tables of docs/benchmarks.md
+bench: setup ## speed and quality compared with peers; the tables of docs/benchmarks.md
 	$(PYTHON) benchmarks/run.py $(ARGS)
 
 dashboard: setup ## the W&B workspace of this project's runs, once a project, logged in
@@ -70,7 +70,7 @@ dashboard: setup ## the W&B workspace of this project's runs, once a project, lo
 pictures: setup ## what the tasks of src/sample.py make of the latest run, in docs/tasks
 	$(PYTHON) benchmarks/tasks.py $(ARGS)
 
-notebooks: setup ## run notebooks/*.py and write their .ipynb, with figures, beside them
+notebooks: setup ## run notebooks/*.py and write their .ipynb, with figures
 	OMP_NUM_THREADS=1 $(PYTHON) notebooks/execute.py $(ARGS)
 
 screenshots: setup ## the report of ARGS=FOLDER as pictures, in docs (needs Chromium)

@@ -18,20 +18,40 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from diffusion_lab import composition
 from diffusion_lab.data.images import to_float
-from diffusion_lab.runs import build, options
+from diffusion_lab.instantiation import locate
+from diffusion_lab.runs import build
+from diffusion_lab.training.condition import Condition
+from diffusion_lab.variances import Learned
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def configuration(*overrides: str) -> dict[str, Any]:
     """The resolved configuration of `python src/train.py OVERRIDES…`."""
-    plain = OmegaConf.to_container(options.check("train", overrides), resolve=False)
+    plain = OmegaConf.to_container(composition.composed("train", overrides), resolve=False)
     assert isinstance(plain, dict)
     del plain["hydra"]
     resolved = OmegaConf.to_container(OmegaConf.create({**plain, "run_dir": "unused"}), resolve=True)
     assert isinstance(resolved, dict)
     return resolved
+
+
+def network(config: dict[str, Any]) -> tuple[nn.Module, Condition]:
+    """The network of a resolved configuration with fresh weights, and its condition."""
+    condition, _ = build.condition(config, build.data(config))
+    learned = locate(config["variance"], "variance") is Learned
+    net, _ = build.model(config, condition, learned)
+    return net, condition
+
+
+def loggers(config: dict[str, Any], folder: Path) -> list[Any]:
+    """The loggers of a configuration, which write to `folder`."""
+    from diffusion_lab.training.loggers import identity
+
+    nodes = {name: {**node, "save_dir": str(folder)} for name, node in config["logger"].items()}
+    return build.loggers({**config, "logger": nodes}, folder, identity({}, [], None, None))
 
 
 class Bare:
@@ -108,8 +128,6 @@ def fitted(config: dict[str, Any], steps: int, warm: int) -> Callable[[], float]
     """
     import pytorch_lightning as pl
 
-    from diffusion_lab.runs import loggers
-
     class Clock(pl.Callback):
         def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
             if trainer.global_step == warm:  # after the first steps, which allocate
@@ -120,12 +138,11 @@ def fitted(config: dict[str, Any], steps: int, warm: int) -> Callable[[], float]
     def run() -> float:
         with tempfile.TemporaryDirectory() as folder:
             config["trainer"]["max_steps"] = warm + steps
-            data, network = build.data(config), build.network(config)
-            module = build.module(config, network, {})
+            data, (net, condition) = build.data(config), network(config)
+            module = build.module(config, net, condition, {})
             clock = Clock()
             hooks = [*build.callbacks(config, Path(folder)), clock]
-            who = loggers.identity({}, [], None, None)
-            trainer = build.trainer(config, Path(folder), loggers.build(config, Path(folder), who), hooks)
+            trainer = build.trainer(config, Path(folder), loggers(config, Path(folder)), hooks)
             trainer.fit(module, datamodule=data)
             return clock.seconds
 
@@ -165,7 +182,7 @@ def machine() -> str:
 
 
 def command(name: str, *arguments: str) -> None:
-    """One of the project's commands, typed as a user does."""
+    """One of the project's commands, as a user types it."""
     subprocess.run(
         [sys.executable, str(ROOT / "src" / f"{name}.py"), *arguments], check=True, stdout=subprocess.DEVNULL
     )

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytorch_lightning as pl
 import wandb
-from common import configuration, table
+from common import configuration, loggers, network, table
 
-from diffusion_lab.runs import build, loggers
+from diffusion_lab.runs import build
 from diffusion_lab.training.callbacks import Dashboard
 
 CALLS = ("log_metrics", "log_image", "save", "finalize")
@@ -45,9 +45,9 @@ def measure(chosen: list[str], steps: int) -> list[str]:
 
     with tempfile.TemporaryDirectory() as folder:
         place, before = Path(folder), _children()
-        data, network = build.data(config), build.network(config)
-        module = build.module(config, network, {})
-        written = loggers.build(config, place, loggers.identity({}, [], None, None))
+        data, (net, condition) = build.data(config), network(config)
+        module = build.module(config, net, condition, {})
+        written = loggers(config, place)
         for logger in written:
             for name in CALLS:
                 if hasattr(logger, name):
@@ -62,7 +62,7 @@ def measure(chosen: list[str], steps: int) -> list[str]:
         trainer.fit(module, datamodule=data)
         seconds = time.perf_counter() - begin
         wandb.finish()
-        wandb.teardown()  # or its process would live on, and its seconds be known at the end only
+        wandb.teardown()  # or its process would live on, and its seconds count at the end only
         service = _children() - before
     share = (inside[0] + service) / seconds
     return [", ".join(chosen), f"{seconds:.1f}", f"{inside[0]:.2f}", f"{service:.2f}", f"{share:.1%}"]

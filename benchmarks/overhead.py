@@ -3,7 +3,7 @@
 import logging
 import warnings
 
-from common import Bare, bare_seconds, configuration, fitted, paired, table
+from common import Bare, bare_seconds, configuration, fitted, network, paired, table
 
 from diffusion_lab.runs import build
 
@@ -16,7 +16,7 @@ def measure(name: str, overrides: list[str], steps: int, rounds: int) -> list[st
     data.setup()
     images = data.images("train")[:]
     loop = Bare(
-        build.network(config),
+        network(config)[0],
         images,
         batch=config["data"]["batch_size"],
         lr=config["optimizer"]["lr"],

@@ -1,7 +1,7 @@
 """Real digits in two minutes: this project, a bare loop and denoising-diffusion-pytorch, judged by one small classifier.
 
 The distance is Fréchet's in the classifier's 64 features between 1,797 samples (DDIM, 50 steps, averaged weights) and all
-1,797 images. It is no FID. Two halves of the real images, 20 times at random, say what the smallest differences mean.
+1,797 images. It is no FID. Two halves of the real images, 20 times at random, give the scale of the smallest differences.
 """
 
 import subprocess
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import Bare, configuration, table
+from common import Bare, configuration, network, table
 from torch import Tensor
 
 from diffusion_lab.data.images import to_float
@@ -71,16 +71,16 @@ def bare(judge: Judge, real: Tensor, steps: int) -> list[str]:
     """The bare loop on the same network, as many steps."""
     config = configuration()
     torch.manual_seed(0)
-    network = build.network(config)
+    net, _ = network(config)
     data = build.data(config)
     data.prepare_data()
     data.setup()
-    loop = Bare(network, data.images("train")[:], batch=128, lr=2e-3, steps=steps, decay=0.995)
+    loop = Bare(net, data.images("train")[:], batch=128, lr=2e-3, steps=steps, decay=0.995)
     begin = time.perf_counter()
     for _ in range(steps):
         loop.step()
     seconds = time.perf_counter() - begin
-    count = sum(p.numel() for p in network.parameters())
+    count = sum(p.numel() for p in net.parameters())
     return row(
         "a bare loop, same network and steps", f"{count:,}", seconds, steps * 128, loop.sample(len(real)), judge, real
     )

@@ -9,18 +9,17 @@ import time
 from typing import Any
 
 import torch
-from common import configuration, table
-from diffusion_lab.runs.instantiate import instantiate
+from common import configuration, network, table
 from torch import Tensor, nn
 
 from diffusion_lab import samplers
 from diffusion_lab.denoiser import Denoiser
+from diffusion_lab.instantiation import instantiate
 from diffusion_lab.noise import normal
-from diffusion_lab.runs import build
 from diffusion_lab.samplers import DDIM, DPMSolverPP, Heun, Sampler, UniPC, prior
 
 BATCH = 256
-GPU = torch.cuda.is_available()  # asked once: the question loads a library, a quarter of a millisecond each time
+GPU = torch.cuda.is_available()  # queried once: each query takes a quarter of a millisecond
 
 
 class Clocked(nn.Module):
@@ -77,8 +76,8 @@ def cost(quick: bool) -> str:
     """The table."""
     config = configuration()
     device = torch.device("cuda" if GPU else "cpu")
-    network = Clocked(build.network(config).eval()).to(device)
-    denoiser = Denoiser(network, instantiate(config["schedule"]), instantiate(config["objective"]))
+    clocked = Clocked(network(config)[0].eval()).to(device)
+    denoiser = Denoiser(clocked, instantiate(config["schedule"]), instantiate(config["objective"]))
     noise = normal((1, 8, 8), seed=0, index=torch.arange(BATCH, device=device))
     x, rows = prior(denoiser.schedule, noise), []
     for name, sampler in every(8 if quick else 50).items():

@@ -38,8 +38,8 @@ def main(arguments: list[str]) -> int:
             "trajectory": ["task=trajectory", "n=4", "sampler.steps=25"],
             **{f"edit_{t}": ["task=edit", own, f"strength={t}", "n=16"] for t in STRENGTHS},
         }
-        for name, told in commands.items():
-            line = ["src/sample.py", *told, f"out={place}/{name}", *arguments]
+        for name, options in commands.items():
+            line = ["src/sample.py", *options, f"out={place}/{name}", *arguments]
             print(shlex.join(["python", *line]), flush=True)
             done = subprocess.run([sys.executable, *line], cwd=ROOT, stderr=subprocess.PIPE, text=True, check=False)
             if done.returncode:
@@ -63,7 +63,7 @@ def main(arguments: list[str]) -> int:
 def _inputs(ckpt: str, place: Path) -> None:
     """Real images as 0.png, 1.png and several/*.png, and mask.png: the lower half is to be generated."""
     run = load_checkpoint(ckpt)
-    data: DataModule = instantiate_untrusted(run.config["data"], ())
+    data: DataModule = instantiate_untrusted(run.config["data"], (), "data")
     data.prepare_data()
     data.setup()
     images = np.asarray(data.images("test")[np.arange(16)]).transpose(0, 2, 3, 1)

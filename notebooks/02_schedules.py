@@ -114,7 +114,7 @@ plt.show()
 # $$p(\ell) = \left|\frac{dt}{d\ell}\right|, \qquad \frac{d\ell}{dt} = 2\left(\frac{\dot\alpha}{\alpha} - \frac{\dot\sigma}{\sigma}\right).$$
 #
 # For the straight line of flow matching that is $\frac18\operatorname{sech}^2\frac{\ell}{4}$, for the cosine without its offset
-# $\frac{1}{2\pi}\operatorname{sech}\frac{\ell}{2}$. `times` changes the density without the schedule: EDM draws
+# $\frac{1}{2\pi}\operatorname{sech}\frac{\ell}{2}$. `time_sampler` changes the density without the schedule: EDM draws
 # $\ln(\sigma/\alpha) \sim \mathcal N(-1.2, 1.2^2)$ whatever the curve.
 
 

@@ -2,7 +2,7 @@
 # # Bring your own
 #
 # Data, network, schedule, objective: each is a class of about twenty lines, each is used at once, first from Python, then from the command
-# line. Nothing else has to know of them: samplers, losses, weightings, likelihood and the checks follow from the few methods below.
+# line. Samplers, losses, weightings, likelihood and the checks need nothing but the few methods below.
 #
 # The four classes, with the imports of the first cell above them, make a module, say `my_lab.py`. The commands at the end use it.
 
@@ -76,8 +76,8 @@ plt.show()
 # %% [markdown]
 # ## Network
 #
-# Any `torch.nn.Module` that is called as `network(x, c, **condition)` and returns an image-shaped tensor; `c`, float $(B,)$, is what the schedule tells
-# of the time. It never sees the schedule or the objective.
+# Any `torch.nn.Module` that is called as `network(x, c, **condition)` and returns an image-shaped tensor; `c`, float $(B,)$, is the schedule's
+# time-conditioning input. The network does not depend on the schedule or the objective.
 
 
 # %%
@@ -229,16 +229,17 @@ plt.show()
 # %% [markdown]
 # ## On the command line
 #
-# With the four classes in `my_lab.py`, in the folder from which one calls:
+# With the four classes in `my_lab.py` in the working folder:
 #
 # ```bash
 # export PYTHONPATH=.
-# python src/train.py data.source._target_=my_lab.Shapes data.image_size=[10,10] data.num_classes=2
+# python src/train.py data=custom recipe=digits data.source._target_=my_lab.Shapes data.channels=1 data.image_size=[10,10] data.num_classes=2
 # python src/train.py model=custom model._target_=my_lab.Perceptron +model.size=8
-# python src/train.py schedule=custom schedule._target_=my_lab.Laplace schedule.steps=500 +schedule.scale=1.5
-# python src/train.py schedule=flow objective._target_=my_lab.PredTangent
+# python src/train.py schedule=custom schedule._target_=my_lab.Laplace +schedule.steps=500 +schedule.scale=1.5
+# python src/train.py schedule=flow objective=custom objective._target_=my_lab.PredTangent
 # python src/sample.py ckpt=latest trust=[my_lab] n=64
 # ```
 #
-# A checkpoint may name classes of this package only; `trust` lets it name yours. The lines combine as all options do, and a sweep
-# takes yours beside the library's: `--multirun objective._target_=diffusion_lab.objectives.PredV,my_lab.PredTangent`.
+# A checkpoint may name classes of this package only; `trust` allows it to name those of your module. The lines combine as all options do. A file
+# `my_conf/objective/tangent.yaml` that holds `_target_: my_lab.PredTangent` makes `objective=tangent` an option for the command line
+# (`--config-dir my_conf`) and for sweeps: `--multirun objective=pred_v,tangent`.

@@ -53,7 +53,7 @@ def test_every_program_runs(program):
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """A folder like a user's: the sources linked, a data set of each kind that needs files, a network of one's own."""
+    """A folder like a user's: the sources linked, a data set of each kind that needs files, own parts."""
     place = tmp_path_factory.mktemp("workplace")
     (place / "src").symlink_to(ROOT / "src")
     (place / "docs").symlink_to(ROOT / "docs")
@@ -64,7 +64,12 @@ def workplace(tmp_path_factory):
             path.parent.mkdir(parents=True, exist_ok=True)
             size = rng.integers(33, 50, 2)
             Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(path.with_suffix(".png"))
-    (place / "my_package.py").write_text((ROOT / "tests" / "own_network.py").read_text().replace("Own", "MyNetwork"))
+    network = (ROOT / "tests" / "own_network.py").read_text().replace("Own", "MyNetwork")
+    schedule = next(text for kind, text in BLOCKS if kind == "python" and "class Quartic" in text)
+    (place / "my_package.py").write_text(f"{network}\n\n{schedule}")
+    option = place / "my_conf" / "schedule" / "quartic.yaml"
+    option.parent.mkdir(parents=True)
+    option.write_text("_target_: my_package.Quartic\nsteps: 500\n")
     return place
 
 
@@ -141,15 +146,15 @@ def test_the_readme_s_commands_run_in_its_order(workplace, monkeypatch, capfd):
 @pytest.mark.slow
 @pytest.mark.parametrize("sweeps", [True, False])
 def test_the_readme_s_commands_at_full_length(workplace, monkeypatch, sweeps):
-    """As a user types them, 50 and 40 minutes of one core; only where the README names no data of a known size is the run cut."""
+    """As a user types them, 50 and 40 minutes of one core; only the runs of "Your own parts" are cut."""
     monkeypatch.setenv("NETRC", str(workplace / "none"))
     monkeypatch.setenv("PYTHONPATH", str(workplace))
-    section = README.split("## Many runs")[1].split("\n## ")[0]  # needs nothing of the others
+    section, own = (README.split(f"## {title}")[1].split("\n## ")[0] for title in ("Many runs", "Your own parts"))
     ran = 0
     for line in COMMANDS:
         if not line.startswith("make") and _without_download(line) and (line in section) == sweeps:
-            of_ones_own = "image_folder" in line or "model=custom" in line
-            extra = "trainer.max_steps=20" if of_ones_own else "trainer.accelerator=cpu" if DDP in line else ""
+            cut = line in own and "train.py" in line
+            extra = "trainer.max_steps=20" if cut else "trainer.accelerator=cpu" if DDP in line else ""
             _apart(line, workplace, extra)
             ran += 1
     assert ran >= (3 if sweeps else 30)
