@@ -15,13 +15,14 @@ import torch
 from common import Bare, configuration, network, table
 from torch import Tensor
 
+from diffusion_lab.checkpoint import load_checkpoint
 from diffusion_lab.data.images import to_float
 from diffusion_lab.data.pictures import to_uint8
 from diffusion_lab.metrics import classifier
 from diffusion_lab.metrics.classifier import CONFIDENT, Judge
 from diffusion_lab.metrics.frechet import frechet_distance, moments
 from diffusion_lab.noise import permutation
-from diffusion_lab.runs import build, load_checkpoint
+from diffusion_lab.runs import build
 from diffusion_lab.samplers import DDIM
 
 ROOT = Path(__file__).resolve().parents[1]

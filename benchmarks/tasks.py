@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from diffusion_lab.checkpoint import load_checkpoint
 from diffusion_lab.data.datamodule import DataModule
 from diffusion_lab.data.pictures import save_png
 from diffusion_lab.instantiation import instantiate_untrusted
-from diffusion_lab.runs import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs" / "tasks"

@@ -7,10 +7,11 @@ import pytest
 import torch
 from command import TINY, code, command, train
 
+from diffusion_lab.checkpoint import load_checkpoint
 from diffusion_lab.guidance import ClassifierFreeTransform, ClassifierTransform
 from diffusion_lab.instantiation import instantiate_untrusted
 from diffusion_lab.metrics.classifier import Noise, Recipe, trained
-from diffusion_lab.runs import conditions, load_checkpoint
+from diffusion_lab.runs import conditions
 from diffusion_lab.runs.guidance import guided
 from diffusion_lab.samplers import DDIM, DDPM
 from diffusion_lab.schedules import Cosine

@@ -5,7 +5,7 @@ import torch
 import yaml
 from command import TINY, command, train
 
-from diffusion_lab.runs import checkpoints
+from diffusion_lab import checkpoint as checkpoints
 
 
 def test_profile_leaves_where_the_time_went(tmp_path, capfd):

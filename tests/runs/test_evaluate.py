@@ -11,11 +11,12 @@ from command import command, composed
 from PIL import Image
 
 from diffusion_lab import composition
+from diffusion_lab.checkpoint import load_checkpoint
 from diffusion_lab.data.pictures import to_uint8
 from diffusion_lab.metrics import extractors
 from diffusion_lab.metrics.collect import Processes
 from diffusion_lab.metrics.frechet import frechet_distance, moments
-from diffusion_lab.runs import build, load_checkpoint
+from diffusion_lab.runs import build
 from diffusion_lab.runs.evaluate import samplers
 from diffusion_lab.runs.evaluate.prepare import prepare
 from diffusion_lab.runs.evaluate.work import rows

@@ -7,9 +7,10 @@ import pytest
 import torch
 from command import TINY, command, composed, module, train
 
+from diffusion_lab.checkpoint import load_checkpoint
 from diffusion_lab.instantiation import instantiate
 from diffusion_lab.models import SecondHead
-from diffusion_lab.runs import load_checkpoint, variances
+from diffusion_lab.runs import variances
 from diffusion_lab.samplers import DDIM, DDPM
 from diffusion_lab.variances import NPR, SN, Analytic, FixedLarge, FixedSmall, Learned
 

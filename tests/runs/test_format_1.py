@@ -9,8 +9,8 @@ import torch
 import yaml
 from command import ROOT, command, train
 
-from diffusion_lab.runs import load_checkpoint
-from diffusion_lab.runs.upgrade import upgraded
+from diffusion_lab.checkpoint import load_checkpoint
+from diffusion_lab.upgrade import upgraded
 
 OLD = ROOT / "tests" / "fixtures" / "format1"
 LEARNED, PLAIN = OLD / "learned", OLD / "plain"

@@ -9,9 +9,10 @@ import torch
 from command import command, composed
 from own_features import Pooled
 
+from diffusion_lab.checkpoint import load_checkpoint
 from diffusion_lab.data.pictures import to_uint8
 from diffusion_lab.metrics.frechet import frechet_distance, moments
-from diffusion_lab.runs import build, load_checkpoint
+from diffusion_lab.runs import build
 from diffusion_lab.samplers import DDIM
 
 FID = ("+metrics.mine._target_=torchmetrics.image.FrechetInceptionDistance",)

@@ -12,11 +12,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffusion_lab import likelihood
+from diffusion_lab.checkpoint import Run
 from diffusion_lab.data.images import to_float
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.objectives import PredNoise, PredV
 from diffusion_lab.runs import nll
-from diffusion_lab.runs.checkpoints import Run
 from diffusion_lab.samplers import DDIM, DDPM
 from diffusion_lab.schedules import EDM, Cosine, Linear, Schedule
 from diffusion_lab.variances import Analytic, FixedLarge

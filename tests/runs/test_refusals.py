@@ -12,7 +12,7 @@ import torch
 from command import TINY, command, train
 from PIL import Image
 
-from diffusion_lab.runs import load_checkpoint
+from diffusion_lab.checkpoint import load_checkpoint
 from diffusion_lab.training import loggers
 from diffusion_lab.training.callbacks import Checkpoints
 

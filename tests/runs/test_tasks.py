@@ -11,9 +11,10 @@ import yaml
 from command import command, composed, train
 from PIL import Image
 
+from diffusion_lab.checkpoint import load_checkpoint
 from diffusion_lab.data.pictures import class_grid, to_uint8
 from diffusion_lab.denoiser import Prediction
-from diffusion_lab.runs import inputs, load_checkpoint
+from diffusion_lab.runs import inputs
 from diffusion_lab.runs.sample import tasks
 from diffusion_lab.runs.sample.latents import CONDITION
 from diffusion_lab.runs.sample.trajectory import FRAMES, Film

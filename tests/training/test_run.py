@@ -11,8 +11,9 @@ import pytorch_lightning as pl
 import torch
 from command import TINY, command, train
 
+from diffusion_lab.checkpoint import load_checkpoint
 from diffusion_lab.noise import normal
-from diffusion_lab.runs import build, load_checkpoint
+from diffusion_lab.runs import build
 from diffusion_lab.training.callbacks import Interrupt
 
 

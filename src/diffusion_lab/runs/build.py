@@ -27,12 +27,12 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 import diffusion_lab
+from diffusion_lab.checkpoint import FORMAT
 from diffusion_lab.data.datamodule import DataModule
 from diffusion_lab.denoiser import Denoiser, Prediction
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.instantiation import accepted, check, check_named, instantiate, locate
 from diffusion_lab.runs import launchers
-from diffusion_lab.runs.checkpoints import FORMAT
 from diffusion_lab.training import sharding
 from diffusion_lab.training.callbacks import Interrupt
 from diffusion_lab.training.condition import Condition

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion_lab.checkpoint import Run
 from diffusion_lab.data.images import Examples
 from diffusion_lab.errors import ConfigError
-from diffusion_lab.runs.checkpoints import Run
 from diffusion_lab.runs.inputs import arrays, read
 from diffusion_lab.training.condition import Attributes, LowResolution
 

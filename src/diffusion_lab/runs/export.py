@@ -7,11 +7,12 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save
 
+from diffusion_lab import checkpoint as checkpoints
+from diffusion_lab.checkpoint import EXPORTED
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.models.external import to_diffusers
 from diffusion_lab.models.unet import UNet
-from diffusion_lab.runs import checkpoints, files
-from diffusion_lab.runs.checkpoints import EXPORTED
+from diffusion_lab.runs import files
 
 
 def run(config: DictConfig) -> int:

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from diffusion_lab.checkpoint import Run, load_checkpoint
 from diffusion_lab.data.datamodule import DataModule
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.instantiation import instantiate_untrusted
 from diffusion_lab.metrics.collect import Processes
 from diffusion_lab.models import SecondHead
 from diffusion_lab.runs import files, variances
-from diffusion_lab.runs.checkpoints import Run, load_checkpoint
 from diffusion_lab.runs.device import device
 from diffusion_lab.runs.evaluate.processes import shared
 from diffusion_lab.times import Stratified

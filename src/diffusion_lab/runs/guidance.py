@@ -5,13 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from diffusion_lab.checkpoint import Run
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.guidance import ClassifierFree, NoisyClassifier, Unguided
 from diffusion_lab.instantiation import accepted, instantiate, instantiate_untrusted, locate
 from diffusion_lab.metrics import classifier
 from diffusion_lab.metrics.classifier import Trained
-from diffusion_lab.runs.checkpoints import Run
 from diffusion_lab.training.condition import Label
 
 Node = Mapping[str, Any]

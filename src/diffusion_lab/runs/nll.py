@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffusion_lab import likelihood
+from diffusion_lab.checkpoint import Run
 from diffusion_lab.data.images import Rows, to_float
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.runs import files
-from diffusion_lab.runs.checkpoints import Run
 from diffusion_lab.samplers import DDIM, DDPM, Sampler
 from diffusion_lab.variances import FixedSmall, Variance
 

@@ -21,6 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers import Logger, WandbLogger
 
+from diffusion_lab import checkpoint as checkpoints
 from diffusion_lab import composition
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.instantiation import (
@@ -32,7 +33,7 @@ from diffusion_lab.instantiation import (
     untrusted_modules,
 )
 from diffusion_lab.processes import CONFIG_ENV, Result
-from diffusion_lab.runs import build, checkpoints, files, launchers
+from diffusion_lab.runs import build, files, launchers
 from diffusion_lab.training.callbacks import Checkpoints, Dashboard, Interrupt, Losses, Pruning, Quality, Samples
 from diffusion_lab.training.loggers import Identity, identity
 from diffusion_lab.variances import Learned

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffusion_lab.checkpoint import Run
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.instantiation import instantiate, instantiate_untrusted, locate
 from diffusion_lab.models import SecondHead
 from diffusion_lab.runs import files
-from diffusion_lab.runs.checkpoints import Run
-from diffusion_lab.runs.upgrade import condition_of_format_1
 from diffusion_lab.samplers import Sampler
+from diffusion_lab.upgrade import condition_of_format_1
 from diffusion_lab.variances import Analytic, FixedSmall, Variance
 
 FORMAT = 1  # of a fit's file

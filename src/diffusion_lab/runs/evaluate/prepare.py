@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from diffusion_lab.checkpoint import Run, load_checkpoint, with_clip
 from diffusion_lab.data.datamodule import DataModule
 from diffusion_lab.data.images import Examples
 from diffusion_lab.errors import ConfigError
@@ -22,7 +23,6 @@ from diffusion_lab.metrics.moments import singular
 from diffusion_lab.metrics.reference import Reference
 from diffusion_lab.metrics.scores import MOST
 from diffusion_lab.runs import conditions, files
-from diffusion_lab.runs.checkpoints import Run, load_checkpoint, with_clip
 from diffusion_lab.runs.device import device
 from diffusion_lab.runs.evaluate import likelihoods, metrics, samplers
 from diffusion_lab.runs.evaluate.images import Given

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 from omegaconf import OmegaConf
 
 from diffusion_lab import composition
+from diffusion_lab.checkpoint import Run
 from diffusion_lab.errors import ConfigError
-from diffusion_lab.runs.checkpoints import Run
 from diffusion_lab.runs.guidance import guided
 from diffusion_lab.runs.variances import sampler_for
 from diffusion_lab.samplers import Sampler

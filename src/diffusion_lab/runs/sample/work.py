@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion_lab.checkpoint import Make, MakeSamples, Run, load_checkpoint, with_clip
 from diffusion_lab.data.pictures import class_grid, grid, save_png, to_uint8
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.instantiation import instantiate
 from diffusion_lab.noise import normal
 from diffusion_lab.runs import conditions, files
-from diffusion_lab.runs.checkpoints import Make, MakeSamples, Run, load_checkpoint, with_clip
 from diffusion_lab.runs.device import device
 from diffusion_lab.runs.guidance import guided
 from diffusion_lab.runs.variances import sampler_for

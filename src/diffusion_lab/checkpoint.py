@@ -16,9 +16,9 @@ from diffusion_lab.denoiser import Clip, Denoiser
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.instantiation import instantiate_untrusted, untrusted
 from diffusion_lab.noise import normal
-from diffusion_lab.runs.upgrade import upgraded
 from diffusion_lab.samplers import Sampler, Samples, prior
 from diffusion_lab.training.condition import Condition
+from diffusion_lab.upgrade import upgraded
 
 # (index, condition, progress) → (B, …)
 Make = Callable[[Tensor, dict[str, Tensor], bool], Tensor]
