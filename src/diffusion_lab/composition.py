@@ -40,6 +40,14 @@ def parse(overrides: Sequence[str]) -> list[Override]:
     return parsed
 
 
+def added(text: str) -> str:
+    """`+KEY=VALUE` as `++KEY=VALUE`, which Hydra also takes where KEY exists: whether optimizer=custom has an lr depends on the
+    recipe of the data set. Choices of a group, and what is no override, stay."""
+    key = text.split("=", 1)[0]
+    plain = text.startswith("+") and not text.startswith("++") and "=" in text and not is_group(key.lstrip("+"))
+    return f"+{text}" if plain else text
+
+
 def refuse_renamed(overrides: Sequence[Override]) -> None:
     """Raise ConfigError for the old name of a key, an option or a value, with the new one."""
     for override in overrides:

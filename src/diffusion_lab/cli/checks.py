@@ -103,7 +103,11 @@ def _check_values(overrides: Sequence[Override], config: DictConfig, name: str) 
             _check_choices(override, key)
             continue
         _refuse_interval(override, config)
-        if override.is_sweep_override() and not override.is_add() and key not in composition.keys(config):
+        if (
+            override.is_sweep_override()
+            and not (override.is_add() or override.is_force_add())
+            and key not in composition.keys(config)
+        ):
             raise ConfigError(composition._unknown_key(override, name, None))
         for value in map(_plain, _values(override)):
             root = next((f for f in dataclasses.fields(COMMANDS[name]) if f.name == key), None)

@@ -67,6 +67,7 @@ def check_nodes(config: Config) -> None:
     Raises:
         ConfigError: a key that nothing reads, an argument that is missing or of another type, a class that cannot be imported.
     """
+    _refuse_kinds(config)
     for group, passed in PASSED.items():
         check(config[group], group, passed)
     check(_schedule_node(config["lr_scheduler"]), "lr_scheduler", ("optimizer",))
@@ -77,6 +78,32 @@ def check_nodes(config: Config) -> None:
             raise ConfigError(
                 f"trainer.{key} is filled from the group {key}: write +{key}.mine._target_=my_package.MyClass"
             )
+
+
+def _refuse_kinds(config: Config) -> None:
+    """Raise ConfigError for a class of another kind than the group's, before its arguments are compared with the group's."""
+    joining = (torch.optim.lr_scheduler.SequentialLR, torch.optim.lr_scheduler.ChainedScheduler)
+    kind = locate(config["optimizer"], "optimizer")
+    if isinstance(kind, type) and not issubclass(kind, torch.optim.Optimizer):
+        name = config["optimizer"]["_target_"]
+        raise ConfigError(
+            f"optimizer._target_={name} is no optimizer: write a class derived from torch.optim.Optimizer"
+        )
+    kind, name = locate(config["lr_scheduler"], "lr_scheduler"), config["lr_scheduler"]["_target_"]
+    if isinstance(kind, type) and issubclass(kind, joining):
+        raise ConfigError(
+            f"lr_scheduler._target_={name} joins schedulers of one optimizer, which a file does not hold: write "
+            "lr_scheduler.warmup= for a warm-up, or a class derived from diffusion_lab.training.optim.Rate"
+        )
+    if isinstance(kind, type) and not issubclass(kind, LRScheduler | torch.optim.lr_scheduler.ReduceLROnPlateau | Rate):
+        raise ConfigError(_no_scheduler(name))
+
+
+def _no_scheduler(name: str) -> str:
+    return (
+        f"lr_scheduler._target_={name} is no scheduler: write a class derived from "
+        "torch.optim.lr_scheduler.LRScheduler or diffusion_lab.training.optim.Rate"
+    )
 
 
 def data(config: Config, make: Make = instantiate) -> DataModule:
@@ -130,10 +157,15 @@ def module(config: Config, net: nn.Module, told: Condition, saved: Config, make:
         validation_draws=config["validation"]["draws"],
         saved=saved,
     )
-    built.try_optimizer(config["trainer"]["max_steps"], config["validation"]["every"])
+    built.try_optimizer(config["trainer"]["max_steps"], validates(config))
     if built.learned_variance and not hasattr(net, "extra"):
         _try_channels(built, config)
     return built
+
+
+def validates(config: Config) -> bool:
+    """Whether a run validates."""
+    return config["validation"]["every"] > 0 and config["data"]["val"] != 0
 
 
 def optimizer(config: Config, make: Make = instantiate) -> OptimizerConfig:
@@ -147,10 +179,7 @@ def optimizer(config: Config, make: Make = instantiate) -> OptimizerConfig:
     else:
         schedule = make(node, "lr_scheduler")
         if not isinstance(schedule, Rate):
-            raise ConfigError(
-                f"lr_scheduler._target_={node['_target_']} is no scheduler: write a class derived from "
-                "torch.optim.lr_scheduler.LRScheduler or diffusion_lab.training.optim.Rate"
-            )
+            raise ConfigError(_no_scheduler(node["_target_"]))
     trainer = config["trainer"]
     made = make({**config["optimizer"], "_partial_": True}, "optimizer")
     return OptimizerConfig(made, schedule, str(trainer["precision"]), bool(trainer["gradient_clip_val"]))
@@ -268,7 +297,7 @@ def trainer(
     if node["strategy"] == "fsdp":
         there = 1 if node["accelerator"] == "cpu" else torch.cuda.device_count()
         node["strategy"] = sharding.strategy((launchers.each(node["devices"]) or there) * node["num_nodes"])
-    validate = validation["every"] > 0 and config["data"]["val"] != 0
+    validate = validates(config)
     needed = {
         "val_check_interval": validation["every"] * node["accumulate_grad_batches"] if validate else None,
         "limit_val_batches": 1.0 if validate else 0,

@@ -8,7 +8,7 @@ import shlex
 import shutil
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from signal import SIGUSR1
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ import pytorch_lightning as pl
 import torch
 import yaml
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers import Logger, WandbLogger
@@ -59,6 +60,8 @@ def run(config: DictConfig) -> Result:
         raise ConfigError("ckpt= resumes a run and init= begins one from weights: write one of them")
     folder = Path(settings["run_dir"])
     build.check_nodes(settings)
+    if resume:
+        _refuse_other_optimizer(resume[0], settings)
     _check_processes(settings)
     who = _identity(merged, resume)
     hooks = build.callbacks(settings, folder, make)
@@ -164,7 +167,8 @@ def _merged(config: DictConfig, resume: tuple[Path, int] | None) -> Merged:
     if resume is None:
         return Merged(own, given, _choices(HydraConfig.get()))
     checkpoint = checkpoints.read(resume[0])
-    latest = {o.key_or_group: str(o.input_line) for o in composition.parse([*checkpoint["overrides"], *given])}
+    before = _without_replaced_classes(composition.parse(checkpoint["overrides"]), composition.parse(given))
+    latest = {o.key_or_group: str(o.input_line) for o in [*before, *composition.parse(given)]}
     overrides = [line for key, line in latest.items() if key not in _NOT_FROM_CHECKPOINT]
     try:
         composed = composition.composed("train", overrides)
@@ -192,6 +196,19 @@ def _merged(config: DictConfig, resume: tuple[Path, int] | None) -> Merged:
     return Merged(merged, overrides, _choices(composed.hydra), frozenset(named))
 
 
+def _without_replaced_classes(before: Sequence[Override], now: Sequence[Override]) -> list[Override]:
+    """The overrides of a checkpoint without a class named by `_target_`, and what was added for it, where this command line
+    chooses an option of that group: lr_scheduler=cosine replaces a lr_scheduler=custom whole."""
+    chosen = {o.key_or_group for o in now if composition.is_group(o.key_or_group)}
+    replaced = {g for g in chosen if any(o.key_or_group == f"{g}._target_" for o in before)}
+
+    def belongs(o: Override) -> bool:
+        group, _, key = o.key_or_group.partition(".")
+        return group in replaced and (key == "_target_" or o.is_add() or o.is_force_add())
+
+    return [o for o in before if not belongs(o)]
+
+
 def _with_usable_variance(composed: dict[str, Any]) -> dict[str, Any]:
     """The configuration with fixed_small for a sampler that cannot take the learned one, unless sampler.variance names one."""
     sampler = composed["sampler"]
@@ -209,6 +226,15 @@ def _with_usable_variance(composed: dict[str, Any]) -> dict[str, Any]:
 def _choices(hydra: Any) -> dict[str, str]:
     """Group → option, without Hydra's own groups."""
     return {g: str(o) for g, o in hydra.runtime.choices.items() if o is not None and not str(g).startswith("hydra/")}
+
+
+def _refuse_other_optimizer(path: Path, settings: Mapping[str, Any]) -> None:
+    before, now = checkpoints.read(path)["config"]["optimizer"]["_target_"], settings["optimizer"]["_target_"]
+    if before != now:
+        raise ConfigError(
+            f"optimizer._target_={now} cannot continue the state of {before} in {path}: write init={path} to begin another run "
+            "with its weights, or leave the optimizer out"
+        )
 
 
 def _identity(merged: Merged, resume: tuple[Path, int] | None) -> Identity:

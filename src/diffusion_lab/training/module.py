@@ -1,5 +1,6 @@
 """The LightningModule: what one step of training and of validation computes."""
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -17,10 +18,15 @@ from diffusion_lab.times import Stratified, TimeSampler
 from diffusion_lab.training.condition import Condition
 from diffusion_lab.training.optim import (
     OptimizerConfig,
-    Rate,
+    ReduceLROnPlateau,
+    Resumption,
+    TorchSchedule,
     build_optimizer,
     evaluation_weights,
+    hyperparameters,
     lr_schedulers,
+    plateau_arguments,
+    state_keys,
     switch,
 )
 from diffusion_lab.training.sharding import ModelParallelStrategy, is_sharded, shard
@@ -93,6 +99,7 @@ class DiffusionModule(pl.LightningModule):
             chain_steps(self.denoiser)
         self.averages: dict[str, nn.Module] = {}  # a dict hides the averages from nn.Module's registration
         self._sum = torch.zeros(2, dtype=torch.float64)
+        self._resumption: Resumption | None = None
         self._drawn: list[Tensor] = []  # (position, t, loss) of a step's parts, for a time sampler that learns
 
     # what is evaluated ------------------------------------------------------------------------------------------------
@@ -210,7 +217,31 @@ class DiffusionModule(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         total = self.trainer.strategy.reduce(self._sum, reduce_op="sum")
-        self.log_row({"val/loss": (total[0] / total[1]).float()}, everywhere=True)
+        loss = (total[0] / total[1]).float()
+        self.log_row({"val/loss": loss}, everywhere=True)
+        if not self.trainer.sanity_checking:
+            self._step_plateau(loss)
+
+    def _step_plateau(self, loss: Tensor) -> None:
+        """Step `ReduceLROnPlateau` by the value that it monitors: on every process by that of process 0, which has them all."""
+        schedule = self.optimizer_config.schedule
+        if not isinstance(schedule, TorchSchedule) or not schedule.plateau:
+            return
+        metrics = {**self.trainer.callback_metrics, "val/loss": loss}
+        value = self.trainer.strategy.broadcast(
+            float(metrics[schedule.monitor]) if schedule.monitor in metrics else None
+        )
+        if value is None:
+            if self.trainer.is_global_zero:
+                warnings.warn(
+                    f"lr_scheduler ReduceLROnPlateau: {schedule.monitor} is not logged up to step {self.global_step:,}, so the "
+                    f"learning rate stays: write lr_scheduler.monitor= with one of {', '.join(sorted(metrics))}",
+                    stacklevel=2,
+                )
+            return
+        for config in self.trainer.lr_scheduler_configs:
+            if isinstance(config.scheduler, ReduceLROnPlateau):
+                config.scheduler.step(value)
 
     # processes, optimiser and checkpoint --------------------------------------------------------------------------------
 
@@ -219,7 +250,7 @@ class DiffusionModule(pl.LightningModule):
         if isinstance(self.trainer.strategy, ModelParallelStrategy) and not is_sharded(self.network):
             shard(self.network, self.device_mesh["data_parallel"])  # type: ignore[index]
 
-    def try_optimizer(self, max_steps: int, validate_every: int) -> None:
+    def try_optimizer(self, max_steps: int, validated: bool) -> None:
         """Build optimizer and schedulers once and drop them, so that a refusal comes before the run: neither holds state yet.
 
         Raises:
@@ -229,31 +260,27 @@ class DiffusionModule(pl.LightningModule):
             self.optimizer_config,
             build_optimizer(self.optimizer_config, self.network.parameters()),
             max_steps,
-            validate_every,
+            validated,
         )
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.optimizer_config, self.network.parameters())
-        self._hyper = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        every = self.trainer.val_check_interval if self.trainer.limit_val_batches else 0
-        return [optimizer], lr_schedulers(self.optimizer_config, optimizer, self.trainer.max_steps, int(every or 0))
+        state = state_keys(optimizer)
+        validated = bool(self.trainer.limit_val_batches)
+        configs = lr_schedulers(self.optimizer_config, optimizer, self.trainer.max_steps, validated)
+        self._hyper = hyperparameters(optimizer, state)
+        self._plateau = plateau_arguments(config["scheduler"] for config in configs)
+        return [optimizer], configs
 
     def on_train_start(self) -> None:
-        """A resumed optimizer has the hyper-parameters and the memory format of its checkpoint; those of this run hold."""
+        """A resumed optimizer has the hyperparameters and the memory format of its checkpoint; those of this run hold."""
         self._drawn.clear()
         (optimizer,) = self.trainer.optimizers
-        schedule = self.optimizer_config.schedule
-        for group, hyper in zip(optimizer.param_groups, self._hyper, strict=True):
-            base = hyper.get("initial_lr", hyper["lr"])
-            if isinstance(schedule, Rate):
-                rate = base * schedule(self.global_step, self.trainer.max_steps)
-            else:  # the scheduler's own state says where it is; another optimizer.lr scales it
-                rate = group["lr"] * base / group.get("initial_lr", base)
-            ours = {k: v for k, v in hyper.items() if k != "train_mode"}
-            group.update({**ours, "initial_lr": base, "lr": rate})
-        for config in self.trainer.lr_scheduler_configs:
-            if hasattr(config.scheduler, "base_lrs"):
-                config.scheduler.base_lrs = [h.get("initial_lr", h["lr"]) for h in self._hyper]
+        if self._resumption:
+            schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+            self._resumption.apply(
+                optimizer, schedulers, self.optimizer_config, self._hyper, self._plateau, self.global_step
+            )
         for weight, state in optimizer.state.items():  # a fused kernel reads a weight and its moments side by side
             moments = {k: v for k, v in state.items() if isinstance(v, Tensor) and v.shape == weight.shape}
             state.update({k: torch.empty_like(weight).copy_(v) for k, v in moments.items()})
@@ -277,6 +304,9 @@ class DiffusionModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Training resumes between two steps. A checkpoint of a time limit in the middle of an accumulated batch, or one whose
         parts are now others, counts parts that are not repeated otherwise."""
+        self._resumption = Resumption(checkpoint.get("config", {}), self.saved.get("config", {}))
+        if not self._resumption.keeps_schedulers(self.optimizer_config.schedule):
+            checkpoint["lr_schedulers"] = []
         if state := checkpoint.get("times"):
             self.times.load(state)
         parts = checkpoint["global_step"] * self.trainer.accumulate_grad_batches

@@ -3,15 +3,25 @@
 import functools
 import inspect
 import math
+import sys
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LinearLR, LRScheduler, ReduceLROnPlateau, SequentialLR
+from torch.optim.lr_scheduler import (
+    LambdaLR,
+    LinearLR,
+    LRScheduler,
+    MultiplicativeLR,
+    OneCycleLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+)
 
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.instantiation import foreign
@@ -120,11 +130,20 @@ def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter])
     kind = getattr(config.make, "func", config.make)
     if isinstance(kind, type) and issubclass(kind, getattr(torch.optim, "Muon", ())):
         return _with_adamw(config, trained)
+    if isinstance(kind, type) and issubclass(kind, torch.optim.LBFGS):
+        for p in trained:  # it reads weights and gradients as flat vectors, which channels_last has no view of
+            p.data = p.data.contiguous()
     stated = getattr(config.make, "keywords", {})
     fused = {}
     if "fused" in inspect.signature(kind).parameters and "fused" not in stated and not stated.get("foreach"):
         fused = {"fused": not (config.precision.endswith("-mixed") and config.clipping)}
-    return foreign(functools.partial(config.make, trained, **fused), "optimizer")
+    optimizer: Any = foreign(functools.partial(config.make, trained, **fused), "optimizer")
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        name = getattr(kind, "__name__", kind)
+        raise ConfigError(
+            f"optimizer._target_: {name} is no optimizer: write a class derived from torch.optim.Optimizer"
+        )
+    return optimizer
 
 
 class Joined(torch.optim.Optimizer):
@@ -171,7 +190,7 @@ def _with_adamw(config: OptimizerConfig, trained: list[nn.Parameter]) -> torch.o
 
 
 def lr_schedulers(
-    config: OptimizerConfig, optimizer: torch.optim.Optimizer, max_steps: int, validate_every: int
+    config: OptimizerConfig, optimizer: torch.optim.Optimizer, max_steps: int, validated: bool
 ) -> list[dict[str, Any]]:
     """Lightning's descriptions of the schedulers.
 
@@ -179,38 +198,155 @@ def lr_schedulers(
         config: states the schedule.
         optimizer: theirs.
         max_steps: updates of the run.
-        validate_every: batches between two validations, after which a plateau is judged; 0 for none.
+        validated: whether the run validates. `ReduceLROnPlateau` is stepped by the module after each validation, before
+            best.ckpt is written, and by Lightning never.
 
     Raises:
-        ConfigError: a plateau without validation; the scheduler refuses its arguments or this optimizer.
+        ConfigError: a plateau without validation, a cycle shorter than the run, a function that is none; the scheduler refuses
+            its arguments or this optimizer.
     """
     schedule = config.schedule
     if isinstance(schedule, Rate):
-        curve = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, max_steps))
+        curve = LambdaLR(optimizer, lambda step: schedule(step, max_steps))
         return [{"scheduler": curve, "interval": "step"}]
     warm: list[LRScheduler] = []
     if schedule.warmup:
         warm = [LinearLR(optimizer, start_factor=1 / schedule.warmup, total_iters=schedule.warmup - 1 or 1)]
+    _refuse_functions(schedule.make)
     main: Any = foreign(functools.partial(schedule.make, optimizer), "lr_scheduler")
     if isinstance(main, ReduceLROnPlateau):
-        if validate_every < 1:
+        if not validated:
             raise ConfigError(
-                f"lr_scheduler ReduceLROnPlateau goes by {schedule.monitor}, and validation.every=0: write validation.every=500"
+                f"lr_scheduler ReduceLROnPlateau goes by {schedule.monitor} after each validation, and this run has none: "
+                "write validation.every=500 and data.val=0.1"
             )
-        plateau = {"scheduler": main, "interval": "step", "monitor": schedule.monitor, "frequency": validate_every}
+        plateau = {"scheduler": main, "interval": "step", "monitor": schedule.monitor, "frequency": sys.maxsize}
         return [*({"scheduler": s, "interval": "step"} for s in warm), plateau]
+    if isinstance(main, OneCycleLR) and main.total_steps < max_steps - schedule.warmup:
+        raise ConfigError(
+            f"lr_scheduler OneCycleLR ends after {main.total_steps} updates, and the run has {max_steps}: write "
+            f"lr_scheduler.total_steps={max_steps - schedule.warmup}"
+        )
     if warm:
         main = SequentialLR(optimizer, [*warm, main], milestones=[schedule.warmup])
     return [{"scheduler": main, "interval": "step"}]
+
+
+def _refuse_functions(make: Callable[..., Any]) -> None:
+    """Raise ConfigError where a scheduler needs a function and a file states a number or text."""
+    value = getattr(make, "keywords", {}).get("lr_lambda")
+    kind = getattr(make, "func", make)
+    if isinstance(kind, type) and issubclass(kind, LambdaLR | MultiplicativeLR):
+        each = value if isinstance(value, list) else [value]
+        if not all(callable(one) for one in each):
+            raise ConfigError(
+                f"lr_scheduler.lr_lambda={value} is no function: write +lr_scheduler.lr_lambda._target_=my_package.curve "
+                "+lr_scheduler.lr_lambda._partial_=true, or a class derived from diffusion_lab.training.optim.Rate"
+            )
+
+
+# resuming -------------------------------------------------------------------------------------------------------------------
+
+IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable")  # always those of this run
+_PLATEAU_STATE = ("optimizer", "best", "num_bad_epochs", "cooldown_counter", "last_epoch", "_last_lr")
+
+
+def state_keys(optimizer: torch.optim.Optimizer) -> list[set[str]]:
+    """The entries of each parameter group that are no argument of the constructor: state, such as schedule-free's counter."""
+    parts = optimizer.optimizers if isinstance(optimizer, Joined) else [optimizer]
+    arguments = [inspect.signature(type(part)).parameters for part in parts for _ in part.param_groups]
+    return [set(group) - set(own) for group, own in zip(optimizer.param_groups, arguments, strict=True)]
+
+
+def hyperparameters(optimizer: torch.optim.Optimizer, state: Sequence[set[str]]) -> list[dict[str, Any]]:
+    """What the constructors of optimizer and schedulers have set in each group; `state` as of `state_keys`, before the latter."""
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+    groups = zip(optimizer.param_groups, state, strict=True)
+    return [{k: v for k, v in group.items() if k != "params" and k not in own} for group, own in groups]
+
+
+class Resumption:
+    """What of a checkpoint's optimizer and schedulers holds in the run that continues it.
+
+    With equal nodes the restored state holds, bit for bit. A curve of this package is a function of the step. Where `optimizer`
+    or `lr_scheduler` was changed, a scheduler of torch is stepped from the start with the new arguments, so that the rate is
+    that of a run which always had them; a plateau keeps what it has seen, and its rate is scaled.
+
+    Args:
+        before: the checkpoint's configuration.
+        now: this run's.
+    """
+
+    def __init__(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        def differ(key: str) -> bool:
+            return bool(before and now) and before.get(key) != now.get(key)
+
+        def part(key: str) -> list[Any]:
+            return [(nodes.get("lr_scheduler") or {}).get(key) for nodes in (before, now)]
+
+        self.changed = differ("optimizer") or differ("lr_scheduler")
+        kinds, monitors = part("_target_"), part("monitor")
+        self.continued = kinds[0] == kinds[1] and monitors[0] == monitors[1]
+
+    def keeps_schedulers(self, schedule: Rate | TorchSchedule) -> bool:
+        """Whether the state of the schedulers is restored."""
+        return isinstance(schedule, TorchSchedule) and self.continued and (schedule.plateau or not self.changed)
+
+    def apply(
+        self, optimizer: torch.optim.Optimizer, schedulers: Sequence[Any], config: OptimizerConfig,
+        hyper: Sequence[Mapping[str, Any]], plateau: Mapping[str, Any], step: int,
+    ) -> None:  # fmt: skip
+        """Bring restored groups and schedulers to `step`.
+
+        Args:
+            optimizer, schedulers: as Lightning has restored them.
+            config: states the schedule.
+            hyper: as of `hyperparameters`, of this run.
+            plateau: as of `plateau_arguments`, of this run.
+            step: updates done.
+        """
+        ours = isinstance(config.schedule, Rate)
+        for group, own in zip(optimizer.param_groups, hyper, strict=True):
+            scaled = group["lr"] * own["initial_lr"] / group.get("initial_lr", own["initial_lr"])
+            group.update(own if ours or self.changed else {k: own[k] for k in IMPLEMENTATION if k in own})
+            if isinstance(config.schedule, TorchSchedule) and config.schedule.plateau and self.changed:
+                group["lr"] = scaled
+        if not (ours or self.changed):
+            return
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "Detected call of `lr_scheduler.step"
+            )  # the updates were those of another process
+            for scheduler in schedulers:
+                if isinstance(scheduler, ReduceLROnPlateau):
+                    vars(scheduler).update(plateau)
+                elif ours:
+                    scheduler.last_epoch, scheduler._step_count = step - 1, step
+                    scheduler.step()
+                elif isinstance(config.schedule, TorchSchedule) and config.schedule.plateau:
+                    scheduler.base_lrs = [own["initial_lr"] for own in hyper]
+                else:
+                    for _ in range(step):
+                        scheduler.step()
+
+
+def plateau_arguments(schedulers: Iterable[Any]) -> dict[str, Any]:
+    """What the constructor of a plateau has set; empty without one."""
+    found = [s for s in schedulers if isinstance(s, ReduceLROnPlateau)]
+    return {k: v for s in found for k, v in vars(s).items() if k not in _PLATEAU_STATE}
+
+
+# schedule-free optimizers ---------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def evaluation_weights(optimizers: Iterable[Any]) -> Iterator[None]:
     """The weights that a schedule-free optimizer (Defazio et al. 2024) states for evaluation, inside; those it trains, after.
 
-    Other optimizers have one set of weights, and nothing happens.
+    Other optimizers have one set of weights, and nothing happens; neither where they are in evaluation mode already.
     """
-    training = [o for o in optimizers if any(group.get("train_mode", False) for group in o.param_groups)]
+    training = [o for o in optimizers if any(group.get("train_mode", True) for group in o.param_groups)]
     switch(training, "eval")
     try:
         yield

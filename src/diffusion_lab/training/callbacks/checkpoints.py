@@ -34,6 +34,7 @@ class Checkpoints(pl.Callback):
         self.best: float | None = None
         self.latest: tuple[float, int] | None = None
         self._saved = -1  # the step of last.ckpt
+        self._saved_best: float | None = None  # the best value that it holds
 
     @property
     def last_path(self) -> Path:
@@ -49,12 +50,17 @@ class Checkpoints(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         step = trainer.global_step
         if step and step % self.every == 0 and step != self._saved and not _lost(trainer):
-            self._write(trainer, self.last_path)
-            self._saved = step
+            self._write_last(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.sanity_checking and self.monitor in trainer.callback_metrics:
+        if trainer.sanity_checking:
+            return
+        if self.monitor in trainer.callback_metrics:
             self.consider(trainer, float(trainer.callback_metrics[self.monitor]), self.monitor)
+        best = self._saved_best != self.best
+        plateau = any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs)
+        if self._saved == trainer.global_step and trainer.global_step and (best or plateau) and not _lost(trainer):
+            self._write_last(trainer)  # with what this validation has changed, which a resumed run does not repeat
 
     def consider(self, trainer: pl.Trainer, value: float, *names: str) -> None:
         """Writes best.ckpt if a value of one of these names is the lowest so far; every process calls it with the same value."""
@@ -67,8 +73,11 @@ class Checkpoints(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step != self._saved and not _lost(trainer):
-            self._write(trainer, self.last_path)
-            self._saved = trainer.global_step
+            self._write_last(trainer)
+
+    def _write_last(self, trainer: pl.Trainer) -> None:
+        self._write(trainer, self.last_path)
+        self._saved, self._saved_best = trainer.global_step, self.best
 
     def _write(self, trainer: pl.Trainer, path: Path) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # a dry run, for which Lightning drops loggers as well

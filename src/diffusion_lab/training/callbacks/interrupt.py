@@ -7,6 +7,8 @@ from typing import Any
 
 import pytorch_lightning as pl
 
+from diffusion_lab.training.optim import switch
+
 
 class Interrupt(pl.Callback):
     """The first SIGINT, SIGTERM or SIGUSR1 lets the current step finish and stops; a second one stops at once.
@@ -46,6 +48,10 @@ class Interrupt(pl.Callback):
             stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
         if stop:
             trainer.should_stop = True
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """A validation that fails leaves the weights that a schedule-free optimizer trains, not those that it evaluates."""
+        switch(trainer.optimizers, "train")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         for number, handler in self._before.items():
