@@ -87,6 +87,11 @@ def test_the_output_folder_is_never_written_over(capfd, tmp_path):
     assert [p.name for p in kept.iterdir()] == ["notes.txt"]
 
 
+def test_flags_that_exclude_each_other_are_one_line(capfd):
+    code, _, err = command("train", ["--multirun", "--cfg", "job"], capfd)
+    assert (code, err) == (2, "error: --multirun and --cfg do not go together: write one of them\n")
+
+
 @pytest.mark.parametrize("flag", ["--help", "--cfg job"])
 def test_information_needs_no_training(flag, capfd):
     code, out, _ = command("train", flag.split(), capfd)

@@ -65,6 +65,9 @@ def _arguments(argv: Sequence[str]) -> Any:
 
     parser.error = refuse  # type: ignore[method-assign]
     arguments = parser.parse_intermixed_args(list(argv))
+    modes = [flag for flag in ("run", "multirun", "cfg", "info", "shell_completion") if getattr(arguments, flag)]
+    if len(modes) > 1:
+        raise ConfigError(f"--{modes[0]} and --{modes[1]} do not go together: write one of them")
     for word in arguments.overrides:
         if "=" not in word and not word.startswith("~"):
             raise ConfigError(f"{word!r} is neither KEY=VALUE nor a flag; --help lists what can be written")
