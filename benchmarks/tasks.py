@@ -14,8 +14,8 @@ from PIL import Image
 
 from diffusion_lab.data.datamodule import DataModule
 from diffusion_lab.data.pictures import save_png
+from diffusion_lab.instantiation import instantiate
 from diffusion_lab.runs import load_checkpoint
-from diffusion_lab.runs.instantiate import instantiate
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs" / "tasks"
