@@ -10,7 +10,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -166,6 +166,10 @@ def single(override: Override) -> str:
     """An override as text, with the first value of a sweep."""
     if not override.is_discrete_sweep():
         return str(override.input_line)
+    value = override.value()
+    if isinstance(value, Glob):
+        matching = value.filter(options(override.key_or_group.split("@")[0]))
+        return f"{override.key_or_group}={matching[0]}" if matching else str(override.input_line)
     return f"{str(override.input_line).split('=', 1)[0]}={next(iter(override.sweep_string_iterator()))}"
 
 

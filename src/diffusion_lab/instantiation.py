@@ -253,9 +253,16 @@ def foreign(call: Callable[[], Any], where: str = "") -> Any:
     except ConfigError:
         raise
     except Exception as error:
-        if not isinstance(error, ValueError | TypeError) and type(error).__name__ != "MisconfigurationException":
+        if (
+            not isinstance(error, ValueError | TypeError | ImportError)
+            and type(error).__name__ != "MisconfigurationException"
+        ):
             raise
         name = getattr(target, "__name__", str(target))
+        if isinstance(error, ImportError):
+            raise ConfigError(
+                f"{where or name}: {name} needs a package that is not installed: {' '.join(str(error).split())}"
+            ) from error
         raise ConfigError(f"{where or name}: {name} refuses these arguments: {' '.join(str(error).split())}") from error
 
 
@@ -408,8 +415,10 @@ def _fits_one(value: Any, expected: Any) -> bool:
         return len(inner) != 1 or all(_fits(v, inner[0]) for v in value)
     if origin in (dict, Mapping):
         return isinstance(value, Mapping)
-    if isinstance(origin, type) and origin.__module__.split(".", 1)[0] == PACKAGE and not isinstance(value, Mapping):
-        return isinstance(value, origin)  # an object of this package is described by a node, never by a number or text
+    if isinstance(origin, type) and origin.__module__.split(".", 1)[0] == PACKAGE:
+        return isinstance(
+            value, origin
+        )  # described by a node, which was built before, never by a number, text or a mapping
     return True
 
 

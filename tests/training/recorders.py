@@ -114,8 +114,11 @@ class Watcher(pl.Callback):
 
     def on_save_checkpoint(self, trainer, pl_module, checkpoint):
         stored = {k.removeprefix("network."): v for k, v in checkpoint["state_dict"].items()}
-        assert all(torch.equal(stored[k], v) for k, v in self.live.items())
-        self._compare("on_save_checkpoint", pl_module)
+        # called by `Checkpoints` before this callback's on_train_batch_end
+        assert all(torch.equal(stored[k], p) for k, p in pl_module.network.named_parameters())
+        (average,) = pl_module.averages.values()
+        assert not all(torch.equal(stored[k], p) for k, p in average.named_parameters())
+        Watcher.hooks.append("on_save_checkpoint")
 
     def on_train_end(self, trainer, pl_module):
         Watcher.final = copy.deepcopy(self.live)

@@ -11,7 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override, QuotedString, Sweep
+from hydra.core.override_parser.types import (
+    ChoiceSweep,
+    Glob,
+    IntervalSweep,
+    Override,
+    OverrideType,
+    QuotedString,
+    Sweep,
+)
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -65,11 +73,18 @@ def check_configuration(config: DictConfig, name: str) -> None:
     swept = (config.hydra.sweeper.get("params") or {}).items()  # what conf/sweep/NAME.yaml varies
     overrides += composition.parse([f"{key}={value}" for key, value in swept if key not in named])
     _check_values(overrides, config, name)
-    _check_root({str(k): v for k, v in plain.items() if k != "hydra"}, COMMANDS[name], "")
+    _check_root(_without_hydra(plain), COMMANDS[name], "")
+    if any(o.is_discrete_sweep() and o.type in (OverrideType.ADD, OverrideType.FORCE_ADD) for o in overrides):
+        first = composition.composed(name, [composition.single(o) for o in overrides if not o.is_interval_sweep()])
+        _check_root(_without_hydra(OmegaConf.to_container(first, resolve=False)), COMMANDS[name], "")  # type: ignore[arg-type]
     try:
         OmegaConf.to_container(OmegaConf.create({**plain, "hydra": None, "run_dir": "."}), resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"the configuration cannot be resolved: {composition.first_line(error)}") from None
+
+
+def _without_hydra(values: Mapping[Any, Any]) -> dict[str, Any]:
+    return {str(k): v for k, v in values.items() if k != "hydra"}
 
 
 def _check_root(values: Mapping[str, Any], schema: type, prefix: str) -> None:

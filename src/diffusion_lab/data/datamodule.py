@@ -175,11 +175,13 @@ class DataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> BatchStream:
         """The endless stream of this process. ValueError: the batch size does not divide into processes and micro-batches."""
+        accumulate = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
         self._stream = BatchStream(
             self.examples("train"),
             self.batch_size,
             seed=self.seed,
-            accumulate=1 if self.trainer is None else self.trainer.accumulate_grad_batches,
+            accumulate=accumulate,
+            repeat=0 if self.trainer is None else int(self.trainer.overfit_batches) // accumulate,  # type: ignore[attr-defined]
             start_step=self._start,
             flip=self.flip,
             **self._process(),

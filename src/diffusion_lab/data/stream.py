@@ -33,6 +33,7 @@ class BatchStream:
         start_step: where iteration starts; may be set at any time before it.
         flip: mirror an example left to right with probability ½, keyed by (seed, step, position).
         pin_memory: page-locked tensors, for copies to a GPU that do not wait.
+        repeat: show the images of the first so many steps over and over, with new noise; 0 for all images.
 
     Raises:
         ValueError: no examples, or B is no multiple of W·A.
@@ -50,6 +51,7 @@ class BatchStream:
         start_step: int = 0,
         flip: bool = False,
         pin_memory: bool = False,
+        repeat: int = 0,
     ) -> None:
         if len(examples) == 0:
             raise ConfigError("the training split is empty: lower data.val and data.test, or give more images")
@@ -63,6 +65,7 @@ class BatchStream:
         self.examples, self.batch_size, self.seed = examples, batch_size, seed
         self.world_size, self.rank, self.accumulate = world_size, rank, accumulate
         self.start_step, self.flip, self.pin_memory = start_step, flip, pin_memory
+        self.repeat = repeat
         self._orders: dict[int, Index] = {}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -78,7 +81,8 @@ class BatchStream:
             "position" int64 (b,), the places in the global batch; "step", an int.
         """
         position = np.arange(micro * self.world_size + self.rank, self.batch_size, self.world_size * self.accumulate)
-        epoch, place = np.divmod(step * self.batch_size + position, len(self.examples))
+        shown = step % self.repeat if self.repeat else step
+        epoch, place = np.divmod(shown * self.batch_size + position, len(self.examples))
         index = np.empty_like(place)
         for e in np.unique(epoch):
             index[epoch == e] = self._order(int(e))[place[epoch == e]]

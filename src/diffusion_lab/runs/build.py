@@ -15,7 +15,9 @@ import torch
 from pytorch_lightning.callbacks import (
     BatchSizeFinder,
     Checkpoint,
+    EarlyStopping,
     GradientAccumulationScheduler,
+    LearningRateFinder,
     ModelCheckpoint,
     ModelSummary,
     ProgressBar,
@@ -221,7 +223,7 @@ def callbacks(config: Config, folder: Path, make: Make = instantiate) -> list[pl
         if node is not None:
             place = {"folder": str(_inside(folder, node["folder"]))} if "folder" in node else {}
             built.append(make({**node, **place}, f"callbacks.{name}"))
-            _refuse(built[-1], name)
+            _refuse(built[-1], name, validates(config))
     return [*built, Interrupt()]
 
 
@@ -229,11 +231,13 @@ REFUSED = {
     GradientAccumulationScheduler: "the noise of a step is keyed by its place in the global batch, which is cut once for a run: "
     "write trainer.accumulate_grad_batches=",
     StochasticWeightAveraging: "it puts averaged weights into the network that is trained: write callbacks.ema.decay=",
+    LearningRateFinder: "it looks for a learning rate in the module, and that of a run is in the optimizer: write "
+    "--multirun optimizer.lr=1e-4,3e-4,1e-3",
     BatchSizeFinder: "data.batch_size is the global batch, which keys all noise: write data.batch_size=",
 }
 
 
-def _refuse(callback: pl.Callback, name: str) -> None:
+def _refuse(callback: pl.Callback, name: str, validated: bool) -> None:
     if not isinstance(callback, pl.Callback):
         raise ConfigError(
             f"callbacks.{name}: {type(callback).__name__} is no callback: write a class derived from "
@@ -242,9 +246,17 @@ def _refuse(callback: pl.Callback, name: str) -> None:
     for kind, reason in REFUSED.items():
         if isinstance(callback, kind):
             raise ConfigError(f"callbacks.{name}: {kind.__name__} is refused, since {reason}")
-    if isinstance(callback, ModelCheckpoint) and (callback.save_last or callback.filename in ("last", "best")):
+    monitor = getattr(callback, "monitor", None)
+    if isinstance(callback, EarlyStopping | ModelCheckpoint) and str(monitor).startswith("val/") and not validated:
         raise ConfigError(
-            f"callbacks.{name}: a ModelCheckpoint that writes last.ckpt or best.ckpt would replace those of "
+            f"callbacks.{name}: {type(callback).__name__} goes by {monitor}, and this run has no validation: write "
+            "validation.every=500 and data.val=0.1"
+        )
+    names = ("last", "best", "last.ckpt", "best.ckpt")
+    last = getattr(callback, "save_last", False) or getattr(callback, "filename", None) in names
+    if isinstance(callback, Checkpoint) and last:
+        raise ConfigError(
+            f"callbacks.{name}: a {type(callback).__name__} that writes last.ckpt or best.ckpt would replace those of "
             f"callbacks.checkpoints: write callbacks.{name}.save_last=false and another filename"
         )
 
@@ -265,7 +277,7 @@ def loggers(config: Config, folder: Path, who: Identity, make: Make = instantiat
             built.append(make(node, f"logger.{name}", **given))
             if not isinstance(built[-1], Logger):
                 raise ConfigError(f"logger.{name}: {node['_target_']} is no logger of Lightning's")
-    if not any(isinstance(logger, CSVLogger) for logger in built):
+    if not any(isinstance(logger, CSVLogger) and Path(logger.log_dir) == folder for logger in built):
         built.insert(0, CSVLogger(str(folder), name="", version="", flush_logs_every_n_steps=100))
     return built
 
@@ -290,6 +302,7 @@ def trainer(
     for key in ("max_steps", "accumulate_grad_batches", "log_every_n_steps", "num_nodes"):
         if node[key] < 1:
             raise ConfigError(f"trainer.{key}={node[key]} must be at least 1")
+    _refuse_limits(node)
     if validation["draws"] < 1:
         raise ConfigError(f"validation.draws={validation['draws']} must be at least 1")
     if (node["gradient_clip_val"] or 0) < 0:
@@ -318,6 +331,27 @@ def trainer(
         profiler: Any = built.profiler  # type: ignore[attr-defined]
         profiler.dirpath, profiler.filename = folder, "profile"  # or its table would go to a logger that nobody shows
     return built
+
+
+def _refuse_limits(node: Config) -> None:
+    """Raise ConfigError for flags that an endless stream of global batches has no meaning for."""
+    if node.get("barebones"):
+        raise ConfigError(
+            "trainer.barebones=true goes without the loggers, checkpoints and callbacks that a run leaves: write "
+            "logger=none callbacks.samples=null callbacks.progress=null for a run without overhead"
+        )
+    parts = node["accumulate_grad_batches"]
+    for key in ("limit_train_batches", "overfit_batches"):
+        value = node.get(key)
+        if isinstance(value, float) and value not in (0.0, 1.0):
+            raise ConfigError(f"trainer.{key}={value}: training is one endless stream, so write a number of batches")
+        if value is not None and not isinstance(value, float) and value % parts:
+            raise ConfigError(
+                f"trainer.{key}={value} cuts a global batch of trainer.accumulate_grad_batches={parts} parts: write "
+                f"trainer.{key}={max(value // parts, 1) * parts}"
+            )
+    if node.get("limit_train_batches") == 0:
+        raise ConfigError("trainer.limit_train_batches=0 trains nothing: write 1 or more, or leave it out")
 
 
 def _slurm() -> list[Any] | None:

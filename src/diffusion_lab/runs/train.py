@@ -352,6 +352,7 @@ def _quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for advice in (
         ".*Experiment logs directory .* exists and is not empty.*",  # it holds this run's configuration
+        ".*Checkpoint directory .* exists and is not empty.*",  # it holds best.ckpt of the run that is continued
         ".*isinstance.treespec, LeafSpec.*",  # between Lightning and torch
         ".*does not have many workers.*",
     ):

@@ -212,6 +212,7 @@ class Quality(pl.Callback):
         epoch = trainer.global_step * module.batch_size / data.size("train")
         for logger in trainer.loggers:  # Lightning would repeat the figure in every later row, and leave out odd steps
             logger.log_metrics({**row, "epoch": epoch}, step=trainer.global_step)
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in row.items()})  # for `monitor=`
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Checkpoints):
                 callback.consider(trainer, self.value, "quality", self.label)
