@@ -132,7 +132,7 @@ def test_a_glob_sweeps_over_the_options_and_a_custom_without_class_is_one_line(t
     small = ["model.width=8", "model.multipliers=[1]", "trainer=cpu", "trainer.max_steps=1", "validation.every=0"]
     small += ["callbacks.progress=null", "callbacks.samples=null", "logger=csv", "--multirun"]
     sweep = tmp_path / "glob"
-    arguments = [*small, "lr_scheduler=glob(*,exclude=custom)", f"hydra.sweep.dir={sweep}"]
+    arguments = [*small, "lr_scheduler=glob(*,exclude=custom)", "+logger.csv.prefix=x", f"hydra.sweep.dir={sweep}"]
     outcome = command("train", arguments, capfd)
     assert outcome.code == 0, outcome.err
     assert "3 jobs in" in outcome.out
