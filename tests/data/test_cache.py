@@ -20,6 +20,8 @@ from .helpers import save
 
 MANY = 3000  # images of the builds that are caught in the middle
 DECODER = Decoder((3, 8, 8))
+# A test run in the background has SIGINT ignored, and hands that on.
+HEARS_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
 BUILD = """
 import sys
 from pathlib import Path
@@ -110,7 +112,7 @@ def test_a_folder_that_cannot_be_made_is_refused(images, tmp_path):
 
 def start(images: Path, cache: Path) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-c", BUILD, str(images), str(cache)],
+        [sys.executable, "-c", HEARS_CTRL_C + BUILD, str(images), str(cache)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -164,7 +164,11 @@ def test_help_has_a_line_a_key_with_the_comment_of_its_file(name, capfd):
             "model.blocks": "residual blocks of a level",
             "trainer.gradient_clip_val": "norm",
         },
-        "sample": {"strength": "t in (0, 1]", "sampler.eta": "0 deterministic", "inpaint.resample": "how often"},
+        "sample": {
+            "strength": "t in (0, 1]",
+            "sampler.eta": "0 deterministic",
+            "inpaint.resample": "passes over each such part",
+        },
         "evaluate": {"repeats": "seeds seed, seed + 1"},
         "fit_variance": {"nodes": "analytic: how many t"},
     }
