@@ -39,7 +39,8 @@ ROWS = _rows()
 
 def _merge(line: dict[str, str], other: dict[str, str]) -> bool:
     """Whether two command lines can be composed as one: in common groups the same options, no key with two values."""
-    common = {key.split(".")[0] for key in line} & {key.split(".")[0] for key in other}
+    groups, others = ({key.lstrip("+").split(".")[0] for key in keys} for keys in (line, other))
+    common = groups & others
     return all(line.get(k) == other.get(k) for k in common) and all(
         line[k] == other[k] for k in line.keys() & other.keys()
     )

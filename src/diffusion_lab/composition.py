@@ -85,11 +85,12 @@ def composed(name: str, overrides: Sequence[str] = (), config_dir: str | None = 
     """
     refuse_renamed(parse(overrides))
     refuse_null_list(parse(overrides))
+    overrides = [added(text) for text in overrides]
     try:
         if GlobalHydra.instance().is_initialized() and config_dir is None:
             return compose(name, list(overrides), return_hydra_config=True)
-        with hydra_of_its_own(config_dir) as added:
-            return compose(name, [*added, *overrides], return_hydra_config=True)
+        with hydra_of_its_own(config_dir) as search:
+            return compose(name, [*search, *overrides], return_hydra_config=True)
     except COMPOSITION_ERRORS as error:
         raise ConfigError(explain(error, name, overrides, config_dir)) from None
 
