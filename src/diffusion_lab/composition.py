@@ -48,6 +48,14 @@ def added(text: str) -> str:
     return f"+{text}" if plain else text
 
 
+def accepted(overrides: Sequence[str]) -> list[str]:
+    """The overrides as Hydra is given them. ConfigError: one that cannot be read, or that `refuse_…` below names."""
+    parsed = parse(overrides)
+    refuse_renamed(parsed)
+    refuse_null_list(parsed)
+    return [added(text) for text in overrides]
+
+
 def refuse_renamed(overrides: Sequence[Override]) -> None:
     """Raise ConfigError for the old name of a key, an option or a value, with the new one."""
     for override in overrides:
@@ -83,12 +91,10 @@ def composed(name: str, overrides: Sequence[str] = (), config_dir: str | None = 
     Raises:
         ConfigError: one line that names what is wrong and what to write instead.
     """
-    refuse_renamed(parse(overrides))
-    refuse_null_list(parse(overrides))
-    overrides = [added(text) for text in overrides]
+    overrides = accepted(overrides)
     try:
         if GlobalHydra.instance().is_initialized() and config_dir is None:
-            return compose(name, list(overrides), return_hydra_config=True)
+            return compose(name, overrides, return_hydra_config=True)
         with hydra_of_its_own(config_dir) as search:
             return compose(name, [*search, *overrides], return_hydra_config=True)
     except COMPOSITION_ERRORS as error:
@@ -100,7 +106,7 @@ def explain(error: Exception, name: str, overrides: Sequence[str], config_dir: s
     line = first_line(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and "/" in error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
-        return _unknown_option(group, option, options(group, config_dir))
+        return unknown_option(group, option, options(group, config_dir))
     if isinstance(error, OverrideParseException):
         return f"cannot read the override {error.override!r} ({line}): write KEY=VALUE"
     parsed = parse(overrides)
@@ -115,20 +121,20 @@ def explain(error: Exception, name: str, overrides: Sequence[str], config_dir: s
             return _not_of_this_command(chosen, name, {group, nested.group(2)})
     quoted = next((o for o in parsed if f"'{o.key_or_group}'" in line or str(o.input_line) in line), None)
     if quoted is not None and ("Could not override" in line or "Could not delete" in line or "Key" in line):
-        return _unknown_key(quoted, name, config_dir)
+        return unknown_key(quoted, name, config_dir)
     cause = error.__cause__
     reason = f" ({first_line(cause)})" if isinstance(cause, Exception) else ""
     return f"{line}{reason}; --help lists what can be written"
 
 
-def _unknown_option(group: str, option: str, options: Sequence[str]) -> str:
+def unknown_option(group: str, option: str, options: Sequence[str]) -> str:
     known = [o for o in options if "/" not in o]
     if new := renames.FOREIGN_OPTIONS.get((group, option.lower())):
         return f"unknown option {group}={option}: write {group}={new}"
     return f"unknown option {group}={option}{closest(option, known)}: write one of {', '.join(known)}"
 
 
-def _unknown_key(override: Override, name: str, config_dir: str | None) -> str:
+def unknown_key(override: Override, name: str, config_dir: str | None) -> str:
     key = override.key_or_group.split("@")[0]
     if (CONF / key).is_dir():
         if f"{key}s" in OmegaConf.load(CONF / f"{name}.yaml"):  # evaluate.py's list of samplers
@@ -136,9 +142,9 @@ def _unknown_key(override: Override, name: str, config_dir: str | None) -> str:
         return _not_of_this_command(override, name, {key})
     if new := renames.FOREIGN_KEYS.get(key.rsplit(".", 1)[-1]):
         return f"unknown key {key}: write {new}"
-    with hydra_of_its_own(config_dir) as added:
+    with hydra_of_its_own(config_dir) as search:
         try:
-            base = compose(name, [*added, *group_choices([str(o) for o in added])])
+            base = compose(name, [*search, *group_choices(search)])
             known = sorted(keys(base))
         except COMPOSITION_ERRORS:
             known = []

@@ -123,7 +123,7 @@ def _check_values(overrides: Sequence[Override], config: DictConfig, name: str) 
             and not (override.is_add() or override.is_force_add())
             and key not in composition.keys(config)
         ):
-            raise ConfigError(composition._unknown_key(override, name, None))
+            raise ConfigError(composition.unknown_key(override, name, None))
         for value in map(_plain, _values(override)):
             root = next((f for f in dataclasses.fields(COMMANDS[name]) if f.name == key), None)
             if root is not None and not (isinstance(value, str) and "${" in value):
@@ -155,7 +155,7 @@ def _check_choices(override: Override, group: str) -> None:
         for option in map(_plain, _values(override)):
             for one in option if isinstance(option, list) else [option]:
                 if one is not None and str(one) not in known:
-                    raise ConfigError(composition._unknown_option(group, str(one), known))
+                    raise ConfigError(composition.unknown_option(group, str(one), known))
 
 
 def _refuse_interval(override: Override, config: DictConfig) -> None:
