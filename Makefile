@@ -21,7 +21,7 @@ $(READY): requirements.lock pyproject.toml
 	@echo "setting up $(VENV): torch and its CUDA libraries are a few GB the first time"
 	@PATH="$$PATH:$(CURDIR)/$(VENV)/bin" && uv pip install --quiet --python $(PYTHON) --require-hashes -r requirements.lock \
 		&& uv pip install --quiet --python $(PYTHON) --no-deps --no-build-isolation -e .
-	@env -u PYTHONDONTWRITEBYTECODE $(PYTHON) -c "import diffusion_lab.runs.train, sklearn.datasets"
+	@env -u PYTHONDONTWRITEBYTECODE $(PYTHON) -c "import diffusion_lab.commands.train, sklearn.datasets"
 	@touch $@
 
 lock: ## write requirements.lock from pyproject.toml (needs uv)

@@ -19,10 +19,10 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from diffusion_lab import composition
+from diffusion_lab.commands.train import build
+from diffusion_lab.conditions import Condition
 from diffusion_lab.data.images import to_float
 from diffusion_lab.instantiation import locate
-from diffusion_lab.runs import build
-from diffusion_lab.training.condition import Condition
 from diffusion_lab.variances import Learned
 
 ROOT = Path(__file__).resolve().parents[1]

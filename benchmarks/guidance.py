@@ -13,7 +13,7 @@ from common import command, measured, table
 HOME = Path("outputs/bench/guidance")
 PICTURE = Path("docs/guidance.png")
 SCALES = {"cfg": [0, 1, 1.5, 2, 4], "classifier": [0, 1, 3, 10]}
-METRICS = ["fd_classifier", "precision", "recall", "density", "coverage", "as_asked"]
+METRICS = ["fd_classifier", "precision", "recall", "density", "coverage", "label_accuracy"]
 ABLATED = {  # name → what is trained
     "no labels": [],
     "no labels, self-conditioning": ["model.self_conditioning=true"],
@@ -71,7 +71,7 @@ def plot(found: dict[str, list[dict[str, Any]]]) -> None:
     import matplotlib.pyplot as plt
 
     panels = {
-        "as_asked": "recognised as the class that was asked for",
+        "label_accuracy": "recognised as the class that was asked for",
         "coverage": "coverage",
         "fd_classifier": "fd_classifier",
     }
@@ -95,7 +95,7 @@ def plot(found: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def _row(head: Sequence[str], m: dict[str, Any]) -> list[str]:
-    return [*head, *("" if k not in m else f"{m[k]:.1%}" if k == "as_asked" else f"{m[k]:.3f}" for k in METRICS)]
+    return [*head, *("" if k not in m else f"{m[k]:.1%}" if k == "label_accuracy" else f"{m[k]:.3f}" for k in METRICS)]
 
 
 def main(quick: bool) -> str:

@@ -13,7 +13,7 @@ import pytorch_lightning as pl
 import wandb
 from common import configuration, loggers, network, table
 
-from diffusion_lab.runs import build
+from diffusion_lab.commands.train import build
 from diffusion_lab.training.callbacks import Dashboard
 
 CALLS = ("log_metrics", "log_image", "save", "finalize")

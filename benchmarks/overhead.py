@@ -5,7 +5,7 @@ import warnings
 
 from common import Bare, bare_seconds, configuration, fitted, network, paired, table
 
-from diffusion_lab.runs import build
+from diffusion_lab.commands.train import build
 
 
 def measure(name: str, overrides: list[str], steps: int, rounds: int) -> list[str]:

@@ -16,21 +16,21 @@ from common import Bare, configuration, network, table
 from torch import Tensor
 
 from diffusion_lab.checkpoint import load_checkpoint
+from diffusion_lab.commands.train import build
 from diffusion_lab.data.images import to_float
 from diffusion_lab.data.pictures import to_uint8
 from diffusion_lab.metrics import classifier
-from diffusion_lab.metrics.classifier import CONFIDENT, Judge
+from diffusion_lab.metrics.classifier import CONFIDENT, ClassifierExtractor
 from diffusion_lab.metrics.frechet import frechet_distance, moments
 from diffusion_lab.noise import permutation
-from diffusion_lab.runs import build
 from diffusion_lab.samplers import DDIM
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAD = ["", "parameters", "seconds", "images/s", "Fréchet distance", "recognised"]
+HEAD = ["", "parameters", "seconds", "images/s", "Fréchet distance", "confident_fraction"]
 
 
 def row(
-    name: str, parameters: str, seconds: float, images: int, samples: Tensor, judge: Judge, real: Tensor
+    name: str, parameters: str, seconds: float, images: int, samples: Tensor, judge: ClassifierExtractor, real: Tensor
 ) -> list[str]:
     """One line of the table for float samples in [−1, 1]."""
     made = judge(to_uint8(samples))
@@ -40,7 +40,7 @@ def row(
     return [name, parameters, f"{seconds:.0f}", f"{images / seconds:,.0f}", f"{distance:.2f}", f"{sure:.1%}"]
 
 
-def halves(judge: Judge, real: Tensor) -> str:
+def halves(judge: ClassifierExtractor, real: Tensor) -> str:
     """Mean distance between two random halves of the real images."""
     f = judge(real).features
     values = []
@@ -51,7 +51,7 @@ def halves(judge: Judge, real: Tensor) -> str:
     return f"{np.mean(values):.2f} ± {np.std(values):.2f}"
 
 
-def ours(judge: Judge, real: Tensor, steps: int) -> list[str]:
+def ours(judge: ClassifierExtractor, real: Tensor, steps: int) -> list[str]:
     """`python src/train.py` with nothing else but its length."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
@@ -68,7 +68,7 @@ def ours(judge: Judge, real: Tensor, steps: int) -> list[str]:
     return row(name, f"{count:,}", seconds, steps * 128, samples, judge, real)
 
 
-def bare(judge: Judge, real: Tensor, steps: int) -> list[str]:
+def bare(judge: ClassifierExtractor, real: Tensor, steps: int) -> list[str]:
     """The bare loop on the same network, as many steps."""
     config = configuration()
     torch.manual_seed(0)
@@ -87,7 +87,7 @@ def bare(judge: Judge, real: Tensor, steps: int) -> list[str]:
     )
 
 
-def peer(judge: Judge, real: Tensor, limit: float, lr: float) -> list[str]:
+def peer(judge: ClassifierExtractor, real: Tensor, limit: float, lr: float) -> list[str]:
     """denoising-diffusion-pytorch for `limit` seconds: its U-Net, GaussianDiffusion, EMA and Adam with its trainer's defaults."""
     from denoising_diffusion_pytorch import GaussianDiffusion, Unet
     from ema_pytorch import EMA
@@ -123,7 +123,7 @@ def main(quick: bool) -> str:
     data.prepare_data()
     data.setup()
     with tempfile.TemporaryDirectory() as folder:
-        judge = Judge(classifier.of(data, Path(folder)))
+        judge = ClassifierExtractor(classifier.for_dataset(data, Path(folder)))
     real = torch.from_numpy(np.asarray(data.images("all")))
     rows = [
         ours(judge, real, steps),

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from diffusion_lab.runs.report import main as report
+from diffusion_lab.reporting import main as report
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")

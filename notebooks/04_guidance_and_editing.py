@@ -15,6 +15,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from diffusion_lab import editing, guidance, objectives, samplers, schedules
+from diffusion_lab.conditions import Label
 from diffusion_lab.data.pictures import grid
 from diffusion_lab.data.sources import Digits
 from diffusion_lab.data.stream import BatchStream
@@ -22,8 +23,7 @@ from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.losses import L2, diffusion_loss
 from diffusion_lab.models import UNet
 from diffusion_lab.noise import Stream, normal
-from diffusion_lab.times import Stratified
-from diffusion_lab.training.condition import Label
+from diffusion_lab.time_samplers import Stratified
 from diffusion_lab.weightings import Native
 
 plt.style.use("lab.mplstyle")
@@ -211,24 +211,24 @@ def variety(images, y):
 
 
 scales = [0.0, 1.0, 2.0, 3.0, 5.0]
-pictures, recognised, varied = [], [], []
+pictures, confident_fraction, varied = [], [], []
 for s in scales:
     guided = guidance.ClassifierFree(denoiser, scale=s)
     images = samplers.DPMSolverPP(budget=12)(guided, start, condition={"label": labels}).x
     nearest = truth[torch.cdist(images.flatten(1), train).argmin(1)]
     pictures.append(images)
-    recognised.append(float((nearest == labels).float().mean()))
+    confident_fraction.append(float((nearest == labels).float().mean()))
     varied.append(float(variety(images, labels) / variety(train, truth)))
 
 fig, axes = plt.subplots(1, 4, figsize=(7.2, 2.7), width_ratios=(1, 1, 1, 1))
 for ax, k in zip(axes, (0, 1, 3), strict=False):
     show(ax, pictures[k], 8, f"$s$ = {scales[k]:g}")
-axes[3].plot(scales, recognised, "o-", label="recognised")
+axes[3].plot(scales, confident_fraction, "o-", label="confident_fraction")
 axes[3].plot(scales, varied, "o-", label="variety")
 axes[3].set(xlabel="$s$", ylim=(0, 1.4))
 axes[3].legend(loc="lower right")
 plt.show()
-assert recognised[3] > 0.8 > recognised[0]
+assert confident_fraction[3] > 0.8 > confident_fraction[0]
 
 # %% [markdown]
 # ## 4. Inpainting

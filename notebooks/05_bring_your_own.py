@@ -26,7 +26,7 @@ from diffusion_lab.losses import L2, diffusion_loss
 from diffusion_lab.noise import Stream, normal
 from diffusion_lab.objectives import Objective
 from diffusion_lab.schedules import Table
-from diffusion_lab.times import Stratified
+from diffusion_lab.time_samplers import Stratified
 from diffusion_lab.weightings import Native
 
 # %%

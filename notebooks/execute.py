@@ -10,7 +10,7 @@ import nbformat
 from nbclient import NotebookClient
 from PIL import Image
 
-from diffusion_lab.runs.files import write
+from diffusion_lab.io import write
 
 HERE = Path(__file__).resolve().parent
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from diffusion_lab.runs.report import main
+from diffusion_lab.reporting import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -14,8 +14,8 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from diffusion_lab import cli, composition
-from diffusion_lab.runs import build
-from diffusion_lab.training.condition import Condition
+from diffusion_lab.commands.train import build
+from diffusion_lab.conditions import Condition
 from diffusion_lab.training.module import DiffusionModule
 
 ROOT = Path(__file__).resolve().parents[1]

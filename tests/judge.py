@@ -6,7 +6,7 @@ from pathlib import Path
 
 from diffusion_lab.data.datamodule import DataModule
 from diffusion_lab.data.sources import Digits
-from diffusion_lab.metrics.classifier import Recipe, file_of, trained
+from diffusion_lab.metrics.classifier import Recipe, file_of, load_or_train
 
 
 def digits() -> DataModule:
@@ -20,5 +20,5 @@ def install(folder: Path) -> None:
     """Two epochs of a small classifier, under the name that the whole training would have."""
     data = digits()
     train, held = data.examples("train+val"), data.examples("test")
-    quick = trained(train, held, folder, name="digits", recipe=replace(Recipe(), epochs=2, width=8))
+    quick = load_or_train(train, held, folder, name="digits", recipe=replace(Recipe(), epochs=2, width=8))
     shutil.move(quick.path, file_of(train, folder, "digits", Recipe()))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.objectives import Objective
-from diffusion_lab.schedules import Schedule, match
+from diffusion_lab.schedules import Schedule, append_dims_like
 
 
 class Mixture:
@@ -83,9 +83,9 @@ class Network:
         assert c.shape == scaled.shape[:1]
         t = self.time(c)
         alpha, sigma = self.schedule.alpha_sigma(t)
-        x_t = scaled / match(self.objective.input_scale(self.schedule, t), scaled)
+        x_t = scaled / append_dims_like(self.objective.input_scale(self.schedule, t), scaled)
         x0 = self.data.denoise(x_t, alpha, sigma)
-        noise = (x_t - match(alpha, x_t) * x0) / match(sigma, x_t)
+        noise = (x_t - append_dims_like(alpha, x_t) * x0) / append_dims_like(sigma, x_t)
         return self.objective.target(self.schedule, t, x0, noise)
 
 
@@ -103,8 +103,8 @@ class WithHead(Network):
 
     def __call__(self, scaled: Tensor, c: Tensor, **condition: Any) -> Tensor:
         t = self.time(c)
-        alpha, sigma = (match(v, scaled) for v in self.schedule.alpha_sigma(t))
-        x_t = scaled / match(self.objective.input_scale(self.schedule, t), scaled)
+        alpha, sigma = (append_dims_like(v, scaled) for v in self.schedule.alpha_sigma(t))
+        x_t = scaled / append_dims_like(self.objective.input_scale(self.schedule, t), scaled)
         own = self.data.spread(x_t, *self.schedule.alpha_sigma(t)) * (alpha / sigma).square()
         if self.extra == "sn":
             own = own + ((x_t - alpha * self.data.denoise(x_t, *self.schedule.alpha_sigma(t))) / sigma).square()

@@ -105,7 +105,13 @@ def evaluation(folder: Path, ckpt: str, values: Mapping[tuple[str, int], float],
     common = {"n": n, "seed": 0, "split": "train+val", "weights": "ema 0.995", "extractor": "classifier", "seeds": [0]}
     common |= {"data": {"name": "Digits"}, "checkpoint": {"path": ckpt, "step": 100}, "seconds": 1.0, **row}
     rows = [
-        {"sampler": sampler, "steps": nfe, "nfe": nfe, **common, "metrics": {"fd_classifier": v, "recognised": 0.5}}
+        {
+            "sampler": sampler,
+            "steps": nfe,
+            "nfe": nfe,
+            **common,
+            "metrics": {"fd_classifier": v, "confident_fraction": 0.5},
+        }
         for (sampler, nfe), v in values.items()
     ]
     write(folder / "metrics.json", json.dumps(rows, indent=2, ensure_ascii=False))

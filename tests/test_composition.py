@@ -22,7 +22,7 @@ from diffusion_lab.likelihood.base import ready
 from diffusion_lab.noise import normal
 from diffusion_lab.objectives import Objective, PredNoise, PredV
 from diffusion_lab.samplers import DDIM, DDPM, Heun, prior
-from diffusion_lab.schedules import VP, Cosine, Schedule, match
+from diffusion_lab.schedules import VP, Cosine, Schedule, append_dims_like
 from diffusion_lab.variances import SN, FixedLarge
 
 D = torch.float64
@@ -89,7 +89,7 @@ def states(schedule: Schedule, t: Tensor) -> Tensor:
 
 def formula(names: Sequence[str], x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(x̂_0, ε̂, gradient) in closed form: what each transform does to the conditional ε̂; the unconditional one has none."""
-    a, s = (match(v, x) for v in (alpha, sigma))
+    a, s = (append_dims_like(v, x) for v in (alpha, sigma))
     conditional = (x - a * estimate(x, LABEL, alpha, sigma)) / s
     unconditional = (x - a * estimate(x, torch.full_like(LABEL, 3), alpha, sigma)) / s
     push = torch.zeros_like(x)
@@ -174,7 +174,7 @@ def test_the_spread_of_a_second_head_belongs_to_the_conditional_network() -> Non
         num_classes, extra = 3, "sn"
 
         def __call__(self, x: Tensor, c: Tensor, label: Tensor) -> Tensor:
-            return torch.cat([network(x, c, label), 1 + 0.1 * x + 0.2 * match(label.double(), x)], 1)
+            return torch.cat([network(x, c, label), 1 + 0.1 * x + 0.2 * append_dims_like(label.double(), x)], 1)
 
     den = Denoiser(Headed(), s, PredV())
     alpha, sigma = s.alpha_sigma(t)

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from diffusion_lab import composition, renames
 from diffusion_lab.cli.checks import check_configuration
-from diffusion_lab.runs import build
+from diffusion_lab.commands.train import build
 
 PAGE = (ROOT / "docs" / "from_diffusers.md").read_text()
 

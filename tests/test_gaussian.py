@@ -89,7 +89,7 @@ def test_the_step_into_data_returns_x0(name: str) -> None:
 def test_from_pure_noise(name: str) -> None:
     """α_t = 0: x_t says nothing, so q(x_s|x_t,x_0) is q(x_s|x_0)."""
     schedule = SCHEDULES[name]
-    if not schedule.ends_in_noise:
+    if not schedule.zero_terminal_snr:
         assert posterior(schedule, f64(1.0), f64(0.5)).c1 > 0
         return
     alpha_s, sigma_s = ab(schedule, 0.5)

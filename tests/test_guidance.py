@@ -19,7 +19,7 @@ from diffusion_lab.guidance import ClassifierFree, ClassifierGuidance, NoisyClas
 from diffusion_lab.noise import normal
 from diffusion_lab.objectives import Objective, PredV
 from diffusion_lab.samplers import DDIM, DDPM, ODE, DPMSolverPP, Heun, ReverseDiffusion, Sampler, UniPC, prior
-from diffusion_lab.schedules import VP, Cosine, Schedule, match
+from diffusion_lab.schedules import VP, Cosine, Schedule, append_dims_like
 from diffusion_lab.variances import NPR, SN, FixedLarge, FixedSmall
 
 
@@ -142,7 +142,7 @@ def test_both_kinds_agree_where_the_classifier_is_exact(schedule: str, objective
             by = ClassifierGuidance(oracle(DATA, s, o), exact_classifier(s), 3, scale)(x, t, label=LABEL)
             for got, want in zip(by[:3], free[:3], strict=True):
                 torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
-            alpha, sigma = (match(v, x) for v in s.alpha_sigma(t))
+            alpha, sigma = (append_dims_like(v, x) for v in s.alpha_sigma(t))
             torch.testing.assert_close(alpha * free.x0 + sigma * free.noise, x, rtol=1e-9, atol=1e-9)
 
 
@@ -331,7 +331,9 @@ def test_the_previous_estimate_reaches_both_halves() -> None:
         num_classes, self_conditioning = 2, True
 
         def __call__(self, x: Tensor, c: Tensor, label: Tensor, previous: Tensor | None) -> Tensor:
-            return x * match(label, x) + (0 if previous is None else previous * match(label + 1, x))
+            return x * append_dims_like(label, x) + (
+                0 if previous is None else previous * append_dims_like(label + 1, x)
+            )
 
     x, previous, label = torch.randn(3, 1, 2, 2, dtype=D), torch.randn(3, 1, 2, 2, dtype=D), torch.tensor([0, 1, 0])
     den = Denoiser(Remembers(), Cosine(), PredV())
@@ -347,7 +349,7 @@ def test_a_classifier_of_one_curve_serves_another(own: str, schedule: str) -> No
     """The exact classifier along `own`, told only what `own` tells it, against the exact one along `schedule`."""
     mine, other = SCHEDULES[own], SCHEDULES[schedule]
 
-    class Judge(nn.Module):
+    class ClassifierExtractor(nn.Module):
         def forward(self, x: Tensor, c: Tensor) -> Tensor:
             assert x.dtype == c.dtype == torch.float32
             return posterior_log(x.double(), *mine.alpha_sigma(told(c)))
@@ -359,11 +361,11 @@ def test_a_classifier_of_one_curve_serves_another(own: str, schedule: str) -> No
     for t in (torch.tensor(0.4, dtype=D), torch.linspace(0.3, 0.7, 6, dtype=D)):
         lam = other.lam(t)
         if not bool(
-            ((lam < mine.lam(torch.tensor(mine.least, dtype=D))) & (lam > mine.lam(torch.ones((), dtype=D)))).all()
+            ((lam < mine.lam(torch.tensor(mine.t_min, dtype=D))) & (lam > mine.lam(torch.ones((), dtype=D)))).all()
         ):
             continue
         x = states(other, t)
-        got = NoisyClassifier(Judge(), mine, other)(x, t).log_softmax(1)
+        got = NoisyClassifier(ClassifierExtractor(), mine, other)(x, t).log_softmax(1)
         torch.testing.assert_close(got, exact_classifier(other)(x, t).log_softmax(1), rtol=2e-3, atol=2e-3)
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from diffusion_lab.denoiser import Denoiser, Prediction
 from diffusion_lab.gaussian import posterior
-from diffusion_lab.losses import L1, L2, Error, Huber, bound_term, diffusion_loss, head_loss
+from diffusion_lab.losses import L1, L2, Huber, PointwiseLoss, bound_term, diffusion_loss, head_loss
 from diffusion_lab.objectives import Objective, PredNoise, PredV, PredX0
 from diffusion_lab.schedules import Cosine, Linear
 from diffusion_lab.variances import FixedLarge, Learned
@@ -36,7 +36,7 @@ def test_closed_forms() -> None:
 
 
 @pytest.mark.parametrize("error", [L1(), L2(), Huber(0.5)])
-def test_one_mean_for_each_image(error: Error) -> None:
+def test_one_mean_for_each_image(error: PointwiseLoss) -> None:
     a, b = torch.randn(2, 3, 2, 4, 4)
     got = error(a, b)
     assert got.shape == (3,)

@@ -111,7 +111,7 @@ def test_refusals() -> None:
         (s, o)
         for s, curve in SCHEDULES.items()
         for o in OBJECTIVES
-        if (o in REFUSED_IN_NOISE and curve.ends_in_noise) or (o == "PredMean" and curve.steps is None)
+        if (o in REFUSED_IN_NOISE and curve.zero_terminal_snr) or (o == "PredMean" and curve.steps is None)
     }
     assert {(s, o) for s in SCHEDULES for o in OBJECTIVES} - set(PAIRS) == want
     assert len(PAIRS) > len(want)
@@ -233,7 +233,7 @@ def test_edm_has_input_and_target_of_variance_1(schedule: str) -> None:
     """Karras et al. 2022, appendix B.6: E y² = a²σ_d² + b² = 1 and E (scale · x_t)² = 1 at every t, 0+ included. With σ_d = 1
     y is −v/√(α² + σ²); its weighting weighs it by 1."""
     s = SCHEDULES[schedule]
-    t = torch.cat([torch.tensor([s.after_data], dtype=D), times(s)])
+    t = torch.cat([torch.tensor([s.t_eps], dtype=D), times(s)])
     one = torch.ones_like(t)
     alpha, sigma = s.alpha_sigma(t)
     for sigma_data in (0.5, 1.0, 3.0):
@@ -277,7 +277,7 @@ def test_any_objective_may_scale_its_input(name: str, schedule: Schedule) -> Non
     assert torch.equal(plain.conditioning(schedule, t), scaled.conditioning(schedule, t))
     for a, b in zip(plain.coefficients(schedule, t), scaled.coefficients(schedule, t), strict=True):
         assert torch.equal(a, b)
-    if not schedule.ends_in_noise:
+    if not schedule.zero_terminal_snr:
         seen: list[torch.Tensor] = []
         x_t = torch.ones(len(t), 1, 1, 1, dtype=D)
         Denoiser(lambda x, c: seen.append(x) or x, schedule, scaled)(x_t, t)
@@ -289,7 +289,7 @@ def test_near_data_and_at_noise(name: str) -> None:
     """t = 1e-12 … 1 in float64: coefficients, determinants and conversions are finite, and the solve inverts them to 1e-6 of
     x_0; ε̂ at t → 0 is Δx_0 α/σ, so it is asked for its share of x_t only."""
     s = SCHEDULES[name]
-    t = torch.tensor([s.after_data, 1e-9, 1e-5, 1e-3, 1.0], dtype=D)
+    t = torch.tensor([s.t_eps, 1e-9, 1e-5, 1e-3, 1.0], dtype=D)
     alpha, sigma = (v[:, None, None, None] for v in s.alpha_sigma(t))
     x0, noise = torch.randn(2, len(t), 1, 4, 4, dtype=D)
     x_t = alpha * x0 + sigma * noise

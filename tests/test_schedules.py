@@ -22,7 +22,7 @@ from diffusion_lab.schedules import (
     Sigmoid,
     SubVP,
     Table,
-    match,
+    append_dims_like,
     noise_level,
 )
 
@@ -124,7 +124,7 @@ def test_derivative_of_lambda_at_the_ends(name: str) -> None:
     assert d_sigma.isfinite().all()
     assert (d_alpha <= 0).all()
     assert (d_sigma >= 0).all()
-    if s.ends_in_noise:
+    if s.zero_terminal_snr:
         assert d_alpha < 0
 
 
@@ -155,8 +155,8 @@ def test_shapes(name: str, shape: tuple[int, ...]) -> None:
 @every
 def test_ends_in_noise_says_what_alpha_is(name: str) -> None:
     s = SCHEDULES[name]
-    assert s.ends_in_noise == (float(s.alpha_sigma(f64(1.0))[0]) == 0)
-    assert (s.lam(f64(1.0)) == -math.inf) == s.ends_in_noise
+    assert s.zero_terminal_snr == (float(s.alpha_sigma(f64(1.0))[0]) == 0)
+    assert (s.lam(f64(1.0)) == -math.inf) == s.zero_terminal_snr
 
 
 @every
@@ -190,7 +190,7 @@ def test_drift_and_diffusion_are_finite_where_they_can_be(name: str) -> None:
         assert g2[:2].isfinite().all()
         assert (f <= 0).all()
         assert (g2 >= 0).all()
-        assert bool(f[2] == -math.inf) == bool(g2[2] == math.inf) == s.ends_in_noise
+        assert bool(f[2] == -math.inf) == bool(g2[2] == math.inf) == s.zero_terminal_snr
     near = s.drift_diffusion(f64(1e-2 / (s.steps or 1000)))
     for limit, close in zip(s.drift_diffusion(f64(0.0)), near, strict=True):
         torch.testing.assert_close(limit, close, rtol=2e-3, atol=1e-3)
@@ -199,10 +199,10 @@ def test_drift_and_diffusion_are_finite_where_they_can_be(name: str) -> None:
 @every
 def test_the_least_time_and_the_limit_towards_data(name: str) -> None:
     s = SCHEDULES[name]
-    assert 0 < s.after_data <= s.least <= 0.5
-    assert (s.alpha_sigma(f64(s.least))[1] > 0).all()
+    assert 0 < s.t_eps <= s.t_min <= 0.5
+    assert (s.alpha_sigma(f64(s.t_min))[1] > 0).all()
     if s.steps is not None:
-        assert s.least == 1 / s.steps
+        assert s.t_min == 1 / s.steps
     assert noise_level(s, f64(0.0)).isfinite().all()
     assert s.conditioning(f64(0.0)).isfinite().all()
 
@@ -245,11 +245,11 @@ def test_interpolation(name: str, fraction: float) -> None:
     alpha, sigma = s.alpha_sigma(at)
     got_alpha, got_sigma = s.alpha_sigma(t)
     assert float(got_sigma[0]) ** 2 == pytest.approx(fraction * float(sigma[1]) ** 2, rel=1e-12)
-    last = s.steps - 1 if s.ends_in_noise else s.steps
+    last = s.steps - 1 if s.zero_terminal_snr else s.steps
     lam = alpha.log() - sigma.log()
     want = (1 - fraction) * lam[1:last] + fraction * lam[2 : last + 1]
     torch.testing.assert_close((got_alpha.log() - got_sigma.log())[1:last], want, rtol=0, atol=1e-12)
-    if s.ends_in_noise:
+    if s.zero_terminal_snr:
         assert float(got_alpha[-1]) == pytest.approx((1 - fraction) * float(alpha[-2]), rel=1e-10)
 
 
@@ -471,7 +471,7 @@ def test_drift_and_diffusion_are_those_of_the_papers() -> None:
 @pytest.mark.parametrize(("schedule", "sigma_min"), [(VE(), 0.01), (EDM(), 0.002)])
 def test_exploding_curves_jump_at_data(schedule: Schedule, sigma_min: float) -> None:
     """σ(0) = 0 and σ(0+) = σ_min; a λ between the two, that of no time, means 0+, and +∞ alone data."""
-    near = schedule.alpha_sigma(f64(1e-300, schedule.after_data, 1e-9))[1]
+    near = schedule.alpha_sigma(f64(1e-300, schedule.t_eps, 1e-9))[1]
     np.testing.assert_allclose(near.numpy(), sigma_min, rtol=1e-7)
     lam = -math.log(sigma_min)
     t = schedule.time(f64(lam - 1e-9, lam, lam + 1, 1e6, math.inf, -100, -math.inf))
@@ -539,7 +539,7 @@ def test_shift_is_a_factor_on_sigma_over_alpha(cls: type[Schedule]) -> None:
 def test_shift_of_a_table_that_ends_in_noise() -> None:
     """Only the finite part moves: α(1) = 0, σ(1) = 1 stay."""
     s = Cosine(zero_terminal_snr=True, shift=4.0)
-    assert s.ends_in_noise
+    assert s.zero_terminal_snr
     assert [float(v) for v in s.alpha_sigma(f64(1.0))] == [0, 1]
     torch.testing.assert_close(
         s.lam(f64(0.5)), Cosine(zero_terminal_snr=True).lam(f64(0.5)) - math.log(4), rtol=0, atol=1e-12
@@ -571,7 +571,7 @@ def test_edm_has_the_sigmas_of_diffusers() -> None:
     peer = pytest.importorskip("diffusers").EDMEulerScheduler(sigma_min=0.002, sigma_max=80.0)
     peer.set_timesteps(18)
     t = 1 - torch.arange(18, dtype=D) / 17
-    t[-1] = EDM().least
+    t[-1] = EDM().t_min
     torch.testing.assert_close(EDM().alpha_sigma(t)[1].float(), peer.sigmas[:-1], rtol=2e-6, atol=0)
     torch.testing.assert_close(EDM().conditioning(t).float(), peer.timesteps, rtol=2e-6, atol=1e-6)
 
@@ -636,6 +636,6 @@ def test_two_steps_with_zero_terminal_snr() -> None:
 
 def test_match_shapes_a_time_to_an_image() -> None:
     x = torch.zeros(2, 3, 4, 5)
-    assert match(torch.tensor(0.5, dtype=D), x).shape == ()
-    assert match(torch.tensor([0.5, 1.0], dtype=D), x).shape == (2, 1, 1, 1)
-    assert match(torch.tensor([0.5, 1.0], dtype=D), x).dtype == x.dtype
+    assert append_dims_like(torch.tensor(0.5, dtype=D), x).shape == ()
+    assert append_dims_like(torch.tensor([0.5, 1.0], dtype=D), x).shape == (2, 1, 1, 1)
+    assert append_dims_like(torch.tensor([0.5, 1.0], dtype=D), x).dtype == x.dtype

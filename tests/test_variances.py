@@ -213,7 +213,7 @@ def test_analytic_is_the_covariance_of_the_step_for_gaussian_data(schedule: str,
         slope = alpha_s - (sigma_s**2 - floor).sqrt() * alpha / sigma
         residual = var - (alpha * var) ** 2 / (alpha**2 * var + sigma**2)
         got = analytic(curve, t, s, prediction(), floor)
-        end = curve.ends_in_noise and a == 1  # where ε̂ says nothing c is that of the next time
+        end = curve.zero_terminal_snr and a == 1  # where ε̂ says nothing c is that of the next time
         assert float(got) == pytest.approx(float(floor + slope**2 * residual), rel=0.06 if end else 1e-7)
         if eta == 1:
             total = alpha**2 * var + sigma**2  # the same for all of x_s: it then has its right marginal

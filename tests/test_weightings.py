@@ -90,7 +90,7 @@ def test_every_weighting_has_its_textbook_formula() -> None:
 def test_finite_down_to_data(schedule: str, objective: str) -> None:
     """On continuous curves, whose SNR reaches 1e12 and more, from 0+ on."""
     s = SCHEDULES[schedule]
-    t = torch.tensor([s.after_data, 1e-9, 1e-5, 1e-3, 0.999, 1.0], dtype=D)
+    t = torch.tensor([s.t_eps, 1e-9, 1e-5, 1e-3, 0.999, 1.0], dtype=D)
     for name, weighting in WEIGHTINGS.items():
         got = weighting(s, OBJECTIVES[objective], t)
         assert got.isfinite().all(), name

@@ -11,7 +11,7 @@ from pathlib import Path
 from command import code
 
 _FORKED = multiprocessing.get_context("forkserver")
-_FORKED.set_forkserver_preload(["diffusion_lab.runs.train", "torchvision"])
+_FORKED.set_forkserver_preload(["diffusion_lab.commands.train", "torchvision"])
 
 
 def free_port() -> str:

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from diffusion_lab.errors import ConfigError
-from diffusion_lab.schedules import like, match
+from diffusion_lab.schedules import append_dims_like, cast_like
 
 
 class NoThreshold:
@@ -57,6 +57,6 @@ class DynamicThreshold:
         self.quantile, self.maximum = quantile, maximum
 
     def __call__(self, x0: Tensor) -> Tensor:
-        size = like(x0.abs().flatten(1), x0)  # float32 at least: torch has no quantile of half precision
-        s = match(size.quantile(self.quantile, dim=1).clamp(1, self.maximum), x0)
+        size = cast_like(x0.abs().flatten(1), x0)  # float32 at least: torch has no quantile of half precision
+        s = append_dims_like(size.quantile(self.quantile, dim=1).clamp(1, self.maximum), x0)
         return x0.clamp(-s, s) / s

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_lab.objectives import Objective, Prediction
-from diffusion_lab.schedules import Schedule, match, move
+from diffusion_lab.schedules import Schedule, append_dims_like, to_device
 
 __all__ = ["Clip", "Denoiser", "Evaluate", "OnOutput", "OnX0", "Output", "Prediction"]
 
@@ -116,7 +116,7 @@ class Denoiser:
             unclipped = self.objective.solve(self.schedule, t, x_t, output.own)[1]
         if not changes:
             return Prediction(x0, noise, output.y, output.extra, unclipped, output.gradient)
-        alpha, sigma = (match(v, x_t) for v in self.schedule.alpha_sigma(t.double()))
+        alpha, sigma = (append_dims_like(v, x_t) for v in self.schedule.alpha_sigma(t.double()))
         if self.clip is not None:
             x0 = self.clip(x0) if callable(self.clip) else x0.clamp(-self.clip, self.clip)
             noise = (x_t - alpha * x0) / sigma
@@ -147,11 +147,11 @@ class Denoiser:
         dtype = _dtype(self.network, x_t)
         scale = self.objective.input_scale(self.schedule, t)
         c = self.objective.conditioning(self.schedule, t).to(dtype)
-        c = torch.full((len(x_t),), float(c), dtype=dtype, device=x_t.device) if _host(c) else move(c, x_t.device)
+        c = torch.full((len(x_t),), float(c), dtype=dtype, device=x_t.device) if _host(c) else to_device(c, x_t.device)
         inputs: dict[str, Tensor | None] = {**condition}
         if self.self_conditioning:
             inputs["previous"] = None if previous is None else previous.to(dtype)
-        y = self.network((match(scale, x_t) * x_t).to(dtype), c.expand(len(x_t)), **inputs).to(x_t.dtype)
+        y = self.network((append_dims_like(scale, x_t) * x_t).to(dtype), c.expand(len(x_t)), **inputs).to(x_t.dtype)
         channels = x_t.shape[1]
         return Output(y) if y.shape[1] == channels else Output(y[:, :channels], y[:, channels:])
 

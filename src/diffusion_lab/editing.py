@@ -12,7 +12,7 @@ from diffusion_lab.errors import ConfigError
 from diffusion_lab.gaussian import transition
 from diffusion_lab.noise import Draws, normal
 from diffusion_lab.samplers.base import Sampler, Samples, prior, progress_range
-from diffusion_lab.schedules import Schedule, Times, match, move
+from diffusion_lab.schedules import Scalars, Schedule, append_dims_like, to_device
 from diffusion_lab.variances import FixedSmall, Variance
 
 PARALLEL = 1e-6  # sin of an angle below which the great circle is the chord, or is not determined
@@ -89,10 +89,10 @@ class MaskedVariance(Variance):
         self.variance, self.unknown = variance, unknown
 
     def __call__(
-        self, schedule: Schedule, t: Times, s: Times, prediction: Prediction, floor: Tensor | float = 0.0
+        self, schedule: Schedule, t: Scalars, s: Scalars, prediction: Prediction, floor: Tensor | float = 0.0
     ) -> Tensor:
         variance = self.variance(schedule, t, s, prediction, floor)
-        return torch.where(self.unknown, variance, match(torch.as_tensor(floor), prediction.x0).to(variance))
+        return torch.where(self.unknown, variance, append_dims_like(torch.as_tensor(floor), prediction.x0).to(variance))
 
 
 class GridSegment(NamedTuple):
@@ -189,7 +189,7 @@ def inpaint(
         noise = Draws(shape, seed, index, known.dtype, first=k * PASS + 1)
         if segment.again:
             up = transition(denoiser.schedule, times[segment.begin], times[segment.end])
-            x = match(up.alpha, x) * x + match(up.variance.sqrt(), x) * noise(-1)
+            x = append_dims_like(up.alpha, x) * x + append_dims_like(up.variance.sqrt(), x) * noise(-1)
         x, used, each = sampler.integrate_grid(
             inpainting,
             x,
@@ -201,4 +201,4 @@ def inpaint(
         )
         nfe += used
         evaluations = each if evaluations is None or each is None else evaluations + each
-    return Samples(torch.where(unknown, x, move(known, x.device).to(x)), nfe, evaluations)
+    return Samples(torch.where(unknown, x, to_device(known, x.device).to(x)), nfe, evaluations)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffusion_lab.schedules import Schedule, Times, like, match
+from diffusion_lab.schedules import Scalars, Schedule, append_dims_like, cast_like
 
 
 class Transition(NamedTuple):
@@ -25,10 +25,10 @@ class Posterior(NamedTuple):
 
     def mean(self, x_t: Tensor, x0: Tensor) -> Tensor:
         """c_1 x_t + c_0 x_0 for x_t and x0 of shape (B, …)."""
-        return match(self.c1, x_t) * x_t + match(self.c0, x_t) * x0
+        return append_dims_like(self.c1, x_t) * x_t + append_dims_like(self.c0, x_t) * x0
 
 
-def transition(schedule: Schedule, t: Times, s: Times) -> Transition:
+def transition(schedule: Schedule, t: Scalars, s: Scalars) -> Transition:
     """The forward step from s to t, 0 ≤ s < t ≤ 1, tensors of one shape; the result has t's dtype or float32.
 
     With s = t − 1/T the variance is β_t (Ho et al. 2020, eq. 2).
@@ -36,10 +36,10 @@ def transition(schedule: Schedule, t: Times, s: Times) -> Transition:
     alpha_t, sigma_t = schedule.alpha_sigma(t.double())
     alpha_s, sigma_s = schedule.alpha_sigma(s.double())
     alpha = alpha_t / alpha_s
-    return Transition(like(alpha, t), like(sigma_t.square() - (alpha * sigma_s).square(), t))
+    return Transition(cast_like(alpha, t), cast_like(sigma_t.square() - (alpha * sigma_s).square(), t))
 
 
-def posterior(schedule: Schedule, t: Times, s: Times) -> Posterior:
+def posterior(schedule: Schedule, t: Scalars, s: Scalars) -> Posterior:
     """The reverse step from t to s given x_0, 0 ≤ s < t ≤ 1 (Ho et al. 2020, eq. 6–7, for any pair).
 
     Finite at both ends: s = 0 gives c_1 = 0, c_0 = 1, variance 0, and α_t = 0 gives c_1 = 0.
@@ -49,7 +49,9 @@ def posterior(schedule: Schedule, t: Times, s: Times) -> Posterior:
     alpha, variance = transition(schedule, t.double(), s.double())
     shrink = (sigma_s / sigma_t).square()
     return Posterior(
-        like(alpha * shrink, t), like(alpha_s * variance / sigma_t.square(), t), like(variance * shrink, t)
+        cast_like(alpha * shrink, t),
+        cast_like(alpha_s * variance / sigma_t.square(), t),
+        cast_like(variance * shrink, t),
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from diffusion_lab.denoiser import Denoiser, Evaluate, Output
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.objectives import Objective
-from diffusion_lab.schedules import Schedule, match, move
+from diffusion_lab.schedules import Schedule, append_dims_like, to_device
 
 
 def Unguided(denoiser: Denoiser) -> Denoiser:
@@ -144,8 +144,8 @@ class ClassifierFreeTransform:
         conditional, y = self._combine(both.y, inside)
         if self.rescale:
             own, target = (v.flatten(1).std(1, correction=0) for v in (y, conditional))
-            rescaled = y * match(1 + self.rescale * (target / own - 1), y)
-            y = rescaled if t.ndim == 0 else torch.where(match(inside, y) > 0, rescaled, conditional)
+            rescaled = y * append_dims_like(1 + self.rescale * (target / own - 1), y)
+            y = rescaled if t.ndim == 0 else torch.where(append_dims_like(inside, y) > 0, rescaled, conditional)
         return Output(
             y,
             None if both.extra is None else both.extra.chunk(2)[0],
@@ -157,7 +157,9 @@ class ClassifierFreeTransform:
         """The conditional half, and u + s (c − u), which outside the interval is the conditional half."""
         conditional, unconditional = both.chunk(2)
         value = unconditional + self.scale * (conditional - unconditional)
-        return conditional, value if inside.ndim == 0 else torch.where(match(inside, value) > 0, value, conditional)
+        return conditional, value if inside.ndim == 0 else torch.where(
+            append_dims_like(inside, value) > 0, value, conditional
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,7 +201,7 @@ class ClassifierTransform:
         t = t.double()
         alpha, sigma = self.schedule.alpha_sigma(t)
         slope = torch.where(alpha > 0, self.objective.determinant(self.schedule, t) * sigma / alpha, 0.0)
-        return y - match(slope, y) * gradient
+        return y - append_dims_like(slope, y) * gradient
 
     def gradient(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor | None:
         """Return s ∇ log p(y | x_t), (B, C, H, W); None where no image is guided."""
@@ -218,8 +220,8 @@ class ClassifierTransform:
             (gradient,) = torch.autograd.grad(log_p.gather(1, label.clamp(max=classes - 1)[:, None]).sum(), x)
         guided = label < classes
         if t.ndim:
-            guided = guided & move(inside, label.device)
-        return torch.where(match(guided, gradient) > 0, self.scale * gradient, 0.0)
+            guided = guided & to_device(inside, label.device)
+        return torch.where(append_dims_like(guided, gradient) > 0, self.scale * gradient, 0.0)
 
 
 def _scale(scale: float) -> float:
@@ -257,8 +259,8 @@ class NoisyClassifier:
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Logits (B, K) of x_t (B, C, H, W) at times t in (0, 1], 0-d or (B,)."""
         t = t.double()
-        time = t if self.own is self.schedule else self.own.time(self.schedule.lam(t)).clamp(self.own.least, 1)
+        time = t if self.own is self.schedule else self.own.time(self.schedule.lam(t)).clamp(self.own.t_min, 1)
         ratio = self.own.alpha_sigma(time)[0] / self.schedule.alpha_sigma(t)[0]
-        c = move(self.own.conditioning(time).float().expand(len(x_t)), x_t.device)
-        logits: Tensor = self.network((match(ratio, x_t) * x_t).float(), c)
+        c = to_device(self.own.conditioning(time).float().expand(len(x_t)), x_t.device)
+        logits: Tensor = self.network((append_dims_like(ratio, x_t) * x_t).float(), c)
         return logits.to(x_t.dtype)

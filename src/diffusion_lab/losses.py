@@ -11,12 +11,12 @@ from torch.nn import functional as F
 from diffusion_lab.denoiser import Denoiser, Prediction
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.gaussian import discretized_log_likelihood, kl, posterior
-from diffusion_lab.schedules import NODE_TOLERANCE, match, move
+from diffusion_lab.schedules import NODE_TOLERANCE, append_dims_like, to_device
 from diffusion_lab.variances import Learned
 from diffusion_lab.weightings import Weighting
 
 
-class Error(ABC):
+class PointwiseLoss(ABC):
     """error(output, target) → the mean error of each image, both (B, …), result float (B,)."""
 
     @abstractmethod
@@ -27,21 +27,21 @@ class Error(ABC):
         return self.elementwise(output, target).flatten(1).mean(1)
 
 
-class L2(Error):
+class L2(PointwiseLoss):
     """The squared error, the one that the weightings are derived for."""
 
     def elementwise(self, output: Tensor, target: Tensor) -> Tensor:
         return (output - target).square()
 
 
-class L1(Error):
+class L1(PointwiseLoss):
     """The absolute error."""
 
     def elementwise(self, output: Tensor, target: Tensor) -> Tensor:
         return (output - target).abs()
 
 
-class Huber(Error):
+class Huber(PointwiseLoss):
     """Quadratic up to `delta`, linear beyond: ½e² or δ(|e| − ½δ) (Huber 1964).
 
     Args:
@@ -68,7 +68,7 @@ class StepLoss(NamedTuple):
 def diffusion_loss(
     denoiser: Denoiser,
     weighting: Weighting,
-    error: Error,
+    error: PointwiseLoss,
     x0: Tensor,
     noise: Tensor,
     t: Tensor,
@@ -96,7 +96,7 @@ def diffusion_loss(
     x_t = denoiser.schedule.corrupt(x0, noise, t)
     output, extra, *_ = denoiser.output(x_t, t, previous, **condition)
     each = error(output, objective.target(schedule, t, x0, noise))
-    weight = move(weighting(schedule, objective, t).to(each.dtype), each.device)
+    weight = to_device(weighting(schedule, objective, t).to(each.dtype), each.device)
     weighted = weight * each
     if learned is not None:
         alone, steps = learned.loss == "vlb", chain_steps(denoiser)
@@ -137,9 +137,9 @@ def bound_term(
     floor = posterior(schedule, torch.where(into_data, 2 * step, t), torch.where(into_data, step, s)).variance
     guess, noise = denoiser.objective.solve(schedule, t, x_t, output)
     log_variance = learned.log(schedule, t, s, Prediction(guess, noise, output, extra), floor)
-    gap = match(q.c0, x0) * (x0 - guess)  # μ̃ − μ̂: what the two have in common is left out
-    nats = kl(gap, match(floor.log(), x0), torch.zeros_like(gap), log_variance).flatten(1).mean(1)
-    rows = move(into_data.nonzero()[:, 0], x0.device)  # few steps have any, and a decoder costs more than a KL
+    gap = append_dims_like(q.c0, x0) * (x0 - guess)  # μ̃ − μ̂: what the two have in common is left out
+    nats = kl(gap, append_dims_like(floor.log(), x0), torch.zeros_like(gap), log_variance).flatten(1).mean(1)
+    rows = to_device(into_data.nonzero()[:, 0], x0.device)  # few steps have any, and a decoder costs more than a KL
     if len(rows):
         decoder = -discretized_log_likelihood(x0[rows], guess[rows], log_variance[rows]).flatten(1).mean(1)
         nats = nats.index_copy(0, rows, decoder)

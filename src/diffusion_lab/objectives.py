@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from diffusion_lab.errors import ConfigError
-from diffusion_lab.schedules import Schedule, Times, like, match, noise_level
+from diffusion_lab.schedules import Scalars, Schedule, append_dims_like, cast_like, noise_level
 
 
 class Prediction(NamedTuple):
@@ -49,23 +49,23 @@ class Objective(ABC):
         self.scale_input, self.sigma_data = scale_input, sigma_data
 
     @abstractmethod
-    def coefficients(self, schedule: Schedule, t: Times) -> tuple[Times, Times]:
+    def coefficients(self, schedule: Schedule, t: Scalars) -> tuple[Scalars, Scalars]:
         """(a, b) of y = a x_0 + b ε at times t of any shape, in t's dtype or float32, whichever is wider."""
 
-    def input_scale(self, schedule: Schedule, t: Times) -> Times:
+    def input_scale(self, schedule: Schedule, t: Scalars) -> Scalars:
         """What x_t is multiplied by before the network sees it: 1, or 1/√(α²σ_d² + σ²)."""
-        return like(1 / self._deviation(schedule, t) if self.scale_input else torch.ones_like(t), t)
+        return cast_like(1 / self._deviation(schedule, t) if self.scale_input else torch.ones_like(t), t)
 
-    def _deviation(self, schedule: Schedule, t: Times) -> Times:
+    def _deviation(self, schedule: Schedule, t: Scalars) -> Scalars:
         """√(α²σ_d² + σ²), the standard deviation of x_t, in float64."""
         alpha, sigma = schedule.alpha_sigma(t.double())
         return ((self.sigma_data * alpha).square() + sigma.square()).sqrt()
 
-    def conditioning(self, schedule: Schedule, t: Times) -> Times:
+    def conditioning(self, schedule: Schedule, t: Scalars) -> Scalars:
         """What the network is told of the time."""
         return schedule.conditioning(t)
 
-    def determinant(self, schedule: Schedule, t: Times) -> Times:
+    def determinant(self, schedule: Schedule, t: Scalars) -> Scalars:
         """D = αb − σa."""
         alpha, sigma = schedule.alpha_sigma(t)
         a, b = self.coefficients(schedule, t)
@@ -74,12 +74,12 @@ class Objective(ABC):
     def check(self, schedule: Schedule) -> None:  # noqa: B027 most objectives work on every curve
         """Raise ValueError, with the remedy, where this objective cannot work on that curve."""
 
-    def target(self, schedule: Schedule, t: Times, x0: Tensor, noise: Tensor) -> Tensor:
+    def target(self, schedule: Schedule, t: Scalars, x0: Tensor, noise: Tensor) -> Tensor:
         """y = a x_0 + b ε, the regression target; x0 and noise (B, …), t 0-d or (B,)."""
         a, b = self.coefficients(schedule, t.double())
-        return match(a, x0) * x0 + match(b, x0) * noise
+        return append_dims_like(a, x0) * x0 + append_dims_like(b, x0) * noise
 
-    def solve(self, schedule: Schedule, t: Times, x_t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def solve(self, schedule: Schedule, t: Scalars, x_t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """(x̂_0, ε̂) from the state and the network's output, both (B, …); t 0-d or (B,), t > 0."""
         t = (
             t.double()
@@ -87,20 +87,20 @@ class Objective(ABC):
         alpha, sigma = schedule.alpha_sigma(t)
         a, b = self.coefficients(schedule, t)
         d = self.determinant(schedule, t)
-        x0 = match(b / d, x_t) * x_t - match(sigma / d, x_t) * y
-        noise = match(alpha / d, x_t) * y - match(a / d, x_t) * x_t
+        x0 = append_dims_like(b / d, x_t) * x_t - append_dims_like(sigma / d, x_t) * y
+        noise = append_dims_like(alpha / d, x_t) * y - append_dims_like(a / d, x_t) * x_t
         return x0, noise
 
 
 class PredNoise(Objective):
     """y = ε (Ho et al. 2020, eq. 14)."""
 
-    def coefficients(self, schedule: Schedule, t: Times) -> tuple[Times, Times]:
+    def coefficients(self, schedule: Schedule, t: Scalars) -> tuple[Scalars, Scalars]:
         alpha, _ = schedule.alpha_sigma(t)
         return torch.zeros_like(alpha), torch.ones_like(alpha)
 
     def check(self, schedule: Schedule) -> None:
-        if schedule.ends_in_noise:
+        if schedule.zero_terminal_snr:
             raise ConfigError(
                 "objective=pred_noise cannot start from a schedule that ends in alpha = 0 (flow, zero terminal SNR): x_t is the "
                 "noise there and says nothing of x_0; write objective=pred_v or objective=pred_flow"
@@ -110,7 +110,7 @@ class PredNoise(Objective):
 class PredX0(Objective):
     """y = x_0."""
 
-    def coefficients(self, schedule: Schedule, t: Times) -> tuple[Times, Times]:
+    def coefficients(self, schedule: Schedule, t: Scalars) -> tuple[Scalars, Scalars]:
         alpha, _ = schedule.alpha_sigma(t)
         return torch.ones_like(alpha), torch.zeros_like(alpha)
 
@@ -118,7 +118,7 @@ class PredX0(Objective):
 class PredV(Objective):
     """y = v = α ε − σ x_0 (Salimans & Ho 2022, section 4)."""
 
-    def coefficients(self, schedule: Schedule, t: Times) -> tuple[Times, Times]:
+    def coefficients(self, schedule: Schedule, t: Scalars) -> tuple[Scalars, Scalars]:
         alpha, sigma = schedule.alpha_sigma(t)
         return -sigma, alpha
 
@@ -129,7 +129,7 @@ class PredFlow(Objective):
     Papers that run t from noise to data have the other sign. On the curve `flow` it is dx/dt; on others a mixture as any.
     """
 
-    def coefficients(self, schedule: Schedule, t: Times) -> tuple[Times, Times]:
+    def coefficients(self, schedule: Schedule, t: Scalars) -> tuple[Scalars, Scalars]:
         alpha, _ = schedule.alpha_sigma(t)
         return -torch.ones_like(alpha), torch.ones_like(alpha)
 
@@ -151,19 +151,19 @@ class EDM(Objective):
     def __init__(self, sigma_data: float = 0.5) -> None:
         super().__init__(scale_input=True, sigma_data=sigma_data)
 
-    def coefficients(self, schedule: Schedule, t: Times) -> tuple[Times, Times]:
+    def coefficients(self, schedule: Schedule, t: Scalars) -> tuple[Scalars, Scalars]:
         alpha, sigma = schedule.alpha_sigma(t.double())
         n = self._deviation(schedule, t)
-        return like(sigma / (self.sigma_data * n), t), like(-alpha * self.sigma_data / n, t)
+        return cast_like(sigma / (self.sigma_data * n), t), cast_like(-alpha * self.sigma_data / n, t)
 
-    def determinant(self, schedule: Schedule, t: Times) -> Times:
-        return like(-self._deviation(schedule, t) / self.sigma_data, t)
+    def determinant(self, schedule: Schedule, t: Scalars) -> Scalars:
+        return cast_like(-self._deviation(schedule, t) / self.sigma_data, t)
 
-    def conditioning(self, schedule: Schedule, t: Times) -> Times:
+    def conditioning(self, schedule: Schedule, t: Scalars) -> Scalars:
         return noise_level(schedule, t)
 
     def check(self, schedule: Schedule) -> None:
-        if schedule.ends_in_noise:
+        if schedule.zero_terminal_snr:
             raise ConfigError(
                 "objective=edm tells the network ln(sigma/alpha), which is infinite where a schedule ends in alpha = 0 (flow, "
                 "zero terminal SNR); write objective=pred_v or objective=pred_flow"
@@ -177,16 +177,16 @@ class PredMean(Objective):
     b = c_1 σ, D = −σ c_0. 1/c_0 reaches thousands at t = 1, which amplifies the network's error as much.
     """
 
-    def coefficients(self, schedule: Schedule, t: Times) -> tuple[Times, Times]:
+    def coefficients(self, schedule: Schedule, t: Scalars) -> tuple[Scalars, Scalars]:
         wide = t.double()
         c1, c0 = self._mean(schedule, wide)
         alpha, sigma = schedule.alpha_sigma(wide)
-        return like(c0 + c1 * alpha, t), like(c1 * sigma, t)
+        return cast_like(c0 + c1 * alpha, t), cast_like(c1 * sigma, t)
 
-    def determinant(self, schedule: Schedule, t: Times) -> Times:
+    def determinant(self, schedule: Schedule, t: Scalars) -> Scalars:
         wide = t.double()
         _, c0 = self._mean(schedule, wide)
-        return like(-schedule.alpha_sigma(wide)[1] * c0, t)
+        return cast_like(-schedule.alpha_sigma(wide)[1] * c0, t)
 
     def check(self, schedule: Schedule) -> None:
         self._step(schedule)
@@ -199,7 +199,7 @@ class PredMean(Objective):
             )
         return 1 / schedule.steps
 
-    def _mean(self, schedule: Schedule, t: Times) -> tuple[Times, Times]:
+    def _mean(self, schedule: Schedule, t: Scalars) -> tuple[Scalars, Scalars]:
         """(c_1, c_0) of the training pair, t in float64: c_1 = α_{t|s} σ_s²/σ_t², c_0 = α_s σ²_{t|s}/σ_t² (see gaussian.py)."""
         alpha_t, sigma_t = schedule.alpha_sigma(t)
         alpha_s, sigma_s = schedule.alpha_sigma((t - self._step(schedule)).clamp(min=0))

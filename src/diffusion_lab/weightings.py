@@ -11,55 +11,55 @@ from torch import Tensor
 
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.objectives import Objective
-from diffusion_lab.schedules import Schedule, Times, like
+from diffusion_lab.schedules import Scalars, Schedule, cast_like
 
 
 class Weighting(ABC):
     """weighting(schedule, objective, t): the weight on the squared error of y, t's shape, finite on (0, 1]."""
 
     @abstractmethod
-    def __call__(self, schedule: Schedule, objective: Objective, t: Times) -> Times: ...
+    def __call__(self, schedule: Schedule, objective: Objective, t: Scalars) -> Scalars: ...
 
 
 class Native(Weighting):
     """1 on the error of y, whatever y is: "L_simple" of the chosen objective."""
 
-    def __call__(self, schedule: Schedule, objective: Objective, t: Times) -> Times:
-        return like(torch.ones_like(t), t)
+    def __call__(self, schedule: Schedule, objective: Objective, t: Scalars) -> Scalars:
+        return cast_like(torch.ones_like(t), t)
 
 
 class OnNoise(Weighting):
     """A weight w that is stated on the error of ε. What a new one must give: α²w."""
 
     @abstractmethod
-    def alpha2w(self, schedule: Schedule, t: Times, alpha2: Tensor, sigma2: Tensor) -> Tensor:
+    def alpha2w(self, schedule: Schedule, t: Scalars, alpha2: Tensor, sigma2: Tensor) -> Tensor:
         """α²w at times t, from α² and σ² in float64, all of one shape."""
 
-    def __call__(self, schedule: Schedule, objective: Objective, t: Times) -> Times:
+    def __call__(self, schedule: Schedule, objective: Objective, t: Scalars) -> Scalars:
         wide = t.double()
         alpha, sigma = schedule.alpha_sigma(wide)
         weight = self.alpha2w(schedule, wide, alpha.square(), sigma.square())
-        return like(weight / objective.determinant(schedule, wide).square(), t)
+        return cast_like(weight / objective.determinant(schedule, wide).square(), t)
 
 
 class Eps(OnNoise):
     """w = 1: L_simple of Ho et al. 2020, eq. 14, whatever the network predicts. As a weight on x_0 this is SNR."""
 
-    def alpha2w(self, schedule: Schedule, t: Times, alpha2: Tensor, sigma2: Tensor) -> Tensor:
+    def alpha2w(self, schedule: Schedule, t: Scalars, alpha2: Tensor, sigma2: Tensor) -> Tensor:
         return alpha2
 
 
 class X0(OnNoise):
     """w = 1/SNR: 1 on the error of x_0."""
 
-    def alpha2w(self, schedule: Schedule, t: Times, alpha2: Tensor, sigma2: Tensor) -> Tensor:
+    def alpha2w(self, schedule: Schedule, t: Scalars, alpha2: Tensor, sigma2: Tensor) -> Tensor:
         return sigma2
 
 
 class TruncatedSNR(OnNoise):
     """w = max(SNR, 1)/SNR (Salimans & Ho 2022, section 4)."""
 
-    def alpha2w(self, schedule: Schedule, t: Times, alpha2: Tensor, sigma2: Tensor) -> Tensor:
+    def alpha2w(self, schedule: Schedule, t: Scalars, alpha2: Tensor, sigma2: Tensor) -> Tensor:
         return torch.maximum(alpha2, sigma2)
 
 
@@ -73,7 +73,7 @@ class MinSNR(OnNoise):
     def __init__(self, gamma: float = 5.0) -> None:
         self.gamma = _positive("min_snr", "gamma", gamma)
 
-    def alpha2w(self, schedule: Schedule, t: Times, alpha2: Tensor, sigma2: Tensor) -> Tensor:
+    def alpha2w(self, schedule: Schedule, t: Scalars, alpha2: Tensor, sigma2: Tensor) -> Tensor:
         return torch.minimum(alpha2, self.gamma * sigma2)
 
 
@@ -87,7 +87,7 @@ class SoftMinSNR(OnNoise):
     def __init__(self, gamma: float = 5.0) -> None:
         self.gamma = _positive("soft_min_snr", "gamma", gamma)
 
-    def alpha2w(self, schedule: Schedule, t: Times, alpha2: Tensor, sigma2: Tensor) -> Tensor:
+    def alpha2w(self, schedule: Schedule, t: Scalars, alpha2: Tensor, sigma2: Tensor) -> Tensor:
         return alpha2 * (self.gamma * sigma2) / (alpha2 + self.gamma * sigma2)
 
 
@@ -105,7 +105,7 @@ class P2(OnNoise):
             raise ConfigError(f"weighting p2 needs gamma >= 0, not gamma={gamma}")
         self.gamma = gamma
 
-    def alpha2w(self, schedule: Schedule, t: Times, alpha2: Tensor, sigma2: Tensor) -> Tensor:
+    def alpha2w(self, schedule: Schedule, t: Scalars, alpha2: Tensor, sigma2: Tensor) -> Tensor:
         return alpha2 * (self.k + alpha2 / sigma2) ** -self.gamma
 
 
@@ -116,7 +116,7 @@ class VLB(OnNoise):
     steps it is the limit per unit of time, −dλ/dt (Kingma et al. 2021, eq. 17).
     """
 
-    def alpha2w(self, schedule: Schedule, t: Times, alpha2: Tensor, sigma2: Tensor) -> Tensor:
+    def alpha2w(self, schedule: Schedule, t: Scalars, alpha2: Tensor, sigma2: Tensor) -> Tensor:
         if schedule.steps is None:
             alpha, sigma = alpha2.sqrt(), sigma2.sqrt()
             d_alpha, d_sigma = schedule.derivatives(t)
@@ -141,7 +141,7 @@ class Sigmoid(OnNoise):
     def __init__(self, bias: float = 0.0) -> None:
         self.bias = bias
 
-    def alpha2w(self, schedule: Schedule, t: Times, alpha2: Tensor, sigma2: Tensor) -> Tensor:
+    def alpha2w(self, schedule: Schedule, t: Scalars, alpha2: Tensor, sigma2: Tensor) -> Tensor:
         scale = torch.tensor(self.bias, dtype=torch.float64).exp()
         return alpha2 * scale / (scale + alpha2 / sigma2)
 
@@ -158,7 +158,7 @@ class EDM(OnNoise):
     def __init__(self, sigma_data: float = 0.5) -> None:
         self.sigma_data = _positive("edm", "sigma_data", sigma_data)
 
-    def alpha2w(self, schedule: Schedule, t: Times, alpha2: Tensor, sigma2: Tensor) -> Tensor:
+    def alpha2w(self, schedule: Schedule, t: Scalars, alpha2: Tensor, sigma2: Tensor) -> Tensor:
         return alpha2 + sigma2 / self.sigma_data**2
 
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 import judge as judge_tools
 import pytest
 
-from diffusion_lab.metrics import classifier
-from diffusion_lab.metrics.classifier import Judge, Recipe, trained
+from diffusion_lab.checkpoint.classifiers import load_classifier
+from diffusion_lab.metrics.classifier import ClassifierExtractor, Recipe, load_or_train
 
 
 @pytest.fixture(scope="session")
@@ -19,9 +19,9 @@ def quick(digits, tmp_path_factory):
     """Two epochs of the digits."""
     folder = tmp_path_factory.mktemp("classifier")
     recipe = replace(Recipe(), epochs=2, width=8)
-    return trained(digits.examples("train"), digits.examples("test"), folder, name="digits", recipe=recipe)
+    return load_or_train(digits.examples("train"), digits.examples("test"), folder, name="digits", recipe=recipe)
 
 
 @pytest.fixture
 def judge(quick):
-    return Judge(classifier.load(quick.path))
+    return ClassifierExtractor(load_classifier(quick.path))

@@ -8,9 +8,19 @@ import numpy as np
 import pytest
 import torch
 
+from diffusion_lab.checkpoint.classifiers import load_classifier
 from diffusion_lab.data.images import Examples, to_float
 from diffusion_lab.metrics import classifier
-from diffusion_lab.metrics.classifier import NOISY, Judge, Noise, Recipe, file_of, fingerprint, load, of, trained
+from diffusion_lab.metrics.classifier import (
+    NOISY,
+    ClassifierExtractor,
+    Noise,
+    Recipe,
+    file_of,
+    fingerprint,
+    for_dataset,
+    load_or_train,
+)
 from diffusion_lab.models.classifier import Classifier
 from diffusion_lab.schedules import VE, Cosine
 
@@ -19,12 +29,12 @@ TINY = replace(Recipe(), epochs=1, width=8)
 
 def test_the_digits_are_recognised(digits, tmp_path):
     """The recipe as evaluate.py uses it: at least 98 % of 180 held-out digits; a second call finds the file."""
-    first = of(digits, tmp_path)
+    first = for_dataset(digits, tmp_path)
     assert first.accuracy is not None
     assert first.accuracy >= 0.98
     stamp = first.path.stat().st_mtime_ns
     held = digits.examples("test")
-    found = Judge(of(digits, tmp_path))(torch.from_numpy(np.asarray(held.images)))
+    found = ClassifierExtractor(for_dataset(digits, tmp_path))(torch.from_numpy(np.asarray(held.images)))
     assert first.path.stat().st_mtime_ns == stamp
     right = (found.logits.argmax(1).numpy() == held.labels).mean()
     assert right == pytest.approx(first.accuracy)  # what is stated is what the file gives
@@ -71,7 +81,7 @@ def test_processes_that_come_at_once_train_one(digits, tmp_path, monkeypatch):
     monkeypatch.setattr(classifier, "_made", lambda *a: made.append(1) or original(*a))
     found = []
     train, held = digits.examples("train"), digits.examples("test")
-    call = lambda: found.append(trained(train, held, tmp_path, recipe=TINY).path)  # noqa: E731
+    call = lambda: found.append(load_or_train(train, held, tmp_path, recipe=TINY).path)  # noqa: E731
     threads = [threading.Thread(target=call) for _ in range(3)]
     for thread in threads:
         thread.start()
@@ -87,7 +97,7 @@ def test_it_learns_noisy_images_when_it_is_told_the_time(digits, tmp_path, sched
     """A short training: nearly clean images are recognised, noise is not, and the file rebuilds what guidance needs."""
     recipe = replace(NOISY, epochs=12, width=16)
     node = {"_target_": f"diffusion_lab.schedules.{type(schedule).__name__}"}
-    noisy = trained(
+    noisy = load_or_train(
         digits.examples("train"), digits.examples("test"), tmp_path, recipe=recipe, noise=Noise(schedule, node)
     )
     assert noisy.config["schedule"] == node
@@ -103,7 +113,7 @@ def test_it_learns_noisy_images_when_it_is_told_the_time(digits, tmp_path, sched
     assert logits.shape == (7, 10)
     assert bool((gradient.flatten(1).norm(dim=1) > 0).all())
     with pytest.raises(ValueError, match="noisy=false"):
-        Judge(noisy)
+        ClassifierExtractor(noisy)
     with pytest.raises(ValueError, match=r"pass c = schedule\.conditioning"):
         noisy.network(x)
 
@@ -119,24 +129,24 @@ def test_large_noise_is_scaled_away_where_alpha_is_one():
 
 def test_what_cannot_be_is_refused(digits, quick, tmp_path):
     with pytest.raises(ValueError, match="labelled data set"):
-        trained(Examples(np.zeros((4, 1, 8, 8), np.uint8)), digits.examples("test"), tmp_path)
+        load_or_train(Examples(np.zeros((4, 1, 8, 8), np.uint8)), digits.examples("test"), tmp_path)
     with pytest.raises(ValueError, match="no classifier at"):
-        load(tmp_path / "none.pt")
+        load_classifier(tmp_path / "none.pt")
     (tmp_path / "text.pt").write_text("no")
     torch.save({"config": {}}, tmp_path / "other.pt")
     (tmp_path / "short.pt").write_bytes(quick.path.read_bytes()[:-500])
     for name in ("text.pt", "other.pt", "short.pt"):
         with pytest.raises(ValueError, match="delete it and run again"):
-            load(tmp_path / name)
+            load_classifier(tmp_path / name)
     with pytest.raises(ValueError, match="trained on clean images"):
         quick.network(torch.zeros(1, 1, 8, 8), torch.zeros(1))
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cache=FOLDER"):
-        trained(digits.examples("train"), digits.examples("test"), tmp_path / "file" / "cache", recipe=TINY)
+        load_or_train(digits.examples("train"), digits.examples("test"), tmp_path / "file" / "cache", recipe=TINY)
 
 
 def test_a_set_without_held_out_images_has_no_known_accuracy(digits, tmp_path):
     none = digits.examples("test").select(np.arange(0))
-    found = trained(digits.examples("train"), none, tmp_path, recipe=TINY)
+    found = load_or_train(digits.examples("train"), none, tmp_path, recipe=TINY)
     assert (found.accuracy, found.by_noise) == (None, {})
     assert os.listdir(tmp_path) == [found.path.name]

@@ -163,8 +163,8 @@ def test_one_two_and_three_processes_give_the_same_images_and_values(tmp_path):
             for got in (part[case][1] for part in parts):
                 assert torch.equal(got["features"], want.features)
                 assert torch.equal(got["logits"], want.logits)
-                assert torch.equal(got["recognised"], want.recognised)
-                assert got["as_asked"] == want.as_asked
+                assert torch.equal(got["confident"], want.confident)
+                assert got["label_hits"] == want.label_hits
                 assert torch.allclose(got["sums"], want.sums.vector, rtol=1e-12, atol=1e-10)
                 want_value = frechet_distance(want.sums.moments(), reference.moments)
                 sums = type(want.sums)(64)
@@ -177,9 +177,9 @@ def test_nothing_is_counted_twice_or_dropped():
     assert got.n == got.sums.n == 23
     assert len(got.features) == len(got.logits) == 23
     sure, classes = got.logits.softmax(1).max(1)
-    assert got.recognised.tolist() == torch.bincount(classes[sure >= 0.9], minlength=10).tolist()
-    assert 0 < got.recognised.sum() <= 23
-    assert got.as_asked == int((classes == torch.arange(23) % 10).sum())
+    assert got.confident.tolist() == torch.bincount(classes[sure >= 0.9], minlength=10).tolist()
+    assert 0 < got.confident.sum() <= 23
+    assert got.label_hits == int((classes == torch.arange(23) % 10).sum())
     assert torch.allclose(got.sums.moments().covariance, moments(got.features).covariance, atol=1e-9)
 
 
@@ -269,7 +269,9 @@ def test_metrics_are_sorted_by_extractor_and_named_by_it():
     _, got = measured(23, 5, Processes())
     reference = Reference(moments(torch.randn(200, 64)), torch.randn(200, 64), None, Path())
     named = measure(metrics_of("kid", "is", "prdc", "fd"), Judging(), got, reference)
-    assert {"kid_classifier", "is_classifier", "precision", "coverage", "fd_classifier", "recognised"} <= set(named)
+    assert {"kid_classifier", "is_classifier", "precision", "coverage", "fd_classifier", "confident_fraction"} <= set(
+        named
+    )
     assert not {"fid", "kid", "is"} & set(named)
     assert [label("fid", n) for n in (1000, 50_000, 2500, 900)] == ["fid_1k", "fid_50k", "fid_2500", "fid_900"]
 

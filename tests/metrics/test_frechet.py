@@ -8,8 +8,9 @@ import scipy.linalg
 import torch
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 
+from diffusion_lab.data.images import refuse_nan
 from diffusion_lab.metrics.frechet import frechet_distance
-from diffusion_lab.metrics.moments import Moments, Sums, moments, refuse_nan, singular
+from diffusion_lab.metrics.moments import Moments, Sums, moments, singular
 
 
 def features(n, dim, seed, shift=0.0):

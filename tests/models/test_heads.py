@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion_lab.models import ClassicUNet, SecondHead, UNet
+from diffusion_lab.models import ClassicUNet, UNet, VarianceHead
 
 BUILD = {
     "unet": lambda **o: UNet(
@@ -25,13 +25,13 @@ def test_the_network_s_output_first_then_the_head_s(build, size):
     network = BUILD[build](zero_init=False) if build == "unet" else BUILD[build]()
     x, c = inputs(3, *size)
     want = network.eval()(x, c)
-    both = SecondHead(network, "sn").eval()
+    both = VarianceHead(network, "sn").eval()
     got = both(x, c)
     assert got.shape == (3, 4, *size)
     # Not bit for bit: on some processors a convolution rounds by the alignment of its input in memory.
     torch.testing.assert_close(got[:, :2], want, rtol=0, atol=1e-6)
     assert (got[:, 2:] == 1).all(), "it starts from the mean of what it learns, E ε² = 1"
-    assert (SecondHead(network, "npr").eval()(x, c)[:, 2:] == 0).all()
+    assert (VarianceHead(network, "npr").eval()(x, c)[:, 2:] == 0).all()
     nn.init.normal_(both.head[-1].weight)
     torch.testing.assert_close(both(x, c)[:, :2], want, rtol=0, atol=1e-6)
     assert (both(x, c)[:, 2:] != 0).any()
@@ -40,7 +40,7 @@ def test_the_network_s_output_first_then_the_head_s(build, size):
 @every
 def test_only_the_head_trains_and_the_backbone_stays_in_eval_mode(build):
     network = BUILD[build](dropout=0.5) if build == "unet" else BUILD[build]()
-    both = SecondHead(network.train(), "npr").train()
+    both = VarianceHead(network.train(), "npr").train()
     assert both.head.training
     assert not any(m.training for m in network.modules())
     x, c = inputs()
@@ -58,7 +58,7 @@ def test_only_the_head_trains_and_the_backbone_stays_in_eval_mode(build):
 def test_what_is_known_of_it(build):
     plain, learned = BUILD[build](), BUILD[build](learned_variance=True)
     assert (plain.extra, learned.extra) == (None, "learned")
-    both = SecondHead(learned, "sn").eval()
+    both = VarianceHead(learned, "sn").eval()
     assert (both.extra, both.self_conditioning, both.channels) == ("sn", False, 2)
     x, c = inputs()
     assert both(x, c).shape == (3, 4, 8, 8)
@@ -70,7 +70,7 @@ def test_labels_and_the_estimate_before_reach_the_network(build):
     network = BUILD[build](num_classes=3, self_conditioning=True).eval()
     for p in network.parameters():  # nothing starts as zero
         nn.init.normal_(p, std=0.3)
-    both, (x, c) = SecondHead(network, "sn").eval(), inputs()
+    both, (x, c) = VarianceHead(network, "sn").eval(), inputs()
     nn.init.normal_(both.head[-1].weight)
     given = {"label": torch.tensor([0, 1, 3]), "previous": torch.randn_like(x)}
     got = both(x, c, **given)
@@ -82,4 +82,4 @@ def test_labels_and_the_estimate_before_reach_the_network(build):
 
 def test_a_network_that_shows_no_features_is_refused():
     with pytest.raises(ValueError, match="Conv2d does not show: write variance=analytic"):
-        SecondHead(nn.Conv2d(1, 1, 3), "npr")
+        VarianceHead(nn.Conv2d(1, 1, 3), "npr")

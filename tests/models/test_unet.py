@@ -72,7 +72,7 @@ def test_padding_is_zeros_around_the_centre_and_only_where_needed():
     padded = F.pad(x, (1, 1, 1, 2))
     assert torch.equal(network(x, c), network(padded, c)[:, :, 1:6, 1:7])
     x, c = inputs(network, 1, 8, 12)
-    assert torch.equal(network(x, c), network.readout(network.body(x, network.embedding(c))))
+    assert torch.equal(network(x, c), network.output_head(network.body(x, network.embedding(c))))
 
 
 def test_channels_last_gives_the_same_in_its_own_format():

@@ -15,6 +15,7 @@ from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from diffusion_lab.conditions import Label
 from diffusion_lab.data.images import Examples
 from diffusion_lab.data.sources import Dataset, Source
 from diffusion_lab.denoiser import Denoiser
@@ -22,9 +23,8 @@ from diffusion_lab.losses import L2
 from diffusion_lab.objectives import PredV
 from diffusion_lab.samplers import DDIM
 from diffusion_lab.schedules import Cosine
-from diffusion_lab.times import Stratified
-from diffusion_lab.training.condition import Label
-from diffusion_lab.training.optim import Rate
+from diffusion_lab.time_samplers import Stratified
+from diffusion_lab.training.optim import LRSchedule
 from diffusion_lab.variances import FixedSmall
 from diffusion_lab.weightings import Native
 
@@ -135,7 +135,7 @@ class Optimizer(torch.optim.SGD):
         return super().step(closure)
 
 
-class LRScheduler(Rate):
+class LRScheduler(LRSchedule):
     def after(self, progress: float) -> float:
         USED.add("lr_scheduler")
         return 1.0 - 0.5 * progress

@@ -67,7 +67,7 @@ def test_the_optimal_variance_keeps_the_marginal_of_gaussian_data_at_any_stride(
     alpha, sigma = curve.alpha_sigma(grid[-1])
     want = float(alpha**2 * VAR + sigma**2)
     got = propagated(curve, fitted(curve), grid, eta, x)
-    assert got == pytest.approx(want, rel=1e-3 if curve.ends_in_noise else 1e-7)
+    assert got == pytest.approx(want, rel=1e-3 if curve.zero_terminal_snr else 1e-7)
     if eta == 1:
         assert propagated(curve, FixedSmall(), grid, 1, x) < 0.98 * want
         assert propagated(curve, FixedLarge(), grid, 1, x) > 1.02 * want

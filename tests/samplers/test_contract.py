@@ -111,7 +111,7 @@ def test_on_every_curve(name: str, schedule: str) -> None:
     x = sampler(den, x_T).x
     assert x.isfinite().all()
     assert abs(float(x.mean()) - MEAN) < 0.06
-    alpha, sigma = SCHEDULES[schedule].alpha_sigma(torch.tensor(SCHEDULES[schedule].least, dtype=D))
+    alpha, sigma = SCHEDULES[schedule].alpha_sigma(torch.tensor(SCHEDULES[schedule].t_min, dtype=D))
     estimate = STD * float(alpha * STD / ((alpha * STD) ** 2 + sigma**2).sqrt())
     assert estimate - 0.15 < float(x.std()) < STD + 0.12
 

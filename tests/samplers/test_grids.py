@@ -178,7 +178,7 @@ def test_uniform_lambda_has_equal_distances(schedule: str, n: int) -> None:
 @pytest.mark.parametrize("n", [2, 5, 18])
 def test_karras_is_the_published_ramp(schedule: Schedule, n: int) -> None:
     """(σ_max^(1/ρ) + i/(N−1) (σ_min^(1/ρ) − σ_max^(1/ρ)))^ρ of σ/α, ρ = 7 (Karras et al. 2022, eq. 5), then data."""
-    least = 1 / schedule.steps if schedule.steps else schedule.least
+    least = 1 / schedule.steps if schedule.steps else schedule.t_min
     alpha, sigma = schedule.alpha_sigma(torch.tensor([1.0, least], dtype=D))
     high, low = (float(v) for v in (sigma / alpha) ** (1 / 7))
     want = torch.tensor([(high + i / (n - 1) * (low - high)) ** 7 for i in range(n)], dtype=D)
@@ -205,7 +205,7 @@ def test_on_edms_curve_karras_is_linspace(n: int) -> None:
 @pytest.mark.parametrize("schedule", [s for s, curve in SCHEDULES.items() if curve.steps is None])
 def test_continuous_curves(name: str, schedule: str) -> None:
     s = SCHEDULES[schedule]
-    if name in WARPS and s.ends_in_noise:
+    if name in WARPS and s.zero_terminal_snr:
         with pytest.raises(ValueError, match="grid=trailing"):
             make_grid(name, s, 10)
         return

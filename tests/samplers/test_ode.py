@@ -16,7 +16,7 @@ from diffusion_lab.samplers import ODE
 from diffusion_lab.samplers.base import prior
 from diffusion_lab.samplers.dormand_prince import integrate
 from diffusion_lab.samplers.time_parametrization import TimeParametrization
-from diffusion_lab.schedules import VE, VP, Cosine, Schedule, SubVP, match
+from diffusion_lab.schedules import VE, VP, Cosine, Schedule, SubVP, append_dims_like
 
 D = torch.float64
 SHAPE = (2, 2, 2)
@@ -36,9 +36,9 @@ def test_the_exact_flow(name: str, start: float, stop: float) -> None:
     schedule = SCHEDULES[name]
     x = begin(schedule)
     got = ODE(1e-6, 1e-6)(oracle(DATA, schedule, PredV()), x, start=start, stop=stop).x
-    want = DATA.flow(x, schedule, start, stop or schedule.least)
+    want = DATA.flow(x, schedule, start, stop or schedule.t_min)
     if stop == 0:
-        want = DATA.denoise(want, *schedule.alpha_sigma(torch.tensor(schedule.least, dtype=D)))
+        want = DATA.denoise(want, *schedule.alpha_sigma(torch.tensor(schedule.t_min, dtype=D)))
     assert float((got - want).abs().max()) < 1e-5 * max(1.0, float(x.abs().max()))
 
 
@@ -60,7 +60,7 @@ def test_single_images_are_scipys(schedule: Schedule) -> None:
     """Published settings, 1e-5 from 1 to the curve's end: the same number of evaluations, states equal to 1e-7 of σ_max.
     The right-hand side is written in another form, so the roundings differ, and with them the steps by a little."""
     x = begin(schedule, 2)
-    stop = schedule.least
+    stop = schedule.t_min
     got, _, evaluations = ODE()(oracle(MIXTURE, schedule, PredNoise()), x, stop=stop)
     assert evaluations is not None
     for i, image in enumerate(x):
@@ -152,14 +152,14 @@ def test_the_parametrization_runs_along_the_curve(name: str) -> None:
 def test_over_the_angle_a_table_is_smooth(name: str) -> None:
     """Why not over t: with a kink at each node it takes more than twice the evaluations and is ten times as far off."""
     schedule, x = SCHEDULES[name], begin(SCHEDULES[name], 3)
-    den, least = oracle(DATA, schedule, PredV()), schedule.least
+    den, least = oracle(DATA, schedule, PredV()), schedule.t_min
     want = DATA.flow(x, schedule, 1.0, least)
     got = ODE()(den, x, stop=least)
     ours = float((got.x - want).abs().max())
 
     def slope(t: torch.Tensor, y: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         prediction, (d_alpha, d_sigma) = den(y, t), schedule.derivatives(t)
-        return match(d_alpha, y) * prediction.x0 + match(d_sigma, y) * prediction.noise
+        return append_dims_like(d_alpha, y) * prediction.x0 + append_dims_like(d_sigma, y) * prediction.noise
 
     over_t = integrate(slope, x, 1.0, least)
     assert ours < 1e-4
@@ -188,10 +188,10 @@ def test_data_is_encoded_and_comes_back(schedule: Schedule) -> None:
     den = oracle(DATA, schedule, PredV())
     sampler = ODE()
     latent = sampler(den, x, start=0.0, stop=1.0).x
-    least = torch.tensor(schedule.least, dtype=D)
+    least = torch.tensor(schedule.t_min, dtype=D)
     alpha, sigma = schedule.alpha_sigma(least)
     first = alpha * x + sigma * den(x, least).noise
-    torch.testing.assert_close(latent, DATA.flow(first, schedule, schedule.least, 1.0), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(latent, DATA.flow(first, schedule, schedule.t_min, 1.0), rtol=1e-3, atol=1e-3)
     back = sampler(den, latent).x
     assert float((back - x).abs().max()) < 10 * float(sigma) ** 2 + 1e-4
 
@@ -222,7 +222,7 @@ def test_the_callback_sees_each_image_at_its_own_time() -> None:
         for got, true in zip(prediction[:3], want[:3], strict=True):
             torch.testing.assert_close(got, true, rtol=1e-7, atol=1e-7)
     assert torch.equal(seen[0][2], x)
-    assert seen[-1][1] == VP().least
+    assert seen[-1][1] == VP().t_min
     assert torch.equal(seen[-1][3].x0, out)
     many: list[Any] = []
     ODE(1e-4, 1e-4)(den, begin(VP(), 6).float().double(), start=0.1, stop=0.9, callback=lambda *r: many.append(r))

@@ -5,7 +5,7 @@ import pytorch_lightning as pl
 import torch
 from command import composed, module, train
 
-from diffusion_lab.runs import build
+from diffusion_lab.commands.train import build
 from diffusion_lab.training.callbacks import EMA
 
 SMALL = (

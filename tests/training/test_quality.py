@@ -11,9 +11,9 @@ import torch
 from command import ROOT, TINY, command, train
 from judge import install
 
+from diffusion_lab.commands.train import build
 from diffusion_lab.metrics import extractors
-from diffusion_lab.runs import build
-from diffusion_lab.training.callbacks import Checkpoints, Quality
+from diffusion_lab.training.callbacks import Checkpoints, QualityMonitor
 
 # Every 2 steps on 70 samples by 2 steps, at whatever cost.
 QUALITY = (
@@ -45,7 +45,7 @@ def test_the_figure_is_logged_decides_best_and_is_evaluate_s(tmp_path, cache, ca
     outcome = train(run, *QUALITY, cache, "trainer.max_steps=5", capfd=capfd)
     found = figures(run)
     assert sorted(found) == [2, 4, 5]  # and at the last step
-    assert sorted(figures(run, "recognised_70")) == [2, 4, 5]
+    assert sorted(figures(run, "confident_fraction_70")) == [2, 4, 5]
     assert "fd_classifier_70 every 2 steps (DDIM, train+val): about" in outcome.out
     assert "MiB each time" in outcome.out
     assert f"fd_classifier_70 {found[5]:.4g}, best {min(found.values()):.4g}" in outcome.out
@@ -164,5 +164,5 @@ def test_the_best_of_another_figure_is_no_bar():
 def test_the_default_run_has_none():
     from command import composed
 
-    assert not any(isinstance(c, Quality) for c in build.callbacks(composed("train"), ROOT))
-    assert any(isinstance(c, Quality) for c in build.callbacks(composed("train", "quality=classifier"), ROOT))
+    assert not any(isinstance(c, QualityMonitor) for c in build.callbacks(composed("train"), ROOT))
+    assert any(isinstance(c, QualityMonitor) for c in build.callbacks(composed("train", "quality=classifier"), ROOT))

@@ -12,9 +12,9 @@ import torch
 from command import TINY, command, train
 
 from diffusion_lab.checkpoint import load_checkpoint
+from diffusion_lab.commands.train import build
 from diffusion_lab.noise import normal
-from diffusion_lab.runs import build
-from diffusion_lab.training.callbacks import Interrupt
+from diffusion_lab.training.callbacks import GracefulStop
 
 
 def _state(path):
@@ -242,7 +242,7 @@ def test_a_signal_saves_and_prints_the_line_that_resumes(tmp_path, capfd, also, 
     step = _state(run)["global_step"]
     assert 0 < step < 100000
     assert f"ckpt={run / 'checkpoints' / 'last.ckpt'}" in out
-    assert not isinstance(getattr(signal.getsignal(number), "__self__", None), Interrupt)
+    assert not isinstance(getattr(signal.getsignal(number), "__self__", None), GracefulStop)
     again = tmp_path / "again"
     train(again, f"ckpt={run}", f"trainer.max_steps={step + 1}", capfd=capfd)
     assert _state(again)["global_step"] == step + 1

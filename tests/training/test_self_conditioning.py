@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor, nn
 
+from diffusion_lab.conditions import Unconditional
 from diffusion_lab.losses import L2
 from diffusion_lab.objectives import PredV
 from diffusion_lab.schedules import Cosine
-from diffusion_lab.times import Uniform
-from diffusion_lab.training.condition import Unconditional
+from diffusion_lab.time_samplers import Uniform
 from diffusion_lab.training.module import DiffusionModule
 from diffusion_lab.training.optim import Constant, OptimizerConfig
 from diffusion_lab.weightings import Native

@@ -24,13 +24,13 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from diffusion_lab import composition
+from diffusion_lab import composition, launchers
+from diffusion_lab import io as files
 from diffusion_lab.cli import sweeps
 from diffusion_lab.cli.schema import COMMANDS, Node
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.instantiation import coerce
 from diffusion_lab.processes import one_line
-from diffusion_lab.runs import files, launchers
 
 
 class Checks(Callback):

@@ -15,12 +15,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from diffusion_lab import composition
+from diffusion_lab import composition, launchers
+from diffusion_lab import io as files
 from diffusion_lab.cli import sweeps
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.instantiation import CONF
 from diffusion_lab.processes import CONFIG_ENV, Result, one_line
-from diffusion_lab.runs import files, launchers
 
 
 def main(name: str) -> int:
@@ -118,7 +118,7 @@ def _under_hydra(name: str, overrides: list[str], config_dir: str | None) -> int
 
 def _command(name: str, config: Any) -> Result:
     """Run a command; what it wrote keeps its configuration beside it."""
-    done = importlib.import_module(f"diffusion_lab.runs.{name}").run(config)
+    done = importlib.import_module(f"diffusion_lab.commands.{name}").run(config)
     if name != "train":  # which writes its own before the first step
         folder = Path(str(config.get("out") or config.run_dir))
         if folder.is_dir() and not (folder / "config.yaml").exists():

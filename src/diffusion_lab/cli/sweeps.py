@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffusion_lab import io as files
 from diffusion_lab.processes import Refusal, Result, one_line
-from diffusion_lab.runs import files
 
 FILE = "outcome.json"
 FAILED = 1  # the exit code of a sweep with a job that failed

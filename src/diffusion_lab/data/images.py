@@ -9,6 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from diffusion_lab.errors import ConfigError
+
 Index = NDArray[np.int64]
 
 
@@ -18,6 +20,18 @@ def to_float(images: NDArray[np.uint8] | Tensor) -> Tensor:
     Written (2k - 255)/255, which rounds once: every level is the nearest float32, and k and 255 - k are exact negatives.
     """
     return torch.as_tensor(images).to(torch.float32).mul_(2).sub_(255).div_(255)
+
+
+def refuse_nan(values: Tensor, first: int = 0, of: str = "the features") -> None:
+    """Raise ValueError that names the images (numbered from `first`) whose row of values (B, …) is not finite."""
+    finite = values.flatten(1).isfinite().all(1)
+    if not bool(finite.all()):
+        bad = [int(i) + first for i in (~finite).nonzero()[:, 0]]
+        shown = ", ".join(map(str, bad[:5])) + (", …" if len(bad) > 5 else "")
+        raise ConfigError(
+            f"{of} of image {shown} hold NaN or infinity ({len(bad)} of these {len(values)}): leave such images out, "
+            "or take a checkpoint from before the training diverged"
+        )
 
 
 class Rows:

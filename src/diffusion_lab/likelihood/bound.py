@@ -13,7 +13,7 @@ from diffusion_lab.gaussian import discretized_log_likelihood, kl, posterior
 from diffusion_lab.likelihood.base import bits, keys, ready
 from diffusion_lab.noise import Stream, normal
 from diffusion_lab.samplers import grids
-from diffusion_lab.schedules import Schedule, match, move
+from diffusion_lab.schedules import Schedule, append_dims_like, to_device
 from diffusion_lab.variances import FixedSmall, Variance
 
 DECODERS = ("discretized", "gaussian")
@@ -111,23 +111,23 @@ def vlb(
     terms, sound = [], []
     for k, t in enumerate(_bar(chain[1:], progress)):
         noise = normal(shape, seed=seed, index=key, draw=k + FIRST_DRAW, stream=Stream.LIKELIHOOD, dtype=x0.dtype)
-        x_t = match(alpha[k + 1], x0) * x0 + match(sigma[k + 1], x0) * noise
+        x_t = append_dims_like(alpha[k + 1], x0) * x0 + append_dims_like(sigma[k + 1], x0) * noise
         prediction = denoiser(x_t, t, **(condition or {}))
         data, estimate = x0.double(), prediction.x0.double()
         if k > 0:
-            low, factor = match(least[k - 1], data), match(pull[k - 1], data)
+            low, factor = append_dims_like(least[k - 1], data), append_dims_like(pull[k - 1], data)
             spread = variance(schedule, t, chain[k], prediction, floor=least[k - 1]).double()
             nats = kl(factor * data, low.log(), factor * estimate, spread.log())
         elif decoder == "discretized":
             spread = variance(schedule, t, chain[0], prediction, floor=floor).double()
             nats = -discretized_log_likelihood(data, estimate, spread.log())
         else:
-            spread = match((sigma[1] / alpha[1]).square(), data)
+            spread = append_dims_like((sigma[1] / alpha[1]).square(), data)
             nats = 0.5 * ((data - estimate).square() / spread + (2 * math.pi * spread).log())
         terms.append(bits(nats))
         # whether x̂_0 is finite and the variance a positive number; stays on the device and is read once, at the end
         usable = ((spread > 0) & (spread < math.inf)).all()
-        sound.append(torch.stack([estimate.isfinite().all(), move(usable, x0.device)]))
+        sound.append(torch.stack([estimate.isfinite().all(), to_device(usable, x0.device)]))
     _refuse_unsound(torch.stack(sound), chain[1:])
 
     prior = _prior(x0, alpha[-1], sigma[-1], schedule.alpha_sigma(torch.ones_like(chain[-1]))[1])
@@ -157,7 +157,14 @@ def _prior(x0: Tensor, alpha: Tensor, sigma: Tensor, end: Tensor) -> Tensor:
     """KL(N(α x_0, σ² I) ‖ N(0, end² I)) in bits per dimension, (B,)."""
     wide = x0.double()
     zero = torch.zeros_like(wide)
-    return bits(kl(match(alpha, wide) * wide, match(2 * sigma.log(), wide), zero, match(2 * end.log(), wide)))
+    return bits(
+        kl(
+            append_dims_like(alpha, wide) * wide,
+            append_dims_like(2 * sigma.log(), wide),
+            zero,
+            append_dims_like(2 * end.log(), wide),
+        )
+    )
 
 
 def _check(schedule: Schedule, variance: Variance, decoder: str, last: str, eta: float) -> None:

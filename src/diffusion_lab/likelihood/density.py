@@ -13,7 +13,7 @@ from diffusion_lab.likelihood.base import keys, ready
 from diffusion_lab.noise import Stream, uniform, words
 from diffusion_lab.samplers.dormand_prince import integrate
 from diffusion_lab.samplers.time_parametrization import TimeParametrization
-from diffusion_lab.schedules import match
+from diffusion_lab.schedules import append_dims_like
 
 DIVERGENCES = ("hutchinson", "exact")
 LARGEST = 1024  # dimensions that the exact divergence takes: it costs one backward pass for each
@@ -87,7 +87,7 @@ def ode(
     denoiser, x0 = ready(denoiser, x0)
     schedule = denoiser.schedule
     if start is None:
-        start = START if schedule.steps is None else schedule.least
+        start = START if schedule.steps is None else schedule.t_min
     if not 0 < start < 1:
         raise ConfigError(f"start={start} is outside (0, 1): the published value is 1e-5")
     with torch.inference_mode(False), torch.no_grad():
@@ -139,7 +139,7 @@ class _Field:
             x = y[:, :-1].repeat(copies, 1).reshape(-1, *self.shape).requires_grad_()
             condition = {name: value[repeated.to(value.device)] for name, value in self.condition.items()}
             prediction = self.denoiser(x, t, **condition)
-            velocity = match(d_alpha, x) * prediction.x0 + match(d_sigma, x) * prediction.noise
+            velocity = append_dims_like(d_alpha, x) * prediction.x0 + append_dims_like(d_sigma, x) * prediction.noise
             _refuse_nan(velocity, t)
             if self.probe is not None:
                 (pulled,) = torch.autograd.grad(velocity, x, self.probe[rows])

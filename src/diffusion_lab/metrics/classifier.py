@@ -1,7 +1,6 @@
 """The project's own classifier: trained on demand, on clean images or on x_t, kept in a file that is keyed by what made it."""
 
 import hashlib
-import io
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from diffusion_lab.checkpoint.classifiers import TrainedClassifier, load_classifier, pack_classifier
 from diffusion_lab.data.cache import claimed
 from diffusion_lab.data.images import Examples, Rows, to_float
 from diffusion_lab.errors import ConfigError
@@ -21,13 +21,12 @@ from diffusion_lab.metrics.extractors import Extractor, Features, digest
 from diffusion_lab.models.classifier import Classifier
 from diffusion_lab.noise import Stream, normal, permutation, uniform
 from diffusion_lab.schedules import Schedule
-from diffusion_lab.times import Stratified
+from diffusion_lab.time_samplers import Stratified
 
 if TYPE_CHECKING:  # it imports Lightning, which processes that only measure need not wait for
     from diffusion_lab.data.datamodule import DataModule
 
 VERSION = 3  # of the training below: a change makes older files another key
-FORMAT = 1  # of the file
 CONFIDENT = 0.9  # the probability from which an image counts as recognised
 BINS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0)  # of ln SNR, for the accuracy on noisy images
 SPREAD = 10_000  # images of a set, evenly spaced, that its fingerprint is taken of: a second at most
@@ -58,23 +57,6 @@ class Noise(NamedTuple):
 
     schedule: Schedule
     node: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A classifier in eval mode.
-
-    network: called with images in [−1, 1], or with (x_t, c), c = schedule.conditioning(t) (B,), if it is told the time.
-    config: plain values: data (name, shape, classes), model, schedule (None for clean images), recipe.
-    accuracy: the share of held-out images that it gets right; None where none are held out.
-    by_noise: the same for each bin of ln SNR, for a classifier of noisy images.
-    """
-
-    network: Classifier
-    config: dict[str, Any]
-    accuracy: float | None
-    by_noise: dict[str, float]
-    path: Path
 
 
 def fingerprint(images: np.ndarray | Rows) -> str:
@@ -109,7 +91,7 @@ def file_of(train: Examples, folder: Path, name: str, recipe: Recipe, noise: Noi
     return folder / f"classifier-{name}{'' if noise is None else '-noisy'}-{key}.pt"
 
 
-def trained(
+def load_or_train(
     train: Examples,
     held: Examples,
     folder: Path,
@@ -119,7 +101,7 @@ def trained(
     recipe: Recipe | None = None,
     noise: Noise | None = None,
     device: str | torch.device = "cpu",
-) -> Trained:
+) -> TrainedClassifier:
     """The classifier of a data set: from its file if there is one, else trained and written. Processes wait for one another.
 
     Args:
@@ -145,16 +127,16 @@ def trained(
                     file.write(_made(train, held, name, class_names, recipe, noise, torch.device(device)))
     except OSError as error:
         raise ConfigError(f"cannot write {path} ({error}): write cache=FOLDER on another disk") from error
-    return load(path)
+    return load_classifier(path)
 
 
-def of(
+def for_dataset(
     data: "DataModule",
     folder: Path,
     device: str | torch.device = "cpu",
     noise: Noise | None = None,
     steps: int | None = None,
-) -> Trained:
+) -> TrainedClassifier:
     """The classifier of a data set, the same for every run on it: trained on all but the test images, or but the validation
     images where no others are held out; those in colour are mirrored at random.
 
@@ -166,12 +148,12 @@ def of(
         steps: at most so many of training, but one pass over the images at least; None is the recipe's number.
 
     Raises:
-        ValueError: as `trained`.
+        ValueError: as `load_or_train`.
     """
     tested = data.size("test") > 0
     recipe = replace(Recipe() if noise is None else NOISY, flip=data.channels == 3)
     recipe = recipe if steps is None else replace(recipe, steps=steps)
-    return trained(
+    return load_or_train(
         data.examples("train+val" if tested else "train"),
         data.examples("test" if tested else "val"),
         folder,
@@ -183,30 +165,12 @@ def of(
     )
 
 
-def load(path: Path) -> Trained:
-    """A classifier from its file. ValueError: there is none, or it is something else."""
-    if not path.is_file():
-        raise ConfigError(f"there is no classifier at {path}: train one with src/train_classifier.py")
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        config = saved["config"]
-        if saved["diffusion_lab"] != {"format": FORMAT, "kind": "classifier"}:
-            raise KeyError("kind")
-        network = Classifier(**config["model"])
-        network.load_state_dict(saved["state"])
-    except Exception as error:  # torch raises nearly anything on files that are not its own
-        raise ConfigError(
-            f"{path} is no classifier of src/train_classifier.py, or damaged: delete it and run again"
-        ) from error
-    return Trained(network.eval().requires_grad_(False), config, saved["accuracy"], saved["by_noise"], path)
-
-
-class Judge(Extractor):
+class ClassifierExtractor(Extractor):
     """The hidden features and the logits of a classifier of clean images."""
 
     name, judges = "classifier", True
 
-    def __init__(self, trained: Trained) -> None:
+    def __init__(self, trained: TrainedClassifier) -> None:
         if trained.network.time is not None:
             raise ConfigError(
                 f"{trained.path} classifies noisy images: measure with one that was trained with noisy=false"
@@ -250,22 +214,13 @@ def _made(
     _fit(network, train, recipe, noise, device)
     network.eval()
     accuracy, by_noise = _accuracy(network, held, noise, device) if len(held) else (None, {})
-    packed = io.BytesIO()
     config = {
         "data": {"name": name, "shape": list(shape), "classes": classes, "class_names": list(class_names)},
         "model": model,
         "schedule": None if noise is None else dict(noise.node),
         "recipe": asdict(recipe),
     }
-    saved = {
-        "diffusion_lab": {"format": FORMAT, "kind": "classifier"},
-        "config": config,
-        "state": {key: value.cpu() for key, value in network.state_dict().items()},
-        "accuracy": accuracy,
-        "by_noise": by_noise,
-    }
-    torch.save(saved, packed)
-    return packed.getvalue()
+    return pack_classifier(network, config, accuracy, by_noise)
 
 
 def _time(schedule: Schedule) -> str:

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, distributed
 from tqdm import tqdm
 
+from diffusion_lab.data.images import refuse_nan
 from diffusion_lab.data.pictures import to_uint8
 from diffusion_lab.denoiser import Denoiser, Prediction
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.metrics.classifier import CONFIDENT
 from diffusion_lab.metrics.extractors import Extractor
-from diffusion_lab.metrics.moments import Sums, refuse_nan
+from diffusion_lab.metrics.moments import Sums
 from diffusion_lab.metrics.scores import MOST
 from diffusion_lab.noise import normal
 from diffusion_lab.samplers import Sampler, Samples, prior
@@ -103,16 +104,16 @@ class Collected:
 
     sums: of the features.
     features, logits: float32 (kept, D) and (n, K) of the images in order, where they were asked for.
-    recognised: float64 (K,), how many images the classifier takes for each class with confidence; None for other extractors.
-    as_asked: how many it takes for the class that was asked for; None where none was.
+    confident: float64 (K,), images that the classifier assigns to each class with confidence; None for other extractors.
+    label_hits: images that it assigns to the requested class; None without labels.
     """
 
     n: int
     sums: Sums
     features: Tensor | None = None
     logits: Tensor | None = None
-    recognised: Tensor | None = None
-    as_asked: int | None = None
+    confident: Tensor | None = None
+    label_hits: int | None = None
 
 
 def collect(

@@ -69,11 +69,11 @@ def measure(metrics: Metrics, extractor: Extractor, collected: Collected, refere
     out: dict[str, Any] = {}
     for key, metric in metrics.items():
         out |= metric.figures(key, extractor, collected, reference)
-    if collected.recognised is not None:
-        out["recognised"] = float(collected.recognised.sum()) / collected.n
-        out["classes"] = (collected.recognised / collected.n).tolist()
-    if collected.as_asked is not None:
-        out["as_asked"] = collected.as_asked / collected.n
+    if collected.confident is not None:
+        out["confident_fraction"] = float(collected.confident.sum()) / collected.n
+        out["classes"] = (collected.confident / collected.n).tolist()
+    if collected.label_hits is not None:
+        out["label_accuracy"] = collected.label_hits / collected.n
     return out
 
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffusion_lab.data.images import refuse_nan
 from diffusion_lab.errors import ConfigError
 
 
@@ -71,18 +72,6 @@ def refuse_few(n: int, least: int = 2, of: str = "a Fréchet distance") -> None:
     """Raise ValueError for fewer images than a measure needs."""
     if n < least:
         raise ConfigError(f"{of} needs at least {least} images in each set, not {n}: write n={least} or more")
-
-
-def refuse_nan(values: Tensor, first: int = 0, of: str = "the features") -> None:
-    """Raise ValueError that names the images (numbered from `first`) whose row of values (B, …) is not finite."""
-    finite = values.flatten(1).isfinite().all(1)
-    if not bool(finite.all()):
-        bad = [int(i) + first for i in (~finite).nonzero()[:, 0]]
-        shown = ", ".join(map(str, bad[:5])) + (", …" if len(bad) > 5 else "")
-        raise ConfigError(
-            f"{of} of image {shown} hold NaN or infinity ({len(bad)} of these {len(values)}): leave such images out, "
-            "or take a checkpoint from before the training diverged"
-        )
 
 
 def singular(n: int, dim: int) -> str | None:

@@ -6,8 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffusion_lab.data.images import refuse_nan
 from diffusion_lab.errors import ConfigError
-from diffusion_lab.metrics.moments import refuse_few, refuse_nan
+from diffusion_lab.metrics.moments import refuse_few
 
 MOST = 10_000  # images of each side that kernels and neighbours are computed from: their cost grows with the square
 SPLITS = 10  # of the Inception score, the published number

@@ -10,7 +10,7 @@ from diffusion_lab.errors import ConfigError
 from diffusion_lab.models.embeddings import Embedding
 
 
-class Network(nn.Module):
+class UNetBase(nn.Module):
     """(x, c, label, previous, given) → output, for images of any size; a subclass gives `body`, which sees whole
     multiples only, and `readout`.
 
@@ -67,7 +67,7 @@ class Network(nn.Module):
         """The last features: x (B, in_channels, H, W), H and W multiples of `side`; e (B, E) → (B, feature_channels, H, W)."""
         raise NotImplementedError
 
-    def readout(self, features: Tensor) -> Tensor:
+    def output_head(self, features: Tensor) -> Tensor:
         """(B, feature_channels, H, W) → (B, out_channels, H, W)."""
         raise NotImplementedError
 
@@ -94,7 +94,7 @@ class Network(nn.Module):
         Raises:
             ValueError: a shape, label, `previous` or `given` that the network was not built for.
         """
-        return self.cut(self.readout(self.features(x, c, label, previous, given)), x)
+        return self.crop(self.output_head(self.features(x, c, label, previous, given)), x)
 
     def features(
         self,
@@ -128,7 +128,7 @@ class Network(nn.Module):
         # Zeros, as the convolutions pad: unlike reflection they fit every size, and they repeat none of the noise.
         return self.body(F.pad(x, (left, right - left, top, down - top)) if down or right else x, e)
 
-    def cut(self, y: Tensor, x: Tensor) -> Tensor:
+    def crop(self, y: Tensor, x: Tensor) -> Tensor:
         """y, of the padded size, at the size of the images x."""
         down, right, top, left = self._padding(x)
         return y[:, :, top : top + x.shape[2], left : left + x.shape[3]] if down or right else y

@@ -11,7 +11,7 @@ from diffusion_lab.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Style:
+class BlockConfig:
     """What the blocks of one network have in common; the arguments of `UNet`, where they are explained."""
 
     embedding: int
@@ -44,7 +44,7 @@ class Residual(nn.Module):
     Ho et al. 2020, appendix B ("additive"); Nichol & Dhariwal 2021, section 3 ("scale_shift").
     """
 
-    def __init__(self, inputs: int, outputs: int, style: Style) -> None:
+    def __init__(self, inputs: int, outputs: int, style: BlockConfig) -> None:
         super().__init__()
         self.scale_shift = style.scale_shift
         self.activation = style.activation()
@@ -73,7 +73,7 @@ class Residual(nn.Module):
 class Attention(nn.Module):
     """x + W softmax(q kᵀ/√d) v over all pixels, q, k and v linear in norm(x)."""
 
-    def __init__(self, channels: int, style: Style) -> None:
+    def __init__(self, channels: int, style: BlockConfig) -> None:
         super().__init__()
         self.heads = style.heads_of(channels)
         self.norm = style.norm(channels)
@@ -89,10 +89,10 @@ class Attention(nn.Module):
         return out
 
 
-class Unit(nn.Module):
+class ResAttnBlock(nn.Module):
     """A residual block and, where the resolution asks for it, attention."""
 
-    def __init__(self, inputs: int, outputs: int, style: Style, *, attention: bool) -> None:
+    def __init__(self, inputs: int, outputs: int, style: BlockConfig, *, attention: bool) -> None:
         super().__init__()
         self.residual = Residual(inputs, outputs, style)
         self.attention = Attention(outputs, style) if attention else nn.Identity()

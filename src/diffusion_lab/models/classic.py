@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_lab.errors import ConfigError
-from diffusion_lab.models.base import Network, initialise
+from diffusion_lab.models.base import UNetBase, initialise
 from diffusion_lab.models.embeddings import Embedding
 
 
@@ -27,7 +27,7 @@ class DoubleConv(nn.Module):
         return out
 
 
-class ClassicUNet(Network):
+class ClassicUNet(UNetBase):
     """Contracting path: double convolution, 2×2 max pooling, channels doubled. Expanding path: 2×2 transposed convolution,
     channels halved, the copy from across concatenated, double convolution; last a 1×1 convolution.
 
@@ -95,7 +95,7 @@ class ClassicUNet(Network):
             h = block(torch.cat([skips.pop(), grow(h)], dim=1), e)
         return h
 
-    def readout(self, features: Tensor) -> Tensor:
+    def output_head(self, features: Tensor) -> Tensor:
         """(B, feature_channels, H, W) → (B, out_channels, H, W)."""
         out: Tensor = self.output(features)
         return out

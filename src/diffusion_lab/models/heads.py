@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_lab.errors import ConfigError
-from diffusion_lab.models.base import Network
+from diffusion_lab.models.base import UNetBase
 
 
-class SecondHead(nn.Module):
+class VarianceHead(nn.Module):
     """A frozen network and, on its last features, normalisation, SiLU and a 3×3 convolution to C more channels (Bao et al.
     2022, "Estimating the optimal covariance with imperfect mean in diffusion probabilistic models").
 
@@ -26,7 +26,7 @@ class SecondHead(nn.Module):
 
     def __init__(self, network: nn.Module, kind: str) -> None:
         super().__init__()
-        if not isinstance(network, Network):
+        if not isinstance(network, UNetBase):
             raise ConfigError(
                 f"variance={kind} reads the last features of UNet or ClassicUNet, which {type(network).__name__} does not show: "
                 "write variance=analytic, which needs the output alone"
@@ -40,7 +40,7 @@ class SecondHead(nn.Module):
         nn.init.constant_(last.bias, 1.0 if kind == "sn" else 0.0)  # type: ignore[arg-type]
         self.head = nn.Sequential(nn.GroupNorm(math.gcd(32, width), width, eps=1e-6), nn.SiLU(), last)
 
-    def train(self, mode: bool = True) -> "SecondHead":
+    def train(self, mode: bool = True) -> "VarianceHead":
         super().train(mode)
         self.network.eval()
         return self
@@ -55,5 +55,5 @@ class SecondHead(nn.Module):
     ) -> Tensor:
         """(B, 2C, H, W): the network's output, then the head's. Arguments as for the network."""
         features = self.network.features(x, c, label, previous, given)
-        both = torch.cat([self.network.readout(features)[:, : self.channels], self.head(features)], dim=1)
-        return self.network.cut(both, x)
+        both = torch.cat([self.network.output_head(features)[:, : self.channels], self.head(features)], dim=1)
+        return self.network.crop(both, x)

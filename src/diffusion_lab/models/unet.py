@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffusion_lab.errors import ConfigError
-from diffusion_lab.models.base import Network, initialise
-from diffusion_lab.models.blocks import DOWNSAMPLE, UPSAMPLE, Attention, Residual, Style, Unit
+from diffusion_lab.models.base import UNetBase, initialise
+from diffusion_lab.models.blocks import DOWNSAMPLE, UPSAMPLE, Attention, BlockConfig, ResAttnBlock, Residual
 from diffusion_lab.models.embeddings import Embedding
 from diffusion_lab.models.options import ACTIVATIONS, choose
 
@@ -17,13 +17,13 @@ from diffusion_lab.models.options import ACTIVATIONS, choose
 class Level(nn.Module):
     """The units of one resolution and the step to the next; that of the last level is the identity."""
 
-    def __init__(self, units: list[Unit], resample: nn.Module) -> None:
+    def __init__(self, units: list[ResAttnBlock], resample: nn.Module) -> None:
         super().__init__()
         self.units = nn.ModuleList(units)
         self.resample = resample
 
 
-class UNet(Network):
+class UNet(UNetBase):
     """Residual blocks and attention at halved resolutions, joined by skips from every block on the way down to one on the way up.
 
     Args:
@@ -98,7 +98,7 @@ class UNet(Network):
             learned_variance=learned_variance,
             given_channels=given_channels,
         )
-        style = Style(
+        style = BlockConfig(
             embedding=self.embedding.size,
             groups=groups,
             dropout=dropout,
@@ -118,16 +118,18 @@ class UNet(Network):
         self.down = nn.ModuleList()
         h = width
         for i, (out, side) in enumerate(zip(widths, sides, strict=True)):
-            units = [Unit(h if j == 0 else out, out, style, attention=side in attention) for j in range(blocks)]
+            units = [ResAttnBlock(h if j == 0 else out, out, style, attention=side in attention) for j in range(blocks)]
             self.down.append(Level(units, shrink(out) if i < last else nn.Identity()))
             skips += [out] * (blocks + (i < last))
             h = out
-        self.middle = nn.ModuleList([Unit(h, h, style, attention=middle_attention), Unit(h, h, style, attention=False)])
+        self.middle = nn.ModuleList(
+            [ResAttnBlock(h, h, style, attention=middle_attention), ResAttnBlock(h, h, style, attention=False)]
+        )
         self.up = nn.ModuleList()
         for i, (out, side) in reversed(list(enumerate(zip(widths, sides, strict=True)))):
             units = []
             for _ in range(blocks + 1):
-                units.append(Unit(h + skips.pop(), out, style, attention=side in attention))
+                units.append(ResAttnBlock(h + skips.pop(), out, style, attention=side in attention))
                 h = out
             self.up.append(Level(units, grow(out) if i > 0 else nn.Identity()))
         self.norm = style.norm(self.feature_channels)
@@ -176,7 +178,7 @@ class UNet(Network):
             h = level.resample(h)
         return h
 
-    def readout(self, features: Tensor) -> Tensor:
+    def output_head(self, features: Tensor) -> Tensor:
         """(B, feature_channels, H, W) → (B, out_channels, H, W)."""
         out: Tensor = self.output(self.activation(self.norm(features)))
         return out

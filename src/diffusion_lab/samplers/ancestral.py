@@ -12,7 +12,7 @@ from diffusion_lab.errors import ConfigError
 from diffusion_lab.gaussian import Posterior, posterior
 from diffusion_lab.samplers import grids
 from diffusion_lab.samplers.base import EvaluationContext, Sampler
-from diffusion_lab.schedules import Schedule, match
+from diffusion_lab.schedules import Schedule, append_dims_like
 from diffusion_lab.variances import Analytic, FixedSmall, Variance
 from diffusion_lab.variances.trajectory import costs, shortest
 
@@ -171,7 +171,7 @@ class DDIM(Ancestral):
         direction = (sigma.square() - floor).clamp(min=0).sqrt()
         for i in steps:
             prediction = context.predict(i, x, times[i], times[i + 1])
-            x = match(alpha[i], x) * prediction.x0 + match(direction[i], x) * prediction.noise
+            x = append_dims_like(alpha[i], x) * prediction.x0 + append_dims_like(direction[i], x) * prediction.noise
             if not self.deterministic and times[i + 1] > 0:
                 x = x + self.step_noise(context, times, i, floor[i], prediction, context.noise(i))
         return x

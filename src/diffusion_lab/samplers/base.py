@@ -15,7 +15,7 @@ from diffusion_lab.denoiser import Denoiser, Prediction
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.noise import Draws
 from diffusion_lab.samplers import grids
-from diffusion_lab.schedules import Schedule, match, move
+from diffusion_lab.schedules import Schedule, append_dims_like, to_device
 from diffusion_lab.variances import Variance
 
 Callback = Callable[[int, float, Tensor, Prediction], None]
@@ -72,7 +72,7 @@ class EvaluationContext:
         self._previous = prediction.x0 if rows is None else None
         self.nfe += 1
         sums = prediction.x0.flatten(1).sum(1, dtype=torch.float64)  # finite just where every number is
-        self._times.append(t if t.ndim == 0 else torch.where(sums.isfinite(), 0.0, move(t, x.device)).max())
+        self._times.append(t if t.ndim == 0 else torch.where(sums.isfinite(), 0.0, to_device(t, x.device)).max())
         self._sums.append(sums.sum())  # stays on the device; read once, at the end
         return prediction
 
@@ -254,7 +254,7 @@ class Sampler(ABC):
 
 def prior(schedule: Schedule, noise: Tensor) -> Tensor:
     """Return the state at t = 1 that sampling begins with: σ(1) · noise, noise standard normal (B, …)."""
-    return match(schedule.alpha_sigma(torch.ones((), dtype=torch.float64))[1], noise) * noise
+    return append_dims_like(schedule.alpha_sigma(torch.ones((), dtype=torch.float64))[1], noise) * noise
 
 
 def progress_range(n: int, progress: bool) -> Iterable[int]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffusion_lab.errors import ConfigError
-from diffusion_lab.schedules import match
+from diffusion_lab.schedules import append_dims_like
 
 # f(t, y, rows) → dy/dt: see `integrate`
 Slope = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -110,7 +110,7 @@ def integrate(
         size = (goal - t).abs() * torch.where(good & retry, factor.clamp(max=1), factor)
         t, retry = torch.where(good, goal, t), ~good
         if bool(good.any()):
-            mask = match(good, y) > 0
+            mask = append_dims_like(good, y) > 0
             y, slope = torch.where(mask, new, y), torch.where(mask, new_slope, slope)
             if watch is not None:
                 watch(rows, t, y, slope)
@@ -133,7 +133,7 @@ def _step(
     f: Slope, t: Tensor, goal: Tensor, y: Tensor, slope: Tensor, rows: Tensor, tolerances: tuple[float, float]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One step of every row from its t to its goal: the state and slope there, and the norm of the error, (R,) on the CPU."""
-    h = match(goal - t, y)
+    h = append_dims_like(goal - t, y)
     slopes = [slope]
     for c, row in zip(C, A, strict=True):
         slopes.append(_evaluate(f, t + c * (goal - t), _combine(row, slopes, h).add_(y), rows))
@@ -156,7 +156,7 @@ def _first_step(
     d0, d1 = _norm(y, size, tolerances).cpu(), _norm(slope, size, tolerances).cpu()
     _refuse_infinite(d0 + d1, t, t)
     h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1).minimum(length)
-    probe = _evaluate(f, t + sign * h0, match(sign * h0, y) * slope + y, rows)
+    probe = _evaluate(f, t + sign * h0, append_dims_like(sign * h0, y) * slope + y, rows)
     d2 = _norm(probe - slope, size, tolerances).cpu() / h0
     _refuse_infinite(d2, t, t + sign * h0)
     flat = (d1 <= 1e-15) & (d2 <= 1e-15)

@@ -65,7 +65,7 @@ def make_grid(name: str, schedule: Schedule, steps: int | None, start: float = 1
     """
     if name not in NAMES:
         raise ConfigError(f"unknown time grid {name!r}: write one of {', '.join(NAMES)}")
-    count = schedule.steps or 1 / schedule.least  # a cell of a continuous curve is its smallest time
+    count = schedule.steps or 1 / schedule.t_min  # a cell of a continuous curve is its smallest time
     cells = round(abs(start - stop) * count, 6)
     if not (0 <= start <= 1 and 0 <= stop <= 1 and cells > NODE_TOLERANCE):
         raise ConfigError(f"a sampler runs between two different times in [0, 1], not from {start} to {stop}")
@@ -113,7 +113,7 @@ def _distinct(nodes: Tensor) -> Tensor:
 
 def _warped(name: str, n: int, schedule: Schedule, start: float, stop: float, least: float) -> Tensor:
     """n times from `start` on at equal distances in a function of λ; the (n + 1)-st is `stop`, or data after the least time."""
-    if start == 1 and schedule.ends_in_noise:
+    if start == 1 and schedule.zero_terminal_snr:
         raise ConfigError(
             f"grid {name} needs a finite λ at its start, but this schedule ends in alpha = 0: write grid=trailing"
         )

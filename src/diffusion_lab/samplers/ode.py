@@ -12,7 +12,7 @@ from diffusion_lab.samplers import grids
 from diffusion_lab.samplers.base import EvaluationContext, Sampler
 from diffusion_lab.samplers.dormand_prince import integrate
 from diffusion_lab.samplers.time_parametrization import TimeParametrization
-from diffusion_lab.schedules import match
+from diffusion_lab.schedules import append_dims_like
 
 LIMIT = 100_000  # evaluations of an image where no budget is given: to end what does not converge
 
@@ -63,20 +63,20 @@ class ODE(Sampler):
 
     def integrate(self, x: Tensor, times: Tensor, context: EvaluationContext, steps: Iterable[int]) -> Tensor:
         schedule, (start, stop), given = context.schedule, times.tolist(), x.dtype
-        begin, end = start or min(schedule.least, stop), stop or min(schedule.least, start)
+        begin, end = start or min(schedule.t_min, stop), stop or min(schedule.t_min, start)
         ends = (start == 0) + (stop == 0)  # evaluations in addition to the solver's
         clock, reports = TimeParametrization(schedule), itertools.count()
 
         def slope(u: Tensor, y: Tensor, rows: Tensor) -> Tensor:
             prediction = context(y, clock.time(u), rows)
             d_alpha, d_sigma = clock.tangent(u)
-            return match(d_alpha, y) * prediction.x0 + match(d_sigma, y) * prediction.noise
+            return append_dims_like(d_alpha, y) * prediction.x0 + append_dims_like(d_sigma, y) * prediction.noise
 
         for _ in steps:  # one, the whole way
             if start == 0:
                 first = context.predict(next(reports), x, times[0], times.new_tensor(begin))
                 alpha, sigma = schedule.alpha_sigma(times.new_tensor(begin))
-                x = match(alpha, x) * x + match(sigma, x) * first.noise
+                x = append_dims_like(alpha, x) * x + append_dims_like(sigma, x) * first.noise
             try:
                 solution = integrate(
                     slope,
@@ -128,6 +128,6 @@ class _Watch:
         schedule, x, t = self.context.schedule, self.x, self.clock.time(self.u)
         (alpha, sigma), (d_alpha, d_sigma) = schedule.alpha_sigma(t), self.clock.tangent(self.u)
         d = sigma * d_alpha - alpha * d_sigma
-        x0 = match(sigma / d, x) * self.slope - match(d_sigma / d, x) * x
-        noise = match(d_alpha / d, x) * x - match(alpha / d, x) * self.slope
+        x0 = append_dims_like(sigma / d, x) * self.slope - append_dims_like(d_sigma / d, x) * x
+        noise = append_dims_like(d_alpha / d, x) * x - append_dims_like(alpha / d, x) * self.slope
         return x0, noise, self.context.denoiser.objective.target(schedule, t, x0, noise)

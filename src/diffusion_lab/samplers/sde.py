@@ -14,7 +14,7 @@ from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.gaussian import transition
 from diffusion_lab.samplers.base import EvaluationContext, Sampler
-from diffusion_lab.schedules import Schedule, match
+from diffusion_lab.schedules import Schedule, append_dims_like
 
 CHAIN = 1000  # steps of the chain for which the published corrector's 1 − β_i is stated
 
@@ -56,7 +56,7 @@ class EulerMaruyama(ReverseSDE):
     """
 
     def time_grid(self, denoiser: Denoiser, start: float = 1.0, stop: float = 0.0) -> Tensor:
-        if start == 1 and denoiser.schedule.ends_in_noise:
+        if start == 1 and denoiser.schedule.zero_terminal_snr:
             raise ConfigError(
                 "sampler=euler_maruyama needs a finite drift, and on this schedule, which ends in alpha = 0, that at t = 1 is "
                 "infinite: write sampler=reverse_diffusion"
@@ -160,5 +160,5 @@ class PredictorCorrector(Sampler):
         """x + κg + √(2κ)z = x + 2σq(z − q ε̂), q = √a r ‖z‖/‖ε̂‖ of each image; where ε̂ = 0 there is no score to follow."""
         size = torch.linalg.vector_norm(noise.flatten(1), dim=1)
         ratio = torch.linalg.vector_norm(z.flatten(1), dim=1) / size
-        q = match(torch.where(size > 0, scale**0.5 * self.snr * ratio, 0.0), x)
+        q = append_dims_like(torch.where(size > 0, scale**0.5 * self.snr * ratio, 0.0), x)
         return x + 2 * sigma * q * (z - q * noise)

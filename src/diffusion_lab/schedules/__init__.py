@@ -4,7 +4,7 @@ All arithmetic is float64, because σ recomputed from a rounded ᾱ = α² vanis
 dtype of t, float32 at least.
 """
 
-from diffusion_lab.schedules.base import Schedule, Times, like, match, move, noise_level
+from diffusion_lab.schedules.base import Scalars, Schedule, append_dims_like, cast_like, noise_level, to_device
 from diffusion_lab.schedules.curves import EDM, VE, VP, Flow, SubVP
 from diffusion_lab.schedules.tables import NODE_TOLERANCE, Cosine, Linear, ScaledLinear, Sigmoid, Table
 
@@ -16,14 +16,14 @@ __all__ = [
     "Cosine",
     "Flow",
     "Linear",
+    "Scalars",
     "ScaledLinear",
     "Schedule",
     "Sigmoid",
     "SubVP",
     "Table",
-    "Times",
-    "like",
-    "match",
-    "move",
+    "append_dims_like",
+    "cast_like",
     "noise_level",
+    "to_device",
 ]

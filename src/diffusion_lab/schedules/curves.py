@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffusion_lab.errors import ConfigError
-from diffusion_lab.schedules.base import Schedule, Times, checked_shift, like, noise_level, shifted
+from diffusion_lab.schedules.base import Scalars, Schedule, cast_like, checked_shift, noise_level, shifted
 
 
 class _Curve(Schedule):
@@ -23,11 +23,11 @@ class _Curve(Schedule):
         """λ(1)."""
         return float(self.lam(torch.ones((), dtype=torch.float64)))
 
-    def time(self, lam: Times) -> Times:
+    def time(self, lam: Scalars) -> Scalars:
         """The time at which ln(α/σ) = lam: 1 from λ(1) down, 0 for +∞ alone, else 0+ at least."""
         wide = lam.double()
-        t = torch.where(wide <= self._last, 1, self._inverse(wide).clamp(self.after_data, 1))
-        return like(torch.where(wide == math.inf, 0, t), lam)
+        t = torch.where(wide <= self._last, 1, self._inverse(wide).clamp(self.t_eps, 1))
+        return cast_like(torch.where(wide == math.inf, 0, t), lam)
 
 
 class _Exponential(_Curve):
@@ -51,9 +51,9 @@ class _Exponential(_Curve):
         half = self.beta_min / 2
         return 2 * m / (half + (half**2 + (self.beta_max - self.beta_min) * m).sqrt())
 
-    def conditioning(self, t: Times) -> Times:
+    def conditioning(self, t: Scalars) -> Scalars:
         """999·t, as the score SDE's networks are told."""
-        return like(999 * t.double(), t)
+        return cast_like(999 * t.double(), t)
 
 
 class VP(_Exponential):
@@ -76,18 +76,18 @@ class VP(_Exponential):
     def _unshifted(self, m: Tensor) -> tuple[Tensor, Tensor]:
         return (-m).exp(), (-torch.expm1(-2 * m)).sqrt()
 
-    def alpha_sigma(self, t: Times) -> tuple[Times, Times]:
+    def alpha_sigma(self, t: Scalars) -> tuple[Scalars, Scalars]:
         alpha, sigma = shifted(*self._unshifted(self._exponent(t)[0]), self.shift)
-        return like(alpha, t), like(sigma, t)
+        return cast_like(alpha, t), cast_like(sigma, t)
 
-    def derivatives(self, t: Times) -> tuple[Times, Times]:
+    def derivatives(self, t: Scalars) -> tuple[Scalars, Scalars]:
         """(dα/dt, dσ/dt): α̇ = ασ²λ̇ and σ̇ = −σα²λ̇, since α² + σ² = 1; λ̇ = −Ṁ/σ² is the same for every shift. At 0 σ̇ = ∞."""
         m, rate = self._exponent(t)
         alpha, sigma = self._unshifted(m)
         norm2 = alpha.square() + (self.shift * sigma).square()
         d_alpha = -alpha * self.shift**2 * rate / norm2**1.5
         d_sigma = self.shift * alpha.square() * rate / (sigma * norm2**1.5)
-        return like(d_alpha, t), like(d_sigma, t)
+        return cast_like(d_alpha, t), cast_like(d_sigma, t)
 
     def _inverse(self, lam: Tensor) -> Tensor:
         # e^2M = 1 + (σ/α)²
@@ -108,13 +108,13 @@ class SubVP(_Exponential):
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0) -> None:
         super().__init__("sub_vp", beta_min, beta_max)
 
-    def alpha_sigma(self, t: Times) -> tuple[Times, Times]:
+    def alpha_sigma(self, t: Scalars) -> tuple[Scalars, Scalars]:
         m, _ = self._exponent(t)
-        return like((-m).exp(), t), like(-torch.expm1(-2 * m), t)
+        return cast_like((-m).exp(), t), cast_like(-torch.expm1(-2 * m), t)
 
-    def derivatives(self, t: Times) -> tuple[Times, Times]:
+    def derivatives(self, t: Scalars) -> tuple[Scalars, Scalars]:
         m, rate = self._exponent(t)
-        return like(-rate * (-m).exp(), t), like(2 * rate * (-2 * m).exp(), t)
+        return cast_like(-rate * (-m).exp(), t), cast_like(2 * rate * (-2 * m).exp(), t)
 
     def _inverse(self, lam: Tensor) -> Tensor:
         # σ/α = e^M − e^−M = 2 sinh M
@@ -133,16 +133,16 @@ class _Exploding(_Curve):
     def _sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """(σ, dσ/dt) in float64; at 0 those of 0+."""
 
-    def alpha_sigma(self, t: Times) -> tuple[Times, Times]:
+    def alpha_sigma(self, t: Scalars) -> tuple[Scalars, Scalars]:
         sigma = torch.where(t > 0, self._sigma(t.double())[0], 0)
-        return like(torch.ones_like(sigma), t), like(sigma, t)
+        return cast_like(torch.ones_like(sigma), t), cast_like(sigma, t)
 
-    def derivatives(self, t: Times) -> tuple[Times, Times]:
+    def derivatives(self, t: Scalars) -> tuple[Scalars, Scalars]:
         """(0, dσ/dt); at t = 0 that of 0+."""
         slope = self._sigma(t.double())[1]
-        return like(torch.zeros_like(slope), t), like(slope, t)
+        return cast_like(torch.zeros_like(slope), t), cast_like(slope, t)
 
-    def conditioning(self, t: Times) -> Times:
+    def conditioning(self, t: Scalars) -> Scalars:
         """ln(σ)/4 (Karras et al. 2022, table 1); at t = 0 ln(σ_min)/4."""
         return noise_level(self, t)
 
@@ -160,7 +160,7 @@ class VE(_Exploding):
         ValueError: an argument outside its range.
     """
 
-    least = 1e-5
+    t_min = 1e-5
 
     def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0) -> None:
         super().__init__("ve", sigma_min, sigma_max)
@@ -190,7 +190,7 @@ class EDM(_Exploding):
         ValueError: an argument outside its range.
     """
 
-    least = 1e-9  # 0+: σ is σ_min there, to 1e-7 of it
+    t_min = 1e-9  # 0+: σ is σ_min there, to 1e-7 of it
 
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> None:
         super().__init__("edm", sigma_min, sigma_max)
@@ -230,18 +230,18 @@ class Flow(_Curve):
         t = t.double()
         return t, (1 - t) + self.shift * t
 
-    def alpha_sigma(self, t: Times) -> tuple[Times, Times]:
+    def alpha_sigma(self, t: Scalars) -> tuple[Scalars, Scalars]:
         wide, scale = self._scale(t)
-        return like((1 - wide) / scale, t), like(self.shift * wide / scale, t)
+        return cast_like((1 - wide) / scale, t), cast_like(self.shift * wide / scale, t)
 
-    def derivatives(self, t: Times) -> tuple[Times, Times]:
+    def derivatives(self, t: Scalars) -> tuple[Scalars, Scalars]:
         _, scale = self._scale(t)
         slope = self.shift / scale.square()
-        return like(-slope, t), like(slope, t)
+        return cast_like(-slope, t), cast_like(slope, t)
 
     def _inverse(self, lam: Tensor) -> Tensor:
         return torch.sigmoid(-lam - math.log(self.shift))
 
-    def conditioning(self, t: Times) -> Times:
+    def conditioning(self, t: Scalars) -> Scalars:
         """999·t, of the unshifted line: 999·σ. So one network serves every shift."""
-        return like(999 * self.alpha_sigma(t.double())[1], t)
+        return cast_like(999 * self.alpha_sigma(t.double())[1], t)

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffusion_lab.errors import ConfigError
-from diffusion_lab.schedules.base import Schedule, Times, checked_shift, like, shifted
+from diffusion_lab.schedules.base import Scalars, Schedule, cast_like, checked_shift, shifted
 
 NODE_TOLERANCE = 1e-3  # a time within this fraction of a cell of a node is that node: float32 cannot say i/T exactly
 
@@ -39,7 +39,7 @@ class Table(Schedule):
             sigma = torch.cat([sigma[:1], ((1 - alpha[1:]) * (1 + alpha[1:])).sqrt()])
         if checked_shift("table", shift) != 1:
             alpha, sigma = shifted(alpha, sigma, shift)
-        self.steps, self.least, self.after_data = len(alpha), 1 / len(alpha), 2 * NODE_TOLERANCE / len(alpha)
+        self.steps, self.t_min, self.t_eps = len(alpha), 1 / len(alpha), 2 * NODE_TOLERANCE / len(alpha)
         start = torch.tensor([1.0, 0.0], dtype=torch.float64)
         self._alpha, self._sigma = torch.cat([start[:1], alpha]), torch.cat([start[1:], sigma])
         self._lam = self._alpha.log() - self._sigma.log()  # +∞ at i = 0
@@ -60,7 +60,7 @@ class Table(Schedule):
         return torch.where((position - node).abs() <= NODE_TOLERANCE, node, position)
 
     @property
-    def ends_in_noise(self) -> bool:
+    def zero_terminal_snr(self) -> bool:
         return self._into_zero
 
     def _cell(self, position: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -70,17 +70,17 @@ class Table(Schedule):
         into_zero = (lower == self.steps - 1) & self._into_zero
         return lower, lower == 0, into_zero, lower.clamp(1, self._finite - 1)
 
-    def alpha_sigma(self, t: Times) -> tuple[Times, Times]:
+    def alpha_sigma(self, t: Scalars) -> tuple[Scalars, Scalars]:
         if t.ndim == 0 and t.device.type == "cpu":  # as samplers ask: Python's numbers cost a third of tensors of one
             number = float(t) * self.steps
             if abs(number - (at := round(number))) <= NODE_TOLERANCE:
-                return like(self._alpha[at], t), like(self._sigma[at], t)
+                return cast_like(self._alpha[at], t), cast_like(self._sigma[at], t)
         position = self._position(t)
         alphas, sigmas, lams = self._tables(t.device)
         node = position.round().long()
         exact = position == node
         if t.device.type == "cpu" and bool(exact.all()):  # as training asks; a GPU would wait for the answer
-            return like(alphas[node], t), like(sigmas[node], t)
+            return cast_like(alphas[node], t), cast_like(sigmas[node], t)
         lower, first, into_zero, inner = self._cell(position)
         fraction = position - lower
         lam = lams[inner] + fraction * (lams[inner + 1] - lams[inner])
@@ -90,9 +90,11 @@ class Table(Schedule):
         sigma = torch.where(first, first_sigma, torch.sigmoid(-2 * lam).sqrt())
         alpha = torch.where(into_zero, last_alpha, alpha)
         sigma = torch.where(into_zero, ((1 - last_alpha) * (1 + last_alpha)).sqrt(), sigma)
-        return like(torch.where(exact, alphas[node], alpha), t), like(torch.where(exact, sigmas[node], sigma), t)
+        return cast_like(torch.where(exact, alphas[node], alpha), t), cast_like(
+            torch.where(exact, sigmas[node], sigma), t
+        )
 
-    def derivatives(self, t: Times) -> tuple[Times, Times]:
+    def derivatives(self, t: Scalars) -> tuple[Scalars, Scalars]:
         """(dα/dt, dσ/dt) of the interpolation; at a node, of the cell below it. dσ/dt is infinite at t = 0."""
         position = self._position(t)
         alphas, sigmas, lams = self._tables(t.device)
@@ -105,9 +107,9 @@ class Table(Schedule):
         slope = -alphas[-2] * self.steps
         d_alpha = torch.where(into_zero, slope, d_alpha)
         d_sigma = torch.where(into_zero, -alpha * slope / sigma, d_sigma)
-        return like(d_alpha, t), like(d_sigma, t)
+        return cast_like(d_alpha, t), cast_like(d_sigma, t)
 
-    def time(self, lam: Times) -> Times:
+    def time(self, lam: Scalars) -> Scalars:
         wide = lam.double()
         alphas, sigmas, lams = self._tables(lam.device)
         upper = (
@@ -120,11 +122,11 @@ class Table(Schedule):
         if self._into_zero:
             last = self.steps - (torch.sigmoid(2 * wide).sqrt() / alphas[-2]).clamp(max=1)
             position = torch.where(upper == self.steps, last, position)
-        return like(position / self.steps, lam)
+        return cast_like(position / self.steps, lam)
 
-    def conditioning(self, t: Times) -> Times:
+    def conditioning(self, t: Scalars) -> Scalars:
         """max(T·t − 1, 0): the index from 0 that DDPM's networks are told."""
-        return like((self._position(t) - 1).clamp(min=0), t)
+        return cast_like((self._position(t) - 1).clamp(min=0), t)
 
 
 class Linear(Table):

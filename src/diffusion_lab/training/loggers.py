@@ -83,7 +83,7 @@ class WandbLogger(lightning_loggers.WandbLogger):
         group: None takes `who`'s, the folder of a sweep.
         tags: further ones.
         mode: auto, online (refused without a connection or a login), offline.
-        gradients: optimizer steps between two histograms of the gradients (`callbacks.Dashboard`); 0 for none.
+        gradients: optimizer steps between two histograms of the gradients (`callbacks.WandbSummary`); 0 for none.
         who: the run's identity, passed by the command.
         config: the run's configuration, passed by the command.
         kwargs: of `wandb.init`, e.g. entity.

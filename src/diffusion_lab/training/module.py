@@ -9,13 +9,13 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from diffusion_lab.conditions import Condition
 from diffusion_lab.denoiser import Denoiser
-from diffusion_lab.losses import Error, StepLoss, chain_steps, diffusion_loss
+from diffusion_lab.losses import PointwiseLoss, StepLoss, chain_steps, diffusion_loss
 from diffusion_lab.noise import Stream, normal, uniform, word
 from diffusion_lab.objectives import Objective
-from diffusion_lab.schedules import Schedule, match, move
-from diffusion_lab.times import Stratified, TimeSampler
-from diffusion_lab.training.condition import Condition
+from diffusion_lab.schedules import Schedule, append_dims_like, to_device
+from diffusion_lab.time_samplers import Stratified, TimeSampler
 from diffusion_lab.training.optim import (
     OptimizerConfig,
     ReduceLROnPlateau,
@@ -72,7 +72,7 @@ class DiffusionModule(pl.LightningModule):
         schedule: Schedule,
         objective: Objective,
         weighting: Weighting,
-        error: Error,
+        error: PointwiseLoss,
         times: TimeSampler,
         condition: Condition,
         optimizer: OptimizerConfig,
@@ -147,7 +147,7 @@ class DiffusionModule(pl.LightningModule):
         _seed(x0.device, word(seed=self.seed, index=int(position[0]), draw=step, stream=Stream.DROPOUT))
         key: dict[str, Any] = {"seed": self.seed, "draw": step}
         t = self.times(self.schedule, position, self.batch_size, seed=self.seed, step=step)
-        noise = normal(tuple(x0.shape[1:]), index=move(position, x0.device), stream=Stream.NOISE, **key)
+        noise = normal(tuple(x0.shape[1:]), index=to_device(position, x0.device), stream=Stream.NOISE, **key)
         condition = self.condition(batch, seed=self.seed)
         previous = self._previous(x0, noise, t, condition, position, step)
         loss = diffusion_loss(
@@ -156,8 +156,10 @@ class DiffusionModule(pl.LightningModule):
         each = loss.weighted.detach()
         if not self.times.learns:
             return {"loss": loss.weighted.mean(), "each": each, "t": t}
-        self._drawn.append(torch.stack([move(position, x0.device).double(), move(t, x0.device), each.double()]))
-        weight = move(self.times.weight(self.schedule, t), x0.device).to(each.dtype)
+        self._drawn.append(
+            torch.stack([to_device(position, x0.device).double(), to_device(t, x0.device), each.double()])
+        )
+        weight = to_device(self.times.weight(self.schedule, t), x0.device).to(each.dtype)
         return {"loss": (weight * loss.weighted).mean(), "each": each, "weight": weight, "t": t}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -183,7 +185,7 @@ class DiffusionModule(pl.LightningModule):
         with torch.no_grad():
             first = self.denoiser(self.schedule.corrupt(x0, noise, t), t, **condition).x0
         coin = uniform((), seed=self.seed, index=position, draw=step, stream=Stream.SELF) < 0.5
-        return match(coin, first) * first
+        return append_dims_like(coin, first) * first
 
     # validation: fixed t and ε, averaged weights ------------------------------------------------------------------------
 

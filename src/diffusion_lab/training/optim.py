@@ -29,7 +29,7 @@ from diffusion_lab.instantiation import foreign
 Make = Callable[..., torch.optim.Optimizer]
 
 
-class Rate(ABC):
+class LRSchedule(ABC):
     """rate(step, max_steps) → the factor on the learning rate in [0, 1] for the update that follows `step` updates.
 
     Args:
@@ -54,21 +54,21 @@ class Rate(ABC):
         return self.after(min((step - self.warmup) / max(max_steps - self.warmup, 1), 1.0))
 
 
-class Constant(Rate):
+class Constant(LRSchedule):
     """1 after the warm-up (Ho et al. 2020, appendix B: 5,000 updates of warm-up)."""
 
     def after(self, progress: float) -> float:
         return 1.0
 
 
-class Linear(Rate):
+class Linear(LRSchedule):
     """From 1 to 0 on a straight line."""
 
     def after(self, progress: float) -> float:
         return 1.0 - progress
 
 
-class Cosine(Rate):
+class Cosine(LRSchedule):
     """From 1 to 0 on half a cosine (Loshchilov & Hutter 2017, eq. 5)."""
 
     def after(self, progress: float) -> float:
@@ -111,7 +111,7 @@ class OptimizerConfig:
     """
 
     make: Make
-    schedule: Rate | TorchSchedule
+    schedule: LRSchedule | TorchSchedule
     precision: str = "32-true"
     clipping: bool = False
 
@@ -206,7 +206,7 @@ def lr_schedulers(
             its arguments or this optimizer.
     """
     schedule = config.schedule
-    if isinstance(schedule, Rate):
+    if isinstance(schedule, LRSchedule):
         curve = LambdaLR(optimizer, lambda step: schedule(step, max_steps))
         return [{"scheduler": curve, "interval": "step"}]
     warm: list[LRScheduler] = []
@@ -241,7 +241,7 @@ def _refuse_functions(make: Callable[..., Any]) -> None:
         if not all(callable(one) for one in each):
             raise ConfigError(
                 f"lr_scheduler.lr_lambda={value} is no function: write +lr_scheduler.lr_lambda._target_=my_package.curve "
-                "+lr_scheduler.lr_lambda._partial_=true, or a class derived from diffusion_lab.training.optim.Rate"
+                "+lr_scheduler.lr_lambda._partial_=true, or a class derived from diffusion_lab.training.optim.LRSchedule"
             )
 
 
@@ -289,7 +289,7 @@ class Resumption:
         kinds, monitors = part("_target_"), part("monitor")
         self.continued = kinds[0] == kinds[1] and monitors[0] == monitors[1]
 
-    def keeps_schedulers(self, schedule: Rate | TorchSchedule) -> bool:
+    def keeps_schedulers(self, schedule: LRSchedule | TorchSchedule) -> bool:
         """Whether the state of the schedulers is restored."""
         return isinstance(schedule, TorchSchedule) and self.continued and (schedule.plateau or not self.changed)
 
@@ -306,7 +306,7 @@ class Resumption:
             plateau: as of `plateau_arguments`, of this run.
             step: updates done.
         """
-        ours = isinstance(config.schedule, Rate)
+        ours = isinstance(config.schedule, LRSchedule)
         for group, own in zip(optimizer.param_groups, hyper, strict=True):
             scaled = group["lr"] * own["initial_lr"] / group.get("initial_lr", own["initial_lr"])
             group.update(own if ours or self.changed else {k: own[k] for k in IMPLEMENTATION if k in own})

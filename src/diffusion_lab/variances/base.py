@@ -7,7 +7,7 @@ from torch import Tensor
 
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.objectives import Prediction
-from diffusion_lab.schedules import Schedule, Times
+from diffusion_lab.schedules import Scalars, Schedule
 
 
 class Variance(ABC):
@@ -24,7 +24,7 @@ class Variance(ABC):
 
     @abstractmethod
     def __call__(
-        self, schedule: Schedule, t: Times, s: Times, prediction: Prediction, floor: Tensor | float = 0.0
+        self, schedule: Schedule, t: Scalars, s: Scalars, prediction: Prediction, floor: Tensor | float = 0.0
     ) -> Tensor: ...
 
     def check(self, network: object) -> None:  # noqa: B027 most variances work with every network
@@ -58,11 +58,11 @@ class FromExtra(Variance):
         return ConfigError(f"variance={self.kind} needs extra channels, and {found}: {self.remedy}")
 
 
-def stands_for_all(s: Times, floor: Tensor) -> Tensor:
+def stands_for_all(s: Scalars, floor: Tensor) -> Tensor:
     """Whether the step is that into data with a floor to go by, bool of their shape."""
     return (s == 0) & (floor > 0)
 
 
-def wide(floor: Tensor | float, s: Times) -> Tensor:
+def wide(floor: Tensor | float, s: Scalars) -> Tensor:
     """The floor in float64, where s is."""
     return torch.as_tensor(floor, dtype=torch.float64, device=s.device)

@@ -5,7 +5,7 @@ from torch import Tensor
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.gaussian import transition
 from diffusion_lab.objectives import Prediction
-from diffusion_lab.schedules import Schedule, Times, match
+from diffusion_lab.schedules import Scalars, Schedule, append_dims_like
 from diffusion_lab.variances.base import FromExtra, wide
 
 LOSSES = ("hybrid", "vlb")
@@ -33,20 +33,20 @@ class Learned(FromExtra):
         self.loss = loss
 
     def __call__(
-        self, schedule: Schedule, t: Times, s: Times, prediction: Prediction, floor: Tensor | float = 0.0
+        self, schedule: Schedule, t: Scalars, s: Scalars, prediction: Prediction, floor: Tensor | float = 0.0
     ) -> Tensor:
         lower, growth = self._range(schedule, t, s, prediction, floor)
-        return match(lower, growth) * growth.exp()
+        return append_dims_like(lower, growth) * growth.exp()
 
     def log(
-        self, schedule: Schedule, t: Times, s: Times, prediction: Prediction, floor: Tensor | float = 0.0
+        self, schedule: Schedule, t: Scalars, s: Scalars, prediction: Prediction, floor: Tensor | float = 0.0
     ) -> Tensor:
         """ln σ², (B, C, H, W), also where σ² itself is too small for its dtype."""
         lower, growth = self._range(schedule, t, s, prediction, floor)
-        return match(lower.log(), growth) + growth
+        return append_dims_like(lower.log(), growth) + growth
 
     def _range(
-        self, schedule: Schedule, t: Times, s: Times, prediction: Prediction, floor: Tensor | float
+        self, schedule: Schedule, t: Scalars, s: Scalars, prediction: Prediction, floor: Tensor | float
     ) -> tuple[Tensor, Tensor]:
         """The lower bound in float64 and ln(σ²/lower) = f ln(σ²_{t|s}/lower), whose factor is rounded once."""
         v, lower = self.read(prediction), wide(floor, s)
@@ -55,4 +55,4 @@ class Learned(FromExtra):
                 "variance=learned needs a positive floor, for its logarithm: σ̃² of the pair, at s = 0 that of the next pair"
             )
         ratio = transition(schedule, t.double(), s.double()).variance / lower
-        return lower, match(ratio.log(), v) * (v + 1) / 2
+        return lower, append_dims_like(ratio.log(), v) * (v + 1) / 2

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.objectives import Prediction
-from diffusion_lab.schedules import Schedule, Times, match
+from diffusion_lab.schedules import Scalars, Schedule, append_dims_like
 from diffusion_lab.variances.base import FromExtra, Variance, stands_for_all, wide
 
 
-def gain(schedule: Schedule, t: Times, s: Times, floor: Tensor) -> Tensor:
+def gain(schedule: Schedule, t: Scalars, s: Scalars, floor: Tensor) -> Tensor:
     """(α_s − √(σ_s² − floor) α_t/σ_t)², what Cov[x_0 | x_t] is multiplied by; 0 where the floor stands for all. Float64."""
     (alpha_t, alpha_s), (sigma_t, sigma_s) = schedule.alpha_sigma(torch.stack([t.double(), s.double()]))
     direction = (sigma_s.square() - floor).clamp(min=0).sqrt()
@@ -52,10 +52,10 @@ class Analytic(Variance):
         if not bool(inside and (self.times.diff() > 0).all() and self.moments.isfinite().all()):
             raise ConfigError("variance=analytic needs times that increase in (0, 1], and finite moments")
 
-    def covariance(self, schedule: Schedule, t: Times) -> Tensor:
+    def covariance(self, schedule: Schedule, t: Scalars) -> Tensor:
         """c in [0, 1] at times t of any shape, float64."""
         t = t.double().contiguous()
-        usable = len(self.times) - (schedule.ends_in_noise and len(self.times) > 1 and float(self.times[-1]) == 1)
+        usable = len(self.times) - (schedule.zero_terminal_snr and len(self.times) > 1 and float(self.times[-1]) == 1)
         times, moments = self.times[:usable].to(t.device), self.moments[:usable].to(t.device)
         upper = torch.searchsorted(times, t).clamp(max=usable - 1)
         lower = (upper - 1).clamp(min=0)
@@ -68,10 +68,10 @@ class Analytic(Variance):
         return torch.lerp(low, high, weight)
 
     def __call__(
-        self, schedule: Schedule, t: Times, s: Times, prediction: Prediction, floor: Tensor | float = 0.0
+        self, schedule: Schedule, t: Scalars, s: Scalars, prediction: Prediction, floor: Tensor | float = 0.0
     ) -> Tensor:
         least = wide(floor, s)
-        return match(least + gain(schedule, t, s, least) * self.covariance(schedule, t), prediction.x0)
+        return append_dims_like(least + gain(schedule, t, s, least) * self.covariance(schedule, t), prediction.x0)
 
 
 class FromHead(FromExtra):
@@ -90,14 +90,14 @@ class FromHead(FromExtra):
         """w = (α²/σ²) Cov[x_0 | x_t] of each element."""
 
     def __call__(
-        self, schedule: Schedule, t: Times, s: Times, prediction: Prediction, floor: Tensor | float = 0.0
+        self, schedule: Schedule, t: Scalars, s: Scalars, prediction: Prediction, floor: Tensor | float = 0.0
     ) -> Tensor:
         w, least = self.second(prediction), wide(floor, s)
         alpha, sigma = schedule.alpha_sigma(t.double())
         known = alpha > 0
         ratio = torch.where(known, (sigma / alpha).square(), 0.0)
-        c = (match(ratio, w) * w + match((~known).double(), w)).clamp(0, 1)
-        return match(least, w) + match(gain(schedule, t, s, least), w) * c
+        c = (append_dims_like(ratio, w) * w + append_dims_like((~known).double(), w)).clamp(0, 1)
+        return append_dims_like(least, w) + append_dims_like(gain(schedule, t, s, least), w) * c
 
 
 class SN(FromHead):

@@ -8,7 +8,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from diffusion_lab.errors import ConfigError
-from diffusion_lab.training.callbacks.losses import Losses
+from diffusion_lab.training.callbacks.loss_logger import LossLogger
 from diffusion_lab.training.optim import evaluation_weights
 
 
@@ -105,4 +105,4 @@ class Checkpoints(pl.Callback):
 
 def _lost(trainer: pl.Trainer) -> bool:
     """Whether the loss is no number: such weights are not written over those of before."""
-    return any(isinstance(c, Losses) and c.diverged is not None for c in trainer.callbacks)  # type: ignore[attr-defined]
+    return any(isinstance(c, LossLogger) and c.diverged is not None for c in trainer.callbacks)  # type: ignore[attr-defined]

@@ -17,7 +17,7 @@ from diffusion_lab.denoiser import Clip
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.noise import normal
 from diffusion_lab.samplers import Sampler, prior
-from diffusion_lab.training.callbacks.interrupt import Interrupt
+from diffusion_lab.training.callbacks.graceful_stop import GracefulStop
 from diffusion_lab.training.module import DiffusionModule
 
 
@@ -68,7 +68,7 @@ class Samples(pl.Callback):
             self._draw(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: DiffusionModule) -> None:  # type: ignore[override]
-        stopped = any(isinstance(c, Interrupt) and c.received is not None for c in trainer.callbacks)  # type: ignore[attr-defined]
+        stopped = any(isinstance(c, GracefulStop) and c.received is not None for c in trainer.callbacks)  # type: ignore[attr-defined]
         if trainer.global_step and not stopped:  # whoever stops a run does not want to wait for pictures
             self._draw(trainer, pl_module)
 

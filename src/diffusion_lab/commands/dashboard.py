@@ -1,0 +1,103 @@
+"""`src/dashboard.py`: the W&B workspace of this project's runs, as code."""
+
+import sys
+from typing import Any, NamedTuple
+
+from omegaconf import DictConfig, OmegaConf
+
+from diffusion_lab.errors import ConfigError
+
+
+class Panel(NamedTuple):
+    """One panel.
+
+    Attributes:
+        kind: lines, bars (the summary, of each run), media, table, differences.
+        title: above it.
+        keys: what it shows: names that runs log; for lines a regular expression.
+        log: a logarithmic y axis.
+    """
+
+    kind: str
+    title: str
+    keys: str
+    log: bool = False
+
+
+# Section → panels. A test finds the data of each panel in an offline run.
+LAYOUT: dict[str, list[Panel]] = {
+    "Is it learning?": [
+        Panel("lines", "training loss", "train/loss", log=True),
+        Panel("lines", "validation loss", "val/loss", log=True),
+        Panel("media", "samples", "samples"),
+        Panel("media", "estimates of x_0, from noise to data", "trajectory"),
+    ],
+    "Is it good?": [
+        Panel("lines", "distance to the data", "(fd|fid)_.*", log=True),
+        Panel("bars", "lowest validation loss", "val/loss"),
+        Panel("lines", "share recognised", "confident_fraction_.*"),
+    ],
+    "Quality against evaluations (evaluate.py logger=wandb)": [
+        Panel("table", "every sampler and step count", "quality"),
+        Panel("media", "quality against network evaluations", "quality_plot"),
+    ],
+    "Where the loss lies": [Panel("lines", "training loss by ln SNR", "train/loss_snr/.*")],
+    "What differs": [Panel("differences", "configurations", "")],
+    "Speed": [
+        Panel("lines", "images a second", "speed/images_per_s"),
+        Panel("lines", "peak memory, GiB", "speed/peak_memory_gib"),
+        Panel("lines", "hours to go", "speed/hours_to_go"),
+    ],
+    "Gradients (logger.wandb.gradients=500)": [Panel("lines", "histograms", "gradients/.*")],
+}
+
+
+def run(config: DictConfig) -> int:
+    """Makes the workspace, or says what would be in it; returns the exit code."""
+    settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    if settings["dry"]:
+        for section, panels in LAYOUT.items():
+            print(section, *(f"  {p.kind:<12} {p.title}: {p.keys}" for p in panels), sep="\n")
+        return 0
+    entity = settings["entity"] or _account()
+    view = workspace(entity, settings["project"], settings["name"])
+    view.save()
+    print(f"look at  {view.url}")
+    return 0
+
+
+def workspace(entity: str, project: str, name: str) -> Any:
+    """The workspace of wandb-workspaces that LAYOUT describes; nothing is sent."""
+    import wandb_workspaces.reports.v2 as wr
+    import wandb_workspaces.workspaces as ws
+
+    def panel(p: Panel) -> Any:
+        if p.kind == "lines":
+            regular = any(c in p.keys for c in "(*|")
+            y: dict[str, Any] = {"metric_regex": p.keys} if regular else {"y": [p.keys]}
+            return wr.LinePlot(title=p.title, x="trainer/global_step", log_y=p.log, **y)
+        if p.kind == "bars":
+            return wr.BarPlot(title=p.title, metrics=[p.keys])
+        if p.kind == "media":
+            return wr.MediaBrowser(title=p.title, media_keys=[p.keys], num_columns=1)
+        if p.kind == "table":
+            return wr.WeavePanelSummaryTable(table_name=p.keys)
+        return wr.RunComparer(diff_only="split")
+
+    sections = [
+        ws.Section(name=title, panels=[panel(p) for p in panels], is_open=i < 2)
+        for i, (title, panels) in enumerate(LAYOUT.items())
+    ]
+    settings = ws.WorkspaceSettings(x_axis="trainer/global_step")
+    return ws.Workspace(entity=entity, project=project, name=name, sections=sections, settings=settings)
+
+
+def _account() -> str:
+    """Who is logged in. ValueError: nobody, or no connection."""
+    import wandb
+
+    try:
+        return str(wandb.Api(timeout=10).default_entity)
+    except Exception as error:  # W&B raises many kinds, all of which mean that
+        print(f"W&B says: {str(error).splitlines()[0]}", file=sys.stderr)
+        raise ConfigError("not logged in to W&B, or no connection: run `wandb login`, or look at dry=true") from None

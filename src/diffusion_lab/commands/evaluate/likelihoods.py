@@ -1,0 +1,69 @@
+"""metrics=[nll] beside the others: bits per dimension of held-out images, under the chain or the ODE that a sampler walks."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from diffusion_lab.commands.evaluate.samplers import SamplerSpec
+from diffusion_lab.data.datamodule import DataModule
+from diffusion_lab.data.images import Examples
+from diffusion_lab.errors import ConfigError
+from diffusion_lab.metrics import nll
+from diffusion_lab.metrics.nll import Measured
+from diffusion_lab.metrics.scores import MOST
+from diffusion_lab.samplers import ODE
+
+
+class Likelihood(NamedTuple):
+    """What `nll.measure` is asked for a sampler."""
+
+    kind: str
+    options: dict[str, Any]
+
+
+def kinds(asked: Sequence[SamplerSpec]) -> list[Likelihood | None]:
+    """For each sampler the bound of its chain, or for `ode` the density of the ODE; None where there is neither.
+
+    Raises:
+        ValueError: there is neither for any of them.
+    """
+    found: list[Likelihood | None] = []
+    refused: ConfigError | None = None
+    for entry in asked:
+        if isinstance(entry.sampler, ODE):
+            found.append(Likelihood("ode", {"rtol": entry.sampler.rtol, "atol": entry.sampler.atol}))
+            continue
+        try:
+            found.append(Likelihood("vlb", nll.chain(entry.sampler, entry.run.denoiser)))
+        except ConfigError as error:
+            refused = refused or error
+            found.append(None)
+    if refused is not None and not any(found):
+        raise ConfigError(f"metrics=nll: {refused}")
+    return found
+
+
+def held_out(data: DataModule, settings: Mapping[str, Any]) -> Examples:
+    """The images of nll: n of the split, evenly spaced, at most 10,000. ValueError: it has none."""
+    examples = data.examples(settings["nll_split"])
+    if not len(examples):
+        raise ConfigError(
+            f"nll_split={settings['nll_split']} holds no images: write nll_split=val, or data with test images"
+        )
+    n = min(len(examples), settings["n"] or MOST)
+    return examples.select(np.unique(np.linspace(0, len(examples) - 1, n).round().astype(np.int64)))
+
+
+def measured(asked: SamplerSpec, likelihood: Likelihood, images: Examples, settings: Mapping[str, Any]) -> Measured:
+    """Bits per dimension under one sampler's chain or ODE, by this process alone."""
+    return nll.measure(
+        asked.run,
+        images.images[:],
+        asked.run.condition(images.take(np.arange(len(images)))),
+        kind=likelihood.kind,
+        seed=settings["seed"],
+        batch_size=settings["batch_size"],
+        progress=True,
+        **likelihood.options,
+    )

@@ -1,0 +1,67 @@
+"""The nodes of `metrics`: checked, then built, before anything else of an evaluation."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torchmetrics import Metric
+
+from diffusion_lab.errors import ConfigError
+from diffusion_lab.instantiation import check_named, instantiate
+from diffusion_lab.metrics.options import NLL, OPTIONS, FeatureMetric
+
+# Names that metrics.json and metrics.csv have already.
+TAKEN = (
+    *("sampler", "steps", "nfe", "n", "seed", "split", "weights", "extractor", "seconds"),
+    *("precision", "recall", "density", "coverage", "confident_fraction", "classes", "label_accuracy"),
+)
+
+
+class Chosen(NamedTuple):
+    """The metrics of an evaluation by their keys: of features, of images, and the key of the likelihood."""
+
+    features: dict[str, FeatureMetric]
+    images: dict[str, Metric]
+    nll: str | None
+
+
+def build(nodes: Mapping[str, Any]) -> Chosen:
+    """The metrics; a node that is null is left out.
+
+    Raises:
+        ConfigError: nothing to measure, a node without `_target_`, an argument that its class does not take, a class that is
+            no metric, a name that is taken.
+    """
+    nodes = {key: node for key, node in nodes.items() if node is not None}
+    if not nodes:
+        raise ConfigError(
+            f"metrics=[] leaves nothing to measure: write some of {', '.join(OPTIONS)}, or "
+            "+metrics.NAME._target_=torchmetrics.CLASS"
+        )
+    check_named(nodes, "metrics", "metrics=[fid,kid]")
+    for key in nodes:
+        if key in TAKEN:
+            raise ConfigError(f"metrics.{key}: results have a column {key} already: write +metrics.my_{key}._target_=…")
+    features, images, nll = {}, {}, None
+    for key, node in nodes.items():
+        metric = _built(node, f"metrics.{key}")
+        if isinstance(metric, FeatureMetric):
+            features[key] = metric
+        elif isinstance(metric, Metric):
+            images[key] = metric
+        elif isinstance(metric, NLL) and nll is None:
+            nll = key
+        elif isinstance(metric, NLL):
+            raise ConfigError(f"metrics.{key} and metrics.{nll} are both the likelihood: leave one out")
+        else:
+            raise ConfigError(
+                f"metrics.{key}: {node['_target_']} is no metric: name a subclass of torchmetrics.Metric, or of "
+                "diffusion_lab.metrics.options.FeatureMetric"
+            )
+    return Chosen(features, images, nll)
+
+
+def _built(node: Mapping[str, Any], where: str) -> Any:
+    try:
+        return instantiate(node, where)
+    except (ModuleNotFoundError, RuntimeError) as error:  # packages that torchmetrics imports on use; a feature module
+        raise ConfigError(f"{where}: {node['_target_']} cannot be built: {' '.join(str(error).split())}") from error

@@ -1,0 +1,85 @@
+"""The samplers of an evaluation: every file of conf/sampler is one, with every number of steps asked for."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from omegaconf import OmegaConf
+
+from diffusion_lab import composition
+from diffusion_lab.checkpoint import Run
+from diffusion_lab.checkpoint.fits import sampler_for
+from diffusion_lab.checkpoint.guidance import guided
+from diffusion_lab.errors import ConfigError
+from diffusion_lab.samplers import Sampler
+
+
+class SamplerSpec(NamedTuple):
+    """A sampler, by the name that the results give it, and the run to use it on (a fitted variance may add to its network)."""
+
+    name: str
+    sampler: Sampler
+    run: Run
+
+
+def nodes(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The node of every sampler that `samplers` names, as Hydra's search path has them; before processes are started.
+
+    Raises:
+        ConfigError: an unknown sampler.
+    """
+    names = list(dict.fromkeys(name for name, _ in _named(settings["samplers"])))
+    found = {}
+    for name in names:
+        known = composition.options("sampler")
+        if name not in known:
+            raise ConfigError(
+                f"samplers={name} is unknown{composition.closest(name, known)}: write some of {', '.join(known)}"
+            )
+        composed = composition.composed("evaluate", [f"+sampler={name}"])
+        node: Any = OmegaConf.to_container(OmegaConf.masked_copy(composed, ["sampler", "variance"]), resolve=True)
+        found[name] = {
+            **node["sampler"],
+            **({"variance": settings["variance"]} if "variance" in node["sampler"] else {}),
+        }
+    return found
+
+
+def build(settings: Mapping[str, Any], run: Run) -> list[SamplerSpec]:
+    """samplers × steps (or × budget), in that order; a sampler that chooses its own steps comes once.
+
+    Raises:
+        ConfigError: an option that the sampler does not have, or one that cannot work with that checkpoint.
+    """
+    asked: list[SamplerSpec] = []
+    for name, options in _named(settings["samplers"]):
+        node = settings["sampler_nodes"][name]
+        strange = [key for key in options if key not in node]
+        if strange:
+            raise ConfigError(f"samplers={name} has no option {strange[0]}: write some of {', '.join(list(node)[1:])}")
+        shown = name + ("(" + ",".join(f"{k}={v}" for k, v in options.items()) + ")" if options else "")
+        for length in _lengths(settings, node, options):
+            sampler, own = sampler_for({**node, **options, **length}, run)
+            own = guided(settings["guidance"], own)
+            sampler.check(own.denoiser)
+            asked.append(SamplerSpec(shown, sampler, own))
+    if not asked:
+        raise ConfigError("samplers=[] asks for nothing: write e.g. samplers=[ddim] steps=[50]")
+    return asked
+
+
+def _named(asked: list[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and options of each entry: ddim, or {ddim: {eta: 1}}."""
+    for entry in asked:
+        if isinstance(entry, dict):
+            yield from ((str(name), dict(options or {})) for name, options in entry.items())
+        else:
+            yield str(entry), {}
+
+
+def _lengths(settings: Mapping[str, Any], node: Mapping[str, Any], options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    if "steps" not in node or {"steps", "budget"} & set(options):
+        return [{}]
+    if settings["budget"] is not None:
+        budgets = settings["budget"] if isinstance(settings["budget"], list) else [settings["budget"]]
+        return [{"steps": None, "budget": budget} for budget in budgets]
+    return [{"steps": steps} for steps in settings["steps"]]

@@ -1,0 +1,73 @@
+"""The tasks of `src/sample.py`, and what each needs: checked before torch is loaded."""
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusion_lab import io as files
+from diffusion_lab.errors import ConfigError
+
+NEEDS = {  # the options that a task cannot do without
+    "generate": (),
+    "interpolate": (),
+    "encode": ("image",),
+    "decode": ("latents",),
+    "inpaint": ("image", "mask"),
+    "edit": ("image",),
+    "trajectory": (),
+}
+MAY = {"interpolate": ("images",)}  # those it can do without
+PATHS = {
+    "image": "an image file of the checkpoint's size (for task=encode also a folder or an .npz)",
+    "mask": "an image of the same size, white where pixels are generated",
+    "latents": "latents.npz of task=encode",
+    "images": "two image files [A,B]",
+}
+
+
+def check(settings: Mapping[str, Any]) -> None:
+    """Raise ValueError for what can be known to be wrong without the checkpoint."""
+    task = settings["task"]
+    if task not in NEEDS:
+        raise ConfigError(f"task={task} is unknown: write task=generate, or one of {', '.join(list(NEEDS)[1:])}")
+    if not settings["ckpt"]:
+        raise ConfigError("name what to sample from: ckpt=PATH of a checkpoint or a run folder, or ckpt=latest")
+    for key, what in PATHS.items():
+        value = settings[key]
+        if value is None:
+            if key in NEEDS[task]:
+                raise ConfigError(f"task={task} needs {key}=PATH, {what}")
+        elif key not in (*NEEDS[task], *MAY.get(task, ())):
+            users = [t for t in NEEDS if key in (*NEEDS[t], *MAY.get(t, ()))]
+            raise ConfigError(
+                f"{key}= means nothing to task={task}: leave it out, or write task={' or task='.join(users)}"
+            )
+        else:
+            _exist(key, value)
+    if task == "interpolate" and settings["n"] is not None and settings["n"] < 2:
+        raise ConfigError(f"n={settings['n']}: an interpolation has two ends at least, n=2 or more")
+    if task == "edit" and not 0 < settings["strength"] <= 1:
+        raise ConfigError(
+            f"strength={settings['strength']} is outside (0, 1]: it is the time to noise to, e.g. strength=0.5"
+        )
+    files.refuse_filled(Path(settings["out"] or settings["run_dir"]), "out", settings["overwrite"])
+
+
+def _exist(key: str, value: Any) -> None:
+    paths = value if isinstance(value, list) else [value]
+    if key == "images" and (len(paths) != 2 or not all(isinstance(path, str) for path in paths)):
+        raise ConfigError(f"images={value}: name the two ends of the interpolation, images=[A.png,B.png]")
+    for path in paths:
+        if not Path(path).exists():
+            raise ConfigError(f"{key}={path}: there is no such file; name {PATHS[key]}")
+
+
+def do(settings: Mapping[str, Any]) -> str:
+    """Does the task that `check` let pass and returns what it says of it."""
+    from diffusion_lab.commands.sample.context import SamplingContext
+
+    said: str = importlib.import_module(f"diffusion_lab.commands.sample.{settings['task']}").do(
+        SamplingContext.of(settings)
+    )
+    return said

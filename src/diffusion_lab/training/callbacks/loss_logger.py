@@ -1,0 +1,86 @@
+"""The training loss, and where along the curve it lies."""
+
+import math
+import sys
+from itertools import pairwise
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import WandbLogger
+
+from diffusion_lab.errors import ConfigError
+from diffusion_lab.schedules import to_device
+from diffusion_lab.training.module import DiffusionModule
+
+
+class LossLogger(pl.Callback):
+    """Logs `train/loss`, the mean over all images since the last row, and the same for each bin of ln SNR = 2λ.
+
+    Sums stay on the device and are reduced over the processes once a row. A row that is no number is said aloud (and is a W&B
+    alert); two in a row end the run, whose weights are lost.
+
+    Args:
+        edges: increasing bounds of the bins of ln SNR; `train/loss_snr/…` are named by them. None for no bins.
+
+    Attributes:
+        diverged: the step of the first of the rows that are no numbers, None where the last one is one.
+        lost: that step once they have ended the run, else None.
+    """
+
+    def __init__(self, edges: list[float] | None = None) -> None:
+        if edges is not None and sorted(set(edges)) != list(edges):
+            raise ConfigError(f"callbacks.losses.edges={edges} must increase")
+        self.edges = edges or []
+        bounds = ["-inf", *(f"{edge:g}" for edge in self.edges), "inf"]
+        self._bounds = torch.tensor(self.edges, dtype=torch.float64)
+        self.diverged: int | None = None
+        self._lost = torch.zeros(1, dtype=torch.int64)  # a tensor: processes spawned from this one share it
+        self.names = [f"train/loss_snr/{low}_{high}" for low, high in pairwise(bounds)]
+
+    @property
+    def lost(self) -> int | None:
+        return int(self._lost) or None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._reset(pl_module.device)
+
+    def _reset(self, device: torch.device) -> None:
+        # Σ weight · loss, Σ weight and the count of each bin; the weight is 1 but for times sampled by importance
+        self._sums = torch.zeros(3, len(self.edges) + 1, dtype=torch.float64, device=device)
+
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: pl.Trainer, pl_module: DiffusionModule, outputs: dict[str, torch.Tensor], *_: Any
+    ) -> None:
+        each, t = outputs["each"].double(), outputs["t"]
+        bins = to_device(torch.bucketize(2 * pl_module.schedule.lam(t), self._bounds), each.device)
+        one = torch.ones_like(each)
+        weight = outputs["weight"].double() if "weight" in outputs else one
+        self._sums.index_add_(1, bins, torch.stack([weight * each, weight, one]))
+        micro = (trainer.fit_loop.epoch_loop.batch_progress.current.ready) % trainer.accumulate_grad_batches
+        if micro or trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            return
+        total, weight, count = trainer.strategy.reduce(self._sums, reduce_op="sum")
+        values: dict[str, float] = {"train/loss": float(total.sum() / count.sum())}
+        if self.edges:
+            values |= {
+                name: v for name, v, n in zip(self.names, (total / weight).tolist(), count.tolist(), strict=True) if n
+            }
+        pl_module.log_row(values)
+        self._reset(pl_module.device)
+        self._judge(trainer, values["train/loss"])
+
+    def _judge(self, trainer: pl.Trainer, loss: float) -> None:
+        if math.isfinite(loss):
+            self.diverged = None
+        elif self.diverged is not None:
+            self._lost.fill_(self.diverged)  # by every process, to the same
+            trainer.should_stop = True
+        else:
+            self.diverged = trainer.global_step
+            if trainer.is_global_zero:
+                text = f"train/loss is {loss} at step {trainer.global_step:,}: lower optimizer.lr=, or resume an earlier ckpt="
+                print(f"warning: {text}", file=sys.stderr, flush=True)
+                for logger in trainer.loggers:
+                    if isinstance(logger, WandbLogger):
+                        logger.experiment.alert(title="the loss is no number", text=text)

@@ -1,0 +1,249 @@
+"""What a person can mistype is reported early, in one line, with exit code 2; what the files offer composes."""
+
+import functools
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from command import ROOT, command, composed
+from omegaconf import OmegaConf
+
+from diffusion_lab import composition
+from diffusion_lab.cli.schema import COMMANDS
+from diffusion_lab.commands.sample import tasks
+from diffusion_lab.instantiation import CONF
+
+MISTAKES = {
+    "schedule=cosin": "did you mean cosine?",
+    "model=unet_mnst": "did you mean unet_mnist?",
+    "logger=[csv,wand]": "did you mean wandb?",
+    "shedule=linear": "did you mean schedule?",
+    "schedule.step=10": "did you mean schedule.steps?",
+    "trainer.max_step=10": "did you mean trainer.max_steps?",
+    "callbacks.ema.decy=0.9": "did you mean callbacks.ema.decay?",
+    "schedule.steps=2.5": "a whole number is needed",
+    "trainer.max_steps=many": "a whole number is needed",
+    "optimizer.lr=fast": "a number is needed",
+    "data.flip=1": "true or false is needed",
+    "data.batch_size=true": "a whole number is needed",
+    "model.multipliers=2": "a list is needed",
+    "sampler.steps=no": "a whole number is needed",
+    "++sampler.steps=[1]": "a whole number or null is needed",
+    "schedule=linear,cosine": "add --multirun",
+    "max_steps": "neither KEY=VALUE nor a flag",
+    "a=[1": "cannot read the override",
+    "~schedule": "run needs every group",
+    "data.limit=${nope}": "cannot be resolved",
+    "++trainer.max_steps=abc": "a whole number is needed",
+    "hydra.run.dir=x/${hydra:nothing.at.all}": "cannot be resolved",
+}
+
+
+@pytest.mark.parametrize(("argument", "remedy"), MISTAKES.items())
+def test_a_mistake_is_one_line_and_exit_code_2(argument, remedy, capfd, tmp_path):
+    run = tmp_path / "run"
+    code, out, err = command("train", [f"hydra.run.dir={run}", argument], capfd)
+    assert (code, out) == (2, "")
+    assert remedy in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert not run.exists()
+
+
+def test_every_value_of_a_sweep_is_checked_before_the_first_job(capfd, tmp_path):
+    sweep = tmp_path / "sweep"
+    code, _, err = command("train", ["--multirun", "schedule=linear,cosin", f"hydra.sweep.dir={sweep}"], capfd)
+    assert code == 2
+    assert "schedule=cosin" in err
+    assert not sweep.exists()
+
+
+def test_a_mistake_is_reported_without_importing_torch():
+    code = (
+        "import sys; sys.argv = ['train.py', 'schedule=cosin']\n"
+        "from diffusion_lab.cli import main\n"
+        "try: main('train')\n"
+        "except SystemExit as stopped: assert stopped.code == 2\n"
+        "heavy = {'torch', 'pytorch_lightning', 'wandb', 'sklearn'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    begin = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "did you mean cosine?" in done.stderr
+    assert time.monotonic() - begin < 60  # a hang, not a speed: what keeps it fast is that nothing heavy is imported
+
+
+def test_the_output_folder_is_never_written_over(capfd, tmp_path):
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "notes.txt").write_text("mine")
+    code, _, err = command("train", [f"hydra.run.dir={kept}"], capfd)
+    assert code == 2
+    assert "overwrite=true" in err
+    assert [p.name for p in kept.iterdir()] == ["notes.txt"]
+
+
+def test_flags_that_exclude_each_other_are_one_line(capfd):
+    code, _, err = command("train", ["--multirun", "--cfg", "job"], capfd)
+    assert (code, err) == (2, "error: --multirun and --cfg do not go together: write one of them\n")
+
+
+@pytest.mark.parametrize("flag", ["--help", "--cfg job"])
+def test_information_needs_no_training(flag, capfd):
+    code, out, _ = command("train", flag.split(), capfd)
+    assert code == 0
+    assert "schedule" in out
+    if flag == "--help":
+        assert "python src/train.py" in out
+        for group in (
+            "schedule: cosine, custom, edm",
+            "objective: custom, edm, pred_flow",
+            "weighting: custom, edm, eps",
+        ):
+            assert group in out
+
+
+GROUPS = sorted(p.name for p in CONF.iterdir() if p.is_dir() and p.name not in ("hydra", "recipe", "sweep", "base"))
+
+
+COMMAND_OF = {"guidance": "sample", "metrics": "evaluate"}  # groups that train.py has not
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_option_of_every_group_composes(group):
+    for option in composition.options(group):
+        assert composed(COMMAND_OF.get(group, "train"), f"{group}={option}")["seed"] == 0
+
+
+# recipe, experiment, sweep and debug are overlays; a data set chooses its recipe and network; quality adds a callback
+OVERLAYS = ("recipe", "experiment", "sweep", "debug", "data", "quality")
+
+
+@pytest.mark.parametrize("group", [g for g in GROUPS if g not in OVERLAYS])
+def test_a_choice_writes_into_no_other_group(group):
+    name = COMMAND_OF.get(group, "train")
+    default = plain(name)
+    for option in composition.options(group):
+        chosen = plain(name, f"{group}={option}")
+        assert {k: v for k, v in chosen.items() if k != group} == {k: v for k, v in default.items() if k != group}
+        assert chosen[group] or (group, option) == ("logger", "none"), f"{group}={option} is an empty node"
+
+
+@functools.cache
+def plain(name, *overrides):
+    """The configuration without Hydra's node, interpolations as they are."""
+    found = OmegaConf.to_container(composition.composed(name, overrides), resolve=False)
+    return {k: v for k, v in found.items() if k != "hydra"}
+
+
+def test_no_command_carries_keys_that_it_does_not_read():
+    for name, schema in COMMANDS.items():
+        assert set(plain(name)) <= set(schema.__annotations__)
+        assert name == "train" or not {"trainer", "learned_variance"} & set(schema.__annotations__)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_a_line_a_key_with_the_comment_of_its_file(name, capfd):
+    code, out, _ = command(name, ["--help"], capfd)
+    assert code == 0
+    lines = out.splitlines()
+    assert len(lines) <= 190
+    shown = {line.split(":", 1)[0].strip(): line for line in lines if line.startswith("  ") and ": " in line}
+    config = OmegaConf.create(plain(name))
+    for key in composition.keys(config):
+        leaf = OmegaConf.select(config, key, throw_on_resolution_failure=False)
+        if not OmegaConf.is_config(leaf) and not key.endswith(("_convert_", "_partial_")):
+            assert key in shown, key
+    comments = {
+        "train": {
+            "schedule.steps": "T",
+            "model.blocks": "residual blocks of a level",
+            "trainer.gradient_clip_val": "norm",
+        },
+        "sample": {
+            "strength": "t in (0, 1]",
+            "sampler.eta": "0 deterministic",
+            "inpaint.resample": "passes over each such part",
+        },
+        "evaluate": {"repeats": "seeds seed, seed + 1"},
+        "fit_variance": {"nodes": "analytic: how many t"},
+    }
+    for key, comment in comments.get(name, {}).items():
+        assert f"# {comment}" in shown[key]
+    if name == "sample":
+        assert "guidance: cfg, classifier, custom, none" in out
+        for task in tasks.NEEDS:
+            assert f"\n  {task} " in out
+
+
+def test_old_names_are_refused_with_the_new_ones(capfd):
+    for old, new in {
+        "times=uniform": "time_sampler=uniform",
+        "times.history=3": "time_sampler.history=3",
+        "rate.warmup=5": "lr_scheduler.warmup=5",
+        "trainer.val_every=5": "validation.every=5",
+        "trainer.val_draws=5": "validation.draws=5",
+        "trainer.compile=true": "compile=true",
+        "model=own": "model=custom",
+        "schedule=own": "schedule=custom",
+        "+learned_variance=true": "variance=learned",
+        "sampler.last_bound=1": "sampler.max_final_noise=1",
+        "weights=live": "weights=raw",
+        "given=x": "condition_data=x",
+    }.items():
+        code, _, err = command("train", [old], capfd)
+        assert (code, err.count("\n")) == (2, 1)
+        assert f"was renamed: write {new}" in err
+
+
+def test_names_of_other_libraries_get_a_hint(capfd):
+    for line, hint in {
+        "objective=epsilon": "objective=pred_noise",
+        "objective=v_prediction": "objective=pred_v",
+        "sampler.timestep_spacing=trailing": "sampler.grid=",
+        "schedule.num_train_timesteps=10": "schedule.steps=",
+        "clip_sample=true": "clip=static",
+        "schedule=squaredcos_cap_v2": "schedule=cosine",
+    }.items():
+        code, _, err = command("train", [line], capfd)
+        assert (code, err.count("\n")) == (2, 1)
+        assert f"write {hint}" in err
+
+
+def test_the_default_configuration_is_the_golden_one():
+    """A change of a default is a decision: `python tests/runs/test_options.py` writes the file anew."""
+    assert composed("train") == yaml.safe_load(GOLDEN.read_text())
+
+
+GOLDEN = Path(__file__).parent / "default.yaml"
+
+
+def test_every_group_of_the_surface_is_there():
+    for group, names in {
+        "schedule": "linear scaled_linear cosine sigmoid vp sub_vp ve edm flow",
+        "objective": "pred_noise pred_x0 pred_v pred_mean pred_flow edm",
+        "weighting": "native eps x0 truncated_snr min_snr soft_min_snr p2 vlb edm sigmoid",
+        "time_sampler": "uniform stratified log_normal logit_normal importance",
+        "variance": "fixed_small fixed_large learned analytic sn npr",
+        "sampler": "ddpm ddim euler heun dpm_solver_pp unipc euler_maruyama reverse_diffusion predictor_corrector ode ddcm",
+        "data": "digits mnist fashion_mnist cifar10 celeba image_folder",
+        "model": "unet_digits unet_mnist unet_cifar10 unet_celeba64 unet_classic",
+        "condition": "none label",
+        "trainer": "auto cpu gpu ddp",
+        "logger": "csv wandb tensorboard none",
+        "metrics": "fid kid is prdc fd_classifier nll custom",
+    }.items():
+        assert set(names.split()) <= set(composition.options(group))
+
+
+def test_the_scripts_are_thin_doors():
+    for path in (ROOT / "src").glob("*.py"):
+        assert len(path.read_text().splitlines()) < 12
+
+
+if __name__ == "__main__":
+    GOLDEN.write_text(yaml.safe_dump(composed("train"), sort_keys=False, allow_unicode=True))

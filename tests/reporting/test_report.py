@@ -1,0 +1,613 @@
+"""src/report.py: what the page says is what the files say, hostile names are text, and a real browser shows it."""
+
+import base64
+import csv
+import io
+import json
+import math
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+from command import ROOT, composed
+from PIL import Image
+from reported import Page, chromium, evaluation, framed, losses, made, opened, png, said, table, write
+
+from diffusion_lab.reporting import charts, grids, main
+
+OBJECTIVES = {  # of the sweep: job → its overrides, best val/loss, figure of quality
+    "0": (["schedule=linear", "objective=pred_noise", "trainer.max_steps=100"], 0.30, 12.5),
+    "1": (["schedule=linear", "objective=pred_v", "trainer.max_steps=100"], 0.20, 4.25),
+    "2": (["schedule=cosine", "objective=pred_noise", "trainer.max_steps=100"], 0.40, 9.75),
+    "10": (["schedule=cosine", "objective=pred_v", "trainer.max_steps=100"], 0.10, 6.5),
+}
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """Four runs of two schedules and two objectives; the lowest loss and the best samples are not of one run."""
+    folder = tmp_path / "sweep"
+    write(folder / "multirun.yaml", "hydra: {}\n")
+    for job, (overrides, best, quality) in OBJECTIVES.items():
+        rows = [
+            *losses(best),
+            {"step": 50, "fd_classifier_1k": quality + 1},
+            {"step": 100, "fd_classifier_1k": quality},
+        ]
+        made(folder / job, overrides, rows, png(40, 40))
+    return folder
+
+
+@pytest.fixture
+def report(tmp_path, capsys):
+    """report(*arguments) → the page; also prints what was said, and leaves the file at report.html."""
+
+    def call(*arguments, out="report.html"):
+        assert main([*(str(a) for a in arguments), "--out", str(tmp_path / out)]) == 0
+        return Page((tmp_path / out).read_text(encoding="utf-8"))
+
+    return call
+
+
+def columns(folder):
+    """metrics.csv, read apart from the package: column → [(step, value)]."""
+    found = {}
+    for row in csv.DictReader(io.StringIO((folder / "metrics.csv").read_text())):
+        for name, value in row.items():
+            if value and name != "step":
+                found.setdefault(name, []).append((int(row["step"]), float(value)))
+    return found
+
+
+def names(page, section="runs"):
+    return [row[0].removeprefix("run ") for row in page.tables[section][1:]]
+
+
+# the table ----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_says_what_metrics_csv_says(sweep, report):
+    page = report(sweep)
+    for job, (overrides, _, quality) in OBJECTIVES.items():
+        found = columns(sweep / job)
+        step, least = min(found["val/loss"], key=lambda point: point[1])
+        rates = sorted(v for _, v in found["speed/images_per_s"])
+        rate = (rates[4] + rates[5]) / 2
+        expected = {
+            "schedule": overrides[0].split("=")[1],
+            "objective": overrides[1].split("=")[1],
+            "fd_classifier_1k": f"{quality:.4g}",
+            "min val/loss": f"{least:.4f}",
+            "at step": str(step),
+            "last val/loss": f"{found['val/loss'][-1][1]:.4f}",
+            "images/s": f"{rate:.0f}",
+            "steps": "100",
+            "seconds": f"≈ {100 * 128 / rate:.0f}",
+            "state": "done",
+        }
+        shown = {name: page.column(name)[f"run {job}"] for name in expected}
+        assert float(shown.pop("fd_classifier_1k")) == float(expected.pop("fd_classifier_1k"))
+        assert shown == expected
+
+
+def test_runs_are_sorted_by_quality_and_the_best_is_named_first(sweep, report):
+    page = report(sweep)
+    assert names(page) == ["1", "10", "2", "0"]
+    assert "4 runs. Lowest fd_classifier_1k: 4.250, run 1: linear · pred_v." in page.words
+    assert "Losses do not compare across these runs, since the schedule and objective differ." in page.words
+
+
+def test_without_quality_the_loss_ranks_and_the_page_says_what_it_is_worth(tmp_path, report):
+    for job, (overrides, best, _) in OBJECTIVES.items():
+        made(tmp_path / "sweep" / job, overrides, losses(best))
+    page = report(tmp_path / "sweep")
+    assert names(page) == ["10", "1", "0", "2"]
+    assert "Lowest val/loss: 0.1000, run 10: cosine · pred_v" in page.words
+    assert "not of one thing" in page.words
+    assert [a for _, a in page.elements if a.get("class") == "number best"] == []  # nor is any loss marked as best
+
+
+def test_losses_of_one_thing_compare(tmp_path, report):
+    for job, rate in enumerate((0.001, 0.002, 0.004)):
+        made(
+            tmp_path / "sweep" / str(job),
+            [f"optimizer.lr={rate}", f"seed={job}", "trainer.max_steps=100"],
+            losses(0.3 - rate),
+        )
+    page = report(tmp_path / "sweep")
+    assert page.tables["runs"][0][:4] == ["run", "optimizer.lr", "seed", "min val/loss"]
+    assert [row[1] for row in page.tables["runs"][1:]] == ["0.004", "0.002", "0.001"]
+    assert "compare across" not in page.words
+    assert "not of one thing" not in page.words
+    assert len([a for _, a in page.elements if a.get("class") == "number best"]) == 2
+
+
+def test_seeds_are_averaged(tmp_path, report):
+    """A seed alone may be lucky: the best single run is of one choice, the best mean of the other."""
+    lowest = {"cosine": [0.10, 0.40], "linear": [0.20, 0.21]}
+    for i, (schedule, best) in enumerate((s, b) for s, both in lowest.items() for b in both):
+        made(tmp_path / "sweep" / str(i), [f"schedule={schedule}", f"seed={i % 2}"], losses(best))
+    page = report(tmp_path / "sweep")
+    assert page.tables["runs / more"][1:] == [
+        ["linear", "2", "0.2050", "0.007071"],
+        ["cosine", "2", "0.2500", "0.2121"],
+    ]
+    assert (
+        "Lowest val/loss: 0.1000, run 0" in page.words
+    )  # losses along two curves do not compare, which the page says, too
+    assert "Over seeds, the lowest mean val/loss is 0.2050 ± 0.007071 (2 runs): linear." in page.words
+
+
+def test_one_run(run, report):
+    """A real one, as src/train.py leaves it."""
+    page = report(run)
+    found = columns(run)
+    assert page.column("steps") == {"run run": "4"}
+    assert page.column("last train/loss")["run run"] == f"{found['train/loss'][-1][1]:.4g}"
+    assert page.column("objective")["run run"] == "pred_v"
+    overrides = yaml.safe_load((run / ".hydra" / "overrides.yaml").read_text())
+    assert shlex.split(page.commands[0]) == ["python", "src/train.py", *overrides]
+    series = page.data["charts"]["curves"][0]["series"][0]
+    assert series["x"] == [step for step, _ in found["train/loss"]]
+    assert series["y"] == [float(f"{v:.5g}") for _, v in found["train/loss"]]
+    assert "There is one run only" in page.words
+
+
+# curves -------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_curves_are_those_of_metrics_csv(sweep, report):
+    page = report(sweep)
+    drawn = {chart["name"]: chart for chart in page.data["charts"]["curves"]}
+    assert list(drawn) == ["val/loss", "train/loss", "fd_classifier_1k"]
+    for name, chart in drawn.items():
+        assert len(chart["series"]) == 4
+        for series in chart["series"]:
+            points = columns(sweep / page.data["runs"][series["run"]]["name"])[name]
+            assert series["x"] == [step for step, _ in points]
+            assert series["y"] == [float(f"{value:.5g}") for _, value in points]
+
+
+def test_a_long_curve_keeps_its_ends_its_spikes_and_its_gaps():
+    curve = [(step, math.sin(step / 300)) for step in range(5000)]
+    curve[1234], curve[4321] = (1234, 9.0), (4321, -9.0)
+    curve[2000:2100] = [(step, math.nan) for step in range(2000, 2100)]
+    thin = charts.thinned(curve)
+    assert len(thin) <= charts.POINTS
+    assert (thin[0], thin[-1]) == (curve[0], curve[-1])
+    assert {(1234, 9.0), (4321, -9.0)} <= set(thin)
+    assert [step for step, _ in thin] == sorted({step for step, _ in thin})
+    assert any(math.isnan(value) and 2000 <= step < 2100 for step, value in thin)
+    assert charts.thinned(curve[:300]) == curve[:300]
+
+
+def test_quality_against_evaluations(sweep, tmp_path, report):
+    """Evaluations find their run by the checkpoint's path, by where they lie, and by the name of a folder that was copied."""
+    evaluation(
+        tmp_path / "eval" / "a", str(sweep / "0" / "checkpoints" / "best.ckpt"), {("ddim", 20): 3.0, ("ddim", 5): 8.0}
+    )
+    evaluation(sweep / "1" / "evaluate", "latest", {("ddim", 10): 5.0, ("heun", 10): 4.0})
+    evaluation(tmp_path / "eval" / "b", "/elsewhere/sweep/2/checkpoints/last.ckpt", {("ddim", 10): 6.0})
+    evaluation(tmp_path / "eval" / "c", "/elsewhere/other/run", {("ddim", 10): 7.0})
+    page = report(sweep, tmp_path / "eval")
+    chart = page.data["charts"]["nfe"][0]
+    assert chart["name"] == "fd_classifier"
+    lines = {
+        (page.data["runs"][s["run"]]["name"], s["name"]): list(zip(s["x"], s["y"], strict=True))
+        for s in chart["series"]
+    }
+    assert lines == {
+        ("0", "ddim"): [(5, 8.0), (20, 3.0)],
+        ("1", "ddim"): [(10, 5.0)],
+        ("1", "heun"): [(10, 4.0)],
+        ("2", "ddim"): [(10, 6.0)],
+        ("c", "ddim"): [(10, 7.0)],
+    }
+    assert page.column("fd_classifier") == {
+        "run 0": "3.000ddim, 20 NFE",
+        "run 1": "4.000heun, 10 NFE",
+        "run 2": "6.000ddim, 10 NFE",
+        "run 10": "–",
+    }
+    assert names(page) == ["0", "1", "2", "10"]  # an evaluation outranks the figures of training
+    assert len(page.tables["evaluations"]) == 1 + 6
+
+
+def test_evaluations_of_different_protocols_stand_apart(sweep, tmp_path, report):
+    evaluation(tmp_path / "eval" / "a", str(sweep / "0"), {("ddim", 20): 3.0})
+    evaluation(tmp_path / "eval" / "b", str(sweep / "1"), {("ddim", 20): 2.0}, n=100)
+    head = report(sweep, tmp_path / "eval").tables["runs"][0]
+    assert {"fd_classifier (n=500)", "fd_classifier (n=100)"} <= set(head)
+
+
+def test_an_evaluation_alone(tmp_path, report):
+    page = report(evaluation(tmp_path / "eval", "/elsewhere/run/checkpoints/last.ckpt", {("ddim", 20): 3.0}))
+    assert "Evaluations only." in page.words
+    assert page.column("fd_classifier", "evaluations") == {"/elsewhere/run/checkpoints/last.ckpt": "3.000"}
+
+
+# what differs, and the command ----------------------------------------------------------------------------------------------
+
+
+def test_what_differs_is_what_the_configurations_say(tmp_path, report):
+    """Against the files compared leaf by leaf. A class stands for its arguments, copies of a value for one difference."""
+    variants = (
+        ["seed=1", "schedule=linear"],
+        ["seed=2", "schedule=cosine"],
+        ["seed=3", "schedule=cosine", "schedule.shift=2"],
+    )
+    folders = [made(tmp_path / "sweep" / str(i), line, losses(0.3)) for i, line in enumerate(variants)]
+    page = report(tmp_path / "sweep")
+    rows = {row[0]: row[1] for row in page.tables["what-differs"][1:] if "\n" not in row[0]}
+    assert {"seed": "1run 02run 13run 2", "schedule": "Linearrun 0Cosine2 runs: 1, 2"}.items() <= rows.items()
+    assert rows["schedule.shift"] == "1.0run 12run 2"
+    flat = [_leaves(yaml.safe_load((f / "config.yaml").read_text())) for f in folders]
+    shared = {k for k in flat[0] if k.split(".")[0] != "logger" and all(f.get(k, ...) == flat[0][k] for f in flat)}
+    listed = set(rows) - {"seed", "schedule", "schedule.shift"}
+    assert listed == shared - {"overwrite", "trust"}
+
+
+def _leaves(node, path=""):
+    if not isinstance(node, dict) or not node:
+        return {path: node}
+    return {k: v for key, value in node.items() for k, v in _leaves(value, f"{path}.{key}" if path else key).items()}
+
+
+def test_the_command_begins_the_same_run(tmp_path, report):
+    lines = [
+        ["schedule=linear", "model.multipliers=[1,2]", "callbacks.samples=null", "data.root='my data; $HOME'"],
+        ["experiment=edm_digits", "seed=7"],
+    ]
+    for i, line in enumerate(lines):
+        made(tmp_path / "sweep" / str(i), line, losses(0.3 + i))
+    page = report(tmp_path / "sweep")
+    assert len(page.commands) == 2
+    for i, typed in enumerate(page.commands):
+        program = [sys.executable, "-c", "import json, sys; print(json.dumps(sys.argv[1:]))"]
+        shell = shlex.join(program) + typed.removeprefix("python src/train.py")
+        overrides = json.loads(subprocess.run(["sh", "-c", shell], capture_output=True, text=True, check=True).stdout)
+        kept = yaml.safe_load((tmp_path / "sweep" / str(i) / "config.yaml").read_text())
+        assert composed("train", *overrides, run_dir=kept["run_dir"]) == kept
+
+
+def test_a_resumed_run_names_the_file_that_it_resumed(tmp_path, report):
+    made(
+        tmp_path / "run",
+        ["ckpt=latest", "trainer.max_steps=200"],
+        losses(0.3),
+        ckpt="/runs/first/checkpoints/last.ckpt",
+    )
+    page = report(tmp_path / "run")
+    assert page.commands == ["python src/train.py ckpt=/runs/first/checkpoints/last.ckpt trainer.max_steps=200"]
+    assert "unfinished: 100 of 200 steps" in page.words
+
+
+# what is left out -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_shown_is_listed_with_the_reason(sweep, tmp_path, report, capsys):
+    whole = table(losses(0.3))
+    (sweep / "11").mkdir()
+    broken = {name: made(sweep / name, [], losses(0.3)) for name in ("12", "13", "14", "15", "16", "17", "18")}
+    (broken["12"] / "config.yaml").unlink()
+    write(broken["13"] / "config.yaml", "")
+    write(broken["14"] / "config.yaml", "seed: [1")
+    (broken["15"] / "metrics.csv").unlink()
+    write(broken["16"] / "metrics.csv", whole[:20])
+    write(broken["17"] / "metrics.csv", "")
+    failed = {"status": "failed", "code": 1, "reason": "out of memory", "overrides": []}
+    write(broken["18"] / "outcome.json", json.dumps(failed))
+    refused = {"status": "refused", "code": 2, "reason": "a < b", "overrides": ["model=x"]}
+    write(sweep / "19" / "outcome.json", json.dumps(refused))
+    write(sweep / "20" / "metrics.json", "[{")
+    page = report(sweep)
+    reasons = {
+        "11": "the folder is empty",
+        "12": "no config.yaml: it was refused, or stopped before training began",
+        "13": "config.yaml is empty",
+        "14": "config.yaml cannot be read: while parsing a flow sequence",
+        "15": "no metrics.csv: it stopped before its first row was logged",
+        "16": "metrics.csv has no columns step and val/loss or train/loss",
+        "17": "metrics.csv is empty",
+        "18": "failed: out of memory",
+        "19": "refused: a < b",
+        "20": "metrics.json is cut or no JSON",
+    }
+    printed = capsys.readouterr().err
+    for name, reason in reasons.items():
+        assert f"{sweep / name}: {reason}" in page.words
+        assert f"left out  {sweep / name}: {reason}" in printed
+    assert set(names(page)) == set(OBJECTIVES)
+    assert "10 folders left out" in page.words
+    assert "python src/train.py model=x" in page.commands
+
+
+def test_an_empty_folder_is_a_page_that_says_so(tmp_path, report, capsys):
+    (tmp_path / "empty").mkdir()
+    page = report(tmp_path / "empty")
+    assert "No run to show." in page.words
+    assert f"{tmp_path / 'empty'}: the folder is empty" in page.words
+    write(tmp_path / "other" / "notes.txt", "nothing")
+    assert "holds no run" in report(tmp_path / "other").words
+    assert "holds no run" in capsys.readouterr().err
+
+
+def test_a_cut_line_is_left_out_and_the_run_is_not(sweep, report):
+    file = sweep / "0" / "metrics.csv"
+    write(file, table(list(csv.DictReader(io.StringIO(file.read_text()))))[:-3])
+    lines = (sweep / "1" / "metrics.csv").read_text().splitlines()
+    write(sweep / "1" / "metrics.csv", "\r\n".join([*lines[:4], lines[4] + ",9,9", "1,x", *lines[5:]]) + "\r\n")
+    write(sweep / "2" / "outcome.json", '{"status": "do')
+    page = report(sweep)
+    assert "run 0: the last line of metrics.csv is cut, and left out" in page.words
+    assert "run 1: 2 lines of metrics.csv cannot be read, and are left out" in page.words
+    assert "run 2: outcome.json cannot be read" in page.words
+    assert page.column("fd_classifier_1k")["run 0"] == "13.50"  # the last line was the better one
+
+
+def test_a_diverged_run_is_shown_as_such(tmp_path, report):
+    fine, broken = losses(0.3), losses(0.1)
+    for row in broken:
+        if row["step"] > 50:
+            row |= {name: math.nan for name in ("train/loss", "val/loss") if name in row}
+    none = [{**row, "val/loss": math.nan} if "val/loss" in row else row for row in broken]
+    for job, rows in enumerate((fine, none, broken)):
+        made(tmp_path / "sweep" / str(job), [f"seed={job}", "trainer.max_steps=100"], rows)
+    page = report(tmp_path / "sweep")
+    assert page.column("state") == {"run 0": "done", "run 2": "diverged", "run 1": "diverged"}
+    assert page.column("last val/loss") == {"run 0": "0.5000", "run 2": "nan", "run 1": "nan"}
+    assert "run 2: diverged: val/loss is no number from step 60 on" in page.words
+    assert "Lowest val/loss: 0.3000, run 0" in page.words
+    chart = page.data["charts"]["curves"][0]
+    by_name = {page.data["runs"][s["run"]]["name"]: s["y"] for s in chart["series"]}
+    assert by_name["1"] == [None] * 10
+    assert [y is None for y in by_name["2"]] == [False] * 5 + [True] * 5
+
+
+def test_outcomes_of_a_sweep(sweep, report):
+    for job, status in (("0", "done"), ("1", "pruned"), ("2", "interrupted")):
+        said_ = {"status": status, "code": 0, "reason": None, "value": 0.1, "overrides": [], "seconds": 61.5}
+        write(sweep / job / "outcome.json", json.dumps(said_))
+    page = report(sweep)
+    assert page.column("state") == {"run 0": "done", "run 1": "pruned", "run 2": "interrupted", "run 10": "done"}
+    assert page.column("seconds")["run 0"] == "62"
+
+
+def test_files_of_odd_shapes_are_no_crash(sweep, report):
+    """Whatever a hand or another program put where a mapping, a list or a number is expected."""
+    odd = {"data": "digits", "trainer": [1], "schedule": None, "variance": 3, "callbacks": {1: [{"a": "b"}]}}
+    config = yaml.safe_load((sweep / "0" / "config.yaml").read_text())
+    write(sweep / "0" / "config.yaml", yaml.safe_dump({**config, **odd}))
+    write(sweep / "0" / ".hydra" / "overrides.yaml", "- 3\n- {a: b}\n- schedule\n")
+    write(sweep / "0" / ".hydra" / "hydra.yaml", "[]")
+    write(sweep / "1" / ".hydra" / "overrides.yaml", "text")
+    write(sweep / "2" / "outcome.json", "[1]")
+    common = {"seeds": 3, "spread": [1], "data": 1, "checkpoint": "x", "n": [1], "sampler": {}, "nfe": "many"}
+    rows = [{"metrics": {"fid": None, "kid": "low", "nll": math.inf, "fd": True, "is": 2}, **common}, {"metrics": {}}]
+    write(sweep / "1" / "evaluate" / "metrics.json", json.dumps(rows))
+    page = report(sweep)
+    assert set(names(page)) == set(OBJECTIVES)
+    assert "its command line is not known" in page.words
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "the following arguments are required: PATH"),
+        (["{place}/none"], "there is no folder {place}/none: name a run"),
+        (["{place}/file"], "{place}/file is a file: name the folder"),
+        (["{place}", "--title"], "argument --title: expected one argument"),
+        (["{place}", "--sort", "x"], "unrecognized arguments: --sort"),
+        (["{place}", "--out", "{place}/file"], "{place}/file is there and no report: name another file"),
+        (["{place}", "--out", "{place}"], "--out {place} is a folder: name a file"),
+        (["{place}", "--out", "{place}/file/report.html"], "{place}/file"),
+    ],
+)
+def test_refusals_are_one_line(arguments, told, tmp_path, capsys):
+    write(tmp_path / "file", "text")
+    with pytest.raises(SystemExit) as stopped:
+        main([argument.format(place=tmp_path) for argument in arguments])
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert told.format(place=tmp_path) in err
+    assert (tmp_path / "file").read_text() == "text"
+
+
+def test_the_command_itself_and_that_it_loads_no_torch(sweep):
+    """In a process of its own; a second report is written over the first."""
+    code = f"""
+import runpy, sys
+sys.argv = ["src/report.py", {str(sweep)!r}]
+try:
+    runpy.run_path("src/report.py", run_name="__main__")
+except SystemExit as end:
+    print("code", end.code, "torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "code 0 False"
+    assert main([str(sweep)]) == 0
+    assert Page((sweep / "report.html").read_text(encoding="utf-8")).tables["runs"]
+
+
+# size -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_hundred_runs_are_under_ten_megabytes(tmp_path, report):
+    """With grids as large as they may be, and curves that have to be thinned."""
+    grid = png(128, 128)
+    assert 0.9 * grids.limit(100) < len(grid) <= grids.limit(100)
+    rows = losses(0.2, steps=4000)
+    first = made(
+        tmp_path / "sweep" / "0", ["seed=0", "trainer.max_steps=100"], [*rows, {"step": 4000, "fid_10k": 3.0}], grid
+    )
+    text = (first / "config.yaml").read_text()
+    for i in range(1, 100):
+        folder = tmp_path / "sweep" / str(i)
+        shutil.copytree(first, folder)
+        write(folder / "config.yaml", re.sub(r"(?m)^(\s*)seed: 0$", rf"\1seed: {i}", text))
+        write(folder / ".hydra" / "overrides.yaml", f"- seed={i}\n")
+    page = report(tmp_path / "sweep")
+    assert [row[1] for row in page.tables["runs"][1:]] == [str(i) for i in range(100)]
+    assert page.tables["runs"][0][1] == "seed"
+    assert sum(name == "img" and bool(a["src"]) for name, a in page.elements if "src" in a) == 100
+    assert all(len(s["x"]) <= charts.POINTS for c in page.data["charts"]["curves"] for s in c["series"])
+    assert 5_000_000 < (tmp_path / "report.html").stat().st_size < 10_000_000
+
+
+def test_a_large_grid_is_made_small_and_a_small_one_is_left(tmp_path):
+    small, large = png(60, 50), png(900, 700)
+    for name, content in (("small", small), ("large", large), ("cut", small[:100])):
+        (tmp_path / f"{name}.png").write_bytes(content)
+    kept = grids.picture(tmp_path / "small.png", grids.LARGEST)
+    assert base64.b64decode(kept.address.split(",")[1]) == small
+    made = grids.picture(tmp_path / "large.png", 20_000)
+    content = base64.b64decode(made.address.split(",")[1])
+    with Image.open(io.BytesIO(content)) as image:
+        assert image.size == (made.width, made.height)
+        assert image.width / image.height == pytest.approx(9 / 7, rel=0.02)
+    assert len(content) <= 20_000
+    with pytest.raises(ValueError, match=r"cut\.png cannot be read"):
+        grids.picture(tmp_path / "cut.png", 20_000)
+
+
+# safe ---------------------------------------------------------------------------------------------------------------------
+
+HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=document.title='owned'>\"'&"
+
+
+@pytest.fixture
+def hostile(tmp_path):
+    """Runs whose names, options, reasons and metrics are HTML."""
+    place = tmp_path / "sweep" / HOSTILE.replace("/", "∕")
+    overrides = ["seed=0"]
+    for i in range(2):
+        folder = made(
+            place / f"<b>{i}", overrides, [*losses(0.3 + i), {"step": 100, f"<i>{HOSTILE}": 1.0}], png(20, 20)
+        )
+        write(folder / ".hydra" / "overrides.yaml", yaml.safe_dump([f"data.root={HOSTILE}{i}"]))
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        config["data"]["root"] = f"{HOSTILE}{i}"
+        write(folder / "config.yaml", yaml.safe_dump(config))
+        evaluation(folder / "evaluate", HOSTILE, {(HOSTILE, 5): 1.0 + i}, split=HOSTILE)
+    write(place / "bad" / "outcome.json", json.dumps({"status": "failed", "reason": HOSTILE, "overrides": [HOSTILE]}))
+    evaluation(tmp_path / "sweep" / "alone", HOSTILE, {(HOSTILE, 5): 1.0})
+    return tmp_path / "sweep"
+
+
+def test_hostile_names_are_text(hostile, report):
+    page = report(hostile, "--title", HOSTILE)
+    assert page.words.count("document.title='owned'") > 10
+    assert [a.get("type") for tag, a in page.elements if tag == "script"] == ["application/json", None]
+    assert not [a for _, a in page.elements if any(name.startswith("on") for name in a)]
+    assert {tag for tag, _ in page.elements} & {"i", "iframe", "object", "embed", "base"} == set()
+
+
+def test_nothing_comes_from_outside(sweep, report):
+    page = report(sweep)
+    for tag, attributes in page.elements:
+        for name in ("src", "href", "action", "srcset", "poster", "data"):
+            value = attributes.get(name)
+            assert value is None or value.startswith(("#", "data:")), (tag, value)
+    assert not re.search(
+        r"https?:|@import|url\(|fetch\(|XMLHttpRequest|WebSocket|sendBeacon|import\(", _without_names(page)
+    )
+    policy = next(a["content"] for _, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none'; img-src data:;")
+
+
+def _without_names(page):
+    """The page without SVG's namespace, which is a name and no address."""
+    return page.text.replace("http://www.w3.org/2000/svg", "")
+
+
+# a browser ------------------------------------------------------------------------------------------------------------------
+
+
+def rows_of(dumped):
+    body = dumped.split('<section id="runs"')[1].split("</tbody>")[0].split("<tbody>")[1]
+    return [re.search(r'data-v="([^"]*)"', row).group(1) for row in body.split("</tr>")[:-1]]
+
+
+def test_the_browser_sorts_as_addressed_and_runs_no_hostile_script(hostile, sweep, tmp_path, report):
+    report(hostile, sweep, "--title", HOSTILE)
+    dumped, console = opened(tmp_path / "report.html", tmp_path, "#sort=-min%20val%2Floss")
+    assert console == ""
+    assert "<title>&lt;/script&gt;" in dumped
+    assert "owned</title>" not in dumped
+    order = [name.split("/")[-1] for name in rows_of(dumped)]
+    assert order == ["&lt;b&gt;1", "2", "0", "&lt;b&gt;0", "1", "10"]  # the sweep's four lie between
+    assert re.search(r'data-key="min val/loss"[^>]*aria-sort="descending"', dumped)
+    assert dumped.count('aria-sort="') == 1
+
+
+def test_the_browser_shows_it_on_a_phone(sweep, tmp_path, report):
+    """360 pixels wide: nothing is wider than the page but what scrolls in a box of its own. Curves are drawn and answer the
+    pointer, a click on a heading sorts, one on a grid enlarges it, one on the legend hides a line."""
+    evaluation(sweep / "1" / "evaluate", "latest", {("ddim", 10): 5.0, ("heun", 20): 4.0})
+    report(sweep, "--title", "a-title-without-a-place-to-break-" * 4)
+    script = """
+      const d = page.document, all = s => [...d.querySelectorAll(s)];
+      await new Promise(done => setTimeout(done, 100));
+      const out = {};
+      out.width = [d.documentElement.clientWidth, d.documentElement.scrollWidth];
+      out.wide = all('body *').filter(e => !e.closest('.scroll, nav, svg, dialog') && e.getBoundingClientRect().right > 360.5)
+        .map(e => e.outerHTML.slice(0, 80));
+      out.table = all('#runs .scroll').map(e => e.scrollWidth > e.clientWidth);
+      out.drawn = all('.plot').map(e => e.querySelectorAll('path').length);
+      const names = () => [...d.querySelector('#runs table').tBodies[0].rows].map(r => r.cells[0].dataset.v);
+      out.first = names();
+      const heading = all('#runs thead th').find(h => h.dataset.key === 'objective').firstChild;
+      heading.click(); out.once = names();
+      heading.click(); out.twice = names();
+      out.cards = all('.grids figure').map(e => e.dataset.run);
+      const plot = d.querySelector('.plot'), svg = plot.querySelector('svg'), area = svg.getBoundingClientRect();
+      const end = svg.querySelector('path').getPointAtLength(0);
+      svg.dispatchEvent(new page.PointerEvent('pointermove', { clientX: area.left + end.x, clientY: area.top + end.y }));
+      out.tip = plot.querySelector('.tip').textContent;
+      const button = d.querySelector('.legend[data-of=curves] button');
+      button.click();
+      out.hidden = [button.getAttribute('aria-pressed'), plot.querySelectorAll('path').length];
+      d.querySelector('.enlarge').click();
+      out.large = [d.getElementById('large').open, d.querySelector('#large img').src.slice(0, 15)];
+      out.style = page.getComputedStyle(d.body).backgroundColor;
+      return out;"""
+    dumped, console = opened(framed(tmp_path / "report.html", 360, script), tmp_path)
+    assert console == ""
+    found = said(dumped)
+    assert found["width"] == [360, 360]
+    assert found["wide"] == []
+    assert found["table"] == [True]
+    assert found["drawn"] == [4, 4, 4, 2, 2]
+    assert found["first"] == ["1", "10", "2", "0"]
+    assert found["once"] == ["2", "0", "1", "10"]  # pred_noise before pred_v, otherwise as before
+    assert found["twice"] == ["1", "10", "2", "0"]
+    assert found["cards"] == found["twice"]
+    assert found["tip"] == "run 1 · linear · pred_v: 0.9 at step 10"
+    assert found["hidden"] == ["false", 3]
+    assert found["large"] == [True, "data:image/png;"]
+
+
+def test_the_browser_refuses_a_script_that_is_not_the_page_s_own(sweep, tmp_path, report):
+    """Behind the escaping stands a policy; and a fault on the console would be seen by the tests above."""
+    page = report(sweep)
+    broken = tmp_path / "broken.html"
+    broken.write_text(page.text.replace("<body>", "<body><script>document.title = 'owned'</script>"), encoding="utf-8")
+    dumped, console = opened(broken, tmp_path)
+    assert "<title>sweep</title>" in dumped
+    assert "Content Security Policy" in console
+
+
+def test_in_ci_a_missing_browser_fails(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CI", "1")
+    with pytest.raises(pytest.fail.Exception, match="no browser opens the report"):
+        chromium()
+    monkeypatch.delenv("CI")
+    with pytest.raises(pytest.skip.Exception, match="no browser opens the report"):
+        chromium()

@@ -1,0 +1,288 @@
+"""How training draws t: coverage, densities, strata, what importance sampling learns, and independence of how ranks share
+the batch."""
+
+import math
+from collections import deque
+from collections.abc import Callable
+
+import pytest
+import torch
+from contracts import SCHEDULES, members, takes
+from scipy import stats
+
+from diffusion_lab.schedules import EDM, VP, Cosine, Flow, Linear, Schedule
+from diffusion_lab.time_samplers import Importance, LogitNormal, LogNormal, Stratified, TimeSampler, Uniform
+
+D = torch.float64
+SAMPLERS: dict[str, TimeSampler] = {c.__name__: c() for c in members(TimeSampler, "times")}
+SAMPLERS |= {
+    f"{c.__name__}-independent": c(stratified=False)  # type: ignore[call-arg]
+    for c in members(TimeSampler, "times")
+    if takes(c, "stratified")
+}
+every = pytest.mark.parametrize("name", SAMPLERS)
+
+
+@every
+@pytest.mark.parametrize("schedule", list(SCHEDULES))
+def test_contract(name: str, schedule: str) -> None:
+    """t in (0, 1], nodes on a table, float64, the shape of `position`, and the same again; without losses the weight is 1."""
+    s = SCHEDULES[schedule]
+    position = torch.arange(500)
+    sampler = SAMPLERS[name]
+    sampler.load(type(sampler)().state())  # what it knows of another schedule, forgotten
+    t = sampler(s, position, 500, seed=3, step=9)
+    torch.testing.assert_close(sampler.weight(s, t), torch.ones_like(t), rtol=1e-12, atol=0)
+    assert bool(sampler.learns) == bool(sampler.state())
+    assert t.shape == (500,)
+    assert t.dtype == torch.float64
+    assert ((t > 0) & (t <= 1)).all()
+    if s.steps is not None:
+        assert torch.equal((t * s.steps).round() / s.steps, t)
+    assert torch.equal(t, SAMPLERS[name](s, position, 500, seed=3, step=9))
+    assert not torch.equal(t, SAMPLERS[name](s, position, 500, seed=3, step=10))
+    assert not torch.equal(t, SAMPLERS[name](s, position, 500, seed=4, step=9))
+
+
+@every
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_any_split_over_ranks_gives_the_same_times(name: str, ranks: int) -> None:
+    """Contiguous slices and interleaved ones (DistributedSampler's)."""
+    position = torch.arange(24)
+    want = SAMPLERS[name](Cosine(), position, 24, seed=0, step=5)
+    slices = torch.cat([SAMPLERS[name](Cosine(), p, 24, seed=0, step=5) for p in position.chunk(ranks)])
+    assert torch.equal(slices, want)
+    for r in range(ranks):
+        assert torch.equal(SAMPLERS[name](Cosine(), position[r::ranks], 24, seed=0, step=5), want[r::ranks])
+
+
+@pytest.mark.parametrize("name", ["Uniform", "Stratified", "Importance", "Importance-independent"])
+def test_every_node_is_equally_likely(name: str) -> None:
+    """40 nodes, 400 steps of a batch of 100: chi-square over 39 degrees of freedom. Stratified times spread more evenly than
+    chance, so only the upper tail is a fault; p above 1e-3 at this seed."""
+    s = Linear(40)
+    SAMPLERS[name].load(type(SAMPLERS[name])().state())
+    t = torch.cat([SAMPLERS[name](s, torch.arange(100), 100, seed=1, step=k) for k in range(400)])
+    counts = (t * 40).round().long().bincount(minlength=41)
+    assert counts[0] == 0
+    assert stats.chisquare(counts[1:].numpy()).pvalue > 1e-3
+
+
+def test_uniform_on_a_curve_without_steps_is_uniform() -> None:
+    for sampler in (Uniform(), Stratified(), Importance(), Importance(bins=7, stratified=False)):
+        t = torch.cat([sampler(VP(), torch.arange(50), 50, seed=1, step=k) for k in range(200)])
+        assert stats.kstest(t.numpy(), "uniform").pvalue > 1e-3
+        assert len(t.unique()) == len(t)
+
+
+@pytest.mark.parametrize("batch", [1, 7, 40, 1000])
+def test_stratified_has_exactly_one_in_each_part(batch: int) -> None:
+    u = Stratified().place(torch.rand(batch, dtype=torch.float64), torch.arange(batch), batch)
+    assert torch.equal((u * batch).floor().long(), torch.arange(batch))
+    for step in range(20):
+        t = Stratified()(Linear(1000), torch.arange(batch), batch, seed=0, step=step)
+        # a node i/T stands for u in ((i−1)/T, i/T], so its part is off by less than one node
+        low, high = torch.arange(batch) / batch, (torch.arange(batch) + 1) / batch
+        assert (t >= low).all()
+        assert (t <= high + 1 / 1000).all()
+
+
+def test_stratified_with_a_batch_of_all_nodes_is_a_permutation_of_them() -> None:
+    t = Stratified()(Linear(40), torch.arange(40), 40, seed=0, step=0)
+    assert torch.equal((t * 40).round(), torch.arange(1.0, 41.0, dtype=torch.float64))
+
+
+def test_stratified_lowers_the_variance_of_a_mean() -> None:
+    """Of the mean of f(t) = t over batches of 32: 1/(12·32³) against 1/(12·32), a factor 1,024; a tenth is required."""
+    means = {
+        type(s).__name__: torch.stack([s(Cosine(), torch.arange(32), 32, seed=2, step=k).mean() for k in range(200)])
+        for s in (Uniform(), Stratified())
+    }
+    assert means["Stratified"].var() < 0.1 * means["Uniform"].var()
+
+
+# ------------------------------------------------------------------------------------------------- log-normal, logit-normal
+
+
+def draws(sampler: TimeSampler, schedule: Schedule, count: int = 4000) -> torch.Tensor:
+    return sampler(schedule, torch.arange(count), count, seed=2, step=0)
+
+
+@pytest.mark.parametrize("schedule", ["EDM", "VP", "SubVP", "VE", "Flow-shift"])
+def test_log_normal_is_normal_in_the_logarithm_of_sigma_over_alpha(schedule: str) -> None:
+    """4,000 draws against N(−1.2, 1.2²) where the curve goes on, Kolmogorov–Smirnov, p above 1e-3 at this seed; stratified
+    draws are within 2/4000 of the distribution function everywhere. Beyond the curve's ends the end."""
+    s = SCHEDULES[schedule]
+    ends = -s.lam(torch.tensor([s.t_eps, 1.0], dtype=D))
+    for stratified in (False, True):
+        t = draws(LogNormal(stratified=stratified), s)
+        value = -s.lam(t)
+        inside = value[(value > ends[0] + 1e-6) & (value < ends[1] - 1e-6)]
+        low, high = stats.norm.cdf(ends.numpy(), -1.2, 1.2)
+        assert len(inside) / 4000 == pytest.approx(high - low, abs=0.01)
+        u = (torch.from_numpy(stats.norm.cdf(inside.numpy(), -1.2, 1.2)) - low) / (high - low)
+        assert stats.kstest(u.numpy(), "uniform").pvalue > 1e-3
+        if stratified:
+            rank = u.sort().values - (torch.arange(len(u)) + 0.5) / len(u)
+            assert rank.abs().max() < 2 / 4000
+
+
+def test_log_normal_has_the_median_of_edm() -> None:
+    """u = ½ is s = e^−1.2; on the curve EDM t is where σ is that."""
+    t = LogNormal().times(EDM(), torch.tensor([0.5, stats.norm.cdf(1.0)], dtype=D))
+    torch.testing.assert_close(EDM().alpha_sigma(t)[1], torch.tensor([-1.2, 0.0], dtype=D).exp(), rtol=1e-9, atol=0)
+
+
+def test_logit_normal_is_that_of_esser() -> None:
+    """Density eq. 19 integrates to the distribution function of u; t itself, whatever the curve's shift."""
+    sampler = LogitNormal(mean=0.4, std=0.7)
+    u = torch.tensor([0.02, 0.5, 0.9], dtype=D)
+    t = sampler.times(Flow(), u)
+    torch.testing.assert_close(t, sampler.times(Flow(shift=3.0), u))
+    for at, want in zip(t.tolist(), u.tolist(), strict=True):
+        grid = torch.linspace(1e-9, at, 200_001, dtype=D)
+        logit = (grid / (1 - grid)).log()
+        density = (-((logit - 0.4) ** 2) / (2 * 0.7**2)).exp() / (0.7 * math.sqrt(2 * math.pi) * grid * (1 - grid))
+        assert float(torch.trapezoid(density, grid)) == pytest.approx(want, abs=1e-6)
+
+
+def test_extreme_draws_stay_on_the_curve() -> None:
+    """The smallest and the largest u there are, with a spread that no one would choose."""
+    for sampler in (LogNormal(std=50.0), LogitNormal(std=500.0), LogNormal(mean=100.0), LogitNormal(mean=-1e4)):
+        for schedule in SCHEDULES.values():
+            t = sampler.times(schedule, torch.tensor([2.0**-33, 1 - 2.0**-33], dtype=D))
+            assert ((t >= 0) & (t <= 1)).all()
+            whole = sampler(schedule, torch.arange(64), 64, seed=0, step=0)
+            assert ((whole > 0) & (whole <= 1)).all()
+
+
+# ----------------------------------------------------------------------------------------------------- importance sampling
+
+
+class Published:
+    """What the authors' class does, one loss after the other: the last ten of every t; p ∝ √mean(L²), 0.001 of it uniform."""
+
+    def __init__(self, steps: int) -> None:
+        self.seen: list[deque[float]] = [deque(maxlen=10) for _ in range(steps)]
+
+    def update(self, index: list[int], loss: list[float]) -> None:
+        for i, value in zip(index, loss, strict=True):
+            self.seen[i].append(value)
+
+    def probabilities(self) -> list[float]:
+        n = len(self.seen)
+        if any(len(q) < 10 for q in self.seen):
+            return [1 / n] * n
+        root = [math.sqrt(sum(v * v for v in q) / len(q)) for q in self.seen]
+        return [0.999 * r / sum(root) + 0.001 / n for r in root]
+
+
+def test_importance_is_the_published_sampler() -> None:
+    """Batches with many, few and no losses of a time, more than ten of one among them."""
+    s, ours, theirs = Linear(21), Importance(), Published(21)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(60):
+        index = torch.randint(0, 21 if step % 3 else 4, (16,), generator=generator)
+        loss = torch.rand(16, generator=generator, dtype=D) * (1 + index)
+        ours.update(s, (index + 1) / 21, loss)
+        theirs.update(index.tolist(), loss.tolist())
+        torch.testing.assert_close(ours.probabilities(s), torch.tensor(theirs.probabilities(), dtype=D))
+    p = ours.probabilities(s)
+    assert p.max() > 2 * p.min(), "the loop ends where the history is full"
+    t = torch.arange(1, 22, dtype=D) / 21
+    torch.testing.assert_close(ours.weight(s, t), 1 / (21 * p))
+
+
+def learned(schedule: Schedule, loss: Callable[[torch.Tensor], torch.Tensor], **options: float) -> Importance:
+    """A sampler with a full history of `loss`."""
+    sampler = Importance(**options)  # type: ignore[arg-type]
+    bins = schedule.steps or sampler.bins
+    t = ((torch.arange(bins, dtype=D) + (1 if schedule.steps else 0.5)) / bins).repeat(10)
+    sampler.update(schedule, t, loss(t))
+    return sampler
+
+
+@pytest.mark.parametrize("schedule", [Linear(40), VP()])
+@pytest.mark.parametrize("stratified", [False, True])
+def test_importance_draws_what_it_says(schedule: Schedule, stratified: bool) -> None:
+    """40 bins, 40,000 draws, chi-square against p above 1e-3 at this seed; and uniform inside a bin of a curve."""
+    sampler = learned(schedule, lambda t: t**3 + 0.01, bins=40, stratified=stratified)
+    p = sampler.probabilities(schedule)
+    assert float(p.sum()) == pytest.approx(1)
+    assert p[-1] > 50 * p[0]
+    t = draws(sampler, schedule, 40_000)
+    bins = (t * 40).round().long() - 1 if schedule.steps else (t * 40).ceil().long() - 1
+    counts = bins.bincount(minlength=40)
+    assert stats.chisquare(counts.numpy(), (40_000 * p).numpy()).pvalue > 1e-3
+    torch.testing.assert_close(sampler.weight(schedule, t), 1 / (40 * p[bins]))
+    if not schedule.steps:
+        inside = (t * 40)[bins == 39] - 39
+        assert stats.kstest(inside.numpy(), "uniform").pvalue > 1e-3
+
+
+@pytest.mark.parametrize("schedule", [Linear(40), VP()])
+def test_the_weighted_loss_has_the_uniform_mean_and_less_variance(schedule: Schedule) -> None:
+    """L = t⁴: E over uniform t is known; the weighted mean of 40,000 independent draws is within four standard errors of it,
+    and its variance below a fifth of uniform sampling's. With p ∝ L exactly it would be 0."""
+
+    def loss(t: torch.Tensor) -> torch.Tensor:
+        return t**4
+
+    sampler = learned(schedule, loss, bins=40, stratified=False)
+    t = draws(sampler, schedule, 40_000)
+    weighted = sampler.weight(schedule, t) * loss(t)
+    nodes = torch.arange(1, 41, dtype=D) / 40
+    want = float(loss(nodes).mean()) if schedule.steps else 0.2
+    assert abs(float(weighted.mean()) - want) < 4 * float(weighted.std()) / 200
+    assert weighted.var() < 0.2 * loss(draws(Uniform(), schedule, 40_000)).var()
+
+
+def test_importance_at_the_edges() -> None:
+    """Losses of 0 throughout and NaN: uniform, and NaN is not remembered; a time on the edge of two bins is of the lower."""
+    s = VP()
+    zeros = learned(s, torch.zeros_like, bins=5)
+    torch.testing.assert_close(zeros.probabilities(s), torch.full((5,), 0.2, dtype=D))
+    sampler = learned(s, torch.ones_like, bins=5)
+    before = sampler.state()
+    sampler.update(s, torch.tensor([0.1, 0.9], dtype=D), torch.tensor([math.nan, math.inf]))
+    assert all(torch.equal(before[k], v) for k, v in sampler.state().items())
+    sampler.update(s, torch.tensor([0.2, 0.2 + 1e-9, 1e-12, 1.0], dtype=D), torch.full((4,), 2.0))
+    assert (sampler.state()["counts"] - before["counts"]).tolist() == [2, 1, 0, 0, 1]
+
+
+def test_a_restored_importance_sampler_goes_on_as_the_one_that_was_stored() -> None:
+    """Its state is a copy: what is learned later is not in it."""
+    s = Linear(40)
+    one = learned(s, lambda t: t)
+    state = one.state()
+    other = Importance()
+    other.load(state)
+    for step in range(3):
+        t = draws(one, s, 64)
+        assert torch.equal(t, draws(other, s, 64))
+        assert torch.equal(one.weight(s, t), other.weight(s, t))
+        one.update(s, t, t.square() + step)
+        other.update(s, t, t.square() + step)
+    assert all(torch.equal(v, other.state()[k]) for k, v in one.state().items())
+    assert not torch.equal(state["losses"], one.state()["losses"])
+
+
+@pytest.mark.parametrize(
+    ("make", "remedy"),
+    [
+        (lambda: LogNormal(std=0.0), "std > 0"),
+        (lambda: LogitNormal(mean=math.nan), "a number mean"),
+        (lambda: Importance(history=0), "history >= 1"),
+        (lambda: Importance(bins=0), "bins >= 1"),
+        (lambda: Importance(uniform_prob=1.5), r"uniform_prob in \[0, 1\]"),
+    ],
+)
+def test_refusals(make: Callable[[], object], remedy: str) -> None:
+    with pytest.raises(ValueError, match=remedy):
+        make()
+
+
+def test_a_history_of_another_schedule_is_refused() -> None:
+    sampler = learned(Linear(40), torch.ones_like)
+    with pytest.raises(ValueError, match="time_sampler=stratified"):
+        sampler.weight(Linear(50), torch.ones(1, dtype=D))
