@@ -10,7 +10,7 @@ import nbformat
 from nbclient import NotebookClient
 from PIL import Image
 
-from diffusion_lab.io import write
+from diffusion_lab.io import write_file
 
 HERE = Path(__file__).resolve().parent
 
@@ -47,5 +47,5 @@ def execute(path: Path) -> nbformat.NotebookNode:
 if __name__ == "__main__":
     for path in [Path(name).resolve() for name in sys.argv[1:]] or sorted(HERE.glob("[0-9]*.py")):
         text = nbformat.writes(execute(path))
-        write(path.with_suffix(".ipynb"), (text + "\n").encode())
+        write_file(path.with_suffix(".ipynb"), (text + "\n").encode())
         print(f"{path.stem}.ipynb: {len(text) / 1000:.0f} kB")

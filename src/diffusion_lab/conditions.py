@@ -1,5 +1,9 @@
-"""Which tensors of a batch reach the network as keyword arguments, and when they are dropped."""
+"""Conditions: which tensors of a batch the network receives as keyword arguments, and when they are dropped.
 
+`requested_condition` makes the same arguments for samples, from labels or from given data.
+"""
+
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -180,3 +184,81 @@ def _probability(name: str, value: float) -> float:
     if not 0 <= value < 1:
         raise ConfigError(f"condition.{name}={value} is outside [0, 1): the published value is 0.1")
     return value
+
+
+# requests of samples --------------------------------------------------------------------------------------------------------
+
+
+def requested_condition(
+    condition: Condition,
+    num_classes: int | None,
+    n: int,
+    labels: str | list[Any] = "cycle",
+    batch: Mapping[str, Any] | None = None,
+) -> Arguments:
+    """Return the keyword arguments of the network for n samples, each with n rows; empty for an unconditional network.
+
+    Args:
+        condition: the network's.
+        num_classes: the number of classes of the network or of its guidance; None without classes.
+        n: number of samples.
+        labels: "cycle" (sample i gets class i mod K) or a list of classes, repeated; of attributes a list of names.
+        batch: for a condition made of data, the tensors of a batch of any length N; sample i gets row i mod N.
+
+    Raises:
+        ConfigError: labels that the network does not have; a condition made of data without a batch.
+    """
+    if condition.of_data and batch is None:
+        raise ConfigError(
+            f"this checkpoint was trained with condition={option_name(condition)}: write condition_data=PATH with the data that "
+            "it is made of"
+        )
+    arguments: Arguments = {}
+    if batch is not None:
+        arguments = {key: value[torch.arange(n) % len(value)] for key, value in condition(batch).items()}
+    if isinstance(condition, Attributes):
+        return {**arguments, "label": requested_attributes(condition, n, labels)}
+    label = requested_labels(num_classes, n, labels)
+    return arguments if label is None else {**arguments, "label": label}
+
+
+def requested_attributes(condition: Attributes, n: int, labels: str | list[Any]) -> Tensor:
+    """Return ±1 for the attributes that `labels` names (-NAME for −1) and 0 for the others, float (n, A), all rows equal.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    row = torch.zeros(condition.num_classes)
+    if labels != "cycle":
+        for entry in labels if isinstance(labels, list) else [labels]:
+            name = str(entry).lstrip("+-")
+            if name not in condition.names:
+                raise ConfigError(
+                    f"attribute {name} is unknown: write some of {', '.join(condition.names)}, -NAME for its absence"
+                )
+            row[condition.names.index(name)] = -1.0 if str(entry).startswith("-") else 1.0
+    return row.expand(n, -1)
+
+
+def requested_labels(num_classes: int | None, n: int, labels: str | list[Any]) -> Tensor | None:
+    """Return the requested classes, int64 (n,); None for a network without classes. Raises ConfigError: out of range."""
+    if num_classes is None:
+        if labels != "cycle":
+            raise ConfigError(
+                "labels= needs a checkpoint that was trained with condition=label, or guidance=classifier guidance.ckpt=…"
+            )
+        return None
+    if labels == "cycle":
+        return torch.arange(n) % num_classes
+    if not isinstance(labels, list) or not labels or not all(type(label) is int for label in labels):
+        raise ConfigError(f"labels={labels} must be cycle or a list of classes, e.g. labels=[0,1,2]")
+    for label in labels:
+        if not 0 <= label < num_classes:
+            raise ConfigError(f"label {label} is out of range: this checkpoint has classes 0 … {num_classes - 1}")
+    return torch.tensor(labels).repeat(-(-n // len(labels)))[:n]
+
+
+def option_name(condition: Condition) -> str:
+    """Return the option of conf/condition for a condition of this package; the class name in snake case for others."""
+    words = re.sub(r"(?<!^)(?=[A-Z])", "_", type(condition).__name__).lower()
+    return {"unconditional": "none"}.get(words, words)

@@ -15,7 +15,7 @@ from diffusion_lab.checkpoint import load_checkpoint
 from diffusion_lab.commands.evaluate import samplers
 from diffusion_lab.commands.evaluate.prepare import prepare
 from diffusion_lab.commands.evaluate.work import rows
-from diffusion_lab.commands.sample import write
+from diffusion_lab.commands.sample.context import write_samples
 from diffusion_lab.commands.train import build
 from diffusion_lab.data.pictures import to_uint8
 from diffusion_lab.metrics import extractors
@@ -71,7 +71,7 @@ def made(run, tmp_path_factory):
     out = tmp_path_factory.mktemp("made")
     labels = torch.arange(70) % 10
     images = load_checkpoint(run).sample(70, DDIM(2), batch_size=16, condition={"label": labels})
-    write(out, images, labels, save_images=True)
+    write_samples(out, images, labels, save_images=True)
     return out
 
 

@@ -25,11 +25,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from diffusion_lab import composition, launchers
-from diffusion_lab import io as files
 from diffusion_lab.cli import sweeps
 from diffusion_lab.cli.schema import COMMANDS, Node
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.instantiation import coerce
+from diffusion_lab.io import refuse_filled
 from diffusion_lab.processes import one_line
 
 
@@ -188,7 +188,7 @@ def _refuse_filled(config: DictConfig, key: str, node: DictConfig) -> Path:
         folder = Path(str(node.dir))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{key} cannot be resolved: {composition.first_line(error)}") from None
-    files.refuse_filled(folder, key, overwrite)
+    refuse_filled(folder, key, overwrite)
     if config.get("out") and not str(config.out).endswith(".safetensors"):  # the one output that is a file
-        files.refuse_filled(Path(str(config.out)), "out", overwrite)
+        refuse_filled(Path(str(config.out)), "out", overwrite)
     return folder

@@ -16,10 +16,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from diffusion_lab import composition, launchers
-from diffusion_lab import io as files
 from diffusion_lab.cli import sweeps
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.instantiation import CONF
+from diffusion_lab.io import write_file
 from diffusion_lab.processes import CONFIG_ENV, Result, one_line
 
 
@@ -122,7 +122,7 @@ def _command(name: str, config: Any) -> Result:
     if name != "train":  # which writes its own before the first step
         folder = Path(str(config.get("out") or config.run_dir))
         if folder.is_dir() and not (folder / "config.yaml").exists():
-            files.write(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+            write_file(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
     return done if isinstance(done, Result) else Result(done)
 
 

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from diffusion_lab import io as files
 from diffusion_lab.checkpoint import Run, load_checkpoint
 from diffusion_lab.checkpoint import fits as variances
 from diffusion_lab.commands.evaluate.processes import shared
@@ -18,6 +17,7 @@ from diffusion_lab.data.datamodule import DataModule
 from diffusion_lab.device import device
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.instantiation import instantiate_untrusted
+from diffusion_lab.io import os_errors, write_file
 from diffusion_lab.metrics.collect import Processes
 from diffusion_lab.models import VarianceHead
 from diffusion_lab.time_samplers import Stratified
@@ -45,14 +45,14 @@ class Fit(NamedTuple):
 
 def run(config: DictConfig) -> int:
     """Fits as configured; leaves the fit beside the checkpoint and a table in the run folder; returns the exit code."""
-    with files.os_errors():
+    with os_errors():
         settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
         prepared = prepare(settings)
         with shared(settings, prepare, fit) as processes:
             found = fit(prepared, processes)
         path = variances.write(prepared.run, prepared.kind, found.stored)
         table = Path(settings["run_dir"]) / f"{prepared.kind}.csv"
-        files.write(table, _csv(found))
+        write_file(table, _csv(found))
     print(
         f"variance={prepared.kind} for weights {prepared.run.weights}, step {prepared.run.step:,}: {path}\n"
         f"look at  {table}\n"

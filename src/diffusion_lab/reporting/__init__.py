@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from diffusion_lab import io as files
 from diffusion_lab.errors import ConfigError
+from diffusion_lab.io import os_errors, write_file
 from diffusion_lab.processes import one_line
 from diffusion_lab.reporting.page import MARK, page
 from diffusion_lab.reporting.read import find
@@ -34,12 +34,12 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the first PATH")
     parser.add_argument("--title", help="default: the name of the first PATH")
-    with one_line(), files.os_errors():
+    with one_line(), os_errors():
         asked = parser.parse_args(arguments)
         found = find(asked.paths)
         out = asked.out or asked.paths[0] / "report.html"
         _refuse_another(out)
-        files.write(out, page(found, asked.title or asked.paths[0].resolve().name))
+        write_file(out, page(found, asked.title or asked.paths[0].resolve().name))
     for left in found.left_out:
         print(f"left out  {left.folder}: {left.reason}", file=sys.stderr)
     rows = sum(len(run.evaluations) for run in found.runs) + sum(len(e.rows) for e in found.evaluations)

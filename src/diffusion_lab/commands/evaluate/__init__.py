@@ -8,18 +8,18 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from diffusion_lab import io as files
 from diffusion_lab.commands.evaluate import report, samplers
 from diffusion_lab.commands.evaluate.prepare import prepare
 from diffusion_lab.commands.evaluate.processes import shared
 from diffusion_lab.commands.evaluate.work import rows
+from diffusion_lab.io import os_errors
 
 __all__ = ["run"]
 
 
 def run(config: DictConfig) -> int:
     """Evaluates as configured: metrics.json, metrics.csv, quality.png, a table on the screen; returns the exit code."""
-    with files.os_errors():
+    with os_errors():
         settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
         settings["sampler_nodes"] = samplers.nodes(settings) if settings["ckpt"] else {}
         prepared = prepare(settings)

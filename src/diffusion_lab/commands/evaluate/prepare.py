@@ -9,19 +9,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffusion_lab import io as files
 from diffusion_lab.checkpoint import Run, load_checkpoint, with_clip
 from diffusion_lab.checkpoint.guidance import is_guided
-from diffusion_lab.commands import conditions
 from diffusion_lab.commands.evaluate import likelihoods, metrics, samplers
 from diffusion_lab.commands.evaluate.likelihoods import Likelihood
 from diffusion_lab.commands.evaluate.samplers import SamplerSpec
+from diffusion_lab.conditions import requested_condition
 from diffusion_lab.data.datamodule import DataModule
 from diffusion_lab.data.image_set import ImageSet
 from diffusion_lab.data.images import Examples
 from diffusion_lab.device import device
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.instantiation import check, check_named, instantiate, instantiate_untrusted
+from diffusion_lab.io import refuse_filled
 from diffusion_lab.metrics import classifier, extractors, measure, reference
 from diffusion_lab.metrics.collect import classes
 from diffusion_lab.metrics.extractors import Extractor
@@ -115,12 +115,7 @@ def prepare(settings: dict[str, Any], rank: int = 0) -> Prepared:
         None,
     )
     if run:
-        told = asked[0].run
-        prepared.condition = (
-            conditions.of_examples(told, data.examples(settings["split"]), n)
-            if told.condition.of_data
-            else conditions.asked(settings, told, n)
-        )
+        prepared.condition = _condition(settings, asked[0].run, data, n)
         prepared.labels = classes(prepared.condition)
     elif given and given.labels is not None:
         prepared.labels = given.labels[:n]
@@ -150,7 +145,7 @@ def _checked(settings: Mapping[str, Any], rank: int, nll: str | None) -> str | N
     if settings["save_reference"] and Path(settings["save_reference"]).exists() and rank == 0:
         raise ConfigError(f"save_reference={settings['save_reference']} is there already: name another file")
     if rank == 0:
-        files.refuse_filled(Path(settings["out"] or settings["run_dir"]), "out", settings["overwrite"])
+        refuse_filled(Path(settings["out"] or settings["run_dir"]), "out", settings["overwrite"])
     chosen = settings["extractor"]
     if isinstance(chosen, dict):
         chosen = "own"
@@ -186,6 +181,15 @@ def _data(settings: Mapping[str, Any], run: Run | None) -> DataModule:
     data.prepare_data()
     data.setup()
     return data
+
+
+def _condition(settings: Mapping[str, Any], run: Run, data: DataModule, n: int) -> dict[str, Tensor]:
+    """The condition of n samples: of real images in turn where it is made of data, else the requested labels."""
+    condition = run.condition
+    if condition.of_data:
+        examples = data.examples(settings["split"])
+        return condition(examples.take(np.arange(n) % len(examples)))
+    return requested_condition(condition, run.num_classes, n, settings["labels"])
 
 
 def _image_metrics(chosen: metrics.Chosen, real: reference.Images, on: str) -> dict[str, ImageMetric]:

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusion_lab import io as files
 from diffusion_lab.instantiation import accepted, instantiate
+from diffusion_lab.io import write_file
 from diffusion_lab.metrics.classifier import CONFIDENT
 from diffusion_lab.metrics.figures import better, number
 from diffusion_lab.training.loggers import Identity, log_table
@@ -22,15 +22,15 @@ COLOURS = ("#1f6f8b", "#d1495b", "#5b8c5a", "#8e6c8a", "#e09f3e", "#3d405b", "#7
 def write(out: Path, rows: list[Row]) -> None:
     """The files. OSError: as the file system says."""
     plot = _plot(rows)  # drawn before anything is written
-    files.write(out / "metrics.json", json.dumps(rows, indent=2, ensure_ascii=False))
+    write_file(out / "metrics.json", json.dumps(rows, indent=2, ensure_ascii=False))
     text = io.StringIO()
     flat = [_flat(row) for row in rows]
     writer = csv.DictWriter(text, list(dict.fromkeys(name for row in flat for name in row)))
     writer.writeheader()
     writer.writerows(flat)
-    files.write(out / "metrics.csv", text.getvalue())
+    write_file(out / "metrics.csv", text.getvalue())
     if plot is not None:
-        files.write(out / "quality.png", plot)
+        write_file(out / "quality.png", plot)
 
 
 def _flat(row: Row) -> Row:

@@ -6,14 +6,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffusion_lab.checkpoint.guidance import is_guided
 from diffusion_lab.commands.evaluate import likelihoods
 from diffusion_lab.commands.evaluate.prepare import Prepared
 from diffusion_lab.commands.evaluate.samplers import SamplerSpec
+from diffusion_lab.generation import batch_of, generate
+from diffusion_lab.io import progress
 from diffusion_lab.metrics import nll
-from diffusion_lab.metrics.collect import Processes, blocks, collect, sampled
+from diffusion_lab.metrics.collect import Processes, blocks, collect
 from diffusion_lab.metrics.measure import measure, protocol
 from diffusion_lab.metrics.nll import Measured
 
@@ -49,7 +50,7 @@ def _show_real(prepared: Prepared) -> None:
     """Update the metrics of images that compare with the data, once for all samplers, with every image of the split."""
     metrics = [metric for metric in prepared.image_metrics.values() if metric.takes_real]
     parts = list(blocks(len(prepared.real), prepared.settings["batch_size"])) if metrics else []
-    for part in tqdm(parts, desc="real images", unit="block", leave=False, disable=not parts):
+    for part in progress(parts, "real images", "block", bool(parts)):
         images = torch.from_numpy(np.ascontiguousarray(prepared.real[part.start : part.stop]))
         for metric in metrics:
             metric.add(images, real=True)
@@ -110,7 +111,9 @@ def _once(prepared: Prepared, processes: Processes, asked: SamplerSpec | None, s
     work = torch.zeros(2, dtype=torch.float64)  # network evaluations, of how many images
     if asked is not None:
         run = asked.run.to(p.device)
-        sample = sampled(run.denoiser, asked.sampler, run.shape, seed=seed, condition=p.condition, device=p.device)
+        sample = lambda block: generate(  # noqa: E731
+            run.denoiser, asked.sampler, run.shape, batch_of(block, p.condition, p.device), seed=seed
+        )
         said = f"{asked.name}, {asked.sampler.steps or 'all'} steps"
     else:
         sample, said = None, "reading"

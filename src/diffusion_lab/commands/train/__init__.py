@@ -24,7 +24,6 @@ from pytorch_lightning.loggers import Logger, WandbLogger
 
 from diffusion_lab import checkpoint as checkpoints
 from diffusion_lab import composition, launchers
-from diffusion_lab import io as files
 from diffusion_lab.commands.train import build
 from diffusion_lab.commands.train.initialize import initialize
 from diffusion_lab.errors import ConfigError
@@ -36,6 +35,7 @@ from diffusion_lab.instantiation import (
     targets,
     untrusted_modules,
 )
+from diffusion_lab.io import os_errors, write_file
 from diffusion_lab.processes import CONFIG_ENV, Result
 from diffusion_lab.training.callbacks import (
     Checkpoints,
@@ -113,7 +113,7 @@ def run(config: DictConfig) -> Result:
     _announce(trainer, network, data, settings)
     failed = 1
     try:
-        with files.os_errors():
+        with os_errors():
             trainer.fit(module, datamodule=data, ckpt_path=str(resume[0]) if resume else None, weights_only=True)
         failed = 0
         _requeue(trainer, hooks)
@@ -277,14 +277,14 @@ def _write_configuration(folder: Path, settings: Mapping[str, Any]) -> None:
     except FileExistsError:
         if not settings["overwrite"]:
             raise ConfigError(f"{folder} was just created by another run: retry, or write hydra.run.dir=") from None
-    files.write(folder / "config.yaml", yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
+    write_file(folder / "config.yaml", yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
 
 
 def _keep_best(resumed: Path, folder: Path) -> None:
     """best.ckpt of the run that is continued, whose score is continued too, until this run does better."""
     best = resumed.with_name("best.ckpt")
     if best.is_file():
-        files.write(folder / "checkpoints" / "best.ckpt", best.read_bytes())
+        write_file(folder / "checkpoints" / "best.ckpt", best.read_bytes())
 
 
 # checks before the run --------------------------------------------------------------------------------------------------
