@@ -198,7 +198,7 @@ def test_a_trial_behind_the_others_is_told_to_end(monkeypatch):
 def test_a_pruned_run_stops_at_the_figure_that_was_behind(tmp_path, capfd, monkeypatch):
     from diffusion_lab.commands import train
 
-    monkeypatch.setattr(train, "_hooks", lambda settings: [Pruning(lambda value, step: value > 0)])
+    monkeypatch.setattr(train, "added_callbacks", lambda settings: [Pruning(lambda value, step: value > 0)])
     code, out, _ = command("train", [*SHORT, "--multirun", "seed=3", f"hydra.sweep.dir={tmp_path}"], capfd)
     assert code == 0
     assert outcome(tmp_path, 0)["status"] == "pruned"

@@ -24,7 +24,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from diffusion_lab import composition, launchers
+from diffusion_lab import composition, processes
 from diffusion_lab.cli import sweeps
 from diffusion_lab.cli.schema import COMMANDS, Node
 from diffusion_lab.errors import ConfigError
@@ -45,7 +45,7 @@ class Checks(Callback):
         with _heard():
             check_configuration(config, given["config_name"])
             if given["config_name"] == "train":
-                launchers.check_sweep(OmegaConf.to_container(config.trainer))  # type: ignore[arg-type]
+                processes.check_sweep(OmegaConf.to_container(config.trainer))  # type: ignore[arg-type]
             sweeps.begin(_refuse_filled(config, "hydra.sweep.dir", config.hydra.sweep))
 
 

@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from diffusion_lab import composition, launchers
+from diffusion_lab import composition, processes
 from diffusion_lab.cli import sweeps
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.instantiation import CONF
@@ -42,14 +42,16 @@ def main(name: str) -> int:
             return 0
         arguments.overrides = composition.accepted(arguments.overrides)
         sys.argv[1:] = [composition.added(word) for word in sys.argv[1:]]
-        started = launchers.launched()
+        started = processes.launched()
         if started and not (arguments.cfg or arguments.info or arguments.hydra_help):
             folder = [o for o in arguments.overrides if o.startswith("hydra.run.dir=")]
-            launchers.check(started, name, arguments.multirun, bool(folder), "overwrite=true" in arguments.overrides)
+            processes.check_launch(
+                started, name, arguments.multirun, bool(folder), "overwrite=true" in arguments.overrides
+            )
             if started.rank > 0:
                 config = composition.composed(name, arguments.overrides, arguments.config_dir)
                 return _command(
-                    name, OmegaConf.load(launchers.wait_for(Path(str(config.hydra.run.dir)) / "config.yaml"))
+                    name, OmegaConf.load(processes.wait_for(Path(str(config.hydra.run.dir)) / "config.yaml"))
                 ).code
         return _under_hydra(name, arguments.overrides, arguments.config_dir)
 

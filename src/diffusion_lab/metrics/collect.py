@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
@@ -15,6 +15,8 @@ from diffusion_lab.metrics.classifier import CONFIDENT
 from diffusion_lab.metrics.extractors import Extractor
 from diffusion_lab.metrics.moments import Sums
 from diffusion_lab.metrics.scores import MOST
+
+T = TypeVar("T")
 
 
 class Processes:
@@ -61,6 +63,22 @@ class Processes:
         if outcome[1] is not None:
             raise outcome[1]
         return outcome[0]
+
+    def build(self, make: Callable[[], T]) -> T:
+        """Return make() of every process: on rank 0 first, so that the others find the files that it makes.
+
+        What one process raises is raised in all.
+        """
+        results: list[T] = []
+        for turn in (True, False):
+            error: Exception | None = None
+            if (self.rank == 0) == turn:
+                try:
+                    results.append(make())
+                except Exception as raised:
+                    error = raised
+            self.agree(error)
+        return results[0]
 
     def agree(self, error: Exception | None) -> None:
         """Raises everywhere what one process met, so that none waits for another that is gone."""

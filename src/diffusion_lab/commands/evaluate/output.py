@@ -1,4 +1,4 @@
-"""What an evaluation leaves: metrics.json, metrics.csv, quality.png, a table on the screen, a W&B table when asked."""
+"""Output of an evaluation: metrics.json, metrics.csv, quality.png, a table on the screen, and tables of loggers."""
 
 import csv
 import io
@@ -62,15 +62,15 @@ def show(rows: list[Row], out: Path) -> None:
     repeats = f", mean ± spread of {len(first['seeds'])} seeds" if "spread" in first else ""
     against = "likelihood of" if likelihood else "against"
     print(f"{first['n']:,} images, {of}{against} {first['data']['name']} {first['split']}{repeats}")
-    for name, said in first["references"].items():
-        n = f"{said['n']:,} images" if said["n"] else "an unknown number of images"
-        right = said.get("accuracy")
-        judged = (
+    for name, reference in first["references"].items():
+        n = f"{reference['n']:,} images" if reference["n"] else "an unknown number of images"
+        accuracy = reference.get("accuracy")
+        quality = (
             ""
-            if right is None
-            else f"; {right:.2%} right on held-out images, recognised: at least {CONFIDENT:.0%} sure"
+            if accuracy is None
+            else f"; {accuracy:.2%} accuracy on held-out images, confident: probability of at least {CONFIDENT:.0%}"
         )
-        print(f"{name} {said['weights'][:8]}: reference of {n}{judged}")
+        print(f"{name} {reference['weights'][:8]}: reference of {n}{quality}")
     print(table(rows))
     print(f"written to {out}")
 
@@ -82,8 +82,8 @@ def table(rows: list[Row]) -> str:
     head = [*(["sampler", "steps", "nfe"] if sampled else []), *names]
     lines = [head]
     for row in rows:
-        asked = [str(row["sampler"] or "–"), str(row["steps"] or "–"), str(row["nfe"] or "–")] if sampled else []
-        lines.append([*asked, *(_cell(row, name) for name in names)])
+        labels = [str(row["sampler"] or "–"), str(row["steps"] or "–"), str(row["nfe"] or "–")] if sampled else []
+        lines.append([*labels, *(_cell(row, name) for name in names)])
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     left = 1 if sampled else 0
     return "\n".join(
@@ -139,9 +139,9 @@ def _plot(rows: list[Row]) -> bytes | None:
     for axes in panels[len(names) :]:
         axes.set_visible(False)
     first = rows[0]
-    taken = [first["extractor"], first["weights"]]
+    parts = [first["extractor"], first["weights"]]
     figure.suptitle(
-        " · ".join([f"{first['data']['name']}, {first['split']}", f"{first['n']:,} images", *filter(None, taken)]),
+        " · ".join([f"{first['data']['name']}, {first['split']}", f"{first['n']:,} images", *filter(None, parts)]),
         fontsize=10,
         color="#444444",
     )
