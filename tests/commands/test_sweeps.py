@@ -61,7 +61,7 @@ def test_a_sweep_goes_on_after_jobs_that_fail_and_lists_them(tmp_path, capfd, mo
 def test_a_job_that_was_killed_is_listed(tmp_path, capsys):
     (tmp_path / "0" / ".hydra").mkdir(parents=True)
     (tmp_path / "0" / ".hydra" / "overrides.yaml").write_text("[seed=1]")
-    assert sweeps.summarise(tmp_path) == 1
+    assert sweeps.summarize(tmp_path) == 1
     assert "failed  0  seed=1: no result recorded" in capsys.readouterr().out
 
 

@@ -63,7 +63,7 @@ def job(call: Callable[[], Result], folder: Path, overrides: Sequence[str]) -> O
     return outcome
 
 
-def summarise(folder: Path) -> int:
+def summarize(folder: Path) -> int:
     """Says what the jobs below `folder` came to, the best first and those that failed last; the exit code of the sweep.
 
     Args:
