@@ -1,4 +1,4 @@
-"""src/report.py: what the page says is what the files say, hostile names are text, and a real browser shows it."""
+"""src/report.py: the page shows the values of the files, escapes hostile names, and works in a real browser."""
 
 import base64
 import csv
@@ -13,13 +13,25 @@ import sys
 
 import pytest
 import yaml
-from command import ROOT, composed
+from command import ROOT, TINY, code, composed
 from PIL import Image
-from reported import Page, chromium, evaluation, framed, losses, made, opened, png, said, table, write
+from reported import (
+    Page,
+    chromium,
+    csv_text,
+    frame_page,
+    losses,
+    make_evaluation,
+    make_run,
+    open_page,
+    png,
+    script_result,
+    write,
+)
 
 from diffusion_lab.reporting import charts, grids, main
 
-OBJECTIVES = {  # of the sweep: job → its overrides, best val/loss, figure of quality
+OBJECTIVES = {  # job of the sweep → its overrides, best val/loss, fd_classifier_1k
     "0": (["schedule=linear", "objective=pred_noise", "trainer.max_steps=100"], 0.30, 12.5),
     "1": (["schedule=linear", "objective=pred_v", "trainer.max_steps=100"], 0.20, 4.25),
     "2": (["schedule=cosine", "objective=pred_noise", "trainer.max_steps=100"], 0.40, 9.75),
@@ -29,7 +41,7 @@ OBJECTIVES = {  # of the sweep: job → its overrides, best val/loss, figure of 
 
 @pytest.fixture
 def sweep(tmp_path):
-    """Four runs of two schedules and two objectives; the lowest loss and the best samples are not of one run."""
+    """Four runs of two schedules and two objectives; the run with the lowest loss is not the one with the best samples."""
     folder = tmp_path / "sweep"
     write(folder / "multirun.yaml", "hydra: {}\n")
     for job, (overrides, best, quality) in OBJECTIVES.items():
@@ -38,13 +50,21 @@ def sweep(tmp_path):
             {"step": 50, "fd_classifier_1k": quality + 1},
             {"step": 100, "fd_classifier_1k": quality},
         ]
-        made(folder / job, overrides, rows, png(40, 40))
+        make_run(folder / job, overrides, rows, png(40, 40))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The run folder of a real training of four steps."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    assert code("train", [*TINY, "trainer.max_steps=4", "condition=label", f"hydra.run.dir={folder}"]) == 0
     return folder
 
 
 @pytest.fixture
 def report(tmp_path, capsys):
-    """report(*arguments) → the page; also prints what was said, and leaves the file at report.html."""
+    """report(*arguments) writes report.html and returns the page."""
 
     def call(*arguments, out="report.html"):
         assert main([*(str(a) for a in arguments), "--out", str(tmp_path / out)]) == 0
@@ -54,13 +74,13 @@ def report(tmp_path, capsys):
 
 
 def columns(folder):
-    """metrics.csv, read apart from the package: column → [(step, value)]."""
-    found = {}
+    """Read metrics.csv independently of the package: column → [(step, value)]."""
+    values = {}
     for row in csv.DictReader(io.StringIO((folder / "metrics.csv").read_text())):
         for name, value in row.items():
             if value and name != "step":
-                found.setdefault(name, []).append((int(row["step"]), float(value)))
-    return found
+                values.setdefault(name, []).append((int(row["step"]), float(value)))
+    return values
 
 
 def names(page, section="runs"):
@@ -98,22 +118,22 @@ def test_runs_are_sorted_by_quality_and_the_best_is_named_first(sweep, report):
     page = report(sweep)
     assert names(page) == ["1", "10", "2", "0"]
     assert "4 runs. Lowest fd_classifier_1k: 4.250, run 1: linear · pred_v." in page.words
-    assert "Losses do not compare across these runs, since the schedule and objective differ." in page.words
+    assert "Losses are not comparable across these runs, since the schedule and objective differ." in page.words
 
 
 def test_without_quality_the_loss_ranks_and_the_page_says_what_it_is_worth(tmp_path, report):
     for job, (overrides, best, _) in OBJECTIVES.items():
-        made(tmp_path / "sweep" / job, overrides, losses(best))
+        make_run(tmp_path / "sweep" / job, overrides, losses(best))
     page = report(tmp_path / "sweep")
     assert names(page) == ["10", "1", "0", "2"]
     assert "Lowest val/loss: 0.1000, run 10: cosine · pred_v" in page.words
-    assert "not of one thing" in page.words
+    assert "The losses of these runs are not comparable" in page.words
     assert [a for _, a in page.elements if a.get("class") == "number best"] == []  # nor is any loss marked as best
 
 
 def test_losses_of_one_thing_compare(tmp_path, report):
     for job, rate in enumerate((0.001, 0.002, 0.004)):
-        made(
+        make_run(
             tmp_path / "sweep" / str(job),
             [f"optimizer.lr={rate}", f"seed={job}", "trainer.max_steps=100"],
             losses(0.3 - rate),
@@ -121,8 +141,7 @@ def test_losses_of_one_thing_compare(tmp_path, report):
     page = report(tmp_path / "sweep")
     assert page.tables["runs"][0][:4] == ["run", "optimizer.lr", "seed", "min val/loss"]
     assert [row[1] for row in page.tables["runs"][1:]] == ["0.004", "0.002", "0.001"]
-    assert "compare across" not in page.words
-    assert "not of one thing" not in page.words
+    assert "not comparable" not in page.words
     assert len([a for _, a in page.elements if a.get("class") == "number best"]) == 2
 
 
@@ -130,7 +149,7 @@ def test_seeds_are_averaged(tmp_path, report):
     """A seed alone may be lucky: the best single run is of one choice, the best mean of the other."""
     lowest = {"cosine": [0.10, 0.40], "linear": [0.20, 0.21]}
     for i, (schedule, best) in enumerate((s, b) for s, both in lowest.items() for b in both):
-        made(tmp_path / "sweep" / str(i), [f"schedule={schedule}", f"seed={i % 2}"], losses(best))
+        make_run(tmp_path / "sweep" / str(i), [f"schedule={schedule}", f"seed={i % 2}"], losses(best))
     page = report(tmp_path / "sweep")
     assert page.tables["runs / more"][1:] == [
         ["linear", "2", "0.2050", "0.007071"],
@@ -142,19 +161,18 @@ def test_seeds_are_averaged(tmp_path, report):
     assert "Over seeds, the lowest mean val/loss is 0.2050 ± 0.007071 (2 runs): linear." in page.words
 
 
-def test_one_run(run, report):
-    """A real one, as src/train.py leaves it."""
-    page = report(run)
-    found = columns(run)
+def test_one_run(trained, report):
+    page = report(trained)
+    logged = columns(trained)
     assert page.column("steps") == {"run run": "4"}
-    assert page.column("last train/loss")["run run"] == f"{found['train/loss'][-1][1]:.4g}"
+    assert page.column("last train/loss")["run run"] == f"{logged['train/loss'][-1][1]:.4g}"
     assert page.column("objective")["run run"] == "pred_v"
-    overrides = yaml.safe_load((run / ".hydra" / "overrides.yaml").read_text())
+    overrides = yaml.safe_load((trained / ".hydra" / "overrides.yaml").read_text())
     assert shlex.split(page.commands[0]) == ["python", "src/train.py", *overrides]
     series = page.data["charts"]["curves"][0]["series"][0]
-    assert series["x"] == [step for step, _ in found["train/loss"]]
-    assert series["y"] == [float(f"{v:.5g}") for _, v in found["train/loss"]]
-    assert "There is one run only" in page.words
+    assert series["x"] == [step for step, _ in logged["train/loss"]]
+    assert series["y"] == [float(f"{v:.5g}") for _, v in logged["train/loss"]]
+    assert "There is only one run" in page.words
 
 
 # curves -------------------------------------------------------------------------------------------------------------------
@@ -187,12 +205,12 @@ def test_a_long_curve_keeps_its_ends_its_spikes_and_its_gaps():
 
 def test_quality_against_evaluations(sweep, tmp_path, report):
     """Evaluations find their run by the checkpoint's path, by where they lie, and by the name of a folder that was copied."""
-    evaluation(
+    make_evaluation(
         tmp_path / "eval" / "a", str(sweep / "0" / "checkpoints" / "best.ckpt"), {("ddim", 20): 3.0, ("ddim", 5): 8.0}
     )
-    evaluation(sweep / "1" / "evaluate", "latest", {("ddim", 10): 5.0, ("heun", 10): 4.0})
-    evaluation(tmp_path / "eval" / "b", "/elsewhere/sweep/2/checkpoints/last.ckpt", {("ddim", 10): 6.0})
-    evaluation(tmp_path / "eval" / "c", "/elsewhere/other/run", {("ddim", 10): 7.0})
+    make_evaluation(sweep / "1" / "evaluate", "latest", {("ddim", 10): 5.0, ("heun", 10): 4.0})
+    make_evaluation(tmp_path / "eval" / "b", "/elsewhere/sweep/2/checkpoints/last.ckpt", {("ddim", 10): 6.0})
+    make_evaluation(tmp_path / "eval" / "c", "/elsewhere/other/run", {("ddim", 10): 7.0})
     page = report(sweep, tmp_path / "eval")
     chart = page.data["charts"]["nfe"][0]
     assert chart["name"] == "fd_classifier"
@@ -218,14 +236,14 @@ def test_quality_against_evaluations(sweep, tmp_path, report):
 
 
 def test_evaluations_of_different_protocols_stand_apart(sweep, tmp_path, report):
-    evaluation(tmp_path / "eval" / "a", str(sweep / "0"), {("ddim", 20): 3.0})
-    evaluation(tmp_path / "eval" / "b", str(sweep / "1"), {("ddim", 20): 2.0}, n=100)
+    make_evaluation(tmp_path / "eval" / "a", str(sweep / "0"), {("ddim", 20): 3.0})
+    make_evaluation(tmp_path / "eval" / "b", str(sweep / "1"), {("ddim", 20): 2.0}, n=100)
     head = report(sweep, tmp_path / "eval").tables["runs"][0]
     assert {"fd_classifier (n=500)", "fd_classifier (n=100)"} <= set(head)
 
 
 def test_an_evaluation_alone(tmp_path, report):
-    page = report(evaluation(tmp_path / "eval", "/elsewhere/run/checkpoints/last.ckpt", {("ddim", 20): 3.0}))
+    page = report(make_evaluation(tmp_path / "eval", "/elsewhere/run/checkpoints/last.ckpt", {("ddim", 20): 3.0}))
     assert "Evaluations only." in page.words
     assert page.column("fd_classifier", "evaluations") == {"/elsewhere/run/checkpoints/last.ckpt": "3.000"}
 
@@ -240,7 +258,7 @@ def test_what_differs_is_what_the_configurations_say(tmp_path, report):
         ["seed=2", "schedule=cosine"],
         ["seed=3", "schedule=cosine", "schedule.shift=2"],
     )
-    folders = [made(tmp_path / "sweep" / str(i), line, losses(0.3)) for i, line in enumerate(variants)]
+    folders = [make_run(tmp_path / "sweep" / str(i), line, losses(0.3)) for i, line in enumerate(variants)]
     page = report(tmp_path / "sweep")
     rows = {row[0]: row[1] for row in page.tables["what-differs"][1:] if "\n" not in row[0]}
     assert {"seed": "1run 02run 13run 2", "schedule": "Linearrun 0Cosine2 runs: 1, 2"}.items() <= rows.items()
@@ -263,7 +281,7 @@ def test_the_command_begins_the_same_run(tmp_path, report):
         ["experiment=edm_digits", "seed=7"],
     ]
     for i, line in enumerate(lines):
-        made(tmp_path / "sweep" / str(i), line, losses(0.3 + i))
+        make_run(tmp_path / "sweep" / str(i), line, losses(0.3 + i))
     page = report(tmp_path / "sweep")
     assert len(page.commands) == 2
     for i, typed in enumerate(page.commands):
@@ -275,7 +293,7 @@ def test_the_command_begins_the_same_run(tmp_path, report):
 
 
 def test_a_resumed_run_names_the_file_that_it_resumed(tmp_path, report):
-    made(
+    make_run(
         tmp_path / "run",
         ["ckpt=latest", "trainer.max_steps=200"],
         losses(0.3),
@@ -290,9 +308,9 @@ def test_a_resumed_run_names_the_file_that_it_resumed(tmp_path, report):
 
 
 def test_what_cannot_be_shown_is_listed_with_the_reason(sweep, tmp_path, report, capsys):
-    whole = table(losses(0.3))
+    whole = csv_text(losses(0.3))
     (sweep / "11").mkdir()
-    broken = {name: made(sweep / name, [], losses(0.3)) for name in ("12", "13", "14", "15", "16", "17", "18")}
+    broken = {name: make_run(sweep / name, [], losses(0.3)) for name in ("12", "13", "14", "15", "16", "17", "18")}
     (broken["12"] / "config.yaml").unlink()
     write(broken["13"] / "config.yaml", "")
     write(broken["14"] / "config.yaml", "seed: [1")
@@ -307,15 +325,15 @@ def test_what_cannot_be_shown_is_listed_with_the_reason(sweep, tmp_path, report,
     page = report(sweep)
     reasons = {
         "11": "the folder is empty",
-        "12": "no config.yaml: it was refused, or stopped before training began",
+        "12": "no config.yaml: the run was refused, or stopped before training began",
         "13": "config.yaml is empty",
         "14": "config.yaml cannot be read: while parsing a flow sequence",
-        "15": "no metrics.csv: it stopped before its first row was logged",
+        "15": "no metrics.csv: the run stopped before its first row was logged",
         "16": "metrics.csv has no columns step and val/loss or train/loss",
         "17": "metrics.csv is empty",
         "18": "failed: out of memory",
         "19": "refused: a < b",
-        "20": "metrics.json is cut or no JSON",
+        "20": "metrics.json is truncated or not JSON",
     }
     printed = capsys.readouterr().err
     for name, reason in reasons.items():
@@ -329,22 +347,22 @@ def test_what_cannot_be_shown_is_listed_with_the_reason(sweep, tmp_path, report,
 def test_an_empty_folder_is_a_page_that_says_so(tmp_path, report, capsys):
     (tmp_path / "empty").mkdir()
     page = report(tmp_path / "empty")
-    assert "No run to show." in page.words
+    assert "No runs to show." in page.words
     assert f"{tmp_path / 'empty'}: the folder is empty" in page.words
     write(tmp_path / "other" / "notes.txt", "nothing")
-    assert "holds no run" in report(tmp_path / "other").words
-    assert "holds no run" in capsys.readouterr().err
+    assert "contains no run" in report(tmp_path / "other").words
+    assert "contains no run" in capsys.readouterr().err
 
 
 def test_a_cut_line_is_left_out_and_the_run_is_not(sweep, report):
     file = sweep / "0" / "metrics.csv"
-    write(file, table(list(csv.DictReader(io.StringIO(file.read_text()))))[:-3])
+    write(file, csv_text(list(csv.DictReader(io.StringIO(file.read_text()))))[:-3])
     lines = (sweep / "1" / "metrics.csv").read_text().splitlines()
     write(sweep / "1" / "metrics.csv", "\r\n".join([*lines[:4], lines[4] + ",9,9", "1,x", *lines[5:]]) + "\r\n")
     write(sweep / "2" / "outcome.json", '{"status": "do')
     page = report(sweep)
-    assert "run 0: the last line of metrics.csv is cut, and left out" in page.words
-    assert "run 1: 2 lines of metrics.csv cannot be read, and are left out" in page.words
+    assert "run 0: the last line of metrics.csv is truncated and was skipped" in page.words
+    assert "run 1: 2 lines of metrics.csv cannot be read and were skipped" in page.words
     assert "run 2: outcome.json cannot be read" in page.words
     assert page.column("fd_classifier_1k")["run 0"] == "13.50"  # the last line was the better one
 
@@ -356,11 +374,11 @@ def test_a_diverged_run_is_shown_as_such(tmp_path, report):
             row |= {name: math.nan for name in ("train/loss", "val/loss") if name in row}
     none = [{**row, "val/loss": math.nan} if "val/loss" in row else row for row in broken]
     for job, rows in enumerate((fine, none, broken)):
-        made(tmp_path / "sweep" / str(job), [f"seed={job}", "trainer.max_steps=100"], rows)
+        make_run(tmp_path / "sweep" / str(job), [f"seed={job}", "trainer.max_steps=100"], rows)
     page = report(tmp_path / "sweep")
     assert page.column("state") == {"run 0": "done", "run 2": "diverged", "run 1": "diverged"}
     assert page.column("last val/loss") == {"run 0": "0.5000", "run 2": "nan", "run 1": "nan"}
-    assert "run 2: diverged: val/loss is no number from step 60 on" in page.words
+    assert "run 2: diverged: val/loss is NaN or Inf since step 60" in page.words
     assert "Lowest val/loss: 0.3000, run 0" in page.words
     chart = page.data["charts"]["curves"][0]
     by_name = {page.data["runs"][s["run"]]["name"]: s["y"] for s in chart["series"]}
@@ -391,7 +409,7 @@ def test_files_of_odd_shapes_are_no_crash(sweep, report):
     write(sweep / "1" / "evaluate" / "metrics.json", json.dumps(rows))
     page = report(sweep)
     assert set(names(page)) == set(OBJECTIVES)
-    assert "its command line is not known" in page.words
+    assert "the command line is unknown" in page.words
 
 
 @pytest.mark.parametrize(
@@ -402,8 +420,8 @@ def test_files_of_odd_shapes_are_no_crash(sweep, report):
         (["{place}/file"], "{place}/file is a file: name the folder"),
         (["{place}", "--title"], "argument --title: expected one argument"),
         (["{place}", "--sort", "x"], "unrecognized arguments: --sort"),
-        (["{place}", "--out", "{place}/file"], "{place}/file is there and no report: name another file"),
-        (["{place}", "--out", "{place}"], "--out {place} is a folder: name a file"),
+        (["{place}", "--out", "{place}/file"], "the output {place}/file exists and is not a report: name another file"),
+        (["{place}", "--out", "{place}"], "the output {place} is a folder: name a file"),
         (["{place}", "--out", "{place}/file/report.html"], "{place}/file"),
     ],
 )
@@ -443,7 +461,7 @@ def test_a_hundred_runs_are_under_ten_megabytes(tmp_path, report):
     grid = png(128, 128)
     assert 0.9 * grids.limit(100) < len(grid) <= grids.limit(100)
     rows = losses(0.2, steps=4000)
-    first = made(
+    first = make_run(
         tmp_path / "sweep" / "0", ["seed=0", "trainer.max_steps=100"], [*rows, {"step": 4000, "fid_10k": 3.0}], grid
     )
     text = (first / "config.yaml").read_text()
@@ -487,16 +505,16 @@ def hostile(tmp_path):
     place = tmp_path / "sweep" / HOSTILE.replace("/", "∕")
     overrides = ["seed=0"]
     for i in range(2):
-        folder = made(
+        folder = make_run(
             place / f"<b>{i}", overrides, [*losses(0.3 + i), {"step": 100, f"<i>{HOSTILE}": 1.0}], png(20, 20)
         )
         write(folder / ".hydra" / "overrides.yaml", yaml.safe_dump([f"data.root={HOSTILE}{i}"]))
         config = yaml.safe_load((folder / "config.yaml").read_text())
         config["data"]["root"] = f"{HOSTILE}{i}"
         write(folder / "config.yaml", yaml.safe_dump(config))
-        evaluation(folder / "evaluate", HOSTILE, {(HOSTILE, 5): 1.0 + i}, split=HOSTILE)
+        make_evaluation(folder / "evaluate", HOSTILE, {(HOSTILE, 5): 1.0 + i}, split=HOSTILE)
     write(place / "bad" / "outcome.json", json.dumps({"status": "failed", "reason": HOSTILE, "overrides": [HOSTILE]}))
-    evaluation(tmp_path / "sweep" / "alone", HOSTILE, {(HOSTILE, 5): 1.0})
+    make_evaluation(tmp_path / "sweep" / "alone", HOSTILE, {(HOSTILE, 5): 1.0})
     return tmp_path / "sweep"
 
 
@@ -529,27 +547,27 @@ def _without_names(page):
 # a browser ------------------------------------------------------------------------------------------------------------------
 
 
-def rows_of(dumped):
-    body = dumped.split('<section id="runs"')[1].split("</tbody>")[0].split("<tbody>")[1]
+def rows_of(document):
+    body = document.split('<section id="runs"')[1].split("</tbody>")[0].split("<tbody>")[1]
     return [re.search(r'data-v="([^"]*)"', row).group(1) for row in body.split("</tr>")[:-1]]
 
 
 def test_the_browser_sorts_as_addressed_and_runs_no_hostile_script(hostile, sweep, tmp_path, report):
     report(hostile, sweep, "--title", HOSTILE)
-    dumped, console = opened(tmp_path / "report.html", tmp_path, "#sort=-min%20val%2Floss")
+    document, console = open_page(tmp_path / "report.html", tmp_path, "#sort=-min%20val%2Floss")
     assert console == ""
-    assert "<title>&lt;/script&gt;" in dumped
-    assert "owned</title>" not in dumped
-    order = [name.split("/")[-1] for name in rows_of(dumped)]
+    assert "<title>&lt;/script&gt;" in document
+    assert "owned</title>" not in document
+    order = [name.split("/")[-1] for name in rows_of(document)]
     assert order == ["&lt;b&gt;1", "2", "0", "&lt;b&gt;0", "1", "10"]  # the sweep's four lie between
-    assert re.search(r'data-key="min val/loss"[^>]*aria-sort="descending"', dumped)
-    assert dumped.count('aria-sort="') == 1
+    assert re.search(r'data-key="min val/loss"[^>]*aria-sort="descending"', document)
+    assert document.count('aria-sort="') == 1
 
 
 def test_the_browser_shows_it_on_a_phone(sweep, tmp_path, report):
     """360 pixels wide: nothing is wider than the page but what scrolls in a box of its own. Curves are drawn and answer the
     pointer, a click on a heading sorts, one on a grid enlarges it, one on the legend hides a line."""
-    evaluation(sweep / "1" / "evaluate", "latest", {("ddim", 10): 5.0, ("heun", 20): 4.0})
+    make_evaluation(sweep / "1" / "evaluate", "latest", {("ddim", 10): 5.0, ("heun", 20): 4.0})
     report(sweep, "--title", "a-title-without-a-place-to-break-" * 4)
     script = """
       const d = page.document, all = s => [...d.querySelectorAll(s)];
@@ -577,20 +595,20 @@ def test_the_browser_shows_it_on_a_phone(sweep, tmp_path, report):
       out.large = [d.getElementById('large').open, d.querySelector('#large img').src.slice(0, 15)];
       out.style = page.getComputedStyle(d.body).backgroundColor;
       return out;"""
-    dumped, console = opened(framed(tmp_path / "report.html", 360, script), tmp_path)
+    document, console = open_page(frame_page(tmp_path / "report.html", 360, script), tmp_path)
     assert console == ""
-    found = said(dumped)
-    assert found["width"] == [360, 360]
-    assert found["wide"] == []
-    assert found["table"] == [True]
-    assert found["drawn"] == [4, 4, 4, 2, 2]
-    assert found["first"] == ["1", "10", "2", "0"]
-    assert found["once"] == ["2", "0", "1", "10"]  # pred_noise before pred_v, otherwise as before
-    assert found["twice"] == ["1", "10", "2", "0"]
-    assert found["cards"] == found["twice"]
-    assert found["tip"] == "run 1 · linear · pred_v: 0.9 at step 10"
-    assert found["hidden"] == ["false", 3]
-    assert found["large"] == [True, "data:image/png;"]
+    outcome = script_result(document)
+    assert outcome["width"] == [360, 360]
+    assert outcome["wide"] == []
+    assert outcome["table"] == [True]
+    assert outcome["drawn"] == [4, 4, 4, 2, 2]
+    assert outcome["first"] == ["1", "10", "2", "0"]
+    assert outcome["once"] == ["2", "0", "1", "10"]  # pred_noise before pred_v, otherwise as before
+    assert outcome["twice"] == ["1", "10", "2", "0"]
+    assert outcome["cards"] == outcome["twice"]
+    assert outcome["tip"] == "run 1 · linear · pred_v: 0.9 at step 10"
+    assert outcome["hidden"] == ["false", 3]
+    assert outcome["large"] == [True, "data:image/png;"]
 
 
 def test_the_browser_refuses_a_script_that_is_not_the_page_s_own(sweep, tmp_path, report):
@@ -598,8 +616,8 @@ def test_the_browser_refuses_a_script_that_is_not_the_page_s_own(sweep, tmp_path
     page = report(sweep)
     broken = tmp_path / "broken.html"
     broken.write_text(page.text.replace("<body>", "<body><script>document.title = 'owned'</script>"), encoding="utf-8")
-    dumped, console = opened(broken, tmp_path)
-    assert "<title>sweep</title>" in dumped
+    document, console = open_page(broken, tmp_path)
+    assert "<title>sweep</title>" in document
     assert "Content Security Policy" in console
 
 
