@@ -1,8 +1,8 @@
 """Data of the charts that page.js draws as SVG: plain lists of numbers.
 
-Why no chart library: plotly.js (4.8 MB; the page of 100 runs grows from 7.2 to 12 MB) and bokeh (1.3 MB) contain network calls,
-which the page must not; uPlot (51 KB, not on PyPI) cuts 90 lines of script to 53, but fails on logarithmic axes below a decade,
-drops NFE labels and its canvas ignores the CSS theme; Matplotlib's SVG loses hover values, line filters and phone layout.
+Why no chart library: plotly.js (4.8 MB: the page of 100 runs grows from 7.2 to 12 MB) and bokeh (1.3 MB) contain network calls,
+which the page must not; uPlot (51 KB, not on PyPI) saves 37 of 90 lines of script, but raises RangeError on a logarithmic axis
+fitted to the data, and its canvas ignores the CSS theme; Matplotlib's SVG loses hover values, line filters and the phone layout.
 """
 
 import math
