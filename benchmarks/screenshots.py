@@ -18,7 +18,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from diffusion_lab.reporting import main as report
+from diffusion_lab.reporting import write_report
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
@@ -31,7 +31,7 @@ LARGEST = 250_000  # bytes of a picture
 
 
 def main(arguments: list[str]) -> int:
-    """Writes the pictures; returns the exit code. Arguments are those of src/report.py, without --out."""
+    """Writes the pictures; returns the exit code. The arguments are paths of src/report.py."""
     browser = next((found for name in CHROMIUM if (found := shutil.which(name))), None)
     if browser is None:
         print(f"error: none of {', '.join(CHROMIUM)} is installed", file=sys.stderr)
@@ -39,8 +39,7 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         page = place / "report.html"
-        if code := report([*arguments, "--out", str(page)]):
-            return code
+        write_report([Path(argument) for argument in arguments], page)
         framed = place / "phone.html"
         frame = f'<iframe srcdoc="{html.escape(page.read_text(encoding="utf-8"))}" style="border:0;width:{PHONE}px;height:100vh"'
         framed.write_text(f"<body style='margin:0'>{frame}></iframe>", encoding="utf-8")
