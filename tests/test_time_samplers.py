@@ -14,10 +14,10 @@ from diffusion_lab.schedules import EDM, VP, Cosine, Flow, Linear, Schedule
 from diffusion_lab.time_samplers import Importance, LogitNormal, LogNormal, Stratified, TimeSampler, Uniform
 
 D = torch.float64
-SAMPLERS: dict[str, TimeSampler] = {c.__name__: c() for c in members(TimeSampler, "times")}
+SAMPLERS: dict[str, TimeSampler] = {c.__name__: c() for c in members(TimeSampler, "time_samplers")}
 SAMPLERS |= {
     f"{c.__name__}-independent": c(stratified=False)  # type: ignore[call-arg]
-    for c in members(TimeSampler, "times")
+    for c in members(TimeSampler, "time_samplers")
     if takes(c, "stratified")
 }
 every = pytest.mark.parametrize("name", SAMPLERS)
@@ -77,7 +77,7 @@ def test_uniform_on_a_curve_without_steps_is_uniform() -> None:
 
 @pytest.mark.parametrize("batch", [1, 7, 40, 1000])
 def test_stratified_has_exactly_one_in_each_part(batch: int) -> None:
-    u = Stratified().place(torch.rand(batch, dtype=torch.float64), torch.arange(batch), batch)
+    u = Stratified().stratify(torch.rand(batch, dtype=torch.float64), torch.arange(batch), batch)
     assert torch.equal((u * batch).floor().long(), torch.arange(batch))
     for step in range(20):
         t = Stratified()(Linear(1000), torch.arange(batch), batch, seed=0, step=step)
@@ -271,7 +271,7 @@ def test_a_restored_importance_sampler_goes_on_as_the_one_that_was_stored() -> N
     ("make", "remedy"),
     [
         (lambda: LogNormal(std=0.0), "std > 0"),
-        (lambda: LogitNormal(mean=math.nan), "a number mean"),
+        (lambda: LogitNormal(mean=math.nan), "a finite mean"),
         (lambda: Importance(history=0), "history >= 1"),
         (lambda: Importance(bins=0), "bins >= 1"),
         (lambda: Importance(uniform_prob=1.5), r"uniform_prob in \[0, 1\]"),
