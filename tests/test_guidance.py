@@ -289,7 +289,7 @@ def test_the_variance_stays_the_conditional_one(head: str) -> None:
     for scale, clip in ((1.0, None), (3.0, None), (3.0, 0.5)):
         guided = ClassifierFree(Denoiser(den.network, s, o, clip=clip), scale)
         torch.testing.assert_close(variance(s, t, u, guided(x, t, label=LABEL)), want, rtol=1e-9, atol=1e-12)
-    by = ClassifierGuidance(den, exact_classifier(s), 3, 2.0, labelled=True)
+    by = ClassifierGuidance(den, exact_classifier(s), 3, 2.0, labeled=True)
     torch.testing.assert_close(variance(s, t, u, by(x, t, label=LABEL)), want, rtol=1e-9, atol=1e-12)
 
 
