@@ -79,8 +79,8 @@ def test_tensors_of_a_data_set_reach_the_network_and_flip_with_the_image() -> No
     given = Tensors(["depth", "age"])(rows)
     assert set(given) == {"depth", "age"}
     assert given["age"].tolist() == [40.0, 40.0]
-    with pytest.raises(ValueError, match="names colour, and the data give image, depth, age"):
-        Tensors(["colour"])(rows)
+    with pytest.raises(ValueError, match="names color, but the batch has image, depth, age"):
+        Tensors(["color"])(rows)
 
 
 @pytest.mark.parametrize(("network", "options"), [(UNet, {"attention": []}), (ClassicUNet, {})])
