@@ -6,7 +6,9 @@ not evaluated at run time, and beartype is not imported.
 
 from beartype import BeartypeConf, beartype
 
-checked = beartype(conf=BeartypeConf(is_pep484_tower=True))  # int is accepted for float, as by static type checkers (PEP 484)
+checked = beartype(
+    conf=BeartypeConf(is_pep484_tower=True)
+)  # int is accepted for float, as by static type checkers (PEP 484)
 
 # The modules of the package that are checked. Add "models" and "metrics" once they are annotated.
 CHECKED = (
