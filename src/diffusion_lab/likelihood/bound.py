@@ -57,7 +57,7 @@ def vlb(
     With t_1 < … < t_{K+1} ≤ 1 the times of the chain and p(x_T) = N(0, σ_1² I), the distribution at which sampling starts,
 
         L_T     = KL(q(x_T | x_0) ‖ p(x_T))
-        L_{t−1} = KL(q(x_s | x_t, x_0) ‖ p(x_s | x_t)) for neighbours s = t_k, t = t_{k+1}
+        L_{t−1} = KL(q(x_s | x_t, x_0) ‖ p(x_s | x_t)) for neighboring times s = t_k, t = t_{k+1}
         L_0     = −log p(x_0 | x_t) for t = t_1.
 
     p(x_s | x_t) has the mean of q with x̂_0 in place of x_0, and the step variance. Both decoders p(x_0 | x_t) have mean x̂_0:

@@ -247,5 +247,5 @@ class Flow(_Curve):
         return torch.sigmoid(-lam - math.log(self.shift))
 
     def conditioning(self, t: Scalars) -> Scalars:
-        """Return 999·σ, which is 999·t of the unshifted line, so that one network serves every shift."""
+        """Return 999·σ, which is 999·t of the unshifted line, so that one network works for every shift."""
         return cast_like(999 * self.alpha_sigma(t.double())[1], t)
