@@ -80,7 +80,7 @@ x_t = normal((2, 1, 1), seed=0, index=torch.arange(300), dtype=torch.float64)
 label = torch.arange(300) % 3
 for t in torch.tensor([0.05, 0.3, 0.9], dtype=torch.float64):
     free = guidance.ClassifierFree(denoiser, scale=2.5, num_classes=3)(x_t, t, label=label)
-    classified = guidance.ClassifierGuidance(denoiser, classifier, num_classes=3, scale=2.5, labelled=False)
+    classified = guidance.ClassifierGuidance(denoiser, classifier, num_classes=3, scale=2.5, labeled=False)
     torch.testing.assert_close(free.noise, classified(x_t, t, label=label).noise, rtol=1e-8, atol=1e-8)
 
     sigma = schedule.alpha_sigma(t)[1]
