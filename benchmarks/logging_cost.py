@@ -14,7 +14,7 @@ import wandb
 from common import configuration, loggers, network, table
 
 from diffusion_lab.commands.train import build
-from diffusion_lab.training.callbacks import Dashboard
+from diffusion_lab.training.callbacks import WandbSummary
 
 CALLS = ("log_metrics", "log_image", "save", "finalize")
 
@@ -52,7 +52,7 @@ def measure(chosen: list[str], steps: int) -> list[str]:
             for name in CALLS:
                 if hasattr(logger, name):
                     setattr(logger, name, timed(getattr(logger, name)))
-        hooks: list[pl.Callback] = [*build.callbacks(config, place), Dashboard()]
+        hooks: list[pl.Callback] = [*build.callbacks(config, place), WandbSummary()]
         trainer = build.trainer(config, place, written, hooks)
         if "wandb" in chosen:
             _ = next(

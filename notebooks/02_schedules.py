@@ -12,7 +12,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 
-from diffusion_lab import objectives, schedules, times, weightings
+from diffusion_lab import objectives, schedules, time_samplers, weightings
 from diffusion_lab.data.images import to_float
 from diffusion_lab.data.pictures import grid
 from diffusion_lab.data.sources import Digits
@@ -132,7 +132,7 @@ ell, p = density(schedules.Cosine(), t)
 inner = ell.abs() < 4
 torch.testing.assert_close(p[inner], 1 / (2 * math.pi * (ell[inner] / 2).cosh()), rtol=0.03, atol=0)
 
-drawn = times.LogNormal(-1.2, 1.2)(schedules.Flow(), torch.arange(20_000), 20_000, seed=0, step=0)
+drawn = time_samplers.LogNormal(-1.2, 1.2)(schedules.Flow(), torch.arange(20_000), 20_000, seed=0, step=0)
 drawn = 2 * schedules.Flow().lam(drawn)
 
 fig, ax = plt.subplots(figsize=(7.2, 2.7))
