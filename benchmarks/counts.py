@@ -82,7 +82,7 @@ def _traced(out: Path, last: str, program: str) -> None:
             raise
     finally:
         sys.setprofile(None)
-        threading.setprofile(None)  # type: ignore[arg-type]
+        threading.setprofile(None)
     if not finished.is_set():
         raise RuntimeError(f"{program} never returned from {last}")
     out.write_text(json.dumps(sorted({name for code in codes if (name := _function(code))})))
