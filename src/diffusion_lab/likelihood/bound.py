@@ -1,7 +1,7 @@
 """The variational bound on −log p(x_0) and its terms, for a chain of any stride, step variance and η."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -224,13 +224,3 @@ def _refuse_invalid(valid: Bool[Tensor, "nodes 2"], times: Float64[Tensor, " nod
     raise ConfigError(
         f"the variance is 0, infinite or NaN {time}, so the bound is not finite: write variance=fixed_small"
     )
-
-
-def _progress(times: Float64[Tensor, " nodes"], progress: bool) -> Iterable[Tensor]:
-    """Iterate over the times, with a progress bar if `progress`."""
-    if not progress:
-        return times
-    from tqdm import tqdm
-
-    bar: Iterable[Tensor] = tqdm(times, desc="likelihood", unit="term", leave=False)
-    return bar
