@@ -11,6 +11,7 @@ from torch import Tensor
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.gaussian import discretized_log_likelihood, kl, posterior
+from diffusion_lab.io import progress as show_progress
 from diffusion_lab.likelihood.base import bits, keys, ready
 from diffusion_lab.noise import Stream, normal
 from diffusion_lab.samplers import grids
@@ -112,7 +113,7 @@ def vlb(
     data_floor = _data_floor(schedule, chain, last)
 
     terms, valid = [], []
-    for k, t in enumerate(_progress(chain[1:], progress)):
+    for k, t in enumerate(show_progress(chain[1:], "likelihood", "term", progress)):
         noise = normal(shape, seed=seed, index=key, draw=k + FIRST_DRAW, stream=Stream.LIKELIHOOD, dtype=x0.dtype)
         x_t = append_dims_like(alpha[k + 1], x0) * x0 + append_dims_like(sigma[k + 1], x0) * noise
         prediction = denoiser(x_t, t, **(condition or {}))
