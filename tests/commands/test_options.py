@@ -161,16 +161,16 @@ def test_help_has_a_line_a_key_with_the_comment_of_its_file(name, capfd):
     comments = {
         "train": {
             "schedule.steps": "T",
-            "model.blocks": "residual blocks of a level",
-            "trainer.gradient_clip_val": "norm",
+            "model.blocks": "residual blocks per level of the encoder",
+            "trainer.gradient_clip_val": "maximum norm",
         },
         "sample": {
             "strength": "t in (0, 1]",
             "sampler.eta": "0 deterministic",
-            "inpaint.resample": "passes over each such part",
+            "inpaint.resample": "passes over each segment",
         },
-        "evaluate": {"repeats": "seeds seed, seed + 1"},
-        "fit_variance": {"nodes": "analytic: how many t"},
+        "evaluate": {"repeats": "number of seeds seed, seed + 1"},
+        "fit_variance": {"nodes": "analytic: number of t"},
     }
     for key, comment in comments.get(name, {}).items():
         assert f"# {comment}" in shown[key]
