@@ -115,8 +115,8 @@ class Multistep(Sampler):
             x0, noise = prediction.x0, prediction.noise
             if base is not None:
                 corrector = plan[i - 1].weights.corrector
-                corrected = _add(base, corrector, [x0, *list(estimates)[1:]], estimates[0])
-                noise = noise + (corrected - x) / plan[i].sigma_t
+                # one expression, so that no name keeps the corrected state in memory
+                noise = noise + (_add(base, corrector, [x0, *list(estimates)[1:]], estimates[0]) - x) / plan[i].sigma_t
             estimates.appendleft(x0)
             x = plan[i].alpha * x0 + plan[i].keep * noise
             if plan[i].spread:
