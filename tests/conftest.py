@@ -12,6 +12,7 @@ MATHEMATICS = (
     "variances",
     "clipping",
     "denoiser",
+    "models",
     "times",
     "losses",
     "samplers",
