@@ -157,6 +157,7 @@ def test_bfloat16_autocast_is_close_to_float32(conditioning):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize("options", [{}, {"num_classes": 3, "self_conditioning": True, "gradient_checkpointing": True}])
 def test_compilation_yields_one_graph(options):
     network = tiny(**options)
