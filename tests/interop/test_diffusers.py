@@ -1,3 +1,5 @@
+"""Weights to and from diffusers' UNet2DModel: equal outputs, files, refusals; the adapter for external networks."""
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -9,7 +11,7 @@ from diffusion_lab.models import External, UNet
 diffusers = pytest.importorskip("diffusers")
 
 
-PUBLISHED = {  # google/ddpm-cifar10-32's config.json, width apart
+PUBLISHED = {  # config.json of google/ddpm-cifar10-32, without the width
     "sample_size": 32,
     "in_channels": 3,
     "out_channels": 3,
@@ -30,7 +32,7 @@ PUBLISHED = {  # google/ddpm-cifar10-32's config.json, width apart
 
 
 def pair(width=32, seed=0, changed=None, **options):
-    """diffusers' U-Net of the published configuration, with what is `changed`, and ours."""
+    """Return diffusers' U-Net of the published configuration, updated by `changed`, and ours."""
     torch.manual_seed(seed)
     widths = (width, 2 * width, 2 * width, 2 * width)
     theirs = diffusers.UNet2DModel(**PUBLISHED | {"block_out_channels": widths} | (changed or {})).eval()
@@ -49,22 +51,22 @@ def difference(theirs, ours, dtype=torch.float32, times=(0, 1, 250, 999)):
     return worst
 
 
-def test_published_network_is_ours():
+def test_published_network_equals_unet():
     theirs, ours = pair(width=128)
     assert sum(p.numel() for p in ours.parameters()) == 35_746_307
     ours.load_state_dict(from_diffusers(theirs.state_dict(), ours))
     assert difference(theirs, ours, times=[0, 500]) < 1e-5
 
 
-def test_they_agree_in_float64():
+def test_outputs_agree_in_float64():
     theirs, ours = pair()
     ours.load_state_dict(from_diffusers(theirs.state_dict(), ours))
     assert difference(theirs.double(), ours.double(), torch.float64) < 1e-12
 
 
-def test_scale_shift_and_heads_agree():
+def test_outputs_agree_with_scale_shift_heads_and_labels():
     changed = {"resnet_time_scale_shift": "scale_shift", "attention_head_dim": 8, "num_class_embeds": 5}
-    changed["attn_norm_num_groups"] = 32  # or diffusers leaves out the middle attention's normalisation
+    changed["attn_norm_num_groups"] = 32  # otherwise diffusers omits the normalization of the middle attention
     theirs, ours = pair(changed=changed, conditioning="scale_shift", head_channels=8, num_classes=4)
     ours.load_state_dict(from_diffusers(theirs.state_dict(), ours))
     x, c, label = torch.randn(2, 3, 32, 32), torch.tensor([3.0, 700.0]), torch.tensor([1, 4])
@@ -74,7 +76,7 @@ def test_scale_shift_and_heads_agree():
         )
 
 
-def test_and_back():
+def test_export_loads_into_diffusers_and_back():
     theirs, ours = pair(zero_init=False)
     theirs.load_state_dict(to_diffusers(ours))
     assert difference(theirs, ours) < 1e-5
@@ -82,7 +84,7 @@ def test_and_back():
     assert all(torch.equal(again[name], tensor) for name, tensor in ours.state_dict().items())
 
 
-def test_files_go_both_ways(tmp_path):
+def test_files_of_both_kinds_load(tmp_path):
     theirs, ours = pair()
     theirs.save_pretrained(tmp_path / "hub")
     assert difference(theirs, ours) > 1e-2
@@ -94,7 +96,7 @@ def test_files_go_both_ways(tmp_path):
     assert difference(theirs, other) < 1e-5
 
 
-def test_names_of_the_published_files_are_read():
+def test_old_names_of_published_files_are_translated():
     theirs, ours = pair()
     names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     state = theirs.state_dict()
@@ -105,7 +107,7 @@ def test_names_of_the_published_files_are_read():
     assert difference(theirs, ours) < 1e-5
 
 
-def test_misfits_are_named_in_one_line(tmp_path):
+def test_mismatches_are_named_in_one_line(tmp_path):
     theirs, ours = pair()
     state = theirs.state_dict()
     state["extra.weight"] = state.pop("conv_in.weight")
@@ -124,11 +126,11 @@ def test_misfits_are_named_in_one_line(tmp_path):
     with pytest.raises(ValueError, match="save_pretrained"):
         load_diffusers(tmp_path, ours)
     (tmp_path / "broken.safetensors").write_bytes(b"{}")
-    with pytest.raises(ValueError, match="fetch it again"):
+    with pytest.raises(ValueError, match="download it again"):
         load_diffusers(tmp_path / "broken.safetensors", ours)
 
 
-def test_external_adapts_results_and_refuses_what_it_cannot():
+def test_external_adapts_results_and_refuses_others():
     class Plain(nn.Module):
         def forward(self, x, c):
             return x * c[:, None, None, None]

@@ -1,3 +1,5 @@
+"""The original U-Net: the layers of the paper, the scale of the output, conditioning, refusals."""
+
 import pytest
 import torch
 from torch import nn
@@ -5,17 +7,17 @@ from torch import nn
 from diffusion_lab.models import ClassicUNet
 
 
-def test_layers_are_those_of_the_paper():
-    """Figure 1 of Ronneberger et al. 2015, with 16×16 for 572×572."""
+def test_layers_match_the_paper():
+    """Figure 1 of Ronneberger et al. 2015, with 16×16 images instead of 572×572."""
     network = ClassicUNet(channels=1, image_size=[16, 16])
-    seen = []
+    layers = []
 
-    def note(layer, _, output):
-        seen.append((type(layer).__name__, layer.kernel_size, *output.shape[1:]))
+    def record(layer, _, output):
+        layers.append((type(layer).__name__, layer.kernel_size, *output.shape[1:]))
 
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.MaxPool2d):
-            layer.register_forward_hook(note)
+            layer.register_forward_hook(record)
     network(torch.zeros(1, 1, 16, 16), torch.zeros(1))
 
     expected = []
@@ -27,7 +29,7 @@ def test_layers_are_those_of_the_paper():
         expected.append(("ConvTranspose2d", (2, 2), channels, 16 >> i, 16 >> i))
         expected += 2 * [("Conv2d", (3, 3), channels, 16 >> i, 16 >> i)]
     expected.append(("Conv2d", (1, 1), 1, 16, 16))
-    assert seen == expected
+    assert layers == expected
     assert [block.conv1.in_channels for block in network.up] == [1024, 512, 256, 128]
     assert not any(isinstance(layer, nn.GroupNorm | nn.BatchNorm2d) for layer in network.modules())
 

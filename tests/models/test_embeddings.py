@@ -6,14 +6,14 @@ import torch
 from diffusion_lab.models.embeddings import Embedding, Fourier, Sinusoidal
 
 
-def test_sinusoidal_is_the_closed_form():
+def test_sinusoidal_matches_the_closed_form():
     n, c = 10, [0.0, 1.0, 2.5, 999.0]
     expected = [[f(x * 10_000 ** (-i / (n // 2 - 1))) for f in (math.sin, math.cos) for i in range(n // 2)] for x in c]
     got = Sinusoidal(n)(torch.tensor(c, dtype=torch.float64))
     torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-11)
 
 
-def test_fourier_is_fixed_and_saved():
+def test_fourier_frequencies_are_fixed_and_saved():
     first, second = Fourier(64), Fourier(64)
     assert torch.equal(first.frequencies, second.frequencies)
     assert "frequencies" in first.state_dict()
@@ -25,7 +25,7 @@ def test_fourier_is_fixed_and_saved():
 
 
 @pytest.mark.parametrize("features", ["sinusoidal", "fourier"])
-def test_all_times_stay_apart_under_bfloat16_autocast(features):
+def test_all_times_stay_distinct_under_bfloat16_autocast(features):
     torch.manual_seed(0)
     embedding = Embedding(16, features, torch.nn.SiLU, None)
     c = torch.arange(1000.0) if features == "sinusoidal" else torch.linspace(-1.5, 1.1, 1000)
@@ -37,13 +37,13 @@ def test_all_times_stay_apart_under_bfloat16_autocast(features):
     assert len(torch.unique(cast, dim=0)) == 1000
 
 
-def test_conditioning_is_widened_and_weights_give_the_dtype():
+def test_half_precision_is_converted_and_the_weights_set_the_dtype():
     embedding = Embedding(16, "sinusoidal", torch.nn.SiLU, None)
     assert torch.equal(embedding(torch.tensor([3.0]).half()), embedding(torch.tensor([3.0])))
     assert embedding.double()(torch.tensor([3.0])).dtype == torch.float64
 
 
-def test_labels_and_attributes_share_the_null():
+def test_labels_and_attributes_have_the_same_null_embedding():
     embedding = Embedding(16, "sinusoidal", torch.nn.SiLU, 3)
     c = torch.tensor([5.0, 7.0])
     none = embedding(c)
@@ -58,7 +58,7 @@ def test_labels_and_attributes_share_the_null():
     [
         (lambda: Embedding(16, "learned", torch.nn.SiLU, None), "sinusoidal, fourier"),
         (lambda: Embedding(15, "sinusoidal", torch.nn.SiLU, None), "even"),
-        (lambda: Embedding(2, "sinusoidal", torch.nn.SiLU, None), "at least 4"),
+        (lambda: Embedding(2, "sinusoidal", torch.nn.SiLU, None), "at least 4, not width=2"),
         (lambda: Embedding(3, "fourier", torch.nn.SiLU, None), "even"),
         (lambda: Embedding(16, "sinusoidal", torch.nn.SiLU, 0), "null"),
         (lambda: Embedding(16, "sinusoidal", torch.nn.SiLU, None)(torch.ones(2), torch.ones(2).long()), "num_classes"),
@@ -66,6 +66,7 @@ def test_labels_and_attributes_share_the_null():
         (lambda: Embedding(16, "sinusoidal", torch.nn.SiLU, 3)(torch.ones(2), torch.ones(2, 4)), "num_classes=3"),
     ],
 )
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_refusals_name_the_remedy(build, remedy):
     with pytest.raises(ValueError, match=remedy) as error:
         build()

@@ -1,3 +1,5 @@
+"""The networks in conf/model, and UNetForImageSize."""
+
 from pathlib import Path
 
 import pytest
@@ -34,7 +36,7 @@ def test_every_preset_is_listed():
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset_composes(name):
     channels, size, parameters = PRESETS[name]
-    with torch.device("meta"):  # shapes and counts without the time to draw the weights
+    with torch.device("meta"):  # shapes and counts without the cost of initializing weights
         network = build(name, channels, size)
     assert network.channels == channels
     assert network.image_size == tuple(size)
@@ -62,5 +64,5 @@ def test_the_default_of_a_data_set_fits_its_image_size(size):
     with torch.device("meta"):
         network = UNetForImageSize(channels=2, image_size=size, num_classes=3, learned_variance=True)
     assert network.image_size == tuple(size)
-    assert max(size) // network.side >= 2  # the lowest level still has an extent
+    assert max(size) // network.side >= 2  # the lowest level is at least 2 pixels wide
     assert UNetForImageSize(channels=1, image_size=[8, 8], width=16, groups=4).feature_channels == 16

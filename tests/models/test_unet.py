@@ -1,3 +1,5 @@
+"""The U-Net: options, sizes and padding, memory format, conditioning, gradients, refusals."""
+
 import copy
 from functools import partial
 
@@ -48,7 +50,7 @@ def test_every_option_runs_forwards_and_backwards(options):
         assert parameter.grad.isfinite().all(), name
     used = [
         p for name, p in network.named_parameters() if "attention.qkv" not in name
-    ]  # keys' biases cancel in softmax
+    ]  # biases of the keys cancel in the softmax
     assert all(p.grad.any() for p in used)
 
 
@@ -57,7 +59,7 @@ def test_every_option_runs_forwards_and_backwards(options):
     [partial(tiny, multipliers=[1, 1, 2]), partial(ClassicUNet, channels=1, image_size=[8, 8], width=4, levels=3)],
 )
 @pytest.mark.parametrize("size", [(8, 8), (28, 28), (50, 34), (5, 7), (1, 1), (1, 9)])
-def test_every_size_comes_back(build, size):
+def test_output_has_the_size_of_the_input(build, size):
     network = build()
     x, c = inputs(network, 2, *size)
     y = network(x, c)
@@ -66,7 +68,7 @@ def test_every_size_comes_back(build, size):
     y.mean().backward()
 
 
-def test_padding_is_zeros_around_the_centre_and_only_where_needed():
+def test_padding_is_centered_zeros_and_only_if_needed():
     network = tiny(multipliers=[1, 1, 2]).eval()
     x, c = inputs(network, 1, 5, 6)
     padded = F.pad(x, (1, 1, 1, 2))
@@ -75,7 +77,7 @@ def test_padding_is_zeros_around_the_centre_and_only_where_needed():
     assert torch.equal(network(x, c), network.output_head(network.body(x, network.embedding(c))))
 
 
-def test_channels_last_gives_the_same_in_its_own_format():
+def test_channels_last_returns_the_same_values_in_channels_last_format():
     network = tiny(conditioning="scale_shift", attention=[8, 4]).eval()
     x, c = inputs(network, 2, 8, 8)
     expected = network(x, c)
@@ -85,7 +87,7 @@ def test_channels_last_gives_the_same_in_its_own_format():
     assert got.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_zero_initialised_output_is_zero_and_learns():
+def test_zero_init_output_is_zero_and_has_gradients():
     network = tiny(zero_init=True)
     x, c = inputs(network, 2, 8, 8)
     y = network(x, c)
@@ -108,7 +110,7 @@ def test_no_label_is_the_null_label():
 
 
 @pytest.mark.parametrize("build", [tiny, partial(ClassicUNet, channels=1, image_size=[8, 8], width=4, levels=2)])
-def test_previous(build):
+def test_previous_is_an_input_of_a_self_conditioning_network_only(build):
     network = build(self_conditioning=True).eval()
     x, c = inputs(network, 2, 8, 8)
     assert network.self_conditioning
@@ -155,8 +157,9 @@ def test_bfloat16_autocast_is_close_to_float32(conditioning):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize("options", [{}, {"num_classes": 3, "self_conditioning": True, "gradient_checkpointing": True}])
-def test_compilation_finds_one_graph(options):
+def test_compilation_yields_one_graph(options):
     network = tiny(**options)
     x, c = inputs(network, 2, 7, 8)
     label = torch.tensor([0, 1]) if options else None
@@ -191,7 +194,7 @@ def test_refusals_name_the_remedy(options, remedy):
     assert "\n" not in str(error.value)
 
 
-def test_attention_counts_the_longer_side_of_the_padded_image():
+def test_attention_refers_to_the_longer_side_of_the_padded_image():
     tiny(image_size=[50, 34], multipliers=[1, 1, 1], attention=[13])
     with pytest.raises(ValueError, match=r"\[52, 26, 13\]"):
         tiny(image_size=[50, 34], multipliers=[1, 1, 1], attention=[25])
@@ -205,6 +208,7 @@ def test_attention_counts_the_longer_side_of_the_padded_image():
         ((2, 1, 8, 8), 1, "one value for each"),
     ],
 )
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_wrong_inputs_are_refused(shape, times, remedy):
     with pytest.raises(ValueError, match=remedy):
         tiny()(torch.zeros(shape), torch.zeros(times))

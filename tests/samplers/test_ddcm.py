@@ -137,7 +137,7 @@ def test_one_step_has_nothing_to_choose() -> None:
     ],
 )
 def test_indices_of_another_code_are_refused(wrong: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match="take the steps, the grid and the codebook"):
+    with pytest.raises(ValueError, match="write the steps, the grid and the codebook"):
         DDCM(10).decompress(oracle(DATA, Cosine(), PredV()), wrong, X0)
 
 

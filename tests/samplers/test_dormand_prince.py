@@ -55,11 +55,11 @@ def test_each_row_goes_scipys_steps(f: Callable[..., Any], start: float, stop: f
     y = torch.tensor([[0.01, 0.5], [0.9, 0.2], [0.0, 1.0]], dtype=D) if f is logistic else Y
     seen: dict[int, list[float]] = {i: [] for i in range(len(y))}
 
-    def watch(rows: torch.Tensor, t: torch.Tensor, y: torch.Tensor, slope: torch.Tensor) -> None:
+    def on_step(rows: torch.Tensor, t: torch.Tensor, y: torch.Tensor, slope: torch.Tensor) -> None:
         for i, time in zip(rows.tolist(), t.tolist(), strict=True):
             seen[i] += [time] if not seen[i] or seen[i][-1] != time else []
 
-    got = integrate(f, y, start, stop, rtol=rtol, atol=atol, watch=watch)
+    got = integrate(f, y, start, stop, rtol=rtol, atol=atol, on_step=on_step)
     assert got.calls == int(got.evaluations.max())
     for i, row in enumerate(y):
         want = scipys(f, row, start, stop, rtol=rtol, atol=atol)
@@ -176,7 +176,7 @@ def test_the_limit_names_the_remedy() -> None:
     need = integrate(swing, Y, 0.0, 2.0).calls
     assert integrate(swing, Y, 0.0, 2.0, limit=need).calls == need
     with pytest.raises(
-        ValueError, match=r"evaluations came \d+\.\d% of the way, .*raise the budget, or loosen rtol"
+        ValueError, match=r"evaluations reached \d+\.\d% of the interval, .*raise the budget, or loosen rtol"
     ) as refused:
         integrate(swing, Y, 0.0, 2.0, limit=need - 1)
     assert "\n" not in str(refused.value)
@@ -199,7 +199,7 @@ def test_a_derivative_that_is_not_finite_is_named_with_its_time(bad: float) -> N
 
 def test_a_solution_that_runs_away_is_refused() -> None:
     """y' = y² from 1 is infinite at t = 1."""
-    with pytest.raises(ValueError, match=r"50\.0% of the way|between t=1 "):
+    with pytest.raises(ValueError, match=r"50\.0% of the interval|between t=1 "):
         integrate(lambda t, y, rows: y.square(), torch.ones(1, 1, dtype=D), 0.0, 2.0)
 
 

@@ -376,8 +376,8 @@ def test_an_infinite_drift_is_refused_and_avoidable(schedule: Schedule) -> None:
         ({"corrector_steps": -1}, "corrector_steps >= 0"),
         ({"snr": 0.0}, "snr > 0"),
         ({"snr": math.nan}, "snr > 0"),
-        ({"budget": 1}, "allow more"),
-        ({"budget": 3, "corrector_steps": 3}, "allow more"),
+        ({"budget": 1}, "write a larger budget"),
+        ({"budget": 3, "corrector_steps": 3}, "write a larger budget"),
         ({"grid": "nonesuch"}, "write one of"),
     ],
 )

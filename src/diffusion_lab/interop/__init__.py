@@ -1,1 +1,1 @@
-"""Weights and formats of other projects, in and out: one file a project."""
+"""Import and export of weights in the formats of other projects, one file per project."""

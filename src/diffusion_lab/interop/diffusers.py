@@ -1,6 +1,7 @@
-"""diffusers: the U-Net that it publishes (`google/ddpm-cifar10-32` and others, Ho et al. 2020) is `UNet` with other names.
+"""Conversion of weights between diffusers' `UNet2DModel` and `UNet`.
 
-`from_diffusers` and `to_diffusers` translate the names; `load_diffusers` fills a `UNet` from a file.
+The U-Net of diffusers (`google/ddpm-cifar10-32` and others, Ho et al. 2020) is `UNet` with other parameter names.
+`from_diffusers` and `to_diffusers` translate the names; `load_diffusers` loads a file into a `UNet`.
 """
 
 import re
@@ -16,7 +17,7 @@ from diffusion_lab.models import UNet
 
 State = dict[str, Tensor]
 
-# Names here → names in diffusers, by prefix and then by layer.
+# Names in `UNet` → names in diffusers, by prefix and then by layer.
 _RULES = [
     (r"^down\.(\d+)\.units\.(\d+)\.residual", r"down_blocks.\1.resnets.\2"),
     (r"^down\.(\d+)\.units\.(\d+)\.attention", r"down_blocks.\1.attentions.\2"),
@@ -38,77 +39,78 @@ _RULES = [
     (r"(attentions\.\d+)\.norm", r"\1.group_norm"),
     (r"(attentions\.\d+)\.last", r"\1.to_out.0"),
 ]
-# What older files, which diffusers still reads, call the layers of the attention.
+# Names of the attention layers in older files, which diffusers still reads → present names.
 _OLD = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 
-def _theirs(name: str) -> list[str]:
-    """Names in diffusers of the tensors whose stack (along dimension 0) is `name` here."""
+def _diffusers_names(name: str) -> list[str]:
+    """Return the names in diffusers of the tensors whose concatenation along dimension 0 is `name` in `UNet`."""
     for pattern, replacement in _RULES:
         name = re.sub(pattern, replacement, name)
     return [name.replace(".qkv.", f".to_{letter}.") for letter in "qkv"] if ".qkv." in name else [name]
 
 
 def from_diffusers(state: State, unet: UNet) -> State:
-    """A `UNet2DModel`'s tensors under the names of `unet`, ready for its `load_state_dict`.
+    """Return the tensors of a `UNet2DModel` under the names of `unet`, for `unet.load_state_dict`.
 
     Args:
-        state: diffusers' state dict, of its old names or its present ones.
-        unet: the network that gives names and shapes; unchanged.
+        state: state dict of diffusers, with old or present names.
+        unet: defines the names and shapes; not modified.
 
     Raises:
-        ValueError: names the tensors that are missing, left over, or of another shape.
+        ConfigError: a tensor that is missing, unused or of another shape; the message names them.
     """
     for old, new in _OLD.items():
         state = {name.replace(old, new): tensor for name, tensor in state.items()}
-    left, found, faults = set(state), State(), []
-    for name, mine in unet.state_dict().items():
-        theirs = _theirs(name)
-        for n, part in zip(theirs, mine.chunk(len(theirs)), strict=True):
+    unused, converted, mismatches = set(state), State(), []
+    for name, tensor in unet.state_dict().items():
+        names = _diffusers_names(name)
+        for n, part in zip(names, tensor.chunk(len(names)), strict=True):
             if n not in state:
-                faults.append(f"no {n}")
+                mismatches.append(f"no {n}")
             elif state[n].shape != part.shape:
-                faults.append(f"{n} is {tuple(state[n].shape)} for {tuple(part.shape)}")
-        left -= set(theirs)
-        if not faults:
-            found[name] = torch.cat([state[n] for n in theirs])
-    faults += [f"no place for {n}" for n in sorted(left)]
-    if faults:
-        more = f"; and {len(faults) - 4} more" if len(faults) > 4 else ""
+                mismatches.append(f"{n} is {tuple(state[n].shape)} for {tuple(part.shape)}")
+        unused -= set(names)
+        if not mismatches:
+            converted[name] = torch.cat([state[n] for n in names])
+    mismatches += [f"unused {n}" for n in sorted(unused)]
+    if mismatches:
+        more = f"; and {len(mismatches) - 4} more" if len(mismatches) > 4 else ""
         raise ConfigError(
-            f"these weights do not fit this U-Net, give it their configuration: {'; '.join(faults[:4])}{more}"
+            f"these weights do not fit this U-Net: {'; '.join(mismatches[:4])}{more}: "
+            "build it with the configuration of the weights"
         )
-    return found
+    return converted
 
 
 def to_diffusers(unet: UNet) -> State:
-    """The tensors of `unet` under the names of a `UNet2DModel` of the same configuration."""
+    """Return the tensors of `unet` under the names of a `UNet2DModel` of the same configuration."""
     state = State()
     for name, tensor in unet.state_dict().items():
-        theirs = _theirs(name)
+        names = _diffusers_names(name)
         # Copies, because safetensors refuses views of one storage.
-        state |= {n: part.clone() for n, part in zip(theirs, tensor.chunk(len(theirs)), strict=True)}
+        state |= {n: part.clone() for n, part in zip(names, tensor.chunk(len(names)), strict=True)}
     return state
 
 
 def load_diffusers(path: str | Path, unet: UNet) -> UNet:
-    """Fill `unet` with published weights, and return it: a file of `conf/model` may name this function by `_target_`.
+    """Load published weights into `unet` and return it. Usable as `_target_` in a file of `conf/model`.
 
     Args:
-        path: a `.safetensors` file, or the folder that diffusers' `save_pretrained` wrote.
-        unet: e.g. that of `conf/model/unet_cifar10.yaml` for `google/ddpm-cifar10-32`.
+        path: a `.safetensors` file, or a folder written by diffusers' `save_pretrained`.
+        unet: a network of the weights' configuration, e.g. of `conf/model/unet_cifar10.yaml` for `google/ddpm-cifar10-32`.
 
     Raises:
-        ValueError: no such file, a damaged one, or weights that do not fit.
+        ConfigError: the file is missing or damaged, or the weights do not fit.
     """
     file = Path(path)
     if file.is_dir():
         file /= "diffusion_pytorch_model.safetensors"
     if not file.is_file():
-        raise ConfigError(f"no weights at {file}: give a .safetensors file, or the folder that save_pretrained wrote")
+        raise ConfigError(f"no weights at {file}: write a .safetensors file, or a folder written by save_pretrained")
     try:
         state = load_file(file)
     except SafetensorError as error:
-        raise ConfigError(f"{file} is not a whole .safetensors file: fetch it again ({error})") from error
+        raise ConfigError(f"{file} is not a complete .safetensors file: download it again ({error})") from error
     unet.load_state_dict(from_diffusers(state, unet))
     return unet

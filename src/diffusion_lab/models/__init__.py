@@ -1,14 +1,14 @@
-"""Networks: `(x, c, label, previous) → output`. They import nothing of the other rooms and know no schedule or objective.
+"""Networks: `(x, c, label, previous) → output`. They depend on no schedule and no objective, and import errors.py alone.
 
-| class | what it is |
+| class | description |
 |---|---|
-| `UNet` | DDPM's network and its descendants, by options |
-| `UNetForImageSize` | the same, its options chosen by the image size |
-| `ClassicUNet` | the original contracting and expanding path |
-| `VarianceHead` | a frozen network with C more channels, for its variance |
-| `External` | a network of another library |
+| `UNet` | the U-Net of DDPM, improved DDPM and their successors, selected by options |
+| `UNetForImageSize` | `UNet` with options chosen by the image size |
+| `ClassicUNet` | the original U-Net (Ronneberger et al. 2015) |
+| `VarianceHead` | a frozen network with a second head of C channels for the variance |
+| `External` | adapter for a network of another library |
 
-Any other `torch.nn.Module` of that signature will do: see `external`.
+Any other `torch.nn.Module` with this signature works as well: see external.py.
 """
 
 from diffusion_lab.models.classic import ClassicUNet

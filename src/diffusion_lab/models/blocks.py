@@ -1,10 +1,11 @@
-"""The layers of the U-Net. Images are (B, C, H, W) in either memory format; no layer copies them from one to the other."""
+"""Layers of the U-Net. Every layer keeps the memory format (contiguous or channels_last) of its input."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from diffusion_lab.errors import ConfigError
@@ -12,53 +13,61 @@ from diffusion_lab.errors import ConfigError
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """What the blocks of one network have in common; the arguments of `UNet`, where they are explained."""
+    """Configuration shared by the blocks of a network; see the arguments of `UNet`."""
 
-    embedding: int
+    embedding: int  # E, size of the embedding
     groups: int
     dropout: float
-    scale_shift: bool
+    scale_shift: bool  # conditioning="scale_shift"
     activation: type[nn.Module]
     heads: int
     head_channels: int | None
 
     def norm(self, channels: int) -> nn.GroupNorm:
-        """Group normalisation of (B, C, …); ValueError if the groups do not divide C."""
+        """Return a group normalization of `channels` channels.
+
+        Raises:
+            ConfigError: `groups` does not divide `channels`.
+        """
         if self.groups < 1 or channels % self.groups:
-            fit = [g for g in range(1, channels + 1) if channels % g == 0 and g <= 64]
-            raise ConfigError(f"groups={self.groups} does not divide {channels} channels: write one of {fit}")
+            divisors = [g for g in range(1, channels + 1) if channels % g == 0 and g <= 64]
+            raise ConfigError(f"groups={self.groups} does not divide {channels} channels: write one of {divisors}")
         return nn.GroupNorm(self.groups, channels, eps=1e-6)
 
     def heads_of(self, channels: int) -> int:
-        """Number of attention heads on C channels; ValueError if they do not divide C."""
+        """Return the number of attention heads for `channels` channels.
+
+        Raises:
+            ConfigError: `heads` or `head_channels` does not divide `channels`.
+        """
         by_size = self.head_channels is not None
         name, divisor = ("head_channels", self.head_channels or 0) if by_size else ("heads", self.heads)
         if divisor < 1 or channels % divisor:
-            raise ConfigError(f"{name}={divisor} does not divide {channels} channels: write a divisor of it")
+            raise ConfigError(f"{name}={divisor} does not divide {channels} channels: write a divisor of {channels}")
         return channels // divisor if by_size else divisor
 
 
 class Residual(nn.Module):
-    """x + conv(act(norm(conv(act(norm(x)))))), told e between the convolutions: h + We, or (1 + W₁e) norm(h) + W₂e.
+    """Residual block: x + conv(act(norm(conv(act(norm(x)))))), with the embedding e added between the convolutions.
 
-    Ho et al. 2020, appendix B ("additive"); Nichol & Dhariwal 2021, section 3 ("scale_shift").
+    e enters as h + We ("additive": Ho et al. 2020, appendix B) or as (1 + W₁e) norm(h) + W₂e ("scale_shift": Nichol & Dhariwal
+    2021, section 3).
     """
 
-    def __init__(self, inputs: int, outputs: int, style: BlockConfig) -> None:
+    def __init__(self, inputs: int, outputs: int, config: BlockConfig) -> None:
         super().__init__()
-        self.scale_shift = style.scale_shift
-        self.activation = style.activation()
-        self.norm1 = style.norm(inputs)
+        self.scale_shift = config.scale_shift
+        self.activation = config.activation()
+        self.norm1 = config.norm(inputs)
         self.first = nn.Conv2d(inputs, outputs, 3, padding=1)
-        self.condition = nn.Linear(style.embedding, 2 * outputs if style.scale_shift else outputs)
-        self.norm2 = style.norm(outputs)
-        # nn.Dropout(0) still draws and multiplies in training.
-        self.dropout = nn.Dropout(style.dropout) if style.dropout else nn.Identity()
+        self.condition = nn.Linear(config.embedding, 2 * outputs if config.scale_shift else outputs)
+        self.norm2 = config.norm(outputs)
+        # nn.Dropout(0) would still draw random numbers in training.
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.last = nn.Conv2d(outputs, outputs, 3, padding=1)
         self.skip = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
 
-    def forward(self, x: Tensor, e: Tensor) -> Tensor:
-        """x (B, C_in, H, W), e (B, E) → (B, C_out, H, W)."""
+    def forward(self, x: Float[Tensor, "b c_in h w"], e: Float[Tensor, "b e"]) -> Float[Tensor, "b c_out h w"]:
         h = self.first(self.activation(self.norm1(x)))
         condition = self.condition(e)[:, :, None, None]
         if self.scale_shift:
@@ -71,17 +80,16 @@ class Residual(nn.Module):
 
 
 class Attention(nn.Module):
-    """x + W softmax(q kᵀ/√d) v over all pixels, q, k and v linear in norm(x)."""
+    """Self-attention over all pixels: x + W softmax(q kᵀ/√d) v, with q, k and v linear in norm(x)."""
 
-    def __init__(self, channels: int, style: BlockConfig) -> None:
+    def __init__(self, channels: int, config: BlockConfig) -> None:
         super().__init__()
-        self.heads = style.heads_of(channels)
-        self.norm = style.norm(channels)
+        self.heads = config.heads_of(channels)
+        self.norm = config.norm(channels)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.last = nn.Linear(channels, channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) → the same shape."""
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C): a view if x is channels_last
         q, k, v = self.qkv(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, HW, d)
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
@@ -90,38 +98,35 @@ class Attention(nn.Module):
 
 
 class ResAttnBlock(nn.Module):
-    """A residual block and, where the resolution asks for it, attention."""
+    """A residual block, followed by self-attention if `attention`."""
 
-    def __init__(self, inputs: int, outputs: int, style: BlockConfig, *, attention: bool) -> None:
+    def __init__(self, inputs: int, outputs: int, config: BlockConfig, *, attention: bool) -> None:
         super().__init__()
-        self.residual = Residual(inputs, outputs, style)
-        self.attention = Attention(outputs, style) if attention else nn.Identity()
+        self.residual = Residual(inputs, outputs, config)
+        self.attention = Attention(outputs, config) if attention else nn.Identity()
 
-    def forward(self, x: Tensor, e: Tensor) -> Tensor:
-        """x (B, C_in, H, W), e (B, E) → (B, C_out, H, W)."""
+    def forward(self, x: Float[Tensor, "b c_in h w"], e: Float[Tensor, "b e"]) -> Float[Tensor, "b c_out h w"]:
         out: Tensor = self.attention(self.residual(x, e))
         return out
 
 
 class StridedConv(nn.Conv2d):
-    """Halves an even (H, W) by a 3×3 convolution of stride 2, padded below and at the right as TensorFlow's SAME does."""
+    """Halve an even (H, W) with a 3×3 convolution of stride 2, padded at the bottom and right as TensorFlow's SAME."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels, 3, stride=2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) → (B, C, H/2, W/2)."""
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h//2 w//2"]:
         return super().forward(F.pad(x, (0, 1, 0, 1)))
 
 
 class NearestConv(nn.Conv2d):
-    """Doubles (H, W) by repeating pixels, then a 3×3 convolution."""
+    """Double (H, W) by nearest-neighbor interpolation, followed by a 3×3 convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) → (B, C, 2H, 2W)."""
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c 2*h 2*w"]:
         return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 

@@ -1,17 +1,18 @@
-"""The original U-Net (Ronneberger et al. 2015, figure 1), told the time."""
+"""The original U-Net (Ronneberger et al. 2015, figure 1) with time conditioning."""
 
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from diffusion_lab.errors import ConfigError
-from diffusion_lab.models.base import UNetBase, initialise
+from diffusion_lab.models.base import UNetBase, initialize
 from diffusion_lab.models.embeddings import Embedding
 
 
 class DoubleConv(nn.Module):
-    """Two 3×3 convolutions, a ReLU after each; e, through a linear layer, is added to the result of the first."""
+    """Two 3×3 convolutions, each followed by a ReLU; a linear projection of e is added after the first convolution."""
 
     def __init__(self, inputs: int, outputs: int, embedding: int) -> None:
         super().__init__()
@@ -20,29 +21,30 @@ class DoubleConv(nn.Module):
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
         self.activation = nn.ReLU()
 
-    def forward(self, x: Tensor, e: Tensor) -> Tensor:
-        """x (B, C_in, H, W), e (B, E) → (B, C_out, H, W)."""
+    def forward(self, x: Float[Tensor, "b c_in h w"], e: Float[Tensor, "b e"]) -> Float[Tensor, "b c_out h w"]:
         h = self.activation(self.conv1(x) + self.condition(e)[:, :, None, None])
         out: Tensor = self.activation(self.conv2(h))
         return out
 
 
 class ClassicUNet(UNetBase):
-    """Contracting path: double convolution, 2×2 max pooling, channels doubled. Expanding path: 2×2 transposed convolution,
-    channels halved, the copy from across concatenated, double convolution; last a 1×1 convolution.
+    """The original U-Net with padded convolutions and time conditioning.
 
-    It differs from the paper by padded convolutions (output and input are of one size, so nothing is cropped), by the time
-    and the label, which each double convolution is told, and by having no dropout. It has no normalisation either.
+    Contracting path: double convolution, 2×2 max pooling, channels doubled. Expanding path: 2×2 transposed convolution, channels
+    halved, skip connection concatenated, double convolution. Last a 1×1 convolution.
+
+    Differences from the paper: convolutions are padded, so the output has the size of the input and skips are not cropped; every
+    double convolution takes the embedding of time and label; there is no dropout. As in the paper there is no normalization.
 
     Args:
         channels: C of the images.
-        image_size: [H, W] of the data; any other size works too.
+        image_size: [H, W] of the training images; other sizes work too.
         width: channels of the first level (64 in the paper).
         levels: number of resolutions (5 in the paper).
-        num_classes, self_conditioning, learned_variance, given_channels, channels_last: as for `UNet`.
+        num_classes, self_conditioning, learned_variance, given_channels, channels_last: as in `UNet`.
 
     Raises:
-        ValueError: numbers that are not positive, a width that is odd.
+        ConfigError: a number that is not positive, an odd width.
     """
 
     def __init__(
@@ -79,23 +81,23 @@ class ClassicUNet(UNetBase):
         self.grow = nn.ModuleList(nn.ConvTranspose2d(2 * w, w, 2, stride=2) for w in widths[-2::-1])
         self.up = nn.ModuleList(DoubleConv(2 * w, w, size) for w in widths[-2::-1])
         self.output = nn.Conv2d(width, self.out_channels, 1)
-        # Deviation √(2/N), section 3 of the paper: ReLUs without normalisation need it.
-        initialise(self, nn.init.kaiming_normal_)
+        # Standard deviation √(2/N), section 3 of the paper: needed for ReLUs without normalization.
+        initialize(self, nn.init.kaiming_normal_)
         if channels_last:
             self.to(memory_format=torch.channels_last)
 
-    def body(self, x: Tensor, e: Tensor) -> Tensor:
-        """x (B, in_channels, H, W), H and W multiples of `side`; e (B, E) → (B, feature_channels, H, W)."""
+    def body(
+        self, x: Float[Tensor, "b in_channels h w"], e: Float[Tensor, "b e"]
+    ) -> Float[Tensor, "b feature_channels h w"]:
         h, skips = x, []
         for i, block in enumerate(self.down):
             h = block(h if i == 0 else self.pool(h), e)
             skips.append(h)
-        skips.pop()  # the lowest level has nothing across
+        skips.pop()  # the lowest level has no skip connection
         for grow, block in zip(self.grow, self.up, strict=True):
             h = block(torch.cat([skips.pop(), grow(h)], dim=1), e)
         return h
 
-    def output_head(self, features: Tensor) -> Tensor:
-        """(B, feature_channels, H, W) → (B, out_channels, H, W)."""
+    def output_head(self, features: Float[Tensor, "b feature_channels h w"]) -> Float[Tensor, "b out_channels h w"]:
         out: Tensor = self.output(features)
         return out

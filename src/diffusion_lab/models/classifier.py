@@ -1,31 +1,32 @@
-"""A small convolutional classifier: its features measure small images where Inception's do not fit, its gradients guide."""
+"""A small convolutional classifier, for Fréchet distances of small images and for classifier guidance."""
 
 from itertools import pairwise
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.models.embeddings import Embedding
 
-GROUPS = 8  # of the normalisation
+GROUPS = 8  # of the group normalization
 
 
 class Classifier(nn.Module):
-    """Three normalised convolutions, two of them strided, one hidden layer, logits; told the time, it classifies noisy images.
+    """Three convolutions with group normalization, two of them strided, a hidden layer and logits.
 
-    The time c is what `schedule.conditioning(t)` gives; it scales and shifts the channels after each normalisation. Where it is
-    ln(σ/α)/4 (time="fourier": ve, edm, on which α = 1 and σ grows to 50 and more) the image is divided by √(1 + e^{8c}) =
-    √(1 + σ²/α²) first, so that every noise level has images of one size.
+    With `time` it classifies noisy images: the embedding of c = `schedule.conditioning(t)` scales and shifts the channels after
+    each normalization. With time="fourier" (ve, edm: α = 1, σ up to 50 and more) the image is first divided by
+    √(1 + e^{8c}) = √(1 + σ²/α²), so that its scale is the same at every noise level.
 
     Args:
-        channels: of the images.
-        num_classes: how many logits.
-        width: channels of the first convolution, a multiple of 8; the others have twice as many.
+        channels: C of the images.
+        num_classes: K, the number of logits.
+        width: channels of the first convolution, a multiple of 8; the other convolutions have 2 · width.
         features: size of the hidden layer.
-        time: None for clean images; "sinusoidal" for c in 0 … 1000, "fourier" for c = ln(σ/α)/4.
+        time: None for clean images; "sinusoidal" for c in [0, 1000], "fourier" for c = ln(σ/α)/4.
 
     Raises:
-        ValueError: an unknown kind of time features.
+        ConfigError: an unknown kind of time features.
     """
 
     def __init__(
@@ -52,18 +53,17 @@ class Classifier(nn.Module):
                 nn.init.zeros_(layer.bias)
                 self.modulation.append(layer)
 
-    def features(self, x: Tensor, c: Tensor | None = None) -> Tensor:
-        """Hidden features.
+    def features(
+        self, x: Float[Tensor, "b c h w"], c: Float[Tensor, " b"] | None = None
+    ) -> Float[Tensor, "b features"]:
+        """Return the activations of the hidden layer.
 
         Args:
-            x: (B, C, H, W), H and W at least 4: images in [−1, 1], or x_t where the classifier is told the time.
-            c: float (B,), `schedule.conditioning(t)`, for a classifier that is told the time.
-
-        Returns:
-            float (B, features).
+            x: images in [−1, 1], or x_t for a classifier of noisy images; H and W at least 4.
+            c: `schedule.conditioning(t)`, for a classifier of noisy images.
 
         Raises:
-            ValueError: a time for a classifier of clean images, or none for one of noisy images.
+            ConfigError: c for a classifier of clean images, or no c for a classifier of noisy images.
         """
         if (c is None) != (self.time is None):
             raise ConfigError(
@@ -84,7 +84,9 @@ class Classifier(nn.Module):
         out: Tensor = self.activation(self.hidden(self.pool(x)))
         return out
 
-    def forward(self, x: Tensor, c: Tensor | None = None) -> Tensor:
-        """Logits (B, num_classes). Arguments as in `features`."""
+    def forward(
+        self, x: Float[Tensor, "b c h w"], c: Float[Tensor, " b"] | None = None
+    ) -> Float[Tensor, "b num_classes"]:
+        """Return the logits. Arguments as in `features`."""
         out: Tensor = self.head(self.features(x, c))
         return out

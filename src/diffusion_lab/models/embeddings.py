@@ -1,8 +1,9 @@
-"""What a network is told besides the image: the conditioning value c and the label, as one vector an image."""
+"""Embeddings of the time-conditioning input c and of the label."""
 
 import math
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from diffusion_lab.errors import ConfigError
@@ -10,40 +11,40 @@ from diffusion_lab.models.options import choose
 
 
 class Sinusoidal(nn.Module):
-    """[sin(ωᵢ c), cos(ωᵢ c)], ωᵢ = 10⁴^(−i/(n/2 − 1)) for i < n/2: made for c in 0…1000 (Ho et al. 2020, appendix B).
+    """[sin(ωᵢ c), cos(ωᵢ c)], ωᵢ = 10⁴^(−i/(n/2 − 1)) for i < n/2, designed for c in [0, 1000] (Ho et al. 2020, appendix B).
 
-    It serves c = ln(σ/α)/4 as well: EDM's DDPM++ networks have it, and on the digits it trains a little better than Fourier's.
+    It works for c = ln(σ/α)/4, too: EDM's DDPM++ networks use it, and on the digits it trains slightly better than `Fourier`.
 
     Args:
         features: n, even and at least 4.
 
     Raises:
-        ValueError: for any other n.
+        ConfigError: n is odd or below 4.
     """
 
     def __init__(self, features: int) -> None:
         super().__init__()
         if features < 4 or features % 2:
-            raise ConfigError(f"sinusoidal features come in pairs: width={features} must be even and at least 4")
+            raise ConfigError(f"sinusoidal features need an even width of at least 4, not width={features}")
         self.features = features
 
-    def forward(self, c: Tensor) -> Tensor:
-        """c float (B,) → (B, n) in [−1, 1], in c's dtype."""
+    def forward(self, c: Float[Tensor, " b"]) -> Float[Tensor, "b n"]:
+        """Return the features of c in [−1, 1], in c's dtype."""
         half = self.features // 2
-        # Not a buffer: `network.to(torch.bfloat16)` would round it and merge neighbouring times.
+        # Not a buffer: `network.to(torch.bfloat16)` would round it, and adjacent times would become equal.
         i = torch.arange(half, device=c.device, dtype=c.dtype)
         angle = c[:, None] * torch.exp(i * -math.log(10_000) / (half - 1))
         return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
 class Fourier(nn.Module):
-    """[sin(2π f c), cos(2π f c)] with fixed f ~ N(0, 16²): made for c = ln(σ/α)/4, which spans a few units (Song et al. 2021).
+    """[sin(2π f c), cos(2π f c)] with fixed f ~ N(0, 16²), designed for c = ln(σ/α)/4 (Song et al. 2021).
 
     Args:
         features: n, even and at least 2.
 
     Raises:
-        ValueError: for any other n.
+        ConfigError: n is odd or below 2.
     """
 
     frequencies: Tensor
@@ -51,13 +52,13 @@ class Fourier(nn.Module):
     def __init__(self, features: int) -> None:
         super().__init__()
         if features < 2 or features % 2:
-            raise ConfigError(f"Fourier features come in pairs: width={features} must be even and positive")
-        # A generator of its own: the same frequencies in every run, and in a buffer, so that a checkpoint carries them.
+            raise ConfigError(f"Fourier features need an even, positive width, not width={features}")
+        # A separate generator gives the same frequencies in every run; a buffer stores them in the checkpoint.
         noise = torch.randn(features // 2, generator=torch.Generator().manual_seed(0), device="cpu")
         self.register_buffer("frequencies", 16 * noise)
 
-    def forward(self, c: Tensor) -> Tensor:
-        """c float (B,) → (B, n) in [−1, 1], in c's dtype."""
+    def forward(self, c: Float[Tensor, " b"]) -> Float[Tensor, "b n"]:
+        """Return the features of c in [−1, 1], in c's dtype."""
         angle = c[:, None] * (2 * math.pi * self.frequencies.to(c.dtype))
         return torch.cat([angle.sin(), angle.cos()], dim=1)
 
@@ -66,16 +67,16 @@ FEATURES: dict[str, type[Sinusoidal] | type[Fourier]] = {"sinusoidal": Sinusoida
 
 
 class Embedding(nn.Module):
-    """(c, label) → e = act(W₂ act(W₁ features(c)) + row(label)), activated once here for all the layers that read it.
+    """(c, label) → e = act(W₂ act(W₁ features(c)) + row(label)). The activation is applied once here, not in each layer.
 
     Args:
-        width: number of time features n; e has 4n entries.
-        features: `sinusoidal` or `fourier`.
-        activation: the class of the non-linearity.
-        num_classes: K, or None for a network without labels. The table has K + 1 rows, the last for "no label".
+        width: n, number of time features; e has size 4n.
+        features: kind of time features, `sinusoidal` or `fourier`.
+        activation: class of the activation function.
+        num_classes: K, or None for a network without labels. The embedding table has K + 1 rows; row K is the null label.
 
     Raises:
-        ValueError: an unknown kind of features, an unfit width or number of classes.
+        ConfigError: an unknown kind of features, a width that does not fit them, K below 1.
     """
 
     def __init__(self, width: int, features: str, activation: type[nn.Module], num_classes: int | None) -> None:
@@ -90,21 +91,20 @@ class Embedding(nn.Module):
         self.size = 4 * width
         self.label = None if num_classes is None else nn.Embedding(num_classes + 1, self.size)
 
-    def forward(self, c: Tensor, label: Tensor | None = None) -> Tensor:
-        """Embed.
+    def forward(
+        self, c: Float[Tensor, " b"], label: Int[Tensor, " b"] | Float[Tensor, "b num_classes"] | None = None
+    ) -> Float[Tensor, "b e"]:
+        """Return e, (B, 4n), in the dtype of the weights, also under autocast.
 
         Args:
-            c: float (B,); half precision is widened to float32 first.
-            label: int64 (B,) in [0, K], K for "no label"; or float (B, K), a weight for each row (attributes in [−1, 1],
-                0 unknown), where a row of zeros is "no label"; None is "no label" for all.
-
-        Returns:
-            (B, 4n) in the dtype of the weights, whatever autocast is on.
+            c: time-conditioning input; half precision is converted to float32.
+            label: class in [0, K], where K is the null label; or weights of the K rows (attributes in [−1, 1], 0: unknown), where
+                all zeros are the null label. None: the null label for all images.
 
         Raises:
-            ValueError: a label for a network without labels, or of another shape.
+            ConfigError: a label for a network without labels, or of a wrong shape.
         """
-        # bfloat16 merges the times 0…999 to 507 values; this costs nothing beside one convolution.
+        # float32, because bfloat16 rounds the times 0…999 to 507 values; the cost is negligible compared with a convolution.
         with torch.autocast(c.device.type, enabled=False):
             c = c.to(torch.promote_types(c.dtype, torch.float32))
             e = self.features(c).to(self.linear1.weight.dtype)
@@ -117,7 +117,7 @@ class Embedding(nn.Module):
             return out
 
     def _row(self, table: Tensor, label: Tensor | None, batch: int) -> Tensor:
-        """The label's vector (B, 4n) or, for no label at all, (1, 4n)."""
+        """Return the embedding of the label, (B, 4n), or (1, 4n) if label is None."""
         classes = len(table) - 1
         if label is None:
             return table[classes:]

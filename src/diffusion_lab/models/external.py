@@ -1,21 +1,22 @@
-"""Networks of other libraries.
+"""Adapter for networks of other libraries.
 
-A network is any `torch.nn.Module` that is called as `(x, c, **condition)`, x (B, C, H, W) and c (B,), and returns C or 2C
-channels: name its class by `_target_` in a file of `conf/model`, with its arguments. `External` adapts those whose label has
-another keyword or that wrap their result, such as diffusers' `UNet2DModel`.
+A network is any `torch.nn.Module` that is called as `(x, c, **condition)`, with x (B, C, H, W) and c (B,), and returns C or 2C
+channels: write its class as `_target_` and its arguments into a file in `conf/model`. `External` adapts networks that take the
+label by another keyword or wrap their result, such as diffusers' `UNet2DModel`.
 """
 
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from diffusion_lab.errors import ConfigError
 
 
 class External(nn.Module):
-    """Gives another library's network the signature of this one's.
+    """Adapt another library's network to the signature (x, c, label).
 
     Args:
-        module: called as `module(x, c)` or, with a label, `module(x, c, **{label: …})`.
-        label: the keyword of the label, e.g. `class_labels` in diffusers; None for a network without labels.
+        module: called as `module(x, c)` or, with a label, as `module(x, c, **{label: …})`.
+        label: keyword of the label, e.g. `class_labels` in diffusers; None for a network without labels.
     """
 
     self_conditioning = False
@@ -25,16 +26,20 @@ class External(nn.Module):
         self.module = module
         self.label = label
 
-    def forward(self, x: Tensor, c: Tensor, label: Tensor | None = None) -> Tensor:
-        """x (B, C, H, W), c (B,) → the result itself, or its field `sample`.
+    def forward(
+        self, x: Float[Tensor, "b c h w"], c: Float[Tensor, " b"], label: Int[Tensor, " b"] | None = None
+    ) -> Float[Tensor, "b out_channels h w"]:
+        """Return the result of `module`, or the attribute `sample` of the result.
 
         Raises:
-            ValueError: a label for a network without labels; a result that is neither.
+            ConfigError: a label without its keyword, or a result that is no tensor and has no tensor `sample`.
         """
         if label is None:
             result = self.module(x, c)
         elif self.label is None:
-            raise ConfigError("got labels, but this external network has none: name its keyword by `label`")
+            raise ConfigError(
+                "got labels, but `label` is None: write the network's keyword for them, e.g. label=class_labels"
+            )
         else:
             result = self.module(x, c, **{self.label: label})
         out = result if isinstance(result, Tensor) else getattr(result, "sample", None)

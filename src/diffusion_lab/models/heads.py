@@ -1,8 +1,9 @@
-"""A second head on a trained network, for what its output does not say: the spread around it."""
+"""A second head on a trained network that predicts a variance."""
 
 import math
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from diffusion_lab.errors import ConfigError
@@ -10,25 +11,25 @@ from diffusion_lab.models.base import UNetBase
 
 
 class VarianceHead(nn.Module):
-    """A frozen network and, on its last features, normalisation, SiLU and a 3×3 convolution to C more channels (Bao et al.
-    2022, "Estimating the optimal covariance with imperfect mean in diffusion probabilistic models").
+    """A frozen network and a trainable head of C channels: normalization, SiLU and a 3×3 convolution on the last features.
 
-    The network stays in eval mode, without dropout, whatever mode the whole is put into. A learned variance of its own is
-    left out: the channels beyond C are the head's. It starts from E ε² = 1 for "sn", else from 0.
+    Bao et al. 2022, "Estimating the optimal covariance with imperfect mean in diffusion probabilistic models". The network stays
+    in eval mode, without dropout, also after `train()`. If it has a learned variance, those channels are dropped and the
+    head's take their place. The head is initialized to E ε² = 1 for "sn" and to 0 for "npr".
 
     Args:
-        network: one of this package.
-        kind: what the head learns, "sn" or "npr"; the attribute `extra`.
+        network: a U-Net of this package.
+        kind: quantity that the head predicts, "sn" or "npr"; also the attribute `extra`.
 
     Raises:
-        ValueError: a network that does not show its features.
+        ConfigError: the network is not a `UNetBase`, so its features are not accessible.
     """
 
     def __init__(self, network: nn.Module, kind: str) -> None:
         super().__init__()
         if not isinstance(network, UNetBase):
             raise ConfigError(
-                f"variance={kind} reads the last features of UNet or ClassicUNet, which {type(network).__name__} does not show: "
+                f"variance={kind} needs the last features of UNet or ClassicUNet, which {type(network).__name__} does not show: "
                 "write variance=analytic, which needs the output alone"
             )
         self.network = network.requires_grad_(False)
@@ -47,13 +48,13 @@ class VarianceHead(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
-        c: Tensor,
-        label: Tensor | None = None,
-        previous: Tensor | None = None,
-        given: Tensor | None = None,
-    ) -> Tensor:
-        """(B, 2C, H, W): the network's output, then the head's. Arguments as for the network."""
+        x: Float[Tensor, "b c h w"],
+        c: Float[Tensor, " b"],
+        label: Int[Tensor, " b"] | Float[Tensor, "b num_classes"] | None = None,
+        previous: Float[Tensor, "b c h w"] | None = None,
+        given: Float[Tensor, "b given_channels h w"] | None = None,
+    ) -> Float[Tensor, "b 2*c h w"]:
+        """Return the first C channels of the network, then the C channels of the head. Arguments as in `UNetBase.forward`."""
         features = self.network.features(x, c, label, previous, given)
-        both = torch.cat([self.network.output_head(features)[:, : self.channels], self.head(features)], dim=1)
-        return self.network.crop(both, x)
+        output = torch.cat([self.network.output_head(features)[:, : self.channels], self.head(features)], dim=1)
+        return self.network.crop(output, x)

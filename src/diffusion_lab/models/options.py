@@ -13,7 +13,16 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "relu": nn.ReLU, "ge
 
 
 def choose(kind: str, name: str, options: Mapping[str, T]) -> T:
-    """`options[name]`; ValueError lists the names there are."""
+    """Return `options[name]`.
+
+    Args:
+        kind: description of the option, for the message.
+        name: the chosen name.
+        options: the allowed names and their values.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
     if name not in options:
         raise ConfigError(f"unknown {kind} {name!r}: write one of {', '.join(options)}")
     return options[name]

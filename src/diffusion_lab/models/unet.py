@@ -4,18 +4,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffusion_lab.errors import ConfigError
-from diffusion_lab.models.base import UNetBase, initialise
+from diffusion_lab.models.base import UNetBase, initialize
 from diffusion_lab.models.blocks import DOWNSAMPLE, UPSAMPLE, Attention, BlockConfig, ResAttnBlock, Residual
 from diffusion_lab.models.embeddings import Embedding
 from diffusion_lab.models.options import ACTIVATIONS, choose
 
 
 class Level(nn.Module):
-    """The units of one resolution and the step to the next; that of the last level is the identity."""
+    """The blocks of one resolution and the resampling to the next; for the last level the identity."""
 
     def __init__(self, units: list[ResAttnBlock], resample: nn.Module) -> None:
         super().__init__()
@@ -24,35 +25,37 @@ class Level(nn.Module):
 
 
 class UNet(UNetBase):
-    """Residual blocks and attention at halved resolutions, joined by skips from every block on the way down to one on the way up.
+    """U-Net of residual blocks and self-attention, with a skip connection from every down block to an up block.
+
+    Ho et al. 2020, appendix B; options for Nichol & Dhariwal 2021 and later networks.
 
     Args:
         channels: C of the images.
-        image_size: [H, W] of the data. Any other size works too; this one gives `attention` its meaning.
+        image_size: [H, W] of the training images; other sizes work too. `attention` refers to this size.
         width: channels of the first level, and number of time features.
-        multipliers: channels of each level, in units of `width`; as many levels as entries.
-        blocks: residual blocks of a level on the way down; one more on the way up.
-        attention: resolutions that get attention, by the longer side of the feature map, e.g. [16].
-        middle_attention: attention between the two blocks of the lowest level.
-        heads: attention heads …
-        head_channels: … or channels of a head, which goes first.
-        groups: of the group normalisation; divides the channels of every level.
-        dropout: probability, before the second convolution of a block.
+        multipliers: channels of each level in units of `width`; their number is the number of levels.
+        blocks: residual blocks of a down level; an up level has one more.
+        attention: resolutions with self-attention, by the longer side of the feature map, e.g. [16].
+        middle_attention: self-attention between the two middle blocks, at the lowest resolution.
+        heads: number of attention heads; ignored with `head_channels`.
+        head_channels: channels of an attention head.
+        groups: groups of the group normalization; divides the channels of every level.
+        dropout: dropout probability before the second convolution of a block.
         conditioning: `additive` (DDPM) or `scale_shift` (improved DDPM).
-        features: of the time: `sinusoidal`, for c in 0…1000, or `fourier`, for c = ln(σ/α)/4.
+        features: time features, `sinusoidal` for c in [0, 1000] or `fourier` for c = ln(σ/α)/4.
         downsample: `conv`, `average` or `max`.
-        upsample: `nearest` (and a convolution) or `transposed`.
+        upsample: `nearest` (followed by a convolution) or `transposed`.
         activation: `silu`, `relu` or `gelu`.
-        zero_init: blocks start as the identity and the output as zero.
-        num_classes: K for a network with labels; label K means "none".
-        self_conditioning: take the previous x̂_0 as a second image.
-        learned_variance: give 2C channels.
-        given_channels: of images that are given as a condition (`given`) and read beside x.
-        channels_last: keep weights, and so feature maps, in that memory format: 5 to 30 % faster on CPUs.
-        gradient_checkpointing: recompute each unit in the backward pass: less memory, a third more time.
+        zero_init: initialize blocks as the identity and the output as zero.
+        num_classes: K for a network with labels; label K is the null label.
+        self_conditioning: take the previous x̂_0 as an additional input.
+        learned_variance: return 2C channels.
+        given_channels: channels of conditioning images (`given`), concatenated to x.
+        channels_last: keep weights, and thereby feature maps, in channels_last memory format: 5 to 30 % faster on CPUs.
+        gradient_checkpointing: recompute each block in the backward pass: less memory, a third more time.
 
     Raises:
-        ValueError: an unknown option, numbers that do not fit each other, attention at a resolution that never occurs.
+        ConfigError: an unknown option, numbers that do not fit each other, attention at a resolution that does not occur.
     """
 
     def __init__(
@@ -98,7 +101,7 @@ class UNet(UNetBase):
             learned_variance=learned_variance,
             given_channels=given_channels,
         )
-        style = BlockConfig(
+        config = BlockConfig(
             embedding=self.embedding.size,
             groups=groups,
             dropout=dropout,
@@ -114,30 +117,32 @@ class UNet(UNetBase):
         last = len(widths) - 1
 
         self.input = nn.Conv2d(self.in_channels, width, 3, padding=1)
-        skips = [width]  # channels of what the way up will read, last in first out
+        skips = [width]  # channels of the skip connections, last in first out
         self.down = nn.ModuleList()
         h = width
         for i, (out, side) in enumerate(zip(widths, sides, strict=True)):
-            units = [ResAttnBlock(h if j == 0 else out, out, style, attention=side in attention) for j in range(blocks)]
+            units = [
+                ResAttnBlock(h if j == 0 else out, out, config, attention=side in attention) for j in range(blocks)
+            ]
             self.down.append(Level(units, shrink(out) if i < last else nn.Identity()))
             skips += [out] * (blocks + (i < last))
             h = out
         self.middle = nn.ModuleList(
-            [ResAttnBlock(h, h, style, attention=middle_attention), ResAttnBlock(h, h, style, attention=False)]
+            [ResAttnBlock(h, h, config, attention=middle_attention), ResAttnBlock(h, h, config, attention=False)]
         )
         self.up = nn.ModuleList()
         for i, (out, side) in reversed(list(enumerate(zip(widths, sides, strict=True)))):
             units = []
             for _ in range(blocks + 1):
-                units.append(ResAttnBlock(h + skips.pop(), out, style, attention=side in attention))
+                units.append(ResAttnBlock(h + skips.pop(), out, config, attention=side in attention))
                 h = out
             self.up.append(Level(units, grow(out) if i > 0 else nn.Identity()))
-        self.norm = style.norm(self.feature_channels)
+        self.norm = config.norm(self.feature_channels)
         self.activation = nonlinearity()
         self.output = nn.Conv2d(self.feature_channels, self.out_channels, 3, padding=1)
 
         self.gradient_checkpointing = gradient_checkpointing
-        initialise(self, nn.init.xavier_uniform_)  # as DDPM's code
+        initialize(self, nn.init.xavier_uniform_)  # as in DDPM's code
         if zero_init:
             nn.init.zeros_(self.output.weight)
             for m in self.modules():
@@ -147,7 +152,7 @@ class UNet(UNetBase):
             self.to(memory_format=torch.channels_last)
 
     def _sides(self, attention: Sequence[int]) -> list[int]:
-        """Longer side of each level's feature map, all that `attention` may name."""
+        """Return the longer side of each level's feature map, the allowed entries of `attention`."""
         longer = max(-(-size // self.side) * self.side for size in self.image_size)
         sides = [longer >> i for i in range(self.side.bit_length())]
         if missing := sorted(set(attention) - set(sides)):
@@ -157,8 +162,9 @@ class UNet(UNetBase):
             )
         return sides
 
-    def body(self, x: Tensor, e: Tensor) -> Tensor:
-        """x (B, in_channels, H, W), H and W multiples of `side`; e (B, E) → (B, feature_channels, H, W)."""
+    def body(
+        self, x: Float[Tensor, "b in_channels h w"], e: Float[Tensor, "b e"]
+    ) -> Float[Tensor, "b feature_channels h w"]:
         h: Tensor = self.input(x)
         skips = [h]
         for i, level in enumerate(self.down):
@@ -178,8 +184,7 @@ class UNet(UNetBase):
             h = level.resample(h)
         return h
 
-    def output_head(self, features: Tensor) -> Tensor:
-        """(B, feature_channels, H, W) → (B, out_channels, H, W)."""
+    def output_head(self, features: Float[Tensor, "b feature_channels h w"]) -> Float[Tensor, "b out_channels h w"]:
         out: Tensor = self.output(self.activation(self.norm(features)))
         return out
 
@@ -191,7 +196,7 @@ class UNet(UNetBase):
         return out
 
 
-# Largest side → the options of a network for images up to it; larger ones get the last.
+# Largest image side → options of the network for images up to this side.
 PRESETS: dict[int, dict[str, Any]] = {
     12: {"width": 24, "multipliers": [1, 1, 1], "blocks": 1, "attention": [], "groups": 8, "channels_last": True},
     20: {"width": 32, "multipliers": [1, 2, 2], "blocks": 1, "attention": [], "groups": 8, "channels_last": True},
@@ -208,12 +213,12 @@ PRESETS: dict[int, dict[str, Any]] = {
 
 
 class UNetForImageSize(UNet):
-    """A U-Net whose options follow from the image size: the default of a data set that has none of its own in conf/model.
+    """A U-Net with options chosen by the image size, the default for a data set without a file in conf/model.
 
     Args:
         channels: C of the images.
-        image_size: [H, W], which choose one of `PRESETS`.
-        options: of `UNet`, in place of the preset's.
+        image_size: [H, W]; the longer side selects one of `PRESETS`.
+        options: options of `UNet` that replace the preset's.
 
     Raises:
         ConfigError: as `UNet`.

@@ -1,4 +1,4 @@
-"""Samplers: integrators over a grid of times t_N > … > t_0. One signature (`base.Sampler`), one file a family."""
+"""Samplers: integrators over a grid of times t_N > … > t_0. All have the signature of `base.Sampler`."""
 
 from diffusion_lab.samplers.ancestral import DDIM, DDPM
 from diffusion_lab.samplers.base import Sampler, Samples, prior

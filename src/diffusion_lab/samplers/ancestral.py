@@ -1,10 +1,11 @@
-"""Ancestral sampling (DDPM) and its non-Markovian family (DDIM), every step or strided, with any variance."""
+"""Ancestral sampling (DDPM) and its non-Markovian generalization (DDIM), strided or not, with any variance."""
 
 import functools
 import math
 from collections.abc import Callable, Iterable
 
 import torch
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser, Prediction
@@ -16,27 +17,28 @@ from diffusion_lab.schedules import Schedule, append_dims_like
 from diffusion_lab.variances import Analytic, FixedSmall, Variance
 from diffusion_lab.variances.trajectory import costs, shortest
 
-# the deviation σ whose noise moves a pixel by one level of 256 on average, E|σz|
+# The standard deviation σ whose noise changes a pixel by one 8-bit level on average: E|σz| = 2/255
 LEVEL = 2 / 255 * math.sqrt(math.pi / 2)
 
-Draw = Callable[[int, Prediction], Tensor]  # (step, prediction) → z of that step, standard normal of the state's shape
+# draw(i, prediction) → z of step i, standard normal (B, C, H, W)
+Draw = Callable[[int, Prediction], Tensor]
 
 
 class Ancestral(Sampler):
-    """Base of DDPM and DDIM: the noise of a step has the spread of a variance, and the grid may be optimal for it.
+    """Base class of DDPM and DDIM: steps whose noise has a configurable variance.
 
     Args:
-        steps: how many; None is every step of the schedule.
-        variance: σ², the spread of a step.
-        grid: a time grid of grids.py, or `optimal`: the times that lose least of the variational bound with the variance
-            `Analytic` (variances/trajectory.py), the first node among them; the same for any η.
-        budget: network evaluations, instead of `steps`.
-        max_final_noise: y > 0, the mean pixel change (8-bit levels) that the last stochastic step of a chain into data may make:
-            its σ² is at most (y · 2/255 · √(π/2))² (Bao et al. 2022 publish y = 2 for DDPM on the linear schedule,
-            else 1). None: 1 for analytic, sn and npr, no bound for the others; ∞ for none. For samples only.
+        steps: number of steps; None: every step of the schedule.
+        variance: σ², the variance of a step; None: `FixedSmall`.
+        grid: a time grid of grids.py, or `optimal`: the times that minimize the variational bound with the variance `Analytic`
+            (variances/trajectory.py), always including the first node; the same for every η.
+        budget: maximal number of network evaluations, one a step; replaces `steps`.
+        max_final_noise: y > 0, maximum mean pixel change (8-bit levels) by the noise of the last stochastic step into data:
+            σ² ≤ (y · 2/255 · √(π/2))² there. Bao et al. 2022 publish y = 2 for DDPM on the linear schedule, else 1. None: 1 for
+            analytic, sn and npr, no bound for the others; ∞: no bound. Likelihoods ignore it.
 
     Raises:
-        ConfigError: y that is not positive, a grid that needs another variance, and as `Sampler`.
+        ConfigError: y ≤ 0, `optimal` without `Analytic`, and as `Sampler`.
     """
 
     grid_names = (*grids.NAMES, "optimal")
@@ -47,12 +49,10 @@ class Ancestral(Sampler):
         super().__init__(steps, grid, budget)
         self.variance = variance or FixedSmall()
         if grid == "optimal" and not isinstance(self.variance, Analytic):
-            raise ConfigError(
-                "grid=optimal is computed from the fitted variance: write variance=analytic, or sampler.grid=trailing"
-            )
+            raise ConfigError("grid=optimal needs a fitted variance: write variance=analytic, or sampler.grid=trailing")
         if max_final_noise is not None and not max_final_noise > 0:
             raise ConfigError(
-                f"sampler.max_final_noise={max_final_noise} is not above 0: write 1 or 2 levels, or .inf for no bound"
+                f"sampler.max_final_noise={max_final_noise} is not above 0: write 1 or 2 (levels), or .inf for no bound"
             )
         self.max_final_noise = self.variance.max_final_noise if max_final_noise is None else max_final_noise
 
@@ -60,7 +60,7 @@ class Ancestral(Sampler):
         self.variance.check(denoiser.network)
         super().check(denoiser)
 
-    def time_grid(self, denoiser: Denoiser, start: float = 1.0, stop: float = 0.0) -> Tensor:
+    def time_grid(self, denoiser: Denoiser, start: float = 1.0, stop: float = 0.0) -> Float64[Tensor, " n_plus_1"]:
         if not isinstance(self.variance, Analytic) or self.grid != "optimal":
             return super().time_grid(denoiser, start, stop)
         return optimal_grid(self.variance, denoiser.schedule, self.steps, start, stop)
@@ -68,34 +68,34 @@ class Ancestral(Sampler):
     def step_noise(
         self,
         context: EvaluationContext,
-        times: Tensor,
+        times: Float64[Tensor, " n_plus_1"],
         i: int,
-        floor: Tensor,
+        floor: Float64[Tensor, ""],
         prediction: Prediction,
-        z: Tensor,
-    ) -> Tensor:
-        """Return σ z of step i, plus σ² s∇ where a classifier moves the mean: (B, C, H, W).
+        z: Float[Tensor, "b c h w"],
+    ) -> Float[Tensor, "b c h w"]:
+        """Return σ z of step i, plus σ² s∇ if a classifier shifts the mean.
 
         Args:
-            context: of the run; its schedule, and its variance in place of the sampler's own if it has one.
-            times: the grid; the step is from times[i] to times[i + 1] > 0.
+            context: the run; its variance replaces the sampler's unless None.
+            times: the grid; step i is from times[i] to times[i + 1] > 0.
             i: the step.
-            floor: the least σ², 0-d float64.
-            prediction: at times[i].
-            z: standard normal, of the state's shape.
+            floor: lower bound of σ².
+            prediction: the prediction at times[i].
+            z: standard normal.
         """
         variance = context.variance or self.variance
-        spread = variance(context.schedule, times[i], times[i + 1], prediction, floor=floor)
+        sigma2 = variance(context.schedule, times[i], times[i + 1], prediction, floor=floor)
         if self.max_final_noise is not None and i == len(times) - 3 and times[-1] == 0:
-            spread = spread.clamp(max=(self.max_final_noise * LEVEL) ** 2)
-        noise = spread.sqrt().to(z.dtype) * z
-        return noise if prediction.gradient is None else noise + spread.to(z.dtype) * prediction.gradient
+            sigma2 = sigma2.clamp(max=(self.max_final_noise * LEVEL) ** 2)
+        noise = sigma2.sqrt().to(z.dtype) * z
+        return noise if prediction.gradient is None else noise + sigma2.to(z.dtype) * prediction.gradient
 
 
 class DDPM(Ancestral):
     """Ancestral sampling x_s = c_1 x_t + c_0 x̂_0 + σ z (Ho et al. 2020, algorithm 2; strided as in Nichol & Dhariwal 2021).
 
-    Arguments as `Ancestral`.
+    Arguments as in `Ancestral`.
     """
 
     deterministic, moves_mean = False, True
@@ -110,15 +110,28 @@ class DDPM(Ancestral):
     ) -> None:
         super().__init__(steps, variance, grid, budget, max_final_noise)
 
-    def integrate(self, x: Tensor, times: Tensor, context: EvaluationContext, steps: Iterable[int]) -> Tensor:
+    def integrate(
+        self,
+        x: Float[Tensor, "b c h w"],
+        times: Float64[Tensor, " n_plus_1"],
+        context: EvaluationContext,
+        steps: Iterable[int],
+    ) -> Float[Tensor, "b c h w"]:
         return self.chain(x, times, context, steps, lambda i, prediction: context.noise(i))
 
-    def chain(self, x: Tensor, times: Tensor, context: EvaluationContext, steps: Iterable[int], draw: Draw) -> Tensor:
-        """Integrate as `integrate` does, with draw(i, prediction) for the z of step i."""
-        every = posterior(context.schedule, times[:-1], times[1:])
+    def chain(
+        self,
+        x: Float[Tensor, "b c h w"],
+        times: Float64[Tensor, " n_plus_1"],
+        context: EvaluationContext,
+        steps: Iterable[int],
+        draw: Draw,
+    ) -> Float[Tensor, "b c h w"]:
+        """Integrate as `integrate` does, with draw(i, prediction) as z of step i."""
+        posteriors = posterior(context.schedule, times[:-1], times[1:])
         for i in steps:
             prediction = context.predict(i, x, times[i], times[i + 1])
-            q = Posterior(*(value[i] for value in every))
+            q = Posterior(*(value[i] for value in posteriors))
             x = q.mean(x, prediction.x0)
             if times[i + 1] > 0:  # the step into data adds no noise
                 x = x + self.step_noise(context, times, i, q.variance, prediction, draw(i, prediction))
@@ -126,20 +139,20 @@ class DDPM(Ancestral):
 
 
 class DDIM(Ancestral):
-    """x_s = α_s x̂_0 + √(σ_s² − η²σ̃²) ε̂ + σ z (Song et al. 2021, eq. 12), σ = ησ̃ unless the variance adds to it.
+    """x_s = α_s x̂_0 + √(σ_s² − η²σ̃²) ε̂ + σ z (Song et al. 2021, eq. 12), with σ = ησ̃ for the variance `FixedSmall`.
 
-    η = 0 with fixed_small is deterministic and first order in the probability-flow ODE; η = 1 is DDPM.
+    η = 0 with `FixedSmall` is deterministic, a first-order method for the probability-flow ODE; η = 1 is DDPM.
 
     Args:
         eta: η in [0, 1].
-        variance: the estimate that adds to the floor η²σ̃²; fixed_small adds nothing.
-        steps, grid, budget, max_final_noise: as `Ancestral`.
+        variance: σ² with the floor η²σ̃²; `FixedSmall` is the floor itself.
+        steps, grid, budget, max_final_noise: as in `Ancestral`.
 
     Raises:
         ConfigError: η outside [0, 1], a variance for ancestral steps only, and as `Ancestral`.
     """
 
-    ancestral = False  # takes no variance that is for ancestral steps only
+    ancestral = False  # refuses variances with `ancestral_only`
 
     def __init__(
         self,
@@ -163,7 +176,13 @@ class DDIM(Ancestral):
     def deterministic(self) -> bool:
         return self.eta == 0 and isinstance(self.variance, FixedSmall)
 
-    def integrate(self, x: Tensor, times: Tensor, context: EvaluationContext, steps: Iterable[int]) -> Tensor:
+    def integrate(
+        self,
+        x: Float[Tensor, "b c h w"],
+        times: Float64[Tensor, " n_plus_1"],
+        context: EvaluationContext,
+        steps: Iterable[int],
+    ) -> Float[Tensor, "b c h w"]:
         alpha, sigma = context.schedule.alpha_sigma(times[1:])
         floor = torch.zeros_like(alpha)
         if self.eta:
@@ -177,27 +196,31 @@ class DDIM(Ancestral):
         return x
 
 
-@functools.lru_cache(maxsize=16)  # of its arguments alone: check and every call of a sampler share the dynamic program
-def optimal_grid(variance: Analytic, schedule: Schedule, steps: int | None, start: float, stop: float) -> Tensor:
-    """Return the grid `optimal` between start > stop: float64 (steps + 1,) on the CPU, decreasing.
+@functools.lru_cache(maxsize=16)  # `check` and every call of a sampler share one run of the dynamic program
+def optimal_grid(
+    variance: Analytic, schedule: Schedule, steps: int | None, start: float, stop: float
+) -> Float64[Tensor, " n_plus_1"]:
+    """Return the grid `optimal` from start > stop: steps + 1 decreasing times on the CPU.
 
-    Its times are nodes of the table, or those the variance was fitted at. A chain that ends in data has the first of them as
-    its last time before data, as in the paper, unless it has one step. The tensor is shared: do not write to it.
+    The times are nodes of the table, or on a continuous curve the times at which the variance was fitted. The last step of a
+    grid into data starts at the first node, as in the paper, unless it is the only step. The tensor is cached: do not modify it.
 
     Raises:
         ConfigError: start ≤ stop, or more steps than times.
     """
     if not 0 <= stop < start <= 1:
-        raise ConfigError(f"grid=optimal runs from noise to data inside [0, 1], not from {start} to {stop}")
+        raise ConfigError(
+            f"grid=optimal needs 1 >= start > stop >= 0 (from noise to data), not start={start} and stop={stop}"
+        )
     every = variance.times if schedule.steps is None else torch.arange(1, schedule.steps + 1).double() / schedule.steps
     margin = grids.NODE_TOLERANCE / (schedule.steps or len(every))
     inner = every[(every > stop + margin) & (every < start - margin)]
     into_data = stop == 0
     nodes = torch.cat([inner.new_tensor([] if into_data else [stop]), inner, inner.new_tensor([start])])
-    most = len(nodes) - (not into_data)
-    n = most if steps is None else steps
-    if n > most:
-        raise ConfigError(f"steps={n} exceeds the {most} times that grid=optimal chooses from: write fewer steps")
+    n_max = len(nodes) - (not into_data)
+    n = n_max if steps is None else steps
+    if n > n_max:
+        raise ConfigError(f"steps={n} exceeds the {n_max} candidate times of grid=optimal: write fewer steps")
     if n == 1:
         return inner.new_tensor([start, stop])
     path = nodes[shortest(costs(variance, schedule, nodes), n - into_data)].flip(0)

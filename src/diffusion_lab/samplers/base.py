@@ -1,7 +1,7 @@
-"""The one signature of all samplers, and what they share: the grid, keyed noise, counting, the callback.
+"""The base class of all samplers: signature, time grid, keyed noise, evaluation count and callback.
 
-A sampler is a value: its attributes are its configuration, set once, and a call keeps what belongs to the call in an
-`EvaluationContext`. So one sampler serves several threads, and two calls with equal arguments give equal results.
+A sampler is immutable: its attributes are its configuration, and the state of a call lives in an `EvaluationContext`. So several
+threads can share a sampler, and two calls with equal arguments return equal results.
 """
 
 from abc import ABC, abstractmethod
@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float, Float64, Int, Shaped
 from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser, Prediction
@@ -19,36 +20,37 @@ from diffusion_lab.samplers import grids
 from diffusion_lab.schedules import Schedule, append_dims_like, to_device
 from diffusion_lab.variances import Variance
 
+# callback(i, t, x, prediction): step, time, state (B, C, H, W) and prediction there
 Callback = Callable[[int, float, Tensor, Prediction], None]
 
 
 class Samples(NamedTuple):
     """The result of a sampler."""
 
-    x: Tensor  # (B, C, H, W), the state at `stop`, in the shape and dtype of the state it began with
-    nfe: int  # network evaluations: of an adaptive solver those of the image that needed most
-    evaluations: Tensor | None = None  # int64 (B,) on the CPU, those of each image; None where all have `nfe`
+    x: Float[Tensor, "b c h w"]  # the state at `stop`, in the dtype of the initial state
+    nfe: int  # network evaluations; of an adaptive solver the largest number over the images
+    evaluations: Int[Tensor, " b"] | None = None  # of each image, int64 on the CPU; None if all have `nfe`
 
 
 class EvaluationContext:
-    """One run of a sampler: evaluates the denoiser under the run's condition, carries x̂_0 to the next evaluation, counts.
+    """The state of one run of a sampler: condition, last x̂_0 for self-conditioning, evaluation count.
 
     Args:
         denoiser: predicts (x̂_0, ε̂).
         condition: keyword arguments for the network, each with B rows.
         callback: invoked by `report`.
-        noise: noise(i), that of step i, standard normal of the state's shape; each i is one draw of the key.
-        variance: replaces that of an ancestral sampler; None keeps it.
+        noise: noise(i) is the noise of step i, standard normal, of the state's shape; each i is one draw of the key.
+        variance: replaces the variance of an ancestral sampler; None keeps it.
 
     Attributes:
         nfe: network evaluations so far.
-        evaluations: int64 (B,), set by a sampler whose images differ in them.
+        evaluations: int64 (B,) on the CPU; set by a sampler whose images differ in their number of evaluations.
     """
 
     def __init__(
         self,
         denoiser: Denoiser,
-        condition: Mapping[str, Tensor],
+        condition: Mapping[str, Shaped[Tensor, "b ..."]],
         callback: Callback | None,
         noise: Draws,
         variance: Variance | None = None,
@@ -60,11 +62,19 @@ class EvaluationContext:
         self._times: list[Tensor] = []
         self._sums: list[Tensor] = []
 
-    def __call__(self, x: Tensor, t: Tensor, rows: Tensor | None = None) -> Prediction:
-        """Evaluate the network once at state x (B, …) and time t, 0-d on the CPU, or (B,) with one for each image.
+    def __call__(
+        self,
+        x: Float[Tensor, "b c h w"],
+        t: Float[Tensor, ""] | Float[Tensor, " b"],
+        rows: Int[Tensor, " b"] | None = None,
+    ) -> Prediction:
+        """Evaluate the network once.
 
-        Where x holds a part of the batch, `rows`, int64 (B,), are its indices: they select the condition. The x̂_0 of the
-        evaluation before is then not passed, so a sampler that gives `rows` sets `uses_previous = False`.
+        Args:
+            x: the state.
+            t: the time; 0-d on the CPU, or one per image.
+            rows: if x is a part of the batch, the indices of its images, which select the condition. The previous x̂_0 is then
+                not passed: a sampler that uses `rows` sets `uses_previous = False`.
         """
         condition, previous = self.condition, self._previous
         if rows is not None:
@@ -72,33 +82,33 @@ class EvaluationContext:
         prediction = self.denoiser(x, t, previous=previous, **condition)
         self._previous = prediction.x0 if rows is None else None
         self.nfe += 1
-        sums = prediction.x0.flatten(1).sum(1, dtype=torch.float64)  # finite just where every number is
+        sums = prediction.x0.flatten(1).sum(1, dtype=torch.float64)  # finite if and only if all elements are
         self._times.append(t if t.ndim == 0 else torch.where(sums.isfinite(), 0.0, to_device(t, x.device)).max())
         self._sums.append(sums.sum())  # stays on the device; read once, at the end
         return prediction
 
-    def predict(self, i: int, x: Tensor, t: Tensor, s: Tensor) -> Prediction:
-        """Evaluate the denoiser at state x (B, …) for step i from t to s, and invoke the callback.
+    def predict(self, i: int, x: Float[Tensor, "b c h w"], t: Float[Tensor, ""], s: Float[Tensor, ""]) -> Prediction:
+        """Evaluate the denoiser at state x for step i from t to s, and invoke the callback.
 
-        Encoding begins at t = 0, where no network is trained: there x is x_0, and ε̂ is that of the next time.
+        Encoding begins at t = 0, where no network is trained: x̂_0 is x there, and ε̂ is predicted at the next time s.
         """
         prediction = self(x, s)._replace(x0=x) if t == 0 else self(x, t)
         self.report(i, t, x, prediction)
         return prediction
 
-    def report(self, i: int, t: Tensor, x: Tensor, prediction: Prediction) -> None:
-        """Invoke the callback with step i, its time, the state there and the prediction."""
+    def report(self, i: int, t: Float[Tensor, ""], x: Float[Tensor, "b c h w"], prediction: Prediction) -> None:
+        """Invoke the callback with step i, its time, the state and the prediction there."""
         if self.callback is not None:
             self.callback(i, float(t), x, prediction)
 
     def refuse_nan(self) -> None:
-        """Raise ConfigError if an evaluation was not finite, naming the first."""
+        """Raise ConfigError if an evaluation was NaN or infinite; the message names the first."""
         finite: list[bool] = torch.stack(self._sums).isfinite().tolist() if self._sums else []
         if not all(finite):
             i = finite.index(False)
             t = float(self._times[i])
             raise ConfigError(
-                f"the network gave NaN or infinity at evaluation {i + 1} of {self.nfe}, t={t:.4g}: "
+                f"the network returned NaN or infinity at evaluation {i + 1} of {self.nfe}, t={t:.4g}: "
                 "sample in float32, or take a checkpoint from before the training diverged"
             )
 
@@ -107,17 +117,17 @@ class Sampler(ABC):
     """An integrator from `start` to `stop` over a grid of times. A subclass implements `integrate` and `deterministic`.
 
     Args:
-        steps: how many; None means every step of a discrete schedule.
-        grid: the name of a time grid (see grids.py).
-        budget: instead of `steps`, how many network evaluations a call may take at most.
+        steps: number of steps; None: every step of a discrete schedule.
+        grid: name of a time grid (see grids.py).
+        budget: maximal number of network evaluations of a call; replaces `steps`.
 
     Raises:
-        ConfigError: an unknown grid, no steps, or a budget that allows none.
+        ConfigError: an unknown grid, steps below 1, or a budget too small for one step.
     """
 
-    grid_names: tuple[str, ...] = grids.NAMES  # the time grids it accepts
-    uses_previous = True  # whether it passes x̂_0 of the evaluation before, which self-conditioning networks read
-    moves_mean = False  # whether it adds Σ times the gradient of a classifier to the mean of a step
+    grid_names: tuple[str, ...] = grids.NAMES  # accepted time grids
+    uses_previous = True  # whether the previous x̂_0 is passed to a self-conditioning network
+    moves_mean = False  # whether a step adds Σ times the gradient of a classifier to its mean
 
     def __init__(self, steps: int | None, grid: str, budget: int | None = None) -> None:
         if grid not in self.grid_names:
@@ -125,7 +135,9 @@ class Sampler(ABC):
         if budget is not None:
             steps = self.steps_for_budget(budget)
             if steps < 1:
-                raise ConfigError(f"sampler.budget={budget} allows not one step of {type(self).__name__}: allow more")
+                raise ConfigError(
+                    f"sampler.budget={budget} is too small for one step of {type(self).__name__}: write a larger budget"
+                )
         if steps is not None and steps < 1:
             raise ConfigError(f"a sampler needs steps >= 1, not steps={steps}")
         self.steps, self.grid = steps, grid
@@ -133,41 +145,51 @@ class Sampler(ABC):
     @property
     @abstractmethod
     def deterministic(self) -> bool:
-        """Whether the result is a function of the state alone. Only then can it run from data to noise."""
+        """Whether the result depends on the initial state alone. Only a deterministic sampler can run from data to noise."""
 
     def steps_for_budget(self, budget: int) -> int:
-        """Return the most steps that take at most `budget` network evaluations: here one evaluation a step."""
+        """Return the largest number of steps within `budget` network evaluations. The default is one evaluation a step."""
         return budget
 
     @abstractmethod
-    def integrate(self, x: Tensor, times: Tensor, context: EvaluationContext, steps: Iterable[int]) -> Tensor:
+    def integrate(
+        self,
+        x: Float[Tensor, "b c h w"],
+        times: Float64[Tensor, " n_plus_1"],
+        context: EvaluationContext,
+        steps: Iterable[int],
+    ) -> Float[Tensor, "b c h w"]:
         """Integrate from the state x at times[0] to the state at times[-1].
 
         Args:
-            x: (B, C, H, W).
-            times: float64 (N + 1,) on the CPU, so that coefficients cost no device synchronisation.
-            context: evaluates the denoiser; also `context.noise(i)`, the noise of step i, and `context.report`.
+            x: the state at times[0].
+            times: N + 1 times on the CPU, so that coefficients cost no device synchronization.
+            context: evaluates the denoiser; `context.noise(i)` is the noise of step i.
             steps: 0 … N − 1, with or without a progress bar.
         """
 
-    def time_grid(self, denoiser: Denoiser, start: float = 1.0, stop: float = 0.0) -> Tensor:
-        """Return the grid between two times, float64 (N + 1,). Raises ConfigError as grids.make_grid does."""
+    def time_grid(self, denoiser: Denoiser, start: float = 1.0, stop: float = 0.0) -> Float64[Tensor, " n_plus_1"]:
+        """Return the N + 1 times of the grid between two times.
+
+        Raises:
+            ConfigError: as `grids.make_grid`.
+        """
         return grids.make_grid(self.grid, denoiser.schedule, self.steps, start, stop)
 
     def check(self, denoiser: Denoiser) -> None:
-        """Raise ConfigError where this sampler cannot be used with the denoiser."""
+        """Raise ConfigError if this sampler cannot be used with the denoiser."""
         self._check_denoiser(denoiser)
         self.time_grid(denoiser)
 
     def _check_denoiser(self, denoiser: Denoiser) -> None:
         if denoiser.moves_mean and not self.moves_mean:
             raise ConfigError(
-                f"sampler {type(self).__name__} takes no ancestral steps, whose mean the published form of classifier guidance "
-                "moves: write guidance.form=exact, or sampler=ddpm"
+                f"guidance.form=published shifts the mean of ancestral steps, and sampler {type(self).__name__} has none: "
+                "write guidance.form=exact, or sampler=ddpm"
             )
         if denoiser.self_conditioning and not self.uses_previous:
             raise ConfigError(
-                f"sampler {type(self).__name__} solves an ODE in x alone and cannot carry the previous estimate that this "
+                f"sampler {type(self).__name__} solves an ODE in x alone and cannot pass the previous x_0 estimate that this "
                 "self-conditioning network takes: write sampler=ddim"
             )
 
@@ -175,11 +197,11 @@ class Sampler(ABC):
     def __call__(
         self,
         denoiser: Denoiser,
-        x_T: Tensor,
+        x_T: Float[Tensor, "b c h w"],
         *,
         seed: int = 0,
-        index: Tensor | None = None,
-        condition: Mapping[str, Tensor] | None = None,
+        index: Int[Tensor, " b"] | None = None,
+        condition: Mapping[str, Shaped[Tensor, "b ..."]] | None = None,
         start: float = 1.0,
         stop: float = 0.0,
         callback: Callback | None = None,
@@ -189,21 +211,21 @@ class Sampler(ABC):
 
         Args:
             denoiser: predicts (x̂_0, ε̂).
-            x_T: the state at time `start`, float (B, C, H, W); at 1 that is σ(1) · noise.
+            x_T: the state at time `start`; at start = 1 σ(1) · noise.
             seed: with `index` the key of all noise.
-            index: int64 (B,), the image of each row; default 0 … B − 1.
+            index: the image index of each row; default 0 … B − 1.
             condition: keyword arguments for the network, each with B rows.
             start: the time of x_T, in [0, 1].
-            stop: the time of the result, in [0, 1]; start < stop runs a deterministic sampler the other way.
-            callback: callback(i, t, x, prediction) at every step, before it is taken.
-            progress: show a bar.
+            stop: the time of the result, in [0, 1]; start < stop runs a deterministic sampler from data towards noise.
+            callback: callback(i, t, x, prediction), invoked before every step.
+            progress: show a progress bar.
 
         Returns:
-            The state at `stop`, in x_T's shape and dtype, and the network evaluations.
+            The state at `stop`, in x_T's shape and dtype, and the number of network evaluations.
 
         Raises:
-            ConfigError: a grid that does not exist between these times, a stochastic sampler with start < stop, NaN from the
-                network.
+            ConfigError: the grid does not exist between these times, the sampler is stochastic and start < stop, or the network
+                returned NaN or infinity.
         """
         if start < stop and not self.deterministic:
             raise ConfigError(
@@ -222,30 +244,30 @@ class Sampler(ABC):
     def integrate_grid(
         self,
         denoiser: Denoiser,
-        x: Tensor,
-        times: Tensor,
+        x: Float[Tensor, "b c h w"],
+        times: Float64[Tensor, " n_plus_1"],
         *,
         noise: Draws,
-        condition: Mapping[str, Tensor] | None = None,
+        condition: Mapping[str, Shaped[Tensor, "b ..."]] | None = None,
         variance: Variance | None = None,
         callback: Callback | None = None,
         progress: bool = False,
     ) -> Samples:
-        """Integrate over given times, for example a part of a grid: a call after its checks, with its times and noise.
+        """Integrate over explicit times, for example a segment of a grid. `__call__` without its checks.
 
         Args:
             denoiser: predicts (x̂_0, ε̂).
-            x: the state at times[0], float (B, C, H, W).
-            times: float64 (N + 1,) on the CPU, strictly monotone; increasing ones are for deterministic samplers.
-            noise: that of the steps, of x's shape and dtype. The parts of one grid need draws of their own (see editing.py).
-            variance: in place of an ancestral sampler's own; the others have none.
-            condition, callback, progress: as for a call.
+            x: the state at times[0].
+            times: N + 1 strictly monotone times on the CPU; increasing times need a deterministic sampler.
+            noise: the noise of the steps, of x's shape and dtype. Each segment of a grid needs different draws (see editing.py).
+            variance: replaces the variance of an ancestral sampler; other samplers ignore it.
+            condition, callback, progress: as in `__call__`.
 
         Returns:
-            The state at times[-1], in x's shape and dtype, and the network evaluations.
+            The state at times[-1], in x's shape and dtype, and the number of network evaluations.
 
         Raises:
-            ConfigError: NaN from the network. Whether sampler and denoiser fit each other is left to `check`.
+            ConfigError: the network returned NaN or infinity. `check` tests whether sampler and denoiser fit each other.
         """
         context = EvaluationContext(denoiser, condition or {}, callback, noise, variance)
         x = self.integrate(x, times, context, progress_range(len(times) - 1, progress))
@@ -253,8 +275,8 @@ class Sampler(ABC):
         return Samples(x, context.nfe, context.evaluations)
 
 
-def prior(schedule: Schedule, noise: Tensor) -> Tensor:
-    """Return the state at t = 1 that sampling begins with: σ(1) · noise, noise standard normal (B, …)."""
+def prior(schedule: Schedule, noise: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Return σ(1) · noise, the state at t = 1 from which sampling starts, for standard normal noise."""
     return append_dims_like(schedule.alpha_sigma(torch.ones((), dtype=torch.float64))[1], noise) * noise
 
 

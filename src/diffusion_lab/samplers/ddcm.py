@@ -1,10 +1,11 @@
-"""Ancestral sampling with the noise of a codebook, and the compression that follows from it."""
+"""Ancestral sampling with noise from a codebook, and image compression with it."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float, Float64, Int, Shaped
 from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser, Prediction
@@ -14,32 +15,31 @@ from diffusion_lab.samplers.ancestral import DDPM, Draw
 from diffusion_lab.samplers.base import EvaluationContext, Samples, prior
 from diffusion_lab.variances import Variance
 
-# (step, codebook (K, C, H, W), prediction) → int64 (B,), the index of each image's vector
+# choice(i, codebook (K, C, H, W), prediction) → int64 (B,): the codebook index of each image at step i
 Choice = Callable[[int, Tensor, Prediction], Tensor]
 
 
 class Code(NamedTuple):
     """A compressed batch."""
 
-    indices: Tensor  # int64 (B, n), in [0, K): the codebook's vector of every noisy step
-    image: Tensor  # (B, C, H, W), which `decompress` reconstructs from the indices
-    bits: float  # n log₂ K, the size of an image's indices
+    indices: Int[Tensor, "b n"]  # codebook index in [0, K) of every stochastic step
+    image: Float[Tensor, "b c h w"]  # the reconstruction that `decompress` returns
+    bits: float  # code length of an image, n log₂ K
     nfe: int  # network evaluations
 
 
 class DDCM(DDPM):
     """DDPM whose z of step i is one of K normal vectors, the same K for all images (Ohayon et al. 2025, DDCM).
 
-    As a generator it picks the vector at random by the image's key. `compress` picks, for each image, the vector that points
-    most from x̂_0 to the image, argmax_k ⟨z_k, x_0 − x̂_0⟩; the n = N − 1 choices are the code, since `decompress`
-    walks the same way by them. There x_T is one vector for all images. Codebooks are keyed by (codebook_seed, step), so that
-    both sides need the network, this configuration and nothing else; reconstructions are equal bit for bit where the kernels
-    are, that is with equal batches and threads.
+    Generation draws the vector at random by the key of the image. `compress` selects the vector best aligned with the residual,
+    argmax_k ⟨z_k, x_0 − x̂_0⟩, for each image; the n = N − 1 indices are the code, from which `decompress` repeats the same steps.
+    Both start from the same x_T for all images. Codebooks are keyed by (codebook_seed, step), so decompression needs only the
+    network and this configuration. Reconstructions are bit-equal with equal batches and threads, since kernels differ otherwise.
 
     Args:
-        codebook: K ≥ 2, the vectors of a step.
-        codebook_seed: of the codebooks and x_T, in [0, 2⁶⁴).
-        steps, variance, grid, budget, max_final_noise: as `DDPM`.
+        codebook: K ≥ 2, the number of vectors of a step.
+        codebook_seed: seed of the codebooks and of x_T, in [0, 2⁶⁴).
+        steps, variance, grid, budget, max_final_noise: as in `DDPM`.
 
     Raises:
         ConfigError: K < 2, and as `DDPM`.
@@ -57,61 +57,74 @@ class DDCM(DDPM):
     ) -> None:
         super().__init__(steps, variance, grid, budget, max_final_noise)
         if codebook < 2:
-            raise ConfigError(f"sampler=ddcm needs codebook >= 2 vectors to choose from, not codebook={codebook}")
+            raise ConfigError(f"sampler=ddcm needs codebook >= 2 (vectors a step), not codebook={codebook}")
         self.codebook, self.codebook_seed = codebook, codebook_seed
 
-    def integrate(self, x: Tensor, times: Tensor, context: EvaluationContext, steps: Iterable[int]) -> Tensor:
-        chosen = context.noise.choices(len(times) - 1, self.codebook)
-        return self.chain(x, times, context, steps, self._draw(lambda i, book, prediction: chosen[:, i]))
+    def integrate(
+        self,
+        x: Float[Tensor, "b c h w"],
+        times: Float64[Tensor, " n_plus_1"],
+        context: EvaluationContext,
+        steps: Iterable[int],
+    ) -> Float[Tensor, "b c h w"]:
+        indices = context.noise.choices(len(times) - 1, self.codebook)
+        return self.chain(x, times, context, steps, self._draw(lambda i, codebook, prediction: indices[:, i]))
 
     def _draw(self, choice: Choice) -> Draw:
-        """The z of a step: the vectors of its codebook that `choice` picks."""
+        """Return a function for the z of a step: the vectors of its codebook that `choice` selects."""
 
         def draw(i: int, prediction: Prediction) -> Tensor:
-            book = self._vectors(prediction.x0, torch.arange(self.codebook), i + 1)
-            return book[choice(i, book, prediction)]
+            codebook = self._vectors(prediction.x0, torch.arange(self.codebook), i + 1)
+            return codebook[choice(i, codebook, prediction)]
 
         return draw
 
-    def compress(self, denoiser: Denoiser, x0: Tensor, condition: Mapping[str, Tensor] | None = None) -> Code:
-        """Return the code of images x0, float (B, C, H, W) in [−1, 1]; `decompress` needs the same `condition`."""
-        chosen: list[Tensor] = []
+    def compress(
+        self,
+        denoiser: Denoiser,
+        x0: Float[Tensor, "b c h w"],
+        condition: Mapping[str, Shaped[Tensor, "b ..."]] | None = None,
+    ) -> Code:
+        """Return the code of images x0 in [−1, 1]; `decompress` needs the same `condition`."""
+        selected: list[Tensor] = []
 
-        def nearest(i: int, book: Tensor, prediction: Prediction) -> Tensor:
-            chosen.append(((x0 - prediction.x0).flatten(1) @ book.flatten(1).T).argmax(1))
-            return chosen[-1]
+        def best_aligned(i: int, codebook: Tensor, prediction: Prediction) -> Tensor:
+            selected.append(((x0 - prediction.x0).flatten(1) @ codebook.flatten(1).T).argmax(1))
+            return selected[-1]
 
-        image, nfe, _ = self._chosen(nearest, denoiser, x0, condition)
-        indices = torch.stack(chosen, 1) if chosen else torch.zeros(len(x0), 0, dtype=torch.int64)
+        image, nfe, _ = self._run(best_aligned, denoiser, x0, condition)
+        indices = torch.stack(selected, 1) if selected else torch.zeros(len(x0), 0, dtype=torch.int64)
         return Code(indices, image, indices.shape[1] * math.log2(self.codebook), nfe)
 
     def decompress(
-        self, denoiser: Denoiser, indices: Tensor, like: Tensor, condition: Mapping[str, Tensor] | None = None
+        self,
+        denoiser: Denoiser,
+        indices: Int[Tensor, "rows n"],
+        like: Float[Tensor, "b c h w"],
+        condition: Mapping[str, Shaped[Tensor, "b ..."]] | None = None,
     ) -> Samples:
-        """Reconstruct the images (B, C, H, W) of a code.
+        """Reconstruct images from their code.
 
         Args:
-            denoiser: that of `compress`.
-            indices: int64 (B, n).
-            like: any tensor (B, C, H, W) of the shape, dtype and device that the images had.
-            condition: that of `compress`.
+            denoiser: as for `compress`.
+            indices: the code, (B, n).
+            like: any tensor of the images' shape, dtype and device.
+            condition: as for `compress`.
 
         Raises:
-            ConfigError: indices for another number of steps, or outside [0, K).
+            ConfigError: indices of another number of images or steps, or outside [0, K).
         """
         steps = len(self.time_grid(denoiser)) - 2
         if indices.shape != (len(like), steps) or not bool(((indices >= 0) & (indices < self.codebook)).all()):
             raise ConfigError(
                 f"{tuple(indices.shape)} indices, but this sampler decodes {(len(like), steps)} in [0, {self.codebook}): "
-                "take the steps, the grid and the codebook that compressed them"
+                "write the steps, the grid and the codebook with which they were compressed"
             )
-        return self._chosen(lambda i, book, prediction: indices[:, i], denoiser, like, condition)
+        return self._run(lambda i, codebook, prediction: indices[:, i], denoiser, like, condition)
 
     @torch.no_grad()
-    def _chosen(
-        self, choice: Choice, denoiser: Denoiser, like: Tensor, condition: Mapping[str, Tensor] | None
-    ) -> Samples:
-        """A run from the common x_T with the vectors that `choice` picks."""
+    def _run(self, choice: Choice, denoiser: Denoiser, like: Tensor, condition: Mapping[str, Tensor] | None) -> Samples:
+        """Integrate from the common x_T with the vectors that `choice` selects."""
         self._check_denoiser(denoiser)
         times = self.time_grid(denoiser)
         start = self._vectors(like, torch.zeros(len(like), dtype=torch.int64), 0)
@@ -122,7 +135,7 @@ class DDCM(DDPM):
         return Samples(x, context.nfe)
 
     def _vectors(self, like: Tensor, index: Tensor, draw: int) -> Tensor:
-        """Rows `index` of the codebook of a draw: 0 holds x_T, i + 1 the vectors of step i."""
+        """Return rows `index` of the codebook of a draw: draw 0 is x_T, draw i + 1 the codebook of step i."""
         return normal(
             tuple(like.shape[1:]),
             seed=self.codebook_seed,

@@ -1,15 +1,16 @@
-"""Dormand and Prince's adaptive Runge–Kutta pair 5(4), with step size and error control for each row of a batch by itself.
+"""Dormand and Prince's adaptive Runge–Kutta pair 5(4) with step size and error control per row of a batch.
 
-A library's solver takes one step for the whole batch, so a result depends on its neighbours. Here every row has its own time,
-step and error norm, and rows that have arrived are no longer evaluated. The tableau is that of Dormand & Prince 1980
-(J. Comput. Appl. Math. 6, table 2), the first step and the step control those of Hairer, Nørsett & Wanner 1993 (section II.4)
-with the constants of SciPy's RK45, so that one row goes the very steps that `scipy.integrate.solve_ivp` goes.
+Library solvers take one step size for the whole batch, so a result depends on the other rows. Here every row has its own time,
+step size and error norm, and rows that have reached the end are no longer evaluated. Tableau: Dormand & Prince 1980 (J. Comput.
+Appl. Math. 6, table 2). First step and step control: Hairer, Nørsett & Wanner 1993 (section II.4) with the constants of SciPy's
+RK45, so that a row takes the same steps as `scipy.integrate.solve_ivp`.
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from diffusion_lab.errors import ConfigError
@@ -26,53 +27,60 @@ A = (
     (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
     (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
 )
-B = (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84)  # order 5; its end is the next step's first stage
+B = (
+    35 / 384,
+    0.0,
+    500 / 1113,
+    125 / 192,
+    -2187 / 6784,
+    11 / 84,
+)  # order 5; the slope at its end is the next first stage
 E = (-71 / 57600, 0.0, 71 / 16695, -71 / 1920, 17253 / 339200, -22 / 525, 1 / 40)  # order 4 minus order 5
 STAGES = 6  # evaluations of a step
 SAFETY, SHRINK, GROW = 0.9, 0.2, 10.0
-POWER = -1 / 5  # the error of a step is of order 5
+POWER = -1 / 5  # the error of a step is of order 5 in its size
 
 
 class Solution(NamedTuple):
-    """The end of an integration."""
+    """The result of an integration."""
 
-    y: Tensor  # float64 (R, …), the state at `stop`
-    evaluations: Tensor  # int64 (R,) on the CPU: how often f was evaluated for each row
-    calls: int  # how often f was called, that is the most evaluations of a row
+    y: Float64[Tensor, "r ..."]  # the state at `stop`
+    evaluations: Int[Tensor, " r"]  # number of evaluations of f for each row, int64 on the CPU
+    calls: int  # number of calls of f, the largest of `evaluations`
 
 
 def integrate(
     f: Slope,
-    y: Tensor,
+    y: Float[Tensor, "r ..."],
     start: float,
     stop: float,
     *,
     rtol: float = 1e-5,
     atol: float = 1e-5,
     limit: int = 10_000,
-    watch: Callable[[Tensor, Tensor, Tensor, Tensor], None] | None = None,
+    on_step: Callable[[Tensor, Tensor, Tensor, Tensor], None] | None = None,
 ) -> Solution:
-    """Solves dy/dt = f(t, y) from `start` to `stop`, in either direction, each row by itself.
+    """Solve dy/dt = f(t, y) from `start` to `stop`, in either direction, with step control per row.
 
-    A step is accepted where the root mean square over the row of (order 5 − order 4)/(atol + rtol max(|y|, |y_new|)) is below
-    1. At most 8 states live at a time, besides what f needs itself. One thing is read from the device each step, the norms (R,);
-    all control of steps is on the CPU.
+    A step of a row is accepted if the root mean square of (order 5 − order 4)/(atol + rtol max(|y|, |y_new|)) over the row is
+    below 1. At most 8 states are in memory at a time, not counting those in f. Each step reads the norms (R,) from the device and
+    nothing else; step control runs on the CPU.
 
     Args:
-        f: f(t, y, rows) → dy/dt of y's shape. Rows that have arrived are left out: t float64 (R',) on the CPU, y float64
+        f: f(t, y, rows) → dy/dt in y's shape, for the R' rows that have not reached `stop`: t float64 (R',) on the CPU, y float64
             (R', …), rows int64 (R',) on y's device, their indices among the R.
-        y: the state at `start`, (R, …); float64 from here on.
-        start: where it begins.
-        stop: where it ends.
+        y: the state at `start`; converted to float64.
+        start: the initial t.
+        stop: the final t.
         rtol: relative tolerance, > 0.
         atol: absolute tolerance, > 0.
-        limit: evaluations of a row at most.
-        watch: watch(rows, t, y, dy/dt) at the start and after every step that brought a row forward; arguments as f's, rows
-            that arrive in this step included.
+        limit: maximal number of evaluations of a row.
+        on_step: on_step(rows, t, y, dy/dt), invoked at the start and after every step that moved a row; arguments as f's,
+            including rows that reach `stop` in this step.
 
     Raises:
-        ConfigError: tolerances out of range, more than `limit` evaluations, a state or derivative that is not finite, a step
-            below the resolution of t.
+        ConfigError: a tolerance that is not positive, more than `limit` evaluations, a state or derivative that is NaN or
+            infinite, a step below the resolution of t.
     """
     if not (rtol > 0 and atol > 0):
         raise ConfigError(f"an adaptive solver needs rtol > 0 and atol > 0, not rtol={rtol} and atol={atol}")
@@ -85,59 +93,59 @@ def integrate(
     slope = _evaluate(f, t, y, rows)
     size = _first_step(f, t, y, slope, rows, stop, tolerances)
     retry = torch.zeros(len(y), dtype=torch.bool)
-    arrived: list[tuple[Tensor, Tensor]] = []
+    finished: list[tuple[Tensor, Tensor]] = []
     calls = 2
-    if watch is not None:
-        watch(rows, t, y, slope)
+    if on_step is not None:
+        on_step(rows, t, y, slope)
     while True:
         if calls + STAGES > limit:
             raise ConfigError(
-                f"{calls} evaluations came {_way(t, start, stop)}, and the {STAGES} of another step are too many: raise the "
-                f"budget, or loosen rtol={rtol:g} and atol={atol:g}"
+                f"{calls} evaluations reached {_progress(t, start, stop)}, and the {STAGES} of another step exceed the limit of "
+                f"{limit}: raise the budget, or loosen rtol={rtol:g} and atol={atol:g}"
             )
-        least = 10 * (torch.nextafter(t, torch.full_like(t, sign * torch.inf)) - t).abs()
-        size = torch.where(retry, size, torch.maximum(size, least))
-        if bool((size < least).any()):
+        smallest = 10 * (torch.nextafter(t, torch.full_like(t, sign * torch.inf)) - t).abs()
+        size = torch.where(retry, size, torch.maximum(size, smallest))
+        if bool((size < smallest).any()):
             raise ConfigError(
-                f"{_way(t[size < least], start, stop)} the step fell below the resolution of float64, since the solution is not "
-                f"smooth there: loosen rtol={rtol:g} and atol={atol:g}"
+                f"after {_progress(t[size < smallest], start, stop)} the step size fell below the resolution of float64, because "
+                f"the solution is not smooth there: loosen rtol={rtol:g} and atol={atol:g}"
             )
         goal = t + sign * size
         goal = torch.where(sign * (goal - stop) > 0, stop, goal)
         new, new_slope, norm = _step(f, t, goal, y, slope, rows, tolerances)
         calls += STAGES
-        good, factor = norm < 1, (SAFETY * norm**POWER).clamp(SHRINK, GROW)
-        size = (goal - t).abs() * torch.where(good & retry, factor.clamp(max=1), factor)
-        t, retry = torch.where(good, goal, t), ~good
-        if bool(good.any()):
-            mask = append_dims_like(good, y) > 0
+        accepted, factor = norm < 1, (SAFETY * norm**POWER).clamp(SHRINK, GROW)
+        size = (goal - t).abs() * torch.where(accepted & retry, factor.clamp(max=1), factor)
+        t, retry = torch.where(accepted, goal, t), ~accepted
+        if bool(accepted.any()):
+            mask = append_dims_like(accepted, y) > 0
             y, slope = torch.where(mask, new, y), torch.where(mask, new_slope, slope)
-            if watch is not None:
-                watch(rows, t, y, slope)
+            if on_step is not None:
+                on_step(rows, t, y, slope)
         del new, new_slope
         ended = t == stop
         if not bool(ended.any()):
             continue
-        there, on = ended.nonzero()[:, 0], (~ended).nonzero()[:, 0]
-        evaluations[rows.cpu()[there]] = calls
-        arrived.append((rows[there.to(y.device)], y[there.to(y.device)]))
-        if not len(on):
+        done, active = ended.nonzero()[:, 0], (~ended).nonzero()[:, 0]
+        evaluations[rows.cpu()[done]] = calls
+        finished.append((rows[done.to(y.device)], y[done.to(y.device)]))
+        if not len(active):
             break
-        t, size, retry = t[on], size[on], retry[on]
-        rows, y, slope = (value[on.to(y.device)] for value in (rows, y, slope))
-    order = torch.cat([rows for rows, _ in arrived]).argsort()
-    return Solution(torch.cat([y for _, y in arrived])[order], evaluations, calls)
+        t, size, retry = t[active], size[active], retry[active]
+        rows, y, slope = (value[active.to(y.device)] for value in (rows, y, slope))
+    order = torch.cat([rows for rows, _ in finished]).argsort()
+    return Solution(torch.cat([y for _, y in finished])[order], evaluations, calls)
 
 
 def _step(
     f: Slope, t: Tensor, goal: Tensor, y: Tensor, slope: Tensor, rows: Tensor, tolerances: tuple[float, float]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One step of every row from its t to its goal: the state and slope there, and the norm of the error, (R,) on the CPU."""
+    """Step every row from its t to its goal. Return state and slope there, and the norm of the error, (R,) on the CPU."""
     h = append_dims_like(goal - t, y)
     slopes = [slope]
     for c, row in zip(C, A, strict=True):
         slopes.append(_evaluate(f, t + c * (goal - t), _combine(row, slopes, h).add_(y), rows))
-    slopes[1] = torch.empty(0)  # neither the new state nor the error has a part in the second
+    slopes[1] = torch.empty(0)  # its weights in the new state and in the error are 0
     new, error = _combine(B, slopes, h).add_(y), _combine(E[:-1], slopes, h)
     slopes.clear()
     end = _evaluate(f, goal, new, rows)
@@ -150,7 +158,7 @@ def _step(
 def _first_step(
     f: Slope, t: Tensor, y: Tensor, slope: Tensor, rows: Tensor, stop: float, tolerances: tuple[float, float]
 ) -> Tensor:
-    """|h| of the first step of every row, (R,) on the CPU (Hairer, Nørsett & Wanner 1993, section II.4). One evaluation."""
+    """Return |h| of the first step of every row, (R,) on the CPU (Hairer, Nørsett & Wanner 1993, II.4). One evaluation."""
     length, sign = (stop - t).abs(), torch.sign(stop - t)
     size = y.abs()
     d0, d1 = _norm(y, size, tolerances).cpu(), _norm(slope, size, tolerances).cpu()
@@ -167,12 +175,12 @@ def _first_step(
 def _evaluate(f: Slope, t: Tensor, y: Tensor, rows: Tensor) -> Tensor:
     slope = f(t, y, rows).double()
     if slope.shape != y.shape:
-        raise ConfigError(f"f must give dy/dt in the shape of y, {tuple(y.shape)}, not {tuple(slope.shape)}")
+        raise ConfigError(f"f must return dy/dt in the shape of y, {tuple(y.shape)}, not {tuple(slope.shape)}")
     return slope
 
 
 def _combine(weights: tuple[float, ...], slopes: list[Tensor], h: Tensor) -> Tensor:
-    """h Σ w_j k_j as a new tensor; f's results may be anyone's and stay as they are."""
+    """Return h Σ w_j k_j as a new tensor; the slopes, which f may keep a reference to, are not modified."""
     total = (h * weights[0]) * slopes[0]
     for weight, slope in zip(weights[1:], slopes[1:], strict=True):
         if weight:
@@ -181,23 +189,23 @@ def _combine(weights: tuple[float, ...], slopes: list[Tensor], h: Tensor) -> Ten
 
 
 def _norm(value: Tensor, size: Tensor, tolerances: tuple[float, float]) -> Tensor:
-    """Root mean square of value/(atol + rtol size) over each row, (R,)."""
+    """Return the root mean square of value/(atol + rtol size) over each row, (R,)."""
     rtol, atol = tolerances
     scaled = value / (size * rtol + atol)
     return scaled.reshape(len(scaled), -1).square().mean(1).sqrt()
 
 
 def _refuse_infinite(norm: Tensor, t: Tensor, goal: Tensor) -> None:
-    """Raise ConfigError where a norm is not finite, naming the times between which it arose."""
+    """Raise ConfigError if a norm is NaN or infinite; the message names the times of the step."""
     bad = (~norm.isfinite()).nonzero()
     if len(bad):
         i = int(bad[0])
         raise ConfigError(
-            f"the state or its derivative is NaN or infinite between t={float(t[i]):.6g} and t={float(goal[i]):.6g}: begin and "
-            "end where f is finite"
+            f"the state or its derivative is NaN or infinite between t={float(t[i]):.6g} and t={float(goal[i]):.6g}: choose a "
+            "start and a stop between which f is finite"
         )
 
 
-def _way(t: Tensor, start: float, stop: float) -> str:
-    """How far the row is that is farthest behind."""
-    return f"{float(((t - start) / (stop - start)).min()):.1%} of the way"
+def _progress(t: Tensor, start: float, stop: float) -> str:
+    """Return the progress of the row farthest behind, for messages."""
+    return f"{float(((t - start) / (stop - start)).min()):.1%} of the interval"

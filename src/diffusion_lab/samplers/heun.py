@@ -1,9 +1,10 @@
-"""Heun's method along the curve (α, σ), with the churn of EDM."""
+"""Heun's method along the curve (α, σ), with the stochastic churn of EDM."""
 
 import math
 from collections.abc import Iterable
 
 import torch
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from diffusion_lab.errors import ConfigError
@@ -15,25 +16,25 @@ from diffusion_lab.schedules import Schedule
 class Heun(Sampler):
     """The trapezoidal rule for dx = x̂_0 dα + ε̂ dσ (Karras et al. 2022, algorithms 1 and 2). Second order, 2N − 1 evaluations.
 
-    Euler's step to s, then both estimates averaged with those at s; the step into data is Euler's alone. The rule runs along
-    (α, σ) instead of t: on EDM's curve it is the published method, on the straight line Heun's method of flow matching, and
-    it needs no derivative, so that α = 0 and t = 0 are times like others. The state is kept in float64.
+    An Euler step to s, then the estimates at t and s averaged; the step into data is an Euler step. The rule is applied along
+    (α, σ) instead of t: on EDM's curve it is the published method, on the straight line Heun's method of flow matching. It
+    needs no derivative, so α = 0 and t = 0 are no special cases. The state is kept in float64.
 
-    Churn, inside [s_min, s_max] of σ/α: before a step the state goes up by the forward process to the time t̂ where σ/α is
-    (1 + γ) times as large, γ = min(s_churn/N, √2 − 1), with noise of s_noise times the right spread. t̂ ends at 1, where the
-    network was trained last; the published code goes beyond, though with no published s_max does it.
+    Churn: if σ/α lies in [s_min, s_max], a forward step before the solver's step raises the state to the time t̂ at which σ/α is
+    (1 + γ) times as large, γ = min(s_churn/N, √2 − 1), with noise of s_noise times the standard deviation of the forward process.
+    t̂ is at most 1, the largest time in training; the published code exceeds it, but not with any published s_max.
 
     Args:
-        steps: N; None is every step of the schedule.
+        steps: N, the number of steps; None: every step of the schedule.
         grid: the time grid.
-        budget: network evaluations, instead of `steps`; where they are spent the last step is Euler's.
-        s_churn: how much noise is renewed over all steps; 0 is deterministic.
-        s_min: the least σ/α with churn.
+        budget: maximal number of network evaluations; replaces `steps`. The last step is an Euler step if the budget ends there.
+        s_churn: amount of noise renewed over all steps; 0 is deterministic.
+        s_min: the smallest σ/α with churn.
         s_max: the largest σ/α with churn.
-        s_noise: the factor on the noise; a little over 1 makes up for detail that networks remove.
+        s_noise: factor on the noise; slightly above 1 compensates for detail that the network removes.
 
     Raises:
-        ConfigError: an argument of the churn outside its range.
+        ConfigError: a churn argument outside its range.
     """
 
     def __init__(
@@ -62,30 +63,38 @@ class Heun(Sampler):
     def steps_for_budget(self, budget: int) -> int:
         return (budget + 1) // 2
 
-    def integrate(self, x: Tensor, times: Tensor, context: EvaluationContext, steps: Iterable[int]) -> Tensor:
-        given, x = x.dtype, x.double()
-        begins = self._raised(context.schedule, times[:-1]) if self.s_churn else times[:-1]
-        up = transition(context.schedule, begins, times[:-1])
-        grown, spread = up.alpha.tolist(), (self.s_noise * up.variance.clamp(min=0).sqrt()).tolist()
-        alpha, sigma = (v.tolist() for v in context.schedule.alpha_sigma(begins))
+    def integrate(
+        self,
+        x: Float[Tensor, "b c h w"],
+        times: Float64[Tensor, " n_plus_1"],
+        context: EvaluationContext,
+        steps: Iterable[int],
+    ) -> Float[Tensor, "b c h w"]:
+        dtype, x = x.dtype, x.double()
+        raised = self._raised(context.schedule, times[:-1]) if self.s_churn else times[:-1]
+        forward = transition(context.schedule, raised, times[:-1])
+        scale, std = forward.alpha.tolist(), (self.s_noise * forward.variance.clamp(min=0).sqrt()).tolist()
+        alpha, sigma = (v.tolist() for v in context.schedule.alpha_sigma(raised))
         alpha_s, sigma_s = (v.tolist() for v in context.schedule.alpha_sigma(times[1:]))
         for i in steps:
-            t, s = begins[i], times[i + 1]
+            t, s = raised[i], times[i + 1]
             if self.s_churn and t > times[i]:
-                x = grown[i] * x + spread[i] * context.noise(i)
-            here = context.predict(i, x, t, s)
-            euler = alpha_s[i] * here.x0 + sigma_s[i] * here.noise
+                x = scale[i] * x + std[i] * context.noise(i)
+            at_t = context.predict(i, x, t, s)
+            euler = alpha_s[i] * at_t.x0 + sigma_s[i] * at_t.noise
             if s == 0 or (self.budget is not None and context.nfe >= self.budget):
                 x = euler
                 continue
-            there = context(euler, s)
-            x = x + (alpha_s[i] - alpha[i]) / 2 * (here.x0 + there.x0)
-            x = x + (sigma_s[i] - sigma[i]) / 2 * (here.noise + there.noise)
-        return x.to(given)
+            at_s = context(euler, s)
+            x = x + (alpha_s[i] - alpha[i]) / 2 * (at_t.x0 + at_s.x0)
+            x = x + (sigma_s[i] - sigma[i]) / 2 * (at_t.noise + at_s.noise)
+        return x.to(dtype)
 
-    def _raised(self, schedule: Schedule, times: Tensor) -> Tensor:
-        """t̂ of every step."""
-        gamma = min(self.s_churn / (self.steps or len(times)), math.sqrt(2) - 1)  # N also on a part of the way
+    def _raised(self, schedule: Schedule, times: Float64[Tensor, " n"]) -> Float64[Tensor, " n"]:
+        """Return t̂ of every step."""
+        gamma = min(
+            self.s_churn / (self.steps or len(times)), math.sqrt(2) - 1
+        )  # N of the whole grid, also on a segment
         lam = schedule.lam(times)
         raised = schedule.time(lam - math.log1p(gamma))
         inside = ((-lam).exp() >= self.s_min) & ((-lam).exp() <= self.s_max) & (raised > times)

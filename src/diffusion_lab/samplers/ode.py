@@ -1,9 +1,10 @@
-"""The probability-flow ODE by an adaptive solver."""
+"""The probability-flow ODE with an adaptive solver."""
 
 import itertools
 from collections.abc import Iterable, Iterator
 
 import torch
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser, Prediction
@@ -14,34 +15,35 @@ from diffusion_lab.samplers.dormand_prince import integrate
 from diffusion_lab.samplers.time_parametrization import TimeParametrization
 from diffusion_lab.schedules import append_dims_like
 
-LIMIT = 100_000  # evaluations of an image where no budget is given: to end what does not converge
+LIMIT = 100_000  # evaluations of an image without a budget; ends a run that does not converge
 
 
 class ODE(Sampler):
-    """dx/dt = α̇ x̂_0 + σ̇ ε̂ by Dormand and Prince's method, with step and error control for each image by itself.
+    """dx/dt = α̇ x̂_0 + σ̇ ε̂ by Dormand and Prince's method, with step size and error control per image.
 
-    On a table the solver runs over the angle arctan(σ/α) in place of t, because t has kinks (see time_parametrization.py).
+    On a table the integration variable is the angle arctan(σ/α), because α̇ and σ̇ jump at the nodes (see
+    time_parametrization.py).
 
-    Sampling runs from `start` to the curve's least time, 1e-3 for vp and sub_vp, 1e-5 for ve (Song et al. 2021, appendix C),
-    the first node of a table; the step into data is x̂_0 there. Encoding begins with the same step turned round. Images that
-    have arrived are no longer evaluated, so a batch costs what its slowest image needs in calls, and less in work. Published
-    codes control one step by a norm over the whole batch, so that their images depend on their neighbours.
+    Sampling integrates from `start` to the smallest time of the curve: 1e-3 for vp and sub_vp, 1e-5 for ve (Song et al. 2021,
+    appendix C), the first node of a table. The step into data returns x̂_0 there; encoding begins with the reverse of this step.
+    Images that have reached the end are no longer evaluated, so the number of calls is that of the slowest image. Published code
+    controls one step size by a norm over the whole batch, so its images depend on the rest of the batch.
 
-    The state is float64. One thing is read from the device each step, the error norms (B,).
+    The state is float64. Each step reads the error norms (B,) from the device and nothing else.
 
-    The callback sees the state after every round in which some image moved: each image is at a time of its own, t is the one
-    farthest behind, and the prediction is solved from x and dx/dt (so `output` belongs to the clipped x̂_0, and `extra` is None).
-    It keeps two states more.
+    The callback is invoked after every step in which an image moved. The images are at different times; t is the time of the
+    image farthest behind. The prediction is solved from x and dx/dt (so `output` belongs to the clipped x̂_0, and `extra` is
+    None). A callback costs the memory of two more states.
+
+    A call returns the evaluations of each image; `nfe` is the largest of them.
 
     Args:
         rtol: relative tolerance, > 0.
         atol: absolute tolerance, > 0, in units of the images' range [−1, 1].
-        budget: the most network evaluations of an image; a call that needs more is refused.
-
-    A call returns the evaluations of each image, and as `nfe` those of the image that needed most.
+        budget: maximal number of network evaluations of an image; a call that needs more raises ConfigError.
 
     Raises:
-        ConfigError: tolerances that are not positive, no budget.
+        ConfigError: a tolerance that is not positive, a budget below 1.
     """
 
     deterministic = True
@@ -51,28 +53,34 @@ class ODE(Sampler):
         super().__init__(None, "trailing")
         if not (rtol > 0 and atol > 0):
             raise ConfigError(
-                f"sampler=ode needs rtol > 0 and atol > 0, not rtol={rtol} and atol={atol}: published is 1e-5"
+                f"sampler=ode needs rtol > 0 and atol > 0, not rtol={rtol} and atol={atol}: write 1e-5 for both, as published"
             )
         if budget is not None and budget < 1:
-            raise ConfigError(f"sampler.budget={budget} allows no evaluation: allow more")
+            raise ConfigError(f"sampler.budget={budget} is too small for one evaluation: write a larger budget")
         self.rtol, self.atol, self.budget = rtol, atol, budget
 
-    def time_grid(self, denoiser: Denoiser, start: float = 1.0, stop: float = 0.0) -> Tensor:
-        """Return (start, stop), float64 (2,), between which each image has times of its own. Errors as of make_grid."""
+    def time_grid(self, denoiser: Denoiser, start: float = 1.0, stop: float = 0.0) -> Float64[Tensor, " n_plus_1"]:
+        """Return (start, stop), between which the solver chooses the times. Raises ConfigError as `grids.make_grid`."""
         return grids.make_grid("trailing", denoiser.schedule, 1, start, stop)
 
-    def integrate(self, x: Tensor, times: Tensor, context: EvaluationContext, steps: Iterable[int]) -> Tensor:
-        schedule, (start, stop), given = context.schedule, times.tolist(), x.dtype
+    def integrate(
+        self,
+        x: Float[Tensor, "b c h w"],
+        times: Float64[Tensor, " n_plus_1"],
+        context: EvaluationContext,
+        steps: Iterable[int],
+    ) -> Float[Tensor, "b c h w"]:
+        schedule, (start, stop), dtype = context.schedule, times.tolist(), x.dtype
         begin, end = start or min(schedule.t_min, stop), stop or min(schedule.t_min, start)
-        ends = (start == 0) + (stop == 0)  # evaluations in addition to the solver's
-        clock, reports = TimeParametrization(schedule), itertools.count()
+        extra = (start == 0) + (stop == 0)  # evaluations outside the solver
+        parametrization, reports = TimeParametrization(schedule), itertools.count()
 
         def slope(u: Tensor, y: Tensor, rows: Tensor) -> Tensor:
-            prediction = context(y, clock.time(u), rows)
-            d_alpha, d_sigma = clock.tangent(u)
+            prediction = context(y, parametrization.time(u), rows)
+            d_alpha, d_sigma = parametrization.tangent(u)
             return append_dims_like(d_alpha, y) * prediction.x0 + append_dims_like(d_sigma, y) * prediction.noise
 
-        for _ in steps:  # one, the whole way
+        for _ in steps:  # a single step: the whole interval
             if start == 0:
                 first = context.predict(next(reports), x, times[0], times.new_tensor(begin))
                 alpha, sigma = schedule.alpha_sigma(times.new_tensor(begin))
@@ -81,35 +89,45 @@ class ODE(Sampler):
                 solution = integrate(
                     slope,
                     x,
-                    clock.at(begin),
-                    clock.at(end),
+                    parametrization.at(begin),
+                    parametrization.at(end),
                     rtol=self.rtol,
                     atol=self.atol,
-                    limit=LIMIT if self.budget is None else self.budget - ends,
-                    watch=_Watch(context, clock, x, (begin, end), reports) if context.callback else None,
+                    limit=LIMIT if self.budget is None else self.budget - extra,
+                    on_step=_BatchReporter(context, parametrization, x, (begin, end), reports)
+                    if context.callback
+                    else None,
                 )
             except ConfigError:
-                context.refuse_nan()  # names the evaluation, where that was the reason
+                context.refuse_nan()  # if the network returned NaN, raise the error that names the evaluation
                 raise
-            x, context.evaluations = solution.y, solution.evaluations + ends
+            x, context.evaluations = solution.y, solution.evaluations + extra
             if stop == 0:
                 x = context.predict(next(reports), x, times.new_tensor(end), times[1]).x0
-        return x.to(given)
+        return x.to(dtype)
 
 
-class _Watch:
-    """Report the state of the whole batch to the callback after the solver has moved some of its rows."""
+class _BatchReporter:
+    """Report the state of the whole batch to the callback after the solver has moved some of its rows.
+
+    Args:
+        context: receives the reports.
+        parametrization: the integration variable.
+        x: the initial state.
+        ends: the first and the last time.
+        reports: counter of the reports.
+    """
 
     def __init__(
         self,
         context: EvaluationContext,
-        clock: TimeParametrization,
-        x: Tensor,
+        parametrization: TimeParametrization,
+        x: Float[Tensor, "b c h w"],
         ends: tuple[float, float],
         reports: Iterator[int],
     ) -> None:
-        self.context, self.clock, self.reports, self.dtype = context, clock, reports, x.dtype
-        self.first, self.last = clock.at(ends[0]), clock.at(ends[1])
+        self.context, self.parametrization, self.reports, self.dtype = context, parametrization, reports, x.dtype
+        self.first, self.last = parametrization.at(ends[0]), parametrization.at(ends[1])
         self.u = torch.full((len(x),), self.first, dtype=torch.float64)
         self.x = x.double()
         self.slope = torch.zeros_like(self.x)
@@ -118,15 +136,15 @@ class _Watch:
         self.u = self.u.index_copy(0, rows.cpu(), u)
         self.x, self.slope = self.x.index_copy(0, rows, y), self.slope.index_copy(0, rows, slope)
         if bool((self.u == self.last).all()):
-            return  # this is the result, or what the step into data reports
+            return  # the final state: returned, or reported by the step into data
         behind = self.u.max() if self.first > self.last else self.u.min()
         prediction = Prediction(*(value.to(self.dtype) for value in self._solved()))
-        self.context.report(next(self.reports), self.clock.time(behind), self.x.to(self.dtype), prediction)
+        self.context.report(next(self.reports), self.parametrization.time(behind), self.x.to(self.dtype), prediction)
 
     def _solved(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(x̂_0, ε̂, y) of every image from x = α x̂_0 + σ ε̂ and dx/du = dα/du x̂_0 + dσ/du ε̂."""
-        schedule, x, t = self.context.schedule, self.x, self.clock.time(self.u)
-        (alpha, sigma), (d_alpha, d_sigma) = schedule.alpha_sigma(t), self.clock.tangent(self.u)
+        """Solve x = α x̂_0 + σ ε̂ and dx/du = dα/du x̂_0 + dσ/du ε̂ for (x̂_0, ε̂); return them and the output y."""
+        schedule, x, t = self.context.schedule, self.x, self.parametrization.time(self.u)
+        (alpha, sigma), (d_alpha, d_sigma) = schedule.alpha_sigma(t), self.parametrization.tangent(self.u)
         d = sigma * d_alpha - alpha * d_sigma
         x0 = append_dims_like(sigma / d, x) * self.slope - append_dims_like(d_sigma / d, x) * x
         noise = append_dims_like(d_alpha / d, x) * x - append_dims_like(alpha / d, x) * self.slope

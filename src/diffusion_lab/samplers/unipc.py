@@ -1,4 +1,4 @@
-"""UniPC: a predictor and a corrector of any order from one formula (Zhao et al. 2023)."""
+"""UniPC, a unified predictor-corrector of any order (Zhao et al. 2023)."""
 
 import math
 from collections.abc import Sequence
@@ -10,27 +10,27 @@ from diffusion_lab.samplers.multistep import Multistep, Weights, phi
 
 
 class UniPC(Multistep):
-    """UniPC-p for x̂_0. One evaluation a step: the corrector uses the one that the next step needs anyway.
+    """UniPC-p for x̂_0. One evaluation a step: the corrector uses the evaluation of the next step.
 
-    With h̃ = −(λ_s − λ_t), the p − 1 estimates before at r_j = Δλ/(λ_s − λ_t) < 0, the one at s at r_p = 1, D_j their difference
-    to the estimate at t over r_j, and B = h̃ (bh1) or e^h̃ − 1 (bh2):
+    With h̃ = −(λ_s − λ_t), p − 1 earlier estimates at r_j = Δλ/(λ_s − λ_t) < 0, the estimate at s with r_p = 1, D_j the difference
+    of an estimate and the one at t, divided by r_j, and B = h̃ (bh1) or e^h̃ − 1 (bh2):
 
         x_s = DDIM − α_s B Σ_j ρ_j D_j,   Σ_j ρ_j r_j^(k−1) = k! g_k/B,   g_1 = (e^h̃ − 1)/h̃ − 1,   g_{k+1} = g_k/h̃ − 1/(k+1)!
 
-    The predictor solves for k, j < p, the corrector for k, j ≤ p; the published ρ = 1/2 of the smallest systems stands. The last
-    step has no corrector, and the estimates stay those at the predicted states. Between times with σ > 0 it measures p + 1
-    from an exact start, and 2 with `lower_last`.
+    The predictor solves for k, j < p, the corrector for k, j ≤ p; the smallest systems use the published ρ = 1/2. The last step
+    has no corrector, and the estimates are evaluated at the predicted states. Between times with σ > 0 order p + 1 is measured
+    from an exact start, and order 2 with `lower_last`.
 
     Args:
-        steps: how many, at least `order`; None is every step of the schedule.
-        order: p ≥ 1, published 2 and 3.
-        b: bh1 or bh2.
+        steps: number of steps, at least `order`; None: every step of the schedule.
+        order: p ≥ 1; 2 and 3 are published.
+        b: B, bh1 or bh2.
         lower_last: lower the order of the last steps.
         grid: the time grid.
-        budget: network evaluations, instead of `steps`.
+        budget: maximal number of network evaluations, one a step; replaces `steps`.
 
     Raises:
-        ConfigError: another B, an order below 1, fewer steps than `order`.
+        ConfigError: an unknown B, an order below 1, fewer steps than `order`.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class UniPC(Multistep):
         budget: int | None = None,
     ) -> None:
         if b not in ("bh1", "bh2"):
-            raise ConfigError(f"sampler=unipc has b=bh1 and b=bh2, not b={b}")
+            raise ConfigError(f"sampler=unipc needs b=bh1 or b=bh2, not b={b}")
         if order < 1:
             raise ConfigError(f"sampler=unipc needs order >= 1 (published: 2 and 3), not order={order}")
         super().__init__(steps, grid, budget, order=order, lower_below=math.inf if lower_last else 0)
@@ -52,17 +52,19 @@ class UniPC(Multistep):
     def weights(self, h: float, r: Sequence[float]) -> Weights:
         scale = -h if self.b == "bh1" else math.expm1(-h)
         p = len(r) + 1
-        before = [0.5] if p == 2 else self._rho(h, r, scale)
-        *during, last = [0.5] if p == 1 else self._rho(h, [*r, 1.0], scale)
+        predictor = [0.5] if p == 2 else self._rho(h, r, scale)
+        *corrector, last = [0.5] if p == 1 else self._rho(h, [*r, 1.0], scale)
         return Weights(
-            [-scale * rho / at for rho, at in zip(before, r, strict=True)],
-            [-scale * last, *(-scale * rho / at for rho, at in zip(during, r, strict=True))],
+            [-scale * rho / r_j for rho, r_j in zip(predictor, r, strict=True)],
+            [-scale * last, *(-scale * rho / r_j for rho, r_j in zip(corrector, r, strict=True))],
         )
 
     @staticmethod
     def _rho(h: float, r: Sequence[float], scale: float) -> list[float]:
-        """Solves Σ_j ρ_j r_j^(k−1) = k! g_k/B, k = 1 … len(r); g_k = h̃ φ_{k+1}(h̃)."""
-        powers = torch.tensor([[at**k for at in r] for k in range(len(r))], dtype=torch.float64).reshape(len(r), len(r))
+        """Solve Σ_j ρ_j r_j^(k−1) = k! g_k/B, k = 1 … len(r), for ρ; g_k = h̃ φ_{k+1}(h̃)."""
+        powers = torch.tensor([[r_j**k for r_j in r] for k in range(len(r))], dtype=torch.float64).reshape(
+            len(r), len(r)
+        )
         right = [math.factorial(k) * -h * phi(k + 1, -h) / scale for k in range(1, len(r) + 1)]
         rho: list[float] = torch.linalg.solve(powers, torch.tensor(right, dtype=torch.float64)).tolist()
         return rho
