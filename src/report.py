@@ -1,4 +1,4 @@
-"""`python src/report.py --help` says what it does."""
+"""`python src/report.py --help` prints its options."""
 
 import sys
 
