@@ -2,7 +2,7 @@
 
 import sys
 
-from diffusion_lab.reporting import main
+from diffusion_lab.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main("report"))

@@ -1,6 +1,6 @@
-"""Conditions: which tensors of a batch the network receives as keyword arguments, and when they are dropped.
+"""Conditions: from a batch to the network's keyword arguments, with random dropping in training.
 
-`requested_condition` makes the same arguments for samples, from labels or from given data.
+`requested_condition` returns the same arguments for samples, from labels or from conditioning data.
 """
 
 import re
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Int64
 from torch import Tensor
 
 from diffusion_lab.errors import ConfigError
@@ -22,50 +23,50 @@ Arguments = dict[str, Tensor]
 class Condition(ABC):
     """condition(batch, seed) → keyword arguments for the network."""
 
-    num_classes: int | None = None  # for the network's embedding; its null label is num_classes
-    given_channels: int = 0  # of images that the network reads as further input channels
-    of_data = True  # whether it is made of images or tensors, which whoever samples must give; False for labels and attributes
+    num_classes: int | None = None  # for the network's embedding, whose null label is num_classes
+    given_channels: int = 0  # channels of conditioning images that the network reads as further input channels
+    of_data = True  # whether sampling needs images or tensors from data; False for labels and attributes
 
     @abstractmethod
     def __call__(self, batch: Mapping[str, Any], seed: int | None = None) -> Arguments:
-        """The condition of a batch.
+        """Return the condition of a batch.
 
         Args:
-            batch: what the data module yields.
-            seed: in training, the key of what is dropped, with the step and position of each example; None drops nothing.
+            batch: a batch of the data module.
+            seed: in training, with the step and position of each example the key of random dropping; None drops nothing.
         """
 
-    def sampled(self, index: Tensor, batch: Callable[[Tensor], Mapping[str, Any]]) -> Arguments:
-        """What samples are asked for while training: the condition of `batch(index)`, unless it needs no data.
+    def sampled(self, index: Int64[Tensor, " n"], batch: Callable[[Tensor], Mapping[str, Any]]) -> Arguments:
+        """Return the condition of samples drawn during training: that of `batch(index)`, unless it needs no data.
 
         Args:
-            index: int64 (n,), of the samples.
-            batch: gives real examples, on the device, one for each index.
+            index: indices of the samples.
+            batch: maps indices to real examples on the device.
         """
         return self(batch(index))
 
 
 class Unconditional(Condition):
-    """Nothing but the noisy image."""
+    """No condition."""
 
     of_data = False
 
     def __call__(self, batch: Mapping[str, Any], seed: int | None = None) -> Arguments:
         return {}
 
-    def sampled(self, index: Tensor, batch: Callable[[Tensor], Mapping[str, Any]]) -> Arguments:
+    def sampled(self, index: Int64[Tensor, " n"], batch: Callable[[Tensor], Mapping[str, Any]]) -> Arguments:
         return {}
 
 
 class Label(Condition):
-    """The class label, replaced by the null label with probability `drop` while training (Ho & Salimans 2022).
+    """The class label, `label` int64 (B,), replaced by the null label with probability `drop` in training (Ho & Salimans 2022).
 
     Args:
-        num_classes: of the data.
-        drop: probability in [0, 1); > 0 also trains the unconditional model that classifier-free guidance needs.
+        num_classes: number of classes of the data.
+        drop: probability in [0, 1); above 0 it also trains the unconditional model that classifier-free guidance uses.
 
     Raises:
-        ValueError: data without labels, a probability out of range.
+        ConfigError: data without labels, or a probability out of range.
     """
 
     of_data = False
@@ -74,7 +75,7 @@ class Label(Condition):
         if num_classes < 1:
             raise ConfigError(
                 f"data.num_classes={num_classes}, but condition=label needs the number of classes: write data.num_classes=K for "
-                "a labelled data set of K classes, or condition=none"
+                "a labeled data set of K classes, or condition=none"
             )
         self.num_classes: int = num_classes
         self.drop = _probability("drop", drop)
@@ -82,25 +83,25 @@ class Label(Condition):
     def __call__(self, batch: Mapping[str, Any], seed: int | None = None) -> Arguments:
         label: Tensor = batch["label"]
         if seed is not None and self.drop > 0:
-            coin = uniform((), seed=seed, index=batch["position"], draw=batch["step"], stream=Stream.LABEL)
-            label = torch.where(to_device(coin < self.drop, label.device), self.num_classes, label)
+            u = uniform((), seed=seed, index=batch["position"], draw=batch["step"], stream=Stream.LABEL)
+            label = torch.where(to_device(u < self.drop, label.device), self.num_classes, label)
         return {"label": label}
 
-    def sampled(self, index: Tensor, batch: Callable[[Tensor], Mapping[str, Any]]) -> Arguments:
-        return {"label": index % self.num_classes}  # every class in turn
+    def sampled(self, index: Int64[Tensor, " n"], batch: Callable[[Tensor], Mapping[str, Any]]) -> Arguments:
+        return {"label": index % self.num_classes}  # cycles through the classes
 
 
 class Attributes(Condition):
-    """Several labels at once, ±1 each: `label` float (B, A), 0 where nothing is said (CelebA's smiling, male, young, …).
+    """Binary attributes, `label` float (B, A): ±1, or 0 for an unspecified attribute (CelebA's smiling, male, young, …).
 
     Args:
-        num_attributes: A, the attributes of the data.
-        drop: probability that an example says nothing at all, which classifier-free guidance needs; in [0, 1).
-        drop_each: probability, besides, of each attribute alone, so that a sample may be asked for a few of them; in [0, 1).
-        names: of the attributes, in order; what sample.py's labels= are looked up in.
+        num_attributes: A, the number of attributes of the data.
+        drop: probability in [0, 1) of dropping all attributes of an example, for classifier-free guidance.
+        drop_each: additional probability in [0, 1) of dropping each attribute independently, so that samples may specify a few.
+        names: names of the attributes, in order, for `labels=` of sample.py.
 
     Raises:
-        ValueError: data without attributes, a probability out of range.
+        ConfigError: data without attributes, a number of names that differs from A, or a probability out of range.
     """
 
     of_data = False
@@ -110,60 +111,61 @@ class Attributes(Condition):
     ) -> None:
         if num_attributes < 1:
             raise ConfigError(
-                "condition=attributes needs data with attributes, and these have none: write data=celeba, or condition=label"
+                "condition=attributes needs data with attributes, and this data set has none: write data=celeba, or "
+                "condition=label"
             )
         self.num_classes: int = num_attributes
         self.drop, self.drop_each = _probability("drop", drop), _probability("drop_each", drop_each)
         self.names = tuple(names or ())
         if self.names and len(self.names) != num_attributes:
             raise ConfigError(
-                f"condition.names holds {len(self.names)} names for {num_attributes} attributes: name each"
+                f"condition.names has {len(self.names)} names for {num_attributes} attributes: name each of them"
             )
 
     def __call__(self, batch: Mapping[str, Any], seed: int | None = None) -> Arguments:
         label: Tensor = batch["attributes"]
         if seed is not None and (self.drop > 0 or self.drop_each > 0):
             key: dict[str, Any] = {"seed": seed, "index": batch["position"], "draw": batch["step"]}
-            coins = uniform((1 + self.num_classes,), stream=Stream.LABEL, **key)
-            said = (coins[:, :1] >= self.drop) & (coins[:, 1:] >= self.drop_each)
-            label = label * to_device(said, label.device)
+            u = uniform((1 + self.num_classes,), stream=Stream.LABEL, **key)
+            kept = (u[:, :1] >= self.drop) & (u[:, 1:] >= self.drop_each)
+            label = label * to_device(kept, label.device)
         return {"label": label}
 
 
 class Tensors(Condition):
-    """Tensors of the batch by their names, as they are: whatever a data set gives beside its images (`Examples.more`).
+    """Tensors of the batch by name, unchanged: the further tensors of a data set (`Examples.more`).
 
     Args:
-        keys: their names, which are the network's keyword arguments.
+        keys: names of the tensors and of the network's keyword arguments.
 
     Raises:
-        ValueError: no names, or (when called) one that the data do not have.
+        ConfigError: no names; in a call, a name that is not in the batch.
     """
 
     def __init__(self, keys: Sequence[str]) -> None:
         if not keys:
-            raise ConfigError("condition.keys=[] names nothing: write the tensors of the batch, or condition=none")
+            raise ConfigError("condition.keys=[] is empty: write the names of tensors of the batch, or condition=none")
         self.keys = tuple(keys)
 
     def __call__(self, batch: Mapping[str, Any], seed: int | None = None) -> Arguments:
         missing = [key for key in self.keys if key not in batch]
         if missing:
-            has = ", ".join(key for key, value in batch.items() if isinstance(value, Tensor))
-            raise ConfigError(f"condition.keys names {missing[0]}, and the data give {has}: write some of these")
+            available = ", ".join(key for key, value in batch.items() if isinstance(value, Tensor))
+            raise ConfigError(f"condition.keys names {missing[0]}, but the batch has {available}: write some of these")
         return {key: batch[key] for key in self.keys}
 
 
 class LowResolution(Condition):
-    """The image itself, averaged over factor × factor pixels and enlarged again: super-resolution (Saharia et al. 2021, "SR3").
+    """The image averaged over factor × factor pixels and upsampled again, for super-resolution (Saharia et al. 2021, "SR3").
 
-    The network gets it as `given`, float (B, C, H, W), and reads it as further input channels.
+    The network receives it as `given`, float (B, C, H, W), and reads it as further input channels.
 
     Args:
-        channels: C, which the network's `given_channels` follow.
+        channels: C, the value of the network's `given_channels`.
         factor: at least 2.
 
     Raises:
-        ValueError: a factor below 2, or (when called) one that does not divide the image's sides.
+        ConfigError: a factor below 2; in a call, a factor that does not divide height and width.
     """
 
     def __init__(self, channels: int, factor: int = 2) -> None:
@@ -175,12 +177,15 @@ class LowResolution(Condition):
         image: Tensor = batch["image"]
         height, width = image.shape[-2:]
         if height % self.factor or width % self.factor:
-            raise ConfigError(f"condition.factor={self.factor} does not divide {height}×{width}: write one that does")
+            raise ConfigError(
+                f"condition.factor={self.factor} does not divide {height}×{width}: write a common divisor of both"
+            )
         small = F.avg_pool2d(image, self.factor)
         return {"given": F.interpolate(small, scale_factor=float(self.factor), mode="nearest")}
 
 
 def _probability(name: str, value: float) -> float:
+    """Return `value`; ConfigError unless 0 ≤ value < 1."""
     if not 0 <= value < 1:
         raise ConfigError(f"condition.{name}={value} is outside [0, 1): the published value is 0.1")
     return value

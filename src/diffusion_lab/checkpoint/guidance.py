@@ -29,7 +29,7 @@ def guided(node: Node | None, run: Run) -> Run:
     Call it after clipping and a fitted variance, which replace the denoiser.
 
     Args:
-        node: of `conf/guidance`. Its key `ckpt`, a file, becomes the arguments `classifier`, `num_classes` and `labelled`.
+        node: of `conf/guidance`. Its key `ckpt`, a file, becomes the arguments `classifier`, `num_classes` and `labeled`.
         run: from `load_checkpoint`.
 
     Raises:
@@ -63,7 +63,7 @@ def _classifier_arguments(path: str | None, run: Run) -> dict[str, Any]:
     return {
         "classifier": NoisyClassifier(classifier.network.to(run.device), trained_along, schedule),
         "num_classes": int(classifier.config["data"]["classes"]),
-        "labelled": isinstance(run.condition, Label),
+        "labeled": isinstance(run.condition, Label),
     }
 
 

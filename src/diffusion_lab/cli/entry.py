@@ -5,6 +5,7 @@ A ConfigError becomes one line on stderr and exit code 2.
 
 import importlib
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -87,9 +88,15 @@ def _arguments(name: str, argv: Sequence[str]) -> tuple[Any, list[str]]:
     if words and name not in POSITIONAL:
         raise ConfigError(f"{words[0]!r} is neither KEY=VALUE nor a flag; --help lists what can be written")
     if words:
-        quoted = ",".join("'" + word.replace("\\", "\\\\").replace("'", "\\'") + "'" for word in words)
+        quoted = ",".join(map(_quoted, words))
         arguments.overrides = [*(word for word in written if word not in words), f"{POSITIONAL[name]}=[{quoted}]"]
     return arguments, written
+
+
+def _quoted(word: str) -> str:
+    """Return a word as a quoted string of Hydra's grammar, in which OmegaConf interpolates nothing."""
+    escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", word).replace("'", "\\'").replace("${", "\\${")
+    return f"'{escaped}'"
 
 
 def _is_override(name: str, word: str) -> bool:
