@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from diffusion_lab import composition
 from diffusion_lab.commands.train import build
+from diffusion_lab.commands.train.trainer import build_trainer
 from diffusion_lab.conditions import Condition
 from diffusion_lab.data.images import to_float
 from diffusion_lab.instantiation import locate
@@ -145,7 +146,7 @@ def fitted(config: dict[str, Any], steps: int, warm: int) -> Callable[[], float]
             module = build.module(config, net, condition, {})
             clock = Clock()
             hooks = [*build.callbacks(config, Path(folder)), clock]
-            trainer = build.trainer(config, Path(folder), loggers(config, Path(folder)), hooks)
+            trainer = build_trainer(config, Path(folder), loggers(config, Path(folder)), hooks)
             trainer.fit(module, datamodule=data)
             return clock.seconds
 

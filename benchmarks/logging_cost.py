@@ -14,6 +14,7 @@ import wandb
 from common import configuration, loggers, network, table
 
 from diffusion_lab.commands.train import build
+from diffusion_lab.commands.train.trainer import build_trainer
 from diffusion_lab.training.callbacks import WandbSummary
 
 CALLS = ("log_metrics", "log_image", "save", "finalize")
@@ -53,7 +54,7 @@ def measure(chosen: list[str], steps: int) -> list[str]:
                 if hasattr(logger, name):
                     setattr(logger, name, timed(getattr(logger, name)))
         hooks: list[pl.Callback] = [*build.callbacks(config, place), WandbSummary()]
-        trainer = build.trainer(config, place, written, hooks)
+        trainer = build_trainer(config, place, written, hooks)
         if "wandb" in chosen:
             _ = next(
                 logger for logger in written if isinstance(logger, pl.loggers.WandbLogger)

@@ -1,4 +1,4 @@
-"""Hydra's composition with errors of one line: what was found, what is allowed, what to write."""
+"""Compose a configuration by Hydra, with errors of one line: what was found, what is allowed, what to write."""
 
 import difflib
 import re
@@ -24,13 +24,13 @@ COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException)
 
 
 def task_overrides(hydra: Any) -> list[str]:
-    """The overrides of a job, as they were written; `hydra` is the node of that name."""
+    """Return the overrides of a job, as they were written; `hydra` is the configuration's node of that name."""
     lines: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)
     return [str(line) for line in lines]
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:
-    """Hydra's overrides. ConfigError: one that cannot be read."""
+    """Parse overrides. Raises ConfigError for one that cannot be parsed."""
     parsed = []
     for text in overrides:
         try:
@@ -40,69 +40,56 @@ def parse(overrides: Sequence[str]) -> list[Override]:
     return parsed
 
 
-def added(text: str) -> str:
-    """`+KEY=VALUE` as `++KEY=VALUE`, which Hydra also takes where KEY exists: whether optimizer=custom has an lr depends on the
-    recipe of the data set. Choices of a group, and what is no override, stay."""
-    key = text.split("=", 1)[0]
-    plain = text.startswith("+") and not text.startswith("++") and "=" in text and not is_group(key.lstrip("+"))
-    return f"+{text}" if plain else text
+def checked_overrides(overrides: Sequence[str]) -> list[str]:
+    """Check overrides and return them as they are passed to Hydra.
 
+    `+KEY=VALUE` becomes `++KEY=VALUE`, which Hydra also takes where KEY exists: whether optimizer=custom has an lr depends on
+    the recipe of the data set. Choices of a group, and `~KEY`, stay.
 
-def accepted(overrides: Sequence[str]) -> list[str]:
-    """The overrides as Hydra is given them. ConfigError: one that cannot be read, or that `refuse_…` below names."""
-    parsed = parse(overrides)
-    refuse_renamed(parsed)
-    refuse_null_list(parsed)
-    return [added(text) for text in overrides]
-
-
-def refuse_renamed(overrides: Sequence[Override]) -> None:
-    """Raise ConfigError for the old name of a key, an option or a value, with the new one."""
-    for override in overrides:
-        key = override.key_or_group.split("@")[0]
-        value = "" if override.is_delete() else str(override.input_line).split("=", 1)[-1]
-        if new := renames.renamed(key, value):
-            raise ConfigError(f"{override.input_line} was renamed: write {new}")
-
-
-def refuse_null_list(overrides: Sequence[Override]) -> None:
-    """Raise ConfigError for metrics=null or logger=null, of which Hydra makes a defect: their choice is a list."""
-    for override in overrides:
-        key = override.key_or_group
-        if key in LISTS and not override.is_delete() and override.value() is None:
+    Raises:
+        ConfigError: an override that cannot be parsed, the old name of a key or an option, a list of options that is null.
+    """
+    lines = []
+    for text, override in zip(overrides, parse(overrides), strict=True):
+        key, value = override.key_or_group, "" if override.is_delete() else text.split("=", 1)[-1]
+        if new := renames.renamed(key.split("@")[0], value):
+            raise ConfigError(f"{text} was renamed: write {new}")
+        if key in LISTS and not override.is_delete() and override.value() is None:  # Hydra raises a TypeError for it
             raise ConfigError(f"{key}=null is no list of options: write {key}=[] for none, or {key}=[OPTION,…]")
+        lines.append(f"+{text}" if override.is_add() and not is_group(key) else text)
+    return lines
 
 
 @contextmanager
-def hydra_of_its_own(config_dir: str | None = None) -> Iterator[list[str]]:
-    """Hydra for `compose` outside a running command; yields the overrides that add `config_dir` to its search path."""
+def standalone_hydra(config_dir: str | None = None) -> Iterator[list[str]]:
+    """Initialize Hydra for `compose` outside a running command; yield the overrides that add `config_dir` to its search path."""
     instance = GlobalHydra.instance()
-    held, instance.hydra = instance.hydra, None
+    running, instance.hydra = instance.hydra, None
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             yield [f"hydra.searchpath=[file://{Path(config_dir).absolute()}]"] if config_dir else []
     finally:
-        instance.hydra = held
+        instance.hydra = running
 
 
 def composed(name: str, overrides: Sequence[str] = (), config_dir: str | None = None) -> DictConfig:
-    """The configuration of a command line, with Hydra's own node, unresolved; under a running command with its search path.
+    """Compose the configuration of a command line, with the node `hydra`, unresolved; a running command's search path is used.
 
     Raises:
-        ConfigError: one line that names what is wrong and what to write instead.
+        ConfigError: an unknown group, option or key, or an override that cannot be parsed.
     """
-    overrides = accepted(overrides)
+    overrides = checked_overrides(overrides)
     try:
         if GlobalHydra.instance().is_initialized() and config_dir is None:
             return compose(name, overrides, return_hydra_config=True)
-        with hydra_of_its_own(config_dir) as search:
+        with standalone_hydra(config_dir) as search:
             return compose(name, [*search, *overrides], return_hydra_config=True)
     except COMPOSITION_ERRORS as error:
         raise ConfigError(explain(error, name, overrides, config_dir)) from None
 
 
 def explain(error: Exception, name: str, overrides: Sequence[str], config_dir: str | None = None) -> str:
-    """One line for an error of Hydra's composition of the command `name`."""
+    """Return one line for an error of Hydra in composing the command `name`: the cause, and what to write instead."""
     line = first_line(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and "/" in error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
@@ -128,6 +115,7 @@ def explain(error: Exception, name: str, overrides: Sequence[str], config_dir: s
 
 
 def unknown_option(group: str, option: str, options: Sequence[str]) -> str:
+    """Return the message for an option that a group does not have."""
     known = [o for o in options if "/" not in o]
     if new := renames.FOREIGN_OPTIONS.get((group, option.lower())):
         return f"unknown option {group}={option}: write {group}={new}"
@@ -135,6 +123,7 @@ def unknown_option(group: str, option: str, options: Sequence[str]) -> str:
 
 
 def unknown_key(override: Override, name: str, config_dir: str | None) -> str:
+    """Return the message for a key that the command `name` does not have."""
     key = override.key_or_group.split("@")[0]
     if (CONF / key).is_dir():
         if f"{key}s" in OmegaConf.load(CONF / f"{name}.yaml"):  # evaluate.py's list of samplers
@@ -142,25 +131,26 @@ def unknown_key(override: Override, name: str, config_dir: str | None) -> str:
         return _not_of_this_command(override, name, {key})
     if new := renames.FOREIGN_KEYS.get(key.rsplit(".", 1)[-1]):
         return f"unknown key {key}: write {new}"
-    with hydra_of_its_own(config_dir) as search:
+    with standalone_hydra(config_dir) as search:
         try:
             base = compose(name, [*search, *group_choices(search)])
             known = sorted(keys(base))
         except COMPOSITION_ERRORS:
             known = []
     if "." not in key:
-        known = [k for k in known if "." not in k] + [p.name for p in CONF.iterdir() if p.is_dir() and p.name != "base"]
+        groups = [path.name for path in CONF.iterdir() if path.is_dir() and path.name != "base"]
+        known = [k for k in known if "." not in k] + groups
     return f"unknown key {key}{closest(key, known)}; --help lists all keys"
 
 
 def _not_of_this_command(override: Override, name: str, groups: set[str]) -> str:
-    users = [path.stem for path in sorted(CONF.glob("*.yaml")) if groups <= _groups_of(path)]
+    users = [path.stem for path in sorted(CONF.glob("*.yaml")) if groups <= groups_of(path)]
     others = " or ".join(f"python src/{user}.py {override.input_line}" for user in users)
     return f"{override.input_line} is not an option of {name}.py: leave it out, or write {others}"
 
 
 def group_choices(overrides: Sequence[str]) -> list[str]:
-    """The overrides that choose options, each with its first value; those that set values are left out."""
+    """Return the overrides that choose options, each with its first value, without those that set values."""
     return [single(o) for o in parse(overrides) if is_group(o.key_or_group)]
 
 
@@ -170,7 +160,7 @@ def is_group(key: str) -> bool:
 
 
 def single(override: Override) -> str:
-    """An override as text, with the first value of a sweep."""
+    """Return an override as text, with the first value of a sweep."""
     if not override.is_discrete_sweep():
         return str(override.input_line)
     value = override.value()
@@ -181,41 +171,41 @@ def single(override: Override) -> str:
 
 
 def options(group: str, config_dir: str | None = None) -> list[str]:
-    """The options of a group, on Hydra's whole search path."""
+    """Return the options of a group, on Hydra's whole search path."""
     from hydra.core.object_type import ObjectType
 
     if GlobalHydra.instance().is_initialized():
         return sorted(GlobalHydra.instance().config_loader().get_group_options(group, ObjectType.CONFIG))
-    with hydra_of_its_own():
-        found = set(GlobalHydra.instance().config_loader().get_group_options(group, ObjectType.CONFIG))
-    return sorted(found | {path.stem for path in (Path(config_dir) / group).glob("*.yaml")} if config_dir else found)
+    with standalone_hydra():
+        names = set(GlobalHydra.instance().config_loader().get_group_options(group, ObjectType.CONFIG))
+    return sorted(names | {path.stem for path in (Path(config_dir) / group).glob("*.yaml")} if config_dir else names)
 
 
-def _groups_of(path: Path) -> set[str]:
-    """The groups in the defaults list of a file."""
+def groups_of(path: Path) -> set[str]:
+    """Return the groups in the defaults list of a file of conf/."""
     entries: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     names = [str(name) for entry in entries.get("defaults", []) if isinstance(entry, dict) for name in entry]
     return {name.removeprefix("optional ").removeprefix("override ").removeprefix("/") for name in names}
 
 
 def keys(config: DictConfig, prefix: str = "") -> set[str]:
-    """Every dotted key of a configuration."""
-    found: set[str] = set()
+    """Return every dotted key of a configuration."""
+    dotted: set[str] = set()
     for name in config:
         key, node = f"{prefix}{name!s}", config._get_node(name)
-        found.add(key)
+        dotted.add(key)
         if isinstance(node, DictConfig) and not node._is_none() and not node._is_interpolation():
-            found |= keys(node, key + ".")
-    return found
+            dotted |= keys(node, key + ".")
+    return dotted
 
 
 def closest(word: str, words: Sequence[str]) -> str:
-    """' (did you mean …?)' with the word that is most like it, or one with the same last part; else nothing."""
+    """Return " (did you mean …?)" with the most similar of `words`, or one with the same last part; "" without any."""
     match = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
     match = match or [w for w in words if w.rsplit(".", 1)[-1] == word.rsplit(".", 1)[-1]][:1]
     return f" (did you mean {match[0]}?)" if match else ""
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message that is not empty."""
+    """Return the first non-empty line of an error's message; the name of its class if there is none."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,4 +1,4 @@
-"""Where a command computes."""
+"""The device of a command."""
 
 import torch
 
@@ -6,10 +6,15 @@ from diffusion_lab.errors import ConfigError
 
 
 def device(name: str, processes: int = 1, rank: int = 0) -> str:
-    """The device that `device=` means to process `rank` of `processes`; of several, each has a GPU of its own.
+    """Return the device of process `rank` out of `processes`: "cpu", "cuda", or "cuda:RANK" where several share a machine's GPUs.
+
+    Args:
+        name: the option `device=`: auto, cpu or cuda.
+        processes: number of processes, each on a GPU of its own.
+        rank: of this process.
 
     Raises:
-        ValueError: unknown, or not there.
+        ConfigError: another name, no CUDA device, or fewer GPUs than processes.
     """
     if name not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"device={name} is unknown: write auto, cpu or cuda")
@@ -17,6 +22,6 @@ def device(name: str, processes: int = 1, rank: int = 0) -> str:
         raise ConfigError("device=cuda, but torch sees no CUDA device: write device=cpu")
     if name == "cpu" or not torch.cuda.is_available():
         return "cpu"
-    if processes > torch.cuda.device_count():
-        raise ConfigError(f"devices={processes}, but torch sees {torch.cuda.device_count()} GPU(s)")
+    if processes > (count := torch.cuda.device_count()):
+        raise ConfigError(f"devices={processes}, but torch sees {count} GPU(s): write devices={count}")
     return f"cuda:{rank}" if processes > 1 else "cuda"

@@ -1,10 +1,10 @@
-"""Errors that a user can mend, and the type of nodes that a file supplies."""
+"""The error of a wrong input, and the type of nodes read from a file."""
 
 from typing import Any
 
 
 class ConfigError(ValueError):
-    """A mistake of the user's. The message states what was found, what is allowed and what to write.
+    """An input that the user can correct. The message states what was found, what is allowed and what to write.
 
     The command line prints it as one line and exits with code 2. Every other exception is a defect and keeps its traceback.
     """

@@ -1,4 +1,4 @@
-"""From (seed, index, condition) to images. The only place where x_T is drawn.
+"""Images of (seed, index, condition). The only module that draws x_T.
 
 Image i depends on (seed, i) alone, whatever the batch size and the number of processes.
 """
@@ -24,8 +24,8 @@ class Batch(NamedTuple):
     """The images of one call of a sampler."""
 
     indices: Tensor  # int64 (B,), the number of each image, on the network's device
-    condition: dict[str, Tensor]  # keyword arguments for the network, B rows each, there too
-    progress: bool = False  # whether the sampler shows a bar of its own
+    condition: dict[str, Tensor]  # keyword arguments for the network, B rows each, on its device
+    progress: bool = False  # whether the sampler shows its progress bar
 
 
 def batch_of(
@@ -69,13 +69,13 @@ def batches(
 
 
 def join(parts: Iterable[Samples]) -> Samples:
-    """Concatenate batches on the CPU. nfe is the most of a batch: they differ only under an adaptive sampler."""
+    """Concatenate batches on the CPU. nfe is the maximum over the batches: they differ only under an adaptive sampler."""
     states, nfe = zip(*((part.x.cpu(), part.nfe) for part in parts), strict=True)
     return Samples(torch.cat(states), max(nfe))
 
 
 def initial_noise(shape: Shape, index: Tensor, seed: int) -> Tensor:
-    """Draw the noise ε that images `index`, int64 (B,), begin with: standard normal (B, C, H, W)."""
+    """Draw the initial noise ε of images `index`, int64 (B,): standard normal (B, C, H, W)."""
     return normal(shape, seed=seed, index=index)
 
 
@@ -104,7 +104,7 @@ def generate(
         callback: the sampler's.
 
     Raises:
-        ConfigError: NaN or Inf from the network, with the number of the first image; a sampler that does not fit.
+        ConfigError: NaN or Inf from the network, with the number of the first image; a sampler that cannot use the denoiser.
     """
     x_T = initial_state(denoiser, shape, batch.indices, seed)
     return decode(denoiser, sampler, x_T, batch, seed=seed, callback=callback)
@@ -137,15 +137,19 @@ def decode(
     try:
         samples = sample(callback, batch.progress)
     except ConfigError as error:
-        bad = _first_nonfinite(sample, states)
-        if bad is None:
+        row = _first_nonfinite(sample, states)
+        if row is None:
             raise
-        raise ConfigError(f"image {int(batch.indices[bad])}: {error}") from error
+        raise ConfigError(f"image {int(batch.indices[row])}: {error}") from error
     return samples._replace(x=samples.x.float().clamp(-1, 1))
 
 
 def encode(denoiser: Denoiser, sampler: Sampler, images: Tensor, batch: Batch) -> Samples:
-    """Integrate images (B, C, H, W) in [−1, 1] to their states at t = 1. Raises ConfigError for a stochastic sampler, too."""
+    """Integrate images (B, C, H, W) in [−1, 1] to their states at t = 1.
+
+    Raises:
+        ConfigError: a stochastic sampler, or NaN or Inf from the network.
+    """
     return sampler(
         denoiser,
         images,
@@ -158,7 +162,7 @@ def encode(denoiser: Denoiser, sampler: Sampler, images: Tensor, batch: Batch) -
 
 
 def _first_nonfinite(sample: Callable[[Callback], Samples], states: Tensor) -> int | None:
-    """The first row of a refused batch whose x̂_0 was NaN or Inf, found by sampling it again; None where all were finite."""
+    """Sample a refused batch again and return its first row whose x̂_0 was NaN or Inf; None if all were finite."""
     finite = torch.ones(len(states), dtype=torch.bool, device=states.device)
 
     def watch(i: int, t: float, x: Tensor, prediction: Prediction) -> None:

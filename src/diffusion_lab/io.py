@@ -1,4 +1,4 @@
-"""Files and progress bars, each operation once: write and rename, claim, disk space, .npz, progress."""
+"""Atomic writes, locks, disk space, .npz files and progress bars."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from diffusion_lab.errors import ConfigError
 
-SPARE = 64 << 20  # bytes of a disk that stay free
+SPARE = 64 << 20  # bytes that stay free on a disk
 
 T = TypeVar("T")
 
@@ -24,9 +24,9 @@ T = TypeVar("T")
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the folder of `path`, which is made; sync the file and rename it when the body succeeds.
+    """Yield a temporary path in the folder of `path`, which is created; sync and rename it to `path` if the body succeeds.
 
-    A body that fails leaves the file of before.
+    If the body raises, the temporary file is removed and `path` stays as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -41,17 +41,21 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Write a whole file or nothing. OSError: as the file system reports it."""
+    """Write a file atomically.
+
+    Raises:
+        OSError: as the file system reports it.
+    """
     with replacing(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
 def claimed(path: Path) -> Iterator[BinaryIO | None]:
-    """Yield an empty file that becomes `path` if the body succeeds and vanishes if it fails; None where `path` exists by then.
+    """Yield an empty file, renamed to `path` if the body succeeds and removed if it raises; None if another process wrote `path`.
 
-    Processes that make the same file wait for each other. The temporary file is its own lock, which the kernel releases when
-    a process dies: a killed build blocks nobody, and the next one overwrites its remains.
+    Processes that write the same path wait for each other. The temporary file is the lock, which the kernel releases when a
+    process dies; the next process then overwrites the partial file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
@@ -59,12 +63,12 @@ def claimed(path: Path) -> Iterator[BinaryIO | None]:
         with open(part, "a+b") as file:
             _lock(file)
             if path.exists():
-                # Another process finished first. `part` was renamed to `path` then, unless this open made a new one.
+                # Another process finished first and renamed `part` to `path`, unless this open created a new `part`.
                 if _same(file, part):
                     part.unlink()
                 yield None
                 return
-            if not _same(file, part):  # the process that made it failed and removed it: start again
+            if not _same(file, part):  # the process that held the lock failed and removed the file: start again
                 continue
             file.truncate(0)
             try:
@@ -139,10 +143,10 @@ def read_npz(path: Path, where: str = "", names: Collection[str] | None = None) 
     Args:
         path: the file.
         where: the option that named it, for the message.
-        names: read these alone, as far as the file has them; None reads all.
+        names: the arrays to read, if the file has them; None reads all.
 
     Raises:
-        ConfigError: no such file, or no .npz of plain arrays.
+        ConfigError: a missing file, or one that is not an .npz of plain arrays.
     """
     try:
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:

@@ -1,7 +1,7 @@
-"""Processes: the result of a command, one-line errors, and how torchrun or SLURM started this process. No heavy imports.
+"""The result of a command, one-line errors, and launchers (torchrun, SLURM). Imports the standard library alone.
 
-Under torchrun or srun, rank 0 runs the command as a single process does. The others wait for the configuration that it
-writes and join, as the processes do that Lightning starts by itself.
+Under torchrun or srun, rank 0 runs the command as a single process does. The other processes wait for the configuration that
+rank 0 writes and join it, like the processes that Lightning starts.
 """
 
 import os
@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 
 from diffusion_lab.errors import ConfigError
 
-CONFIG_ENV = (
-    "DIFFUSION_LAB_CONFIG"  # for further processes of a run: the file of the configuration that rank 0 resolved
-)
+# Names the file with rank 0's resolved configuration, for the further processes of a run.
+CONFIG_ENV = "DIFFUSION_LAB_CONFIG"
 POLL_SECONDS = 0.5
 
 
@@ -27,7 +26,7 @@ class Result(NamedTuple):
     Attributes:
         code: the exit code.
         metric: the name of `value`.
-        value: the best of the monitored figure, which a sweep compares and a sweeper minimizes.
+        value: the best value of `metric`, which a sweep compares and a sweeper minimizes.
         pruned: whether the sweeper ended the job early.
         reason: the cause of a failure.
     """
@@ -40,7 +39,7 @@ class Result(NamedTuple):
 
 
 class Refusal(SystemExit):
-    """Ends a command with exit code 2. Its line has been printed on stderr."""
+    """Ends a command with exit code 2, after its error was printed on stderr."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(2)
@@ -64,13 +63,13 @@ def one_line() -> Iterator[None]:
 
 
 class Launched(NamedTuple):
-    """How this process was started, and its place among the others.
+    """The launcher of this process, and its rank.
 
     Attributes:
         by: torchrun or srun.
-        rank: of all processes, 0 is the first.
-        world: processes in all.
-        nodes: machines.
+        rank: among all processes, from 0.
+        world: number of processes.
+        nodes: number of machines.
     """
 
     by: str
@@ -80,7 +79,7 @@ class Launched(NamedTuple):
 
 
 def launched(env: Mapping[str, str] = os.environ) -> Launched | None:
-    """Return how this process was started; None for a process of its own, also in a SLURM job of one task."""
+    """Return the launcher of this process; None without one, and in a SLURM job of one task."""
     if "TORCHELASTIC_RUN_ID" in env:
         world = int(env["WORLD_SIZE"])
         return Launched("torchrun", int(env["RANK"]), world, world // int(env["LOCAL_WORLD_SIZE"]))
@@ -95,13 +94,13 @@ def interactive(env: Mapping[str, str] = os.environ) -> bool:
 
 
 def rank(env: Mapping[str, str] = os.environ) -> int:
-    """Return the rank of this process in its run, however it was started. Rank 0 prints and writes."""
+    """Return the rank of this process in its run, from torchrun, SLURM or Lightning. Rank 0 prints and writes."""
     started = launched(env)
     return started.rank if started else int(env.get("LOCAL_RANK", "0"))
 
 
 def check_launch(started: Launched, command: str, sweep: bool, named_folder: bool, overwrite: bool) -> None:
-    """Raise ConfigError for a command that several processes of `started` cannot run together."""
+    """Raise ConfigError for a command that the processes of a launcher cannot run together."""
     if command != "train":
         raise ConfigError(f"{command}.py starts its own processes, without {started.by}: write devices={started.world}")
     if sweep:
@@ -114,7 +113,7 @@ def check_launch(started: Launched, command: str, sweep: bool, named_folder: boo
         )
     if overwrite:
         raise ConfigError(
-            f"overwrite=true under {started.by}: the processes meet in a new folder, write another hydra.run.dir="
+            f"overwrite=true under {started.by}: the processes need a new folder, write another hydra.run.dir="
         )
 
 
@@ -122,7 +121,7 @@ def processes_per_node(devices: int | str | list[Any]) -> int | None:
     """Return the number of processes on each node for `trainer.devices`, as Lightning reads it; None for auto.
 
     Raises:
-        ConfigError: no process.
+        ConfigError: fewer than one process, or a value that Lightning does not read.
     """
     if devices in ("auto", "-1", -1):
         return None
@@ -143,7 +142,7 @@ def is_multiprocess(trainer: Mapping[str, Any]) -> bool:
 
 
 def check_sweep(trainer: Mapping[str, Any]) -> None:
-    """Raise ConfigError where each job of a sweep would have several processes; `trainer` is the node of one."""
+    """Raise ConfigError if each job of a sweep would have several processes; `trainer` is the node of `conf/trainer`."""
     if is_multiprocess(trainer):
         raise ConfigError(
             "--multirun with several processes would run the sweep again in every process: write trainer.devices=1, "
@@ -159,7 +158,7 @@ def wait_for(path: Path) -> Path:
 
 
 def requeue(env: Mapping[str, str] = os.environ) -> str | None:
-    """Requeue this SLURM job, which must be `--requeue`; return its name, None outside SLURM.
+    """Requeue this SLURM job, submitted with `--requeue`; return its id, None outside SLURM.
 
     Raises:
         subprocess.CalledProcessError: scontrol failed.

@@ -1,4 +1,4 @@
-"""Names of keys and options: old ones that were renamed, and those of other libraries. The standard library alone."""
+"""Old names of keys and options, and names of other libraries, with the present ones. Imports nothing."""
 
 GROUPS = {"times": "time_sampler", "rate": "lr_scheduler"}
 KEYS = {
@@ -16,7 +16,7 @@ KEYS = {
 OPTIONS = {("model", "own"): "custom", ("schedule", "own"): "custom"}
 VALUES = {("weights", "live"): "raw"}
 
-# What other libraries call an option or a key; docs/from_diffusers.md has the whole table.
+# Names of other libraries; docs/from_diffusers.md has the whole table.
 FOREIGN_OPTIONS = {
     ("objective", "epsilon"): "pred_noise",
     ("objective", "v_prediction"): "pred_v",
@@ -59,7 +59,7 @@ FOREIGN_KEYS = {
 
 
 def renamed(key: str, value: str = "") -> str | None:
-    """What is written today in place of `key` (without + or ~) or KEY=VALUE, None where nothing was renamed."""
+    """Return what replaces `key` (without + or ~) or KEY=VALUE; None if nothing was renamed."""
     group, _, rest = key.partition(".")
     if key in KEYS:
         return KEYS[key] + ("" if "=" in KEYS[key] else f"={value}")

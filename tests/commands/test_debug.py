@@ -90,7 +90,7 @@ def test_what_cannot_be_exported_or_read(run, exported, tmp_path, capfd):
     for name, arguments, said in (
         ("export", [f"ckpt={run}", f"out={exported}"], "write overwrite=true"),
         ("export", [f"ckpt={run}", f"out={tmp_path / 'model.pt'}"], "ends in .safetensors"),
-        ("sample", [f"ckpt={foreign}"], "init= can begin"),
+        ("sample", [f"ckpt={foreign}"], "weights without their configuration"),
         ("sample", [f"ckpt={broken}"], "not a whole .safetensors file"),
         ("train", [f"ckpt={exported}"], f"write init={exported}"),
     ):

@@ -76,7 +76,7 @@ def test_names_axes_and_summaries(runs):
 def test_pictures_have_captions(runs):
     recorded = offline_wandb.read(runs[0])
     (samples,) = [row for row in recorded.history if "samples/filenames" in row]
-    assert samples["samples/captions"] == ["step 6, DDIM, seed 0: EMA 0.995 | live weights"]
+    assert samples["samples/captions"] == ["step 6, DDIM, seed 0: EMA 0.995 | raw weights"]
     (file,) = samples["samples/filenames"]
     assert (recorded.files / file).is_file()
     (strip,) = [row for row in recorded.history if "trajectory/filenames" in row]
@@ -135,5 +135,5 @@ def test_a_loss_that_is_no_number_is_said_and_ends_the_run(tmp_path, capfd, monk
     assert "training loss is NaN or Inf since step 3" in err
     assert not (run / "checkpoints" / "last.ckpt").exists()  # such weights replace none
     ((title, text),) = offline_wandb.read(run).alerts
-    assert title == "the loss is no number"
+    assert title == "training loss is NaN or Inf"
     assert "step 3" in text

@@ -16,6 +16,7 @@ from command import ROOT, TINY, command, composed, train
 from training.recorders import Watcher
 
 from diffusion_lab.commands.train import build
+from diffusion_lab.commands.train.trainer import build_trainer
 from diffusion_lab.errors import ConfigError
 
 MINE = "+callbacks.mine._target_=pytorch_lightning.callbacks."
@@ -58,7 +59,7 @@ REFUSED_FLAGS = {
 
 def built(config, folder):
     build.check_nodes(config)
-    return build.trainer(config, folder, [], [])
+    return build_trainer(config, folder, [], [])
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -115,7 +116,7 @@ def test_overfit_batches_shows_the_same_images_with_new_noise(tmp_path):
     config = composed("train", *TINY)
     config = {**config, "trainer": {**config["trainer"], "overfit_batches": 2}}
     data = build.data(config)
-    data.trainer = build.trainer(config, tmp_path, [], [])
+    data.trainer = build_trainer(config, tmp_path, [], [])
     data.setup()
     stream = data.train_dataloader()
     first, second, third = (stream.batch(step) for step in (0, 1, 2))

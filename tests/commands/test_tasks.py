@@ -224,7 +224,7 @@ BAD = {  # seen without a checkpoint
     ("task=edit",): "needs image=PATH",
     ("task=decode",): "needs latents=PATH",
     ("image={given}/a.png",): "task=encode or task=inpaint or task=edit",
-    ("task=edit", "image={given}/none.png"): "there is no such file",
+    ("task=edit", "image={given}/none.png"): "no such file",
     ("task=edit", "image={given}/a.png", "strength=0"): "outside (0, 1]",
     ("task=edit", "image={given}/a.png", "strength=1.5"): "outside (0, 1]",
     ("task=interpolate", "images=[{given}/a.png]"): "images=[A.png,B.png]",
@@ -279,8 +279,8 @@ REFUSED = {  # by a command: the checkpoint is read, nothing is sampled or writt
     ("task=encode", "image={given}/a.png", "sampler.eta=1"): "sampler=ddim variance=fixed_small",
     ("task=encode", "image={given}/a.png", "sampler.grid=leading"): "grid=trailing",
     ("task=interpolate", "sampler=ddpm"): "deterministic sampler",
-    ("task=interpolate", "labels=[1,2]"): "of one class",
-    ("task=decode", "latents={given}/other.npz"): "make it by task=encode",
+    ("task=interpolate", "labels=[1,2]"): "has one class",
+    ("task=decode", "latents={given}/other.npz"): "latents= with latents.npz of task=encode",
 }
 
 

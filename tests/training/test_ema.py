@@ -6,6 +6,7 @@ import torch
 from command import composed, module, train
 
 from diffusion_lab.commands.train import build
+from diffusion_lab.commands.train.trainer import build_trainer
 from diffusion_lab.training.callbacks import EMA
 
 SMALL = (
@@ -41,7 +42,7 @@ def _fit(tmp_path, hooks, *overrides, steps=6):
         "train", *SMALL, f"trainer.max_steps={steps}", "validation.every=2", "data.batch_size=16", *overrides
     )
     built = module(config)
-    trainer = build.trainer(config, tmp_path, [], hooks)
+    trainer = build_trainer(config, tmp_path, [], hooks)
     trainer.fit(built, datamodule=build.data(config))
     return trainer, built
 
@@ -72,7 +73,7 @@ def test_averages_are_apart_from_the_live_network(tmp_path):
         "train", *SMALL, "trainer.max_steps=6", "validation.every=2", "data.batch_size=16", "model.dropout=0.5"
     )
     built = module(config)
-    trainer = build.trainer(config, tmp_path, [], [ema, fails])
+    trainer = build_trainer(config, tmp_path, [], [ema, fails])
     with pytest.raises(RuntimeError, match="a callback of the user"):
         trainer.fit(built, datamodule=build.data(config))
     average = ema.networks[0.5]

@@ -1,11 +1,11 @@
-"""Checkpoints, fits, classifiers: the only room that depends on the formats of their files.
+"""Read checkpoints, variance fits and classifiers. The only package that depends on the formats of their files.
 
 | module | contents |
 |---|---|
-| `files` | find a checkpoint, read it without running code, select weights |
-| `upgrade` | older formats |
+| `files` | find a checkpoint, read it with `weights_only=True`, select weights |
+| `upgrade` | convert older formats |
 | `run` | `load_checkpoint` → `Run`: denoiser, configuration, samples |
-| `fits`, `guidance` | `variance=` and `guidance=` of a run, from files where they need one |
+| `fits`, `guidance` | `variance=` and `guidance=` of a run, with the files that they need |
 | `classifiers` | files of classifiers |
 """
 

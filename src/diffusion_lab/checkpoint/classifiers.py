@@ -1,4 +1,4 @@
-"""Files of trained classifiers: their format, and `guidance=` from one of them."""
+"""Write and read files of trained classifiers."""
 
 import io
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ class TrainedClassifier:
     Attributes:
         network: called with images in [−1, 1]; a classifier of noisy images with (x_t, c), c = schedule.conditioning(t) (B,).
         config: plain values: data (name, shape, classes), model, schedule (None for clean images), recipe.
-        accuracy: on held-out images; None where none are held out.
-        by_noise: accuracy in each bin of ln SNR, of a classifier of noisy images.
+        accuracy: on held-out images; None without any.
+        by_noise: accuracy in each bin of ln SNR, for a classifier of noisy images.
         path: the file.
     """
 
@@ -35,7 +35,7 @@ class TrainedClassifier:
 def pack_classifier(
     network: Classifier, config: dict[str, Any], accuracy: float | None, by_noise: dict[str, float]
 ) -> bytes:
-    """Return the content of a classifier's file. Arguments as the attributes of `TrainedClassifier`."""
+    """Return the content of a classifier's file. The arguments are attributes of `TrainedClassifier`."""
     state = {key: value.cpu() for key, value in network.state_dict().items()}
     saved = {"diffusion_lab": HEADER, "config": config, "state": state, "accuracy": accuracy, "by_noise": by_noise}
     packed = io.BytesIO()
@@ -44,9 +44,13 @@ def pack_classifier(
 
 
 def load_classifier(path: Path) -> TrainedClassifier:
-    """Read a classifier from its file, on the CPU. Raises ConfigError: no such file, or something else."""
+    """Read a classifier from its file, on the CPU.
+
+    Raises:
+        ConfigError: a missing file, a damaged one, or one that is not a classifier's.
+    """
     if not path.is_file():
-        raise ConfigError(f"there is no classifier at {path}: train one with src/train_classifier.py")
+        raise ConfigError(f"no classifier at {path}: train one with src/train_classifier.py")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved["diffusion_lab"] != HEADER:
@@ -54,7 +58,7 @@ def load_classifier(path: Path) -> TrainedClassifier:
         config = saved["config"]
         network = Classifier(**config["model"])
         network.load_state_dict(saved["state"])
-    except Exception as error:  # torch raises nearly anything on files that are not its own
+    except Exception as error:  # torch raises many types on other files
         raise ConfigError(
             f"{path} is no classifier of src/train_classifier.py, or damaged: delete it and run again"
         ) from error

@@ -1,4 +1,4 @@
-"""Files of checkpoints: find one, read it safely, select its weights."""
+"""Find a checkpoint's file, read it without running code, select its weights."""
 
 import json
 import pickle
@@ -17,7 +17,10 @@ EXPORTED = "diffusion_lab"  # the key of the configuration in a .safetensors fil
 
 
 def find(path: str | Path) -> Path:
-    """Return the checkpoint file of `path`: itself, last.ckpt (else best.ckpt) of a run folder, or that of the latest run.
+    """Return the checkpoint's file.
+
+    Args:
+        path: a file, a run folder (its last.ckpt, else best.ckpt), or "latest" for the newest run below outputs/.
 
     Raises:
         ConfigError: no such file.
@@ -39,17 +42,17 @@ def find(path: str | Path) -> Path:
                 return place / name
         raise ConfigError(f"the folder {place} holds no checkpoints/last.ckpt: name a run folder or a checkpoint file")
     if not place.is_file():
-        raise ConfigError(f"there is no checkpoint at {place}: name a file, a run folder (outputs/train/…), or latest")
+        raise ConfigError(f"no checkpoint at {place}: name a file, a run folder (outputs/train/…), or latest")
     return place
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Return a checkpoint's tensors and plain values, in the present format.
+    """Return a checkpoint's tensors and plain values, upgraded to the present format.
 
     A file of src/export.py is returned as a checkpoint with one set of weights.
 
     Raises:
-        ConfigError: a truncated or damaged file, or no checkpoint of this project.
+        ConfigError: a truncated or damaged file, or one that this project did not write.
     """
     if path.suffix == ".safetensors":
         return _exported(path)
@@ -62,18 +65,19 @@ def read(path: Path) -> dict[str, Any]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError) as error:
         reason = " ".join(str(error).split())[:160]
         raise ConfigError(f"{path} cannot be read as a checkpoint of tensors and plain values ({reason})") from None
-    written = checkpoint.get("diffusion_lab", {}).get("format") if isinstance(checkpoint, dict) else None
-    if written not in (1, 2, FORMAT):
+    version = checkpoint.get("diffusion_lab", {}).get("format") if isinstance(checkpoint, dict) else None
+    if version not in (1, 2, FORMAT):
         raise ConfigError(f"{path} is no checkpoint of diffusion-lab: name one that src/train.py wrote")
-    return checkpoint if written == FORMAT else upgraded(checkpoint)
+    return checkpoint if version == FORMAT else upgraded(checkpoint)
 
 
 def _exported(path: Path) -> dict[str, Any]:
+    """Return a file of src/export.py as a checkpoint with one set of weights."""
     stored = metadata(path)
     if stored is None:
         raise ConfigError(
-            f"{path} holds weights without their configuration: train.py init= can begin from them; "
-            "to sample take what src/export.py wrote, or a checkpoint"
+            f"{path} has weights without their configuration, which train.py init={path} alone can use: to sample, write "
+            "ckpt= with a checkpoint or a file of src/export.py"
         )
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -84,7 +88,11 @@ def _exported(path: Path) -> dict[str, Any]:
 
 
 def metadata(path: Path) -> dict[str, Any] | None:
-    """The metadata of src/export.py in a .safetensors file; None for weights of other projects. ConfigError: a damaged file."""
+    """Return the metadata that src/export.py wrote into a .safetensors file; None for weights of other projects.
+
+    Raises:
+        ConfigError: a damaged file, or a format of another version.
+    """
     try:
         with safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get(EXPORTED)
@@ -96,21 +104,21 @@ def metadata(path: Path) -> dict[str, Any] | None:
         stored: dict[str, Any] = json.loads(text)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path} holds a damaged configuration: export it again ({error})") from None
-    written = stored.get("diffusion_lab", {}).get("format")
-    if written not in (1, 2, FORMAT) or not {"config", "weights", "global_step"} <= stored.keys():
+    version = stored.get("diffusion_lab", {}).get("format")
+    if version not in (1, 2, FORMAT) or not {"config", "weights", "global_step"} <= stored.keys():
         raise ConfigError(f"{path} is of another version of diffusion-lab: export it again")
-    return stored if written == FORMAT else upgraded(stored)
+    return stored if version == FORMAT else upgraded(stored)
 
 
 def select(checkpoint: dict[str, Any], weights: str | float) -> tuple[str, dict[str, Tensor]]:
     """Return the name and the state dict of the network's weights.
 
     Args:
-        checkpoint: of `read`.
-        weights: "ema" (the first average; raw weights where there is none), "raw", or the decay of an average.
+        checkpoint: from `read`.
+        weights: "ema" (the first average; the raw weights without one), "raw", or the decay of an average.
 
     Raises:
-        ConfigError: an average that the checkpoint does not hold.
+        ConfigError: an average that is not in the checkpoint.
     """
     weights = weights if isinstance(weights, str) else f"{weights:g}"  # weights=0.999 arrives as a number
     averages = checkpoint.get("ema") or {}

@@ -1,4 +1,4 @@
-"""From `variance=` to an object for a checkpoint: its own, another, or one that src/fit_variance.py fitted and left beside it."""
+"""Build `variance=` for a checkpoint: its own, another one, or a fit of src/fit_variance.py in the checkpoint's folder."""
 
 import hashlib
 import io
@@ -23,32 +23,30 @@ from diffusion_lab.models import VarianceHead
 from diffusion_lab.samplers import Sampler
 from diffusion_lab.variances import Analytic, FixedSmall, Variance
 
-FORMAT = 1  # of a fit's file
+FORMAT = 1  # version of a fit's file
 FITTED = {f"diffusion_lab.variances.{name}": name.lower() for name in ("Analytic", "SN", "NPR")}
 
 Node = Mapping[str, Any]
 
 
 def variance_for(node: Node | None, run: Run) -> tuple[Variance, Run]:
-    """The variance that a node of the configuration describes, ready for the run's network.
+    """Build the variance of a node for the run's network.
 
-    Call it before anything wraps the run's denoiser (guidance), and go on with the run that it returns: for a second head
-    its network is the given one with that head.
+    Call it before guidance wraps the run's denoiser, and continue with the run that it returns.
 
     Args:
         node: of `conf/variance`, resolved; None is the checkpoint's own.
-        run: from `load_checkpoint`, which says where the checkpoint lies.
+        run: from `load_checkpoint`; fits are read from the folder of its file.
 
     Returns:
-        The variance and the run: the same, or for sn and npr one with the fitted head.
+        The variance, and the run: the same object, or for sn and npr a run whose network has the fitted head.
 
     Raises:
-        ValueError: a fit that is missing or of other weights, with the command that makes it; a variance that this network
-            cannot give.
+        ConfigError: a missing fit or one of other weights, with the command that fits; a variance that needs another network.
     """
     if not node:
-        own = run.config.get("variance")
-        variance: Variance = instantiate_untrusted(own, run.trust, "variance") if own else FixedSmall()
+        stored = run.config.get("variance")
+        variance: Variance = instantiate_untrusted(stored, run.trust, "variance") if stored else FixedSmall()
         variance.check(run.denoiser.network)
         return variance, run
     kind = FITTED.get(node["_target_"])
@@ -65,27 +63,21 @@ def variance_for(node: Node | None, run: Run) -> tuple[Variance, Run]:
     return instantiate(node), replace(run, denoiser=replace(run.denoiser, network=network))
 
 
-def usable(variance: Variance, sampler: Node, asked: bool) -> Variance:
-    """The variance for a sampler: fixed_small where a checkpoint's own, not `asked` for, is not for this sampler."""
-    unfit = variance.ancestral_only and not getattr(locate(sampler, "sampler"), "ancestral", True)
-    if not unfit or asked:
-        return variance
-    kind = locate(sampler).__name__
-    print(
-        f"{kind} samples with variance=fixed_small, since {type(variance).__name__} is for ancestral steps (sampler=ddpm)"
-    )
-    return FixedSmall()
-
-
 def sampler_for(node: Node, run: Run) -> tuple[Sampler, Run]:
-    """The sampler that a node of the configuration describes, with its variance; and the run to use it on, see `variance_for`.
+    """Build the sampler of a node with its variance; return it and the run of `variance_for`.
 
-    A sampler whose node has `variance: null` takes the checkpoint's own.
+    `variance: null` is the checkpoint's own, replaced by fixed_small for a sampler that cannot use it, with a printed line.
     """
     if "variance" not in node:
         return instantiate(node), run
     variance, run = variance_for(node["variance"], run)
-    variance = usable(variance, node, asked=bool(node["variance"]))
+    sampler_class = locate(node, "sampler")
+    if not node["variance"] and variance.ancestral_only and not getattr(sampler_class, "ancestral", True):
+        print(
+            f"{sampler_class.__name__} samples with variance=fixed_small, since {type(variance).__name__} is for ancestral "
+            "steps (sampler=ddpm)"
+        )
+        variance = FixedSmall()
     return instantiate({**node, "variance": None}, variance=variance), run
 
 
@@ -93,16 +85,16 @@ def sampler_for(node: Node, run: Run) -> tuple[Sampler, Run]:
 
 
 def bare(run: Run) -> nn.Module:
-    """The run's network without a second head."""
+    """Return the run's network without a fitted head."""
     network: nn.Module = run.denoiser.network  # type: ignore[assignment]
     return network.network if isinstance(network, VarianceHead) else network
 
 
 def fingerprint(run: Run) -> str:
-    """SHA-256 of what a fit depends on: the weights that are used, and what their output means."""
-    told = {group: run.config.get(group) for group in ("schedule", "objective")}
-    told["condition"] = condition_of_format_1(run.config.get("condition"))
-    digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
+    """Return the SHA-256 of everything that a fit depends on: weights, schedule, objective and condition."""
+    nodes = {group: run.config.get(group) for group in ("schedule", "objective")}
+    nodes["condition"] = condition_of_format_1(run.config.get("condition"))
+    digest = hashlib.sha256(json.dumps(nodes, sort_keys=True, default=str).encode())
     for name, tensor in bare(run).state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -110,14 +102,14 @@ def fingerprint(run: Run) -> str:
 
 
 def place(run: Run, kind: str) -> Path:
-    """The file of a fit: beside the checkpoint, named by its weights."""
+    """Return the path of a fit: in the checkpoint's folder, named by the hash of the weights."""
     if run.path is None:
-        raise ConfigError(f"variance={kind} is looked for beside a checkpoint: get the run from load_checkpoint")
+        raise ConfigError(f"variance={kind} is read from the folder of a checkpoint: get the run from load_checkpoint")
     return run.path.with_name(f"variance_{kind}_{fingerprint(run)[:16]}.pt")
 
 
 def write(run: Run, kind: str, fit: Mapping[str, Any]) -> Path:
-    """Stores a fit whole or not at all, readable with weights_only=True; returns where."""
+    """Write a fit atomically, readable with weights_only=True; return its path."""
     path, packed = place(run, kind), io.BytesIO()
     torch.save({"format": FORMAT, "kind": kind, "weights": fingerprint(run), "of": run.weights, **fit}, packed)
     write_file(path, packed.getvalue())
@@ -125,22 +117,28 @@ def write(run: Run, kind: str, fit: Mapping[str, Any]) -> Path:
 
 
 def read(run: Run, kind: str) -> dict[str, Any]:
-    """The stored fit of the run's weights; ValueError: there is none, or it is not one, or of other weights."""
+    """Return the stored fit of the run's weights.
+
+    Raises:
+        ConfigError: a missing or damaged file, or a fit of other weights.
+    """
     path = place(run, kind)
-    again = f"python src/fit_variance.py ckpt={shlex.quote(str(run.path))} variance={kind}"
-    again += "" if run.weights.startswith("ema") else f" weights={run.weights}"
+    command = f"python src/fit_variance.py ckpt={shlex.quote(str(run.path))} variance={kind}"
+    command += "" if run.weights.startswith("ema") else f" weights={run.weights}"
     if not path.is_file():
         others = list(path.parent.glob(f"variance_{kind}_*.pt"))
         also = f" ({len(others)} of other weights)" if others else ""
-        raise ConfigError(f"variance={kind} is not fitted to these weights ({run.weights}){also}: first run {again}")
+        raise ConfigError(f"variance={kind} is not fitted to these weights ({run.weights}){also}: first run {command}")
     try:
         if not zipfile.is_zipfile(path):
             raise RuntimeError("truncated")
         fit = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError):
-        raise ConfigError(f"{path} is not a whole fit of fit_variance.py: run {again} overwrite=true") from None
+        raise ConfigError(f"{path} is not a whole fit of fit_variance.py: run {command} overwrite=true") from None
     if not isinstance(fit, dict) or fit.get("format") != FORMAT or fit.get("kind") != kind:
-        raise ConfigError(f"{path} is no fit of variance={kind}: run {again} overwrite=true")
+        raise ConfigError(f"{path} is no fit of variance={kind}: run {command} overwrite=true")
     if fit["weights"] != fingerprint(run):
-        raise ConfigError(f"{path} was fitted to other weights than these ({run.weights}): run {again} overwrite=true")
+        raise ConfigError(
+            f"{path} was fitted to other weights than these ({run.weights}): run {command} overwrite=true"
+        )
     return fit

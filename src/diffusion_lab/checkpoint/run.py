@@ -1,4 +1,4 @@
-"""What a checkpoint is rebuilt to: a denoiser, its configuration, and samples of it."""
+"""`load_checkpoint` and its result: a denoiser with its configuration, and samples of it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,16 +19,16 @@ from diffusion_lab.samplers import Sampler, Samples
 
 @dataclass
 class Run:
-    """A trained model: all that sampling and evaluation need.
+    """A trained model.
 
     Attributes:
-        denoiser: network (in eval mode), schedule, objective, and the configured clipping.
+        denoiser: network (in eval mode), schedule, objective and clipping.
         config: the resolved configuration, plain containers.
         step: optimizer steps done.
         weights: "ema 0.9999" or "raw".
         trust: further modules whose classes its configuration may name.
         path: the checkpoint's file.
-        class_names: a name for each label of the data set; empty without labels, and for files of format 1.
+        class_names: the name of each label of the data set; empty without labels, and for files of format 1.
     """
 
     denoiser: Denoiser
@@ -47,13 +47,13 @@ class Run:
 
     @property
     def condition(self) -> Condition:
-        """The condition of the network."""
+        """Condition of the network."""
         condition: Condition = instantiate_untrusted(self.config["condition"], self.trust, "condition")
         return condition
 
     @property
     def num_classes(self) -> int | None:
-        """The number of classes of the network, or else of its guidance; None for an unconditional one."""
+        """Number of classes of the network, or else of its guidance; None without labels."""
         guidance = (getattr(transform, "num_classes", None) for transform in self.denoiser.on_output)
         counts = (count for count in (self.condition.num_classes, *guidance) if count is not None)
         count = next(counts, None)
@@ -61,12 +61,12 @@ class Run:
 
     @property
     def device(self) -> torch.device:
-        """The device of the network."""
+        """Device of the network."""
         parameter = next(self.denoiser.network.parameters(), None)  # type: ignore[attr-defined]
         return torch.device("cpu") if parameter is None else parameter.device
 
     def to(self, device: torch.device | str) -> "Run":
-        """Move the network; return the run itself."""
+        """Move the network to a device; return the run itself."""
         self.denoiser.network.to(device)  # type: ignore[attr-defined]
         return self
 
@@ -84,9 +84,9 @@ class Run:
         condition: Mapping[str, Tensor] | None = None,
         progress: bool = False,
     ) -> Tensor:
-        """Sample n images, float32 (n, C, H, W) in [−1, 1] on the CPU. Image i depends on (seed, i) alone.
+        """Sample n images: float32 (n, C, H, W) in [−1, 1] on the CPU. Image i depends on (seed, i) alone.
 
-        Arguments and errors as for `generate`, which also returns the network evaluations.
+        Arguments and errors are those of `generate`, which also returns the network evaluations.
         """
         return self.generate(n, sampler, seed, batch_size, condition, progress).x
 
@@ -99,18 +99,18 @@ class Run:
         condition: Mapping[str, Tensor] | None = None,
         progress: bool = False,
     ) -> Samples:
-        """Sample n images, x float32 (n, C, H, W) in [−1, 1] on the CPU. Image i depends on (seed, i) alone.
+        """Sample n images: x float32 (n, C, H, W) in [−1, 1] on the CPU. Image i depends on (seed, i) alone.
 
         Args:
             n: number of images.
-            sampler: any; None is the configuration's.
+            sampler: any sampler; None is the configuration's.
             seed: of all noise.
-            batch_size: images at a time; None is all at once.
+            batch_size: images in one call of the sampler; None for n.
             condition: keyword arguments for the network, each with n rows, e.g. label int64 (n,).
-            progress: show a bar.
+            progress: show a progress bar.
 
         Raises:
-            ConfigError: n < 1, a condition of another length, a label out of range, NaN from the network.
+            ConfigError: n < 1, a condition of another length, a label out of range, NaN or Inf from the network.
         """
         self.check_labels(condition or {})
         chosen = sampler or self.sampler()
@@ -118,7 +118,7 @@ class Run:
         return join(generate(self.denoiser, chosen, self.shape, batch, seed=seed) for batch in parts)
 
     def check_labels(self, condition: Mapping[str, Tensor]) -> None:
-        """Raise ConfigError for labels out of range, or of an unconditional network."""
+        """Raise ConfigError for labels out of range, or for any labels without a class-conditional network or guidance."""
         label = condition.get("label")
         if label is None:
             return
@@ -140,11 +140,11 @@ def load_checkpoint(path: str | Path, weights: str = "ema", trust: Sequence[str]
 
     Args:
         path: a file, a run folder, or "latest".
-        weights: "ema" (the first average; raw weights where there is none), "raw", or the decay of an average.
+        weights: "ema" (the first average; the raw weights without one), "raw", or the decay of an average.
         trust: further modules whose classes the checkpoint may instantiate; by default only this package's.
 
     Raises:
-        ConfigError: no such file, a truncated one, no checkpoint of this project, a class that is not trusted.
+        ConfigError: a missing or truncated file, one that this project did not write, a class that is not trusted.
     """
     file = find(path)
     checkpoint = read(file)
@@ -166,5 +166,5 @@ def load_checkpoint(path: str | Path, weights: str = "ema", trust: Sequence[str]
 
 
 def with_clip(run: Run, clip: Clip) -> Run:
-    """Return the run with another clipping; the denoiser's transforms stay."""
+    """Return the run with another clipping of x̂_0; its guidance and other transforms stay."""
     return replace(run, denoiser=replace(run.denoiser, clip=clip))

@@ -1,4 +1,4 @@
-"""Read checkpoints of older formats: format 1 has other groups, keys and nodes, formats 1 and 2 other names of classes."""
+"""Convert checkpoints of older formats: format 1 has other groups, keys and nodes, formats 1 and 2 other class names."""
 
 import copy
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from typing import Any
 
 from diffusion_lab import renames
 
-FORMAT = 3  # of what this project adds to Lightning's checkpoint
+FORMAT = 3  # version of what this project adds to Lightning's checkpoint
 CLASSES = {
     "diffusion_lab.guidance.StaticThreshold": "diffusion_lab.clipping.StaticThreshold",
     "diffusion_lab.guidance.DynamicThreshold": "diffusion_lab.clipping.DynamicThreshold",
@@ -40,15 +40,12 @@ TRAINER = {
     "num_sanity_val_steps": 0,
     "use_distributed_sampler": False,
 }
-FILLED = (
-    "num_classes",
-    "learned_variance",
-    "given_channels",
-)  # of the model: interpolations that the command fills today
+# Keys of the model that were interpolations, and are arguments of the command since format 2.
+FILLED = ("num_classes", "learned_variance", "given_channels")
 
 
 def upgraded(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """A checkpoint of format 1 or 2 with its three records of the configuration in format 3; tensors are shared."""
+    """Return a checkpoint of format 1 or 2 in format 3; tensors are shared."""
     new = dict(checkpoint)
     if checkpoint["diffusion_lab"]["format"] == 1:
         new["config"] = _configuration(checkpoint["config"])
@@ -68,7 +65,7 @@ def upgraded(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _configuration(old: Mapping[str, Any], unresolved: bool = False) -> dict[str, Any]:
-    """A configuration of format 1, with interpolations if `unresolved`, in format 2."""
+    """Return a configuration of format 1 in format 2; `unresolved` if it has interpolations."""
     new: dict[str, Any] = {renames.GROUPS.get(k, k): copy.copy(v) for k, v in old.items() if k != "learned_variance"}
     trainer = dict(new["trainer"])
     new["validation"] = {"every": trainer.pop("val_every"), "draws": trainer.pop("val_draws")}
@@ -92,33 +89,34 @@ def _configuration(old: Mapping[str, Any], unresolved: bool = False) -> dict[str
         if name in LOGGERS and node is not None
     }
     for group in ("sampler", "callbacks"):
-        new[group] = _bound(new.get(group))
+        new[group] = _with_renamed_keys(new.get(group))
     return new
 
 
 def _with_present_classes(value: Any) -> Any:
-    """The same containers with the classes' present names."""
+    """Return the same containers with the present names of classes."""
     if isinstance(value, Mapping):
-        return {k: _present_class(v) if k == "_target_" else _with_present_classes(v) for k, v in value.items()}
+        new = {key: _with_present_classes(child) for key, child in value.items()}
+        if "_target_" in new:
+            module, _, name = str(new["_target_"]).rpartition(".")
+            moved = f"{MODULES[module]}.{name}" if module in MODULES else new["_target_"]
+            new["_target_"] = CLASSES.get(str(new["_target_"]), moved)
+        return new
     return [_with_present_classes(v) for v in value] if isinstance(value, list | tuple) else value
 
 
-def _present_class(target: Any) -> Any:
-    module, _, name = str(target).rpartition(".")
-    return CLASSES.get(str(target), f"{MODULES[module]}.{name}" if module in MODULES else target)
-
-
-def _bound(value: Any) -> Any:
+def _with_renamed_keys(value: Any) -> Any:
+    """Return a group's nodes of format 1 with the present keys and a node for no clipping."""
     if not isinstance(value, Mapping):
         return value
-    renamed = {"max_final_noise" if k == "last_bound" else k: _bound(v) for k, v in value.items()}
+    renamed = {"max_final_noise" if k == "last_bound" else k: _with_renamed_keys(v) for k, v in value.items()}
     if "clip" in renamed and not renamed["clip"]:
         renamed["clip"] = {"_target_": "diffusion_lab.clipping.NoThreshold"}
     return renamed
 
 
 def _overrides(old: list[str]) -> list[str]:
-    """Overrides of a command line of format 1; variance=learned chose the ancestral sampler as well."""
+    """Return overrides of format 1 with present names; variance=learned also chose the ancestral sampler then."""
     new = []
     chosen = {line.split("=", 1)[0] for line in old}
     for line in old:
@@ -133,7 +131,7 @@ def _overrides(old: list[str]) -> list[str]:
 
 
 def condition_of_format_1(node: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The node of a condition as format 1 wrote it, which the names of fits are hashes of."""
+    """Return the node of a condition as in format 1, which the file names of fits are hashes of."""
     if node is None:
         return None
     old = {k: v for k, v in node.items() if k != "num_attributes"}

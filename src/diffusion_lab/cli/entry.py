@@ -1,4 +1,7 @@
-"""`python src/NAME.py …`: flags, Hydra, the command. A ConfigError is one line on stderr and exit code 2."""
+"""`python src/NAME.py …`: read the flags, compose the configuration, run the command.
+
+A ConfigError becomes one line on stderr and exit code 2.
+"""
 
 import importlib
 import os
@@ -26,7 +29,7 @@ from diffusion_lab.processes import CONFIG_ENV, Result, one_line
 
 
 def main(name: str) -> int:
-    """Run the command `name`: conf/NAME.yaml is its configuration, `run(config)` of commands/NAME its function.
+    """Run the command `name`, with the configuration of conf/NAME.yaml and the function `run` of commands/NAME.
 
     Returns:
         The exit code: 0, 2 for a refusal, 128 + a signal's number, 1 for a sweep with a failed job.
@@ -43,7 +46,7 @@ def main(name: str) -> int:
             show(name, arguments.overrides, arguments.config_dir)
             return 0
         flags = [word for word in sys.argv[1:] if word not in written]
-        arguments.overrides = composition.accepted(arguments.overrides)
+        arguments.overrides = composition.checked_overrides(arguments.overrides)
         started = processes.launched()
         if started and not (arguments.cfg or arguments.info or arguments.hydra_help):
             folder = [o for o in arguments.overrides if o.startswith("hydra.run.dir=")]
@@ -59,12 +62,13 @@ def main(name: str) -> int:
 
 
 def _arguments(name: str, argv: Sequence[str]) -> tuple[Any, list[str]]:
-    """Return Hydra's flags with the overrides, and the words that they were written as.
+    """Parse a command line by Hydra's parser; positional paths become the override POSITIONAL[name]=[…].
 
-    Words that are no overrides become one, of the command's key for paths.
+    Returns:
+        The namespace with flags and overrides, and the words of the overrides as they were written.
 
     Raises:
-        ConfigError: an unknown flag, or a word that is neither, of a command without such a key.
+        ConfigError: an unknown flag, two modes, or a positional argument of a command that takes none.
     """
     parser = get_args_parser()
 
@@ -90,13 +94,13 @@ def _arguments(name: str, argv: Sequence[str]) -> tuple[Any, list[str]]:
 
 
 def _quoted(word: str) -> str:
-    """A word as a quoted string of Hydra's grammar, in which OmegaConf interpolates nothing."""
+    """Return a word as a quoted string of Hydra's grammar, in which OmegaConf interpolates nothing."""
     escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", word).replace("'", "\\'").replace("${", "\\${")
     return f"'{escaped}'"
 
 
 def _is_override(name: str, word: str) -> bool:
-    """Whether a word sets a key. Of a command that takes paths, only a known key or group makes it one: a=b/run is a path."""
+    """Whether a word is an override. Where a command takes paths, only a known key or group makes it one: a=b/run is a path."""
     key, equals, _ = word.partition("=")
     if word.startswith(("+", "~")) or name not in POSITIONAL:
         return bool(equals) or word.startswith("~")
@@ -105,6 +109,7 @@ def _is_override(name: str, word: str) -> bool:
 
 
 def _under_hydra(name: str, flags: list[str], overrides: list[str], config_dir: str | None) -> int:
+    """Run the command by `hydra.main`, once or as the jobs of a sweep; return the exit code."""
     codes: list[int] = []
     entered = False
     first_process = os.getpid()
@@ -122,8 +127,9 @@ def _under_hydra(name: str, flags: list[str], overrides: list[str], config_dir: 
         try:
             with one_line():
                 codes.append(_command(name, config).code)
-        finally:
-            _tidy(folder)
+        finally:  # a refused command, or one with out=, leaves nothing but Hydra's record in the run folder
+            if folder.is_dir() and {path.name for path in folder.iterdir()} <= {".hydra"}:
+                shutil.rmtree(folder)
         return None
 
     sys.argv = [sys.argv[0], *flags, *overrides]  # Hydra reads flags first
@@ -139,7 +145,7 @@ def _under_hydra(name: str, flags: list[str], overrides: list[str], config_dir: 
     except (SystemExit, KeyboardInterrupt) as end:
         if (folder := sweeps.folder()) is None:
             raise
-        # a signal, or a process of the sweep that died: the summary is still printed
+        # A signal, or a dead process of the sweep: the summary is printed all the same.
         code = 130 if isinstance(end, KeyboardInterrupt) else end.code if isinstance(end.code, int) else 1
         return max(code, sweeps.summarize(folder))
     if (folder := sweeps.folder()) is not None:
@@ -148,9 +154,9 @@ def _under_hydra(name: str, flags: list[str], overrides: list[str], config_dir: 
 
 
 def _command(name: str, config: Any) -> Result:
-    """Run a command, and store its configuration in the folder that it wrote to."""
+    """Run a command; write its configuration to config.yaml in its output folder."""
     result = importlib.import_module(f"diffusion_lab.commands.{name}").run(config)
-    if name != "train":  # which writes its own before the first step
+    if name != "train":  # train.py writes its own before the first step
         folder = Path(str(config.get("out") or config.run_dir))
         if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.yaml").exists():
             write_file(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
@@ -159,7 +165,7 @@ def _command(name: str, config: Any) -> Result:
 
 @contextmanager
 def _hydra_raises() -> Iterator[None]:
-    """Hydra prints errors in several lines and exits with 1, unless this variable asks for the exception itself."""
+    """Make Hydra raise its errors; without HYDRA_FULL_ERROR it prints them in several lines and exits with 1."""
     before = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
@@ -169,9 +175,3 @@ def _hydra_raises() -> Iterator[None]:
             del os.environ["HYDRA_FULL_ERROR"]
         else:
             os.environ["HYDRA_FULL_ERROR"] = before
-
-
-def _tidy(folder: Path) -> None:
-    """A command that was refused, or that wrote to out=, leaves no folder that holds Hydra's record of it and nothing else."""
-    if folder.is_dir() and {path.name for path in folder.iterdir()} <= {".hydra"}:
-        shutil.rmtree(folder)

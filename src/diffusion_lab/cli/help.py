@@ -1,4 +1,4 @@
-"""`--help`: the groups with their options, then each key with the comment of its file, one a line."""
+"""`--help`: the groups with their options, then the keys with their values and the comments of conf/, one a line."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,9 +18,7 @@ def show(name: str, overrides: Sequence[str], config_dir: str | None) -> None:
     config = composition.composed(name, overrides, config_dir)
     choices = dict(config.hydra.runtime.choices)
     groups = [
-        g
-        for g in composition._groups_of(CONF / f"{name}.yaml")
-        if (CONF / g).is_dir() and "/" not in g and g != "hydra"
+        g for g in composition.groups_of(CONF / f"{name}.yaml") if (CONF / g).is_dir() and "/" not in g and g != "hydra"
     ]
     print(str(config.hydra.help.template).rstrip())
     if groups:
@@ -55,34 +53,30 @@ def _shown(value: Any) -> str:
 
 
 def _comments(name: str, choices: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """(dotted key, comment) of every line of the chosen files that has one."""
-    yield from _of_file(CONF / f"{name}.yaml", "")
+    """Yield (dotted key, comment) of every commented line in the chosen files of conf/."""
+    yield from _file_comments(CONF / f"{name}.yaml", "")
     for group, option in choices.items():
-        for one in option if isinstance(option, (list, tuple)) else [option]:
-            path = CONF / str(group) / f"{one}.yaml"
+        for stem in option if isinstance(option, (list, tuple)) else [option]:
+            path = CONF / str(group) / f"{stem}.yaml"
             if path.is_file() and not str(group).startswith("hydra"):
-                yield from _of_group(path, str(group))
+                for file in (*_bases(path), path):
+                    yield from _file_comments(file, str(group))
     for group in composition.LISTS:  # every file states its package
         for path in sorted((CONF / group).glob("*.yaml")):
-            yield from _of_file(path, "")
-
-
-def _of_group(path: Path, group: str) -> Iterator[tuple[str, str]]:
-    for base in _bases(path):
-        yield from _of_file(base, group)
-    yield from _of_file(path, group)
+            yield from _file_comments(path, "")
 
 
 def _bases(path: Path) -> list[Path]:
+    """Return the files that the defaults list of a file names, and theirs, base first."""
     content = OmegaConf.load(path)
     entries = list(content.get("defaults", [])) if isinstance(content, DictConfig) else []
     names = [str(entry).split("@")[0] for entry in entries if not isinstance(entry, DictConfig) and entry != "_self_"]
-    found = [path.parent / f"{name}.yaml" for name in names]
-    return [deeper for file in found if file.is_file() for deeper in (*_bases(file), file)]
+    files = [path.parent / f"{name}.yaml" for name in names]
+    return [base for file in files if file.is_file() for base in (*_bases(file), file)]
 
 
-def _of_file(path: Path, package: str) -> Iterator[tuple[str, str]]:
-    """By indentation: the files of conf/ are plain block mappings."""
+def _file_comments(path: Path, package: str) -> Iterator[tuple[str, str]]:
+    """Yield (dotted key, comment) of one file, by indentation: the files of conf/ are plain block mappings."""
     stack: list[tuple[int, str]] = []
     in_defaults = False
     for line in path.read_text().splitlines():

@@ -1,4 +1,4 @@
-"""The root keys of each command and their types: what a configuration may hold. Importable without torch.
+"""The root keys of each command and their types. Importable without torch.
 
 A key whose type is `Node` is a group's choice; its arguments are checked against the constructor's signature.
 """
@@ -11,7 +11,7 @@ Node = dict[str, Any]
 
 @dataclass
 class Validation:
-    """When a training run validates, and on how many (t, ε) of each image."""
+    """Steps between two validations, and (t, ε) per validation image."""
 
     every: int
     draws: int
@@ -187,5 +187,5 @@ COMMANDS: dict[str, type] = {
     "report": Report,
     "dashboard": Dashboard,
 }
-POSITIONAL = {"report": "paths"}  # the key of the words on a command line that are no overrides
+POSITIONAL = {"report": "paths"}  # the key that positional arguments of a command are put into
 OUT_FILE = ("export", "report")  # commands whose `out` is a file

@@ -1,1 +1,1 @@
-"""What each command does: one file, or folder, a command, with `run(config)` as its entry."""
+"""The commands: a file or folder each, entered by its function `run(config)`."""

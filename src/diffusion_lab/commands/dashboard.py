@@ -1,4 +1,4 @@
-"""`src/dashboard.py`: the W&B workspace of this project's runs, as code."""
+"""`src/dashboard.py`: create a W&B workspace for this project's runs."""
 
 import sys
 from typing import Any, NamedTuple
@@ -9,13 +9,13 @@ from diffusion_lab.errors import ConfigError
 
 
 class Panel(NamedTuple):
-    """One panel.
+    """One panel of a workspace.
 
     Attributes:
-        kind: lines, bars (the summary, of each run), media, table, differences.
-        title: above it.
-        keys: what it shows: names that runs log; for lines a regular expression.
-        log: a logarithmic y axis.
+        kind: lines, bars (the summary of each run), media, table or differences.
+        title: its title.
+        keys: the logged names; for lines also a regular expression.
+        log: whether the y axis is logarithmic.
     """
 
     kind: str
@@ -35,7 +35,7 @@ LAYOUT: dict[str, list[Panel]] = {
     "Is it good?": [
         Panel("lines", "distance to the data", "(fd|fid)_.*", log=True),
         Panel("bars", "lowest validation loss", "val/loss"),
-        Panel("lines", "share recognised", "confident_fraction_.*"),
+        Panel("lines", "confident fraction", "confident_fraction_.*"),
     ],
     "Quality against evaluations (evaluate.py logger=wandb)": [
         Panel("table", "every sampler and step count", "quality"),
@@ -53,7 +53,7 @@ LAYOUT: dict[str, list[Panel]] = {
 
 
 def run(config: DictConfig) -> int:
-    """Makes the workspace, or says what would be in it; returns the exit code."""
+    """Create the workspace, or print its panels with dry=true; return the exit code."""
     settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     if settings["dry"]:
         for section, panels in LAYOUT.items():
@@ -67,7 +67,7 @@ def run(config: DictConfig) -> int:
 
 
 def workspace(entity: str, project: str, name: str) -> Any:
-    """The workspace of wandb-workspaces that LAYOUT describes; nothing is sent."""
+    """Build the workspace of LAYOUT by wandb-workspaces, without sending it."""
     import wandb_workspaces.reports.v2 as wr
     import wandb_workspaces.workspaces as ws
 
@@ -93,11 +93,11 @@ def workspace(entity: str, project: str, name: str) -> Any:
 
 
 def _account() -> str:
-    """Who is logged in. ValueError: nobody, or no connection."""
+    """Return the entity that is logged in. Raises ConfigError without a login or a connection."""
     import wandb
 
     try:
         return str(wandb.Api(timeout=10).default_entity)
-    except Exception as error:  # W&B raises many kinds, all of which mean that
-        print(f"W&B says: {str(error).splitlines()[0]}", file=sys.stderr)
+    except Exception as error:  # W&B raises many types for a missing login or connection
+        print(f"W&B: {str(error).splitlines()[0]}", file=sys.stderr)
         raise ConfigError("not logged in to W&B, or no connection: run `wandb login`, or look at dry=true") from None

@@ -1,4 +1,4 @@
-"""`src/fit_variance.py`: the optimal variance of a checkpoint, stored beside it for sample.py and evaluate.py."""
+"""`src/fit_variance.py`: fit the optimal variance of a checkpoint and write it to the checkpoint's folder."""
 
 import csv
 import io
@@ -26,7 +26,7 @@ from diffusion_lab.variances import Analytic
 
 @dataclass
 class Prepared:
-    """A run, the kind of variance, and the data set of its training."""
+    """A run, the kind of variance to fit, and the data set that the run was trained on."""
 
     settings: dict[str, Any]
     run: Run
@@ -35,7 +35,7 @@ class Prepared:
 
 
 class Fit(NamedTuple):
-    """The content of the fit's file, and the table for the run folder."""
+    """The content of the fit's file, and a table for the run folder."""
 
     stored: dict[str, Any]
     header: list[str]
@@ -43,17 +43,17 @@ class Fit(NamedTuple):
 
 
 def run(config: DictConfig) -> int:
-    """Fit as configured; write the fit beside the checkpoint and a table into the run folder; return the exit code."""
+    """Fit as configured; write the fit to the checkpoint's folder, a table to the run folder; return the exit code."""
     settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     with os_errors():
         _check(settings)
-        place = device(settings["device"], settings["devices"]).partition(":")[0]
-        run_in_group(fit, settings, settings["devices"], place)
+        kind = device(settings["device"], settings["devices"]).partition(":")[0]
+        run_in_group(fit, settings, settings["devices"], kind)
     return 0
 
 
 def fit(settings: dict[str, Any], processes: Processes) -> None:
-    """Fit in this process, together with the others; rank 0 writes and prints."""
+    """Fit together with the other processes; rank 0 writes and prints."""
     prepared = processes.build(lambda: prepare(settings, processes.rank))
     result = (_analytic if prepared.kind == "analytic" else _head)(prepared, processes)
     if processes.rank == 0:
@@ -69,9 +69,9 @@ def fit(settings: dict[str, Any], processes: Processes) -> None:
 
 
 def _check(settings: dict[str, Any]) -> str:
-    """The kind of the variance. Raises ConfigError for settings that are wrong whatever the checkpoint."""
+    """Return the kind of variance. Raises ConfigError for settings that are wrong for every checkpoint."""
     if not settings["ckpt"]:
-        raise ConfigError("name what to fit to: ckpt=PATH of a checkpoint or a run folder, or ckpt=latest")
+        raise ConfigError("no checkpoint: write ckpt=PATH of a checkpoint or a run folder, or ckpt=latest")
     kind = fits.FITTED.get((settings["variance"] or {}).get("_target_", ""))
     if kind is None:
         raise ConfigError("this variance is not fitted: write variance=analytic, variance=sn or variance=npr")
@@ -84,9 +84,13 @@ def _check(settings: dict[str, Any]) -> str:
 
 
 def prepare(settings: dict[str, Any], rank: int = 0) -> Prepared:
-    """Build and check all that a fit needs. Raises ConfigError; nothing is written then."""
+    """Build and check everything that a fit needs.
+
+    Raises:
+        ConfigError: a missing checkpoint, an existing fit, or settings that do not fit the checkpoint. Nothing is written.
+    """
     kind = _check(settings)
-    place = device(settings["device"], settings["devices"], rank)
+    target = device(settings["device"], settings["devices"], rank)
     loaded = load_checkpoint(settings["ckpt"], settings["weights"], settings["trust"])
     path = fits.place(loaded, kind)
     if path.exists() and not settings["overwrite"] and rank == 0:
@@ -95,16 +99,16 @@ def prepare(settings: dict[str, Any], rank: int = 0) -> Prepared:
         fit_times(loaded.denoiser.schedule, settings["nodes"])
     else:
         VarianceHead(loaded.denoiser.network, kind)  # type: ignore[arg-type]
-    stated = {key: value for key, value in settings["data"].items() if value is not None}
-    node = {**loaded.config["data"], "batch_size": settings["batch_size"], **stated}
+    overrides = {key: value for key, value in settings["data"].items() if value is not None}
+    node = {**loaded.config["data"], "batch_size": settings["batch_size"], **overrides}
     data: DataModule = instantiate_untrusted(node, settings["trust"], "data", seed=settings["seed"])
     data.prepare_data()
     data.setup()
-    return Prepared(settings, loaded.to(place), kind, data)
+    return Prepared(settings, loaded.to(target), kind, data)
 
 
 def _analytic(p: Prepared, processes: Processes) -> Fit:
-    """E mean(ε̂²) at every time over the training images; each process takes a share."""
+    """Estimate E mean(ε̂²) at every time over the training images, shared by the processes."""
     schedule, settings = p.run.denoiser.schedule, p.settings
     times = fit_times(schedule, settings["nodes"])
     error: Exception | None = None
@@ -122,7 +126,7 @@ def _analytic(p: Prepared, processes: Processes) -> Fit:
             world=processes.world,
             progress=processes.rank == 0,
         )
-    except Exception as raised:  # a defect too: or the other processes would wait for this one
+    except Exception as raised:  # also a defect: the other processes would wait for this one
         error = raised
     processes.agree(error)
     values = moments(processes.sum(sums))
@@ -132,7 +136,7 @@ def _analytic(p: Prepared, processes: Processes) -> Fit:
 
 
 def _head(p: Prepared, processes: Processes) -> Fit:
-    """A variance head, trained on the training images."""
+    """Train a variance head on the training images."""
     d, settings = p.run.denoiser, p.settings
     torch.manual_seed(settings["seed"])
     network = VarianceHead(d.network, p.kind).to(p.run.device)  # type: ignore[arg-type]

@@ -1,8 +1,8 @@
-"""From a node of the configuration to the object that it describes: the border to classes of other packages.
+"""Build the objects that nodes of the configuration describe, and turn errors of other packages' constructors into ConfigErrors.
 
 A node is a mapping with `_target_` and that class's arguments. `check` compares it with the constructor's signature and
-annotations; `instantiate` builds it; `instantiate_untrusted` builds a node that a file supplied. Hydra locates the class. Nested
-nodes are built first, so that it is known whose constructor refuses.
+annotations; `instantiate` builds it; `instantiate_untrusted` builds a node that a file supplied. Nested nodes are built first,
+so that an error names the node whose constructor raised it.
 """
 
 import functools
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 RESERVED = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
-# Constructors that pass their **kwargs to another function, whose signature counts.
+# Constructors that pass their **kwargs to another function, whose signature is checked.
 RECEIVERS = {
     "pytorch_lightning.loggers.wandb.WandbLogger": "wandb.init",
     "diffusion_lab.models.unet.UNetForImageSize": "diffusion_lab.models.UNet",
@@ -45,7 +45,7 @@ Node = Mapping[str, Any]
 
 
 def is_node(value: Any) -> bool:
-    """Whether a value of the configuration describes an object."""
+    """Whether a value of the configuration is a node: a mapping with `_target_`."""
     return isinstance(value, Mapping) and "_target_" in value
 
 
@@ -55,7 +55,7 @@ def instantiate(node: Node, where: str = "", **passed: Any) -> Any:
     Args:
         node: plain containers, interpolations resolved.
         where: the node's key, for messages.
-        passed: further arguments, objects that the command passes.
+        passed: further arguments of the constructor.
 
     Returns:
         The object; with `_partial_: true` the constructor with these arguments bound.
@@ -63,7 +63,7 @@ def instantiate(node: Node, where: str = "", **passed: Any) -> Any:
     Raises:
         ConfigError: no `_target_`, or one that cannot be imported; an argument that the constructor does not have, or a required
             one that is missing; ValueError, TypeError or MisconfigurationException of a class outside this package.
-        TypeError: a node that was read from a file (a defect: see `instantiate_untrusted`).
+        TypeError: a node that was read from a file, which is a defect of the caller (see `instantiate_untrusted`).
     """
     if isinstance(node, UntrustedNode):
         raise TypeError(f"{where or node.get('_target_')} was read from a file: build it by instantiate_untrusted")
@@ -80,7 +80,7 @@ def instantiate_untrusted(node: Node, trust: Collection[str], where: str = "", *
         where, passed: as for `instantiate`.
 
     Raises:
-        ConfigError: another class, an interpolation, and as `instantiate`.
+        ConfigError: another class, an interpolation, and the errors of `instantiate`.
     """
     refuse_untrusted(node, trust)
     return _build(node, where, passed)
@@ -101,7 +101,7 @@ def check(node: Node, where: str, passed: Collection[str] = ()) -> None:
         passed: names of arguments that the command passes later.
 
     Raises:
-        ConfigError: as `instantiate`, and a value that the parameter's annotation excludes.
+        ConfigError: a value that the parameter's annotation excludes, and the errors of `instantiate` up to the constructor's.
     """
     _, arguments = _bind(node, where, passed)
     for value in arguments.values():
@@ -110,7 +110,7 @@ def check(node: Node, where: str, passed: Collection[str] = ()) -> None:
 
 
 def check_named(nodes: Node, group: str, example: str, passed: Collection[str] = ()) -> None:
-    """`check` for every node of a dictionary of named ones; null switches one off.
+    """Check every node of a dictionary of named nodes, without those that are null.
 
     Args:
         nodes: name → node.
@@ -119,7 +119,7 @@ def check_named(nodes: Node, group: str, example: str, passed: Collection[str] =
         passed: as for `check`.
 
     Raises:
-        ConfigError: a mapping without `_target_`, and as `check`.
+        ConfigError: a mapping without `_target_`, and the errors of `check`.
     """
     for name, node in nodes.items():
         if node is None:
@@ -133,7 +133,7 @@ def check_named(nodes: Node, group: str, example: str, passed: Collection[str] =
 
 
 def locate(node: Node, where: str = "") -> Any:
-    """The class or function that a node names. ConfigError: none, or it cannot be imported."""
+    """Return the class or function that a node names. Raises ConfigError: no `_target_`, or one that cannot be imported."""
     name = node.get("_target_")
     if name is None or name == "???":
         key = where or "the node"
@@ -159,7 +159,11 @@ class _Argument(NamedTuple):
 
 
 def _bind(node: Node, where: str, passed: Collection[str]) -> tuple[Any, dict[str, _Argument]]:
-    """Return the class or function of a node and its arguments by name. Raises ConfigError where they do not fit each other."""
+    """Return the class or function of a node and its arguments by name.
+
+    Raises:
+        ConfigError: an argument that the constructor does not have or whose annotation excludes it, or a required one missing.
+    """
     target = locate(node, where)
     parameters = _parameters(target)
     arguments: dict[str, _Argument] = {}
@@ -192,7 +196,7 @@ def _build(node: Node, where: str, passed: Mapping[str, Any]) -> Any:
 
 
 def _built(value: Any, where: str) -> Any:
-    """A value with its nodes built."""
+    """Return a value with the nodes inside it built."""
     if is_node(value):
         return _build(value, where, {})
     if isinstance(value, Mapping):
@@ -201,7 +205,11 @@ def _built(value: Any, where: str) -> Any:
 
 
 def foreign(call: Callable[[], Any], where: str = "") -> Any:
-    """Call a constructor, given as a `functools.partial`. What one outside this package refuses becomes a ConfigError."""
+    """Call a constructor, a `functools.partial`.
+
+    Raises:
+        ConfigError: a class outside this package raised ValueError, TypeError, ImportError or MisconfigurationException.
+    """
     target = call.func if isinstance(call, functools.partial) else call
     if str(getattr(target, "__module__", "")).split(".", 1)[0] == PACKAGE:
         return call()
@@ -224,7 +232,7 @@ def foreign(call: Callable[[], Any], where: str = "") -> Any:
 
 
 def _children(value: Any, where: str) -> Iterable[tuple[Node, str]]:
-    """The nodes inside a value, not those inside them."""
+    """Yield the outermost nodes inside a value with their keys."""
     if is_node(value):
         yield value, where
     elif isinstance(value, Mapping):
@@ -239,7 +247,7 @@ def _children(value: Any, where: str) -> Iterable[tuple[Node, str]]:
 
 
 def _parameters(target: Any) -> dict[str, inspect.Parameter]:
-    """Parameters by name, with those of the receiving function for **kwargs; the name `**` means that any name is accepted."""
+    """Return parameters by name, with those of the function in RECEIVERS; the name `**` means that any name is accepted."""
     try:
         parameters = dict(inspect.signature(target).parameters)
     except (ValueError, TypeError):  # a builtin without a signature
@@ -251,8 +259,8 @@ def _parameters(target: Any) -> dict[str, inspect.Parameter]:
     for base in getattr(target, "__mro__", ()):
         receiver = RECEIVERS.get(f"{base.__module__}.{base.__qualname__}")
         if receiver is not None and importlib.util.find_spec(receiver.split(".", 1)[0]):
-            own = {k: p for k, p in inspect.signature(base).parameters.items() if p.kind is not p.VAR_KEYWORD}
-            return {**_parameters(pkgutil.resolve_name(receiver)), **own, **parameters}
+            of_base = {k: p for k, p in inspect.signature(base).parameters.items() if p.kind is not p.VAR_KEYWORD}
+            return {**_parameters(pkgutil.resolve_name(receiver)), **of_base, **parameters}
     return {**parameters, "**": inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)}
 
 
@@ -262,6 +270,6 @@ def _unknown_argument(target: Any, parameters: Mapping[str, Any], key: str, wher
     names = [name for name in parameters if name != "self"]
     near = difflib.get_close_matches(key, names, n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
-    some = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
+    listed = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
     name = getattr(target, "__name__", target)
-    return f"{where}.{key}: {name} has no argument {key}{hint}: leave it out, or write one of {some}"
+    return f"{where}.{key}: {name} has no argument {key}{hint}: leave it out, or write one of {listed}"

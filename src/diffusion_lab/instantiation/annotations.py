@@ -1,4 +1,4 @@
-"""Plain values against the annotations of parameters."""
+"""Check plain values against the annotations of parameters."""
 
 import inspect
 import types
@@ -12,14 +12,14 @@ from diffusion_lab.instantiation.trust import PACKAGE
 
 def annotation(target: Any, parameter: inspect.Parameter) -> Any:
     """Return the annotation of a parameter; `Any` where it has none, or none that can be evaluated."""
-    stated = parameter.annotation
-    if stated is inspect.Parameter.empty:
+    hint = parameter.annotation
+    if hint is inspect.Parameter.empty:
         return Any
-    if not isinstance(stated, str):
-        return stated
+    if not isinstance(hint, str):
+        return hint
     function = target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
     names = getattr(inspect.unwrap(function), "__globals__", {})
-    holder = types.SimpleNamespace(__annotations__={"value": stated})
+    holder = types.SimpleNamespace(__annotations__={"value": hint})
     try:
         return typing.get_type_hints(holder, globalns=names)["value"]
     except Exception:  # names that exist for the type checker alone
@@ -38,7 +38,7 @@ WORDS = {
 
 
 def coerce(value: Any, expected: Any, where: str) -> Any:
-    """`value`, where the annotation allows it; a number where text alone is expected becomes text (a run named 2026).
+    """Return `value` if the annotation allows it; a number becomes text where text is expected (a run named 2026).
 
     Raises:
         ConfigError: the annotation excludes it.
@@ -53,14 +53,12 @@ def coerce(value: Any, expected: Any, where: str) -> Any:
 
 
 def _shown(value: Any) -> str:
-    return (
-        {True: "true", False: "false", None: "null"}.get(value, str(value))
-        if isinstance(value, bool | None)
-        else str(value)
-    )
+    """Return a value as a command line spells it."""
+    return {True: "true", False: "false", None: "null"}[value] if isinstance(value, bool | None) else str(value)
 
 
 def _members(expected: Any) -> tuple[Any, ...]:
+    """Return the members of a union, nested ones included."""
     origin = typing.get_origin(expected)
     if origin in (typing.Union, types.UnionType):
         return tuple(m for member in typing.get_args(expected) for m in _members(member))
@@ -68,12 +66,10 @@ def _members(expected: Any) -> tuple[Any, ...]:
 
 
 def _fits(value: Any, expected: Any) -> bool:
-    """Whether a plain value can be an argument of that type. Types that no plain value expresses accept everything."""
-    return any(_fits_one(value, member) for member in _members(expected))
-
-
-def _fits_one(value: Any, expected: Any) -> bool:
+    """Whether a plain value can be an argument of that type. Types that no plain value has accept everything."""
     origin, arguments = typing.get_origin(expected) or expected, typing.get_args(expected)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, member) for member in arguments)
     if origin is typing.Annotated:
         return _fits(value, arguments[0])
     if origin is typing.Literal:
@@ -95,13 +91,12 @@ def _fits_one(value: Any, expected: Any) -> bool:
     if origin in (dict, Mapping):
         return isinstance(value, Mapping)
     if isinstance(origin, type) and origin.__module__.split(".", 1)[0] == PACKAGE:
-        return isinstance(
-            value, origin
-        )  # described by a node, which was built before, never by a number, text or a mapping
+        return isinstance(value, origin)  # an object that a node describes, never a number, text or a plain mapping
     return True
 
 
 def _words(expected: Any) -> list[str]:
+    """Return the allowed types, or choices, in words."""
     words: list[str] = []
     for member in _members(expected):
         origin = typing.get_origin(member) or member

@@ -1,4 +1,4 @@
-"""Nodes that a file supplied: which classes they may name."""
+"""Classes that a node from a file may name."""
 
 import functools
 import pkgutil
@@ -14,16 +14,16 @@ CONF = Path(__file__).resolve().parents[3] / "conf"
 
 
 def untrusted(value: Any) -> Any:
-    """The same containers with every mapping as an `UntrustedNode`."""
+    """Return the same containers with every mapping as an `UntrustedNode`."""
     if isinstance(value, Mapping):
         return UntrustedNode({key: untrusted(child) for key, child in value.items()})
     return [untrusted(child) for child in value] if isinstance(value, list | tuple) else value
 
 
 def refuse_untrusted(value: Any, trust: Collection[str]) -> None:
-    """Raise ConfigError where containers from a file name a class that is not trusted.
+    """Raise ConfigError where containers from a file name a class that is not trusted, or hold an interpolation.
 
-    Nothing in a resolved configuration is an interpolation; one that is there all the same would be evaluated later.
+    A resolved configuration has no interpolations; one that a file smuggles in would be evaluated later.
     """
     if isinstance(value, str) and "${" in value:
         raise ConfigError(
@@ -43,24 +43,24 @@ def refuse_untrusted(value: Any, trust: Collection[str]) -> None:
 
 
 def targets(value: Any) -> set[str]:
-    """Every `_target_` in plain containers."""
+    """Return every `_target_` in plain containers."""
     if isinstance(value, Mapping):
-        own = {str(value["_target_"])} if value.get("_target_") else set()
-        return own.union(*(targets(child) for child in value.values()))
+        outermost = {str(value["_target_"])} if value.get("_target_") else set()
+        return outermost.union(*(targets(child) for child in value.values()))
     return set().union(*(targets(child) for child in value)) if isinstance(value, list | tuple) else set()
 
 
 def untrusted_modules(value: Any) -> list[str]:
-    """The modules that `trust` must name before these containers, read from a file, are built."""
+    """Return the modules that `trust` must name to build these containers from a file."""
     return sorted({target.rsplit(".", 1)[0] for target in targets(value) if not _is_trusted(target, ())})
 
 
 @functools.cache
 def shipped_targets() -> frozenset[str]:
-    """Every `_target_` that a file of this project's conf/ names."""
+    """Return every `_target_` that a file of this project's conf/ names."""
     lines = (line for file in CONF.rglob("*.yaml") for line in file.read_text().splitlines())
-    found = (re.match(r"\s*(?:- )?_target_: *([\w.]+)", line) for line in lines)
-    return frozenset(match.group(1) for match in found if match)
+    matches = (re.match(r"\s*(?:- )?_target_: *([\w.]+)", line) for line in lines)
+    return frozenset(match.group(1) for match in matches if match)
 
 
 def _is_trusted(target: str, trust: Collection[str]) -> bool:
@@ -69,14 +69,14 @@ def _is_trusted(target: str, trust: Collection[str]) -> bool:
     if not target.startswith((PACKAGE + ".", "torch.optim.")):
         return False
     try:
-        named = pkgutil.resolve_name(target)
+        located = pkgutil.resolve_name(target)
     except (ImportError, AttributeError, ValueError):
         return False
-    if not isinstance(named, type):
+    if not isinstance(located, type):
         return False
-    if named.__module__.startswith(PACKAGE + "."):
+    if located.__module__.startswith(PACKAGE + "."):
         return True
     import torch
 
     kinds = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
-    return named.__module__.startswith("torch.optim") and issubclass(named, kinds)
+    return located.__module__.startswith("torch.optim") and issubclass(located, kinds)

@@ -1,1 +1,1 @@
-"""Training: the LightningModule, its callbacks, optimisers."""
+"""The LightningModule, its callbacks, loggers and optimizers."""

@@ -1,7 +1,6 @@
-"""From a batch to (t, ε, x̂_0 of self-conditioning, condition): the random draws of a training step.
+"""The random draws of a training and of a validation step: t, ε, x̂_0 of self-conditioning, dropped conditions.
 
-All are keyed by (seed, step, position in the global batch), so that they depend neither on the number of processes nor on
-what was drawn before.
+All are keyed by (seed, step, position in the global batch): they depend neither on the number of processes nor on earlier draws.
 """
 
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from diffusion_lab.noise import Stream, normal, uniform
 from diffusion_lab.schedules import append_dims_like, to_device
 from diffusion_lab.time_samplers import Stratified, TimeSampler
 
-VALIDATION_SEED = 0  # t and ε of validation are the same in every run, so that runs compare
+VALIDATION_SEED = 0  # t and ε of validation are the same in every run, so that val/loss can be compared
 
 
 class Draw(NamedTuple):
@@ -37,13 +36,13 @@ def training_draw(
     batch_size: int,
     seed: int,
 ) -> Draw:
-    """Draw for a batch of `BatchStream`.
+    """Draw the random inputs for a batch of `BatchStream`.
 
     Args:
-        denoiser: its first estimate is `previous`, where it is self-conditioning.
-        time_sampler: of t.
-        condition: its labels are dropped at random.
-        batch: "image" (B, C, H, W), "position" int64 (B,), "step", and what the condition is made of.
+        denoiser: a self-conditioning one computes `previous`.
+        time_sampler: draws t.
+        condition: labels are dropped at random.
+        batch: "image" (B, C, H, W), "position" int64 (B,), "step", and the tensors of the condition.
         batch_size: of the global batch.
         seed: of all draws.
     """
@@ -64,7 +63,15 @@ def training_draw(
 def validation_draw(
     denoiser: Denoiser, condition: Condition, batch: Mapping[str, Any], *, images: int, draw: int
 ) -> Draw:
-    """Draw number `draw` for a batch of `EvalBatches` out of `images`: stratified t, no dropped labels, no `previous`."""
+    """Draw the random inputs for a batch of `EvalBatches`: stratified t, no dropped labels, no `previous`.
+
+    Args:
+        denoiser: any.
+        condition: selects the tensors of a batch that the network receives.
+        batch: "image" (B, C, H, W), "index" int64 (B,), and the tensors of the condition.
+        images: number of validation images, over which t is stratified.
+        draw: number of the draw, from 0.
+    """
     index = batch["index"]
     t = Stratified()(denoiser.schedule, index, images, seed=VALIDATION_SEED, step=draw)
     return Draw(t, _noise(batch["image"], index, VALIDATION_SEED, draw), None, condition(batch))

@@ -1,4 +1,4 @@
-"""Loggers: metrics.csv always, any of Lightning's by `_target_`, and W&B with what makes a run findable there."""
+"""The W&B logger, the name of a run, and tables of figures for any logger."""
 
 import netrc
 import os
@@ -17,17 +17,17 @@ from pytorch_lightning.loggers import Logger
 from diffusion_lab.errors import ConfigError
 
 CONNECT_SECONDS = 3.0
-FINISH_SECONDS = 120.0  # for what W&B has still to send when a run ends; the rest is for `wandb sync`
+FINISH_SECONDS = 120.0  # for W&B to send its last data when a run ends; `wandb sync` sends the rest
 
 
 class Identity(NamedTuple):
-    """The name of a run among others.
+    """Name, group, tags and id of a run, for loggers.
 
     Attributes:
-        name: from the choices made, and of a sweep from the values too.
-        group: of the jobs of a sweep, its folder's name.
-        tags: GROUP=OPTION of the choices made.
-        id: W&B's, kept in the checkpoint, so that a resumed run is the same run there.
+        name: the options chosen, followed by the overrides.
+        group: of a job of a sweep, the name of the sweep's folder.
+        tags: GROUP=OPTION of the options chosen.
+        id: W&B's, stored in checkpoints, so that a resumed run continues the W&B run.
     """
 
     name: str
@@ -36,9 +36,9 @@ class Identity(NamedTuple):
     id: str
 
 
-# The choices that distinguish runs.
+# Groups whose options become tags.
 _TAGGED = ("data", "model", "condition", "schedule", "objective", "weighting", "variance", "sampler", "experiment")
-# What does not affect the result; in a sweep only the first ones are left out of a name, since the others may be its subject.
+# Keys that are left out of a name, since they do not affect the result; in a sweep, which may vary _ALONE, only _NEVER.
 _NEVER = (
     "logger",
     "hydra",
@@ -54,39 +54,42 @@ _NEVER = (
 _ALONE = ("trainer.", "callbacks.", "debug", "validation.")
 
 
-def identity(choices: Mapping[str, Any], overrides: Sequence[str], sweep: Path | None, held: str | None) -> Identity:
-    """The identity of a run.
+def identity(
+    choices: Mapping[str, Any], overrides: Sequence[str], sweep: Path | None, wandb_id: str | None
+) -> Identity:
+    """Return the identity of a run.
 
     Args:
         choices: group → option, as Hydra composed them.
         overrides: KEY=VALUE of the command line.
-        sweep: the folder of the sweep that the run is a job of.
-        held: W&B's id where the run is continued.
+        sweep: the folder of the sweep that the run is a job of, else None.
+        wandb_id: W&B's id of a resumed run, else None.
     """
-    mute = _NEVER if sweep else _NEVER + _ALONE
+    omitted = _NEVER if sweep else _NEVER + _ALONE
     named = ("schedule", "objective", "experiment") if sweep else tuple(choices)
     values = [o.lstrip("+") for o in overrides]
-    values = [o for o in values if o.split("=", 1)[0] not in named and not o.startswith(mute)]
+    values = [o for o in values if o.split("=", 1)[0] not in named and not o.startswith(omitted)]
     recipe = choices.get("experiment")
     name = "-".join([*([recipe] if recipe else []), str(choices.get("schedule")), str(choices.get("objective"))])
     tags = [f"{group}={choices[group]}" for group in _TAGGED if choices.get(group)]
-    return Identity(" ".join([name, *values]), sweep.name if sweep else None, tags, held or secrets.token_hex(4))
+    return Identity(" ".join([name, *values]), sweep.name if sweep else None, tags, wandb_id or secrets.token_hex(4))
 
 
 class WandbLogger(lightning_loggers.WandbLogger):
-    """Lightning's W&B logger: offline where nobody is logged in or nothing answers, named by the choices made.
+    """Lightning's W&B logger, offline without a login or a connection, and named by the options chosen.
 
     Args:
         save_dir: the folder that gets `wandb/`.
         project: W&B's project.
-        name: of the run; None takes `who`'s.
-        group: None takes `who`'s, the folder of a sweep.
+        name: of the run; None takes that of `identity`.
+        group: of the run; None takes that of `identity`.
         tags: further ones.
         mode: auto, online (refused without a connection or a login), offline.
         gradients: optimizer steps between two histograms of the gradients (`callbacks.WandbSummary`); 0 for none.
-        who: the run's identity, passed by the command.
-        config: the run's configuration, passed by the command.
-        kwargs: of `wandb.init`, e.g. entity.
+        identity: of the run, passed by the command.
+        config: of the run, passed by the command.
+        job_type: W&B's; passed by the command.
+        kwargs: arguments of `wandb.init`, e.g. entity.
 
     Raises:
         ConfigError: an unknown mode, a negative number of steps, or mode=online without a connection or a login.
@@ -101,37 +104,41 @@ class WandbLogger(lightning_loggers.WandbLogger):
         tags: Sequence[str] = (),
         mode: str = "auto",
         gradients: int = 0,
-        who: Identity | None = None,
+        identity: Identity | None = None,
         config: dict[str, Any] | None = None,
         job_type: str = "train",
         **kwargs: Any,
     ) -> None:
         if gradients < 0:
-            raise ConfigError(f"logger.wandb.gradients={gradients} must be a number of steps, or 0 for none")
+            raise ConfigError(f"logger.wandb.gradients={gradients} is negative: write a number of steps, or 0 for none")
         offline = runs_offline(mode)
         if offline:
-            os.environ.setdefault("WANDB_SILENT", "true")  # there is no page to announce
-        who = who or Identity(name or "run", group, [], secrets.token_hex(4))
+            os.environ.setdefault("WANDB_SILENT", "true")  # an offline run has no page to announce
+        identity = identity or Identity(name or "run", group, [], secrets.token_hex(4))
         self.gradients = gradients
         super().__init__(
             project=project,
-            name=name or who.name,
-            version=kwargs.pop("version", None) or kwargs.pop("id", None) or who.id,
+            name=name or identity.name,
+            version=kwargs.pop("version", None) or kwargs.pop("id", None) or identity.id,
             save_dir=save_dir,
             offline=offline,
-            mode="offline" if offline else "online",  # Lightning sets the environment, which W&B reads once a process
-            resume=None if offline else "allow",  # offline the id alone decides, in `wandb sync`
-            group=group or who.group,
-            tags=[*who.tags, *tags],
+            mode="offline" if offline else "online",  # Lightning sets an environment variable that W&B reads only once
+            resume=None if offline else "allow",  # offline, `wandb sync` resumes by the id
+            group=group or identity.group,
+            tags=[*identity.tags, *tags],
             job_type=job_type,
             config=config,
             **{"settings": {"finish_timeout": FINISH_SECONDS}, "log_model": False, **kwargs},
         )
-        self._wandb_init.pop("anonymous", None)  # Lightning passes it always, and W&B warns of it always
+        self._wandb_init.pop("anonymous", None)  # Lightning always passes it, and W&B warns that it is deprecated
 
 
 def runs_offline(mode: str) -> bool:
-    """Whether W&B runs offline: as written, not logged in, or not reachable."""
+    """Whether W&B runs offline: mode=offline, or mode=auto without a login or a connection.
+
+    Raises:
+        ConfigError: an unknown mode, or mode=online without a login or a connection.
+    """
     if mode not in ("auto", "online", "offline"):
         raise ConfigError(f"logger.wandb.mode={mode} is unknown: write auto, online or offline")
     if mode == "offline":
@@ -140,7 +147,7 @@ def runs_offline(mode: str) -> bool:
     if not _logged_in(address):
         if mode == "online":
             raise ConfigError(
-                "logger.wandb.mode=online, but you are not logged in: run `wandb login`, or write mode offline"
+                "logger.wandb.mode=online without a login: run `wandb login`, or write logger.wandb.mode=offline"
             )
         return True
     if _reachable(address):
@@ -163,8 +170,19 @@ def log_table(
     rows: list[list[Any]],
     curves: Sequence[str],
 ) -> None:
-    """One table, and for W&B its figures against network evaluations and the picture `name`.png of `folder`; other
-    loggers get the numbers of each row as a step."""
+    """Log one table of an evaluation.
+
+    W&B also gets curves against network evaluations and the image `name`.png of `folder`; other loggers get the numbers of
+    each row as one step.
+
+    Args:
+        logger: any of Lightning's.
+        folder: of the evaluation.
+        name: of the table.
+        columns: of the table.
+        rows: of the table.
+        curves: columns to plot against network evaluations.
+    """
     if not isinstance(logger, lightning_loggers.WandbLogger):
         for step, row in enumerate(rows):
             numbers = {k: float(v) for k, v in zip(columns, row, strict=True) if isinstance(v, int | float)}
@@ -185,7 +203,7 @@ def log_table(
 
 
 def _logged_in(address: str) -> bool:
-    """Whether W&B has a key for that address: in the environment, or where `wandb login` leaves it."""
+    """Whether W&B has a key for an address: in WANDB_API_KEY, or in the .netrc that `wandb login` writes."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     file = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
@@ -198,7 +216,7 @@ def _logged_in(address: str) -> bool:
 def _reachable(address: str) -> bool:
     parts = urlparse(address)
     if parts.scheme in getproxies():
-        return True  # W&B goes through the proxy, which a connection of ours would not
+        return True  # W&B connects through the proxy, which a plain socket does not
     try:
         with socket.create_connection(
             (parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443)), CONNECT_SECONDS

@@ -1,4 +1,4 @@
-"""The LightningModule: what one step of training and of validation computes."""
+"""The LightningModule: one step of training, and one of validation."""
 
 import warnings
 from collections.abc import Iterator, Mapping
@@ -37,33 +37,33 @@ from diffusion_lab.weightings import Weighting
 
 
 class DiffusionModule(pl.LightningModule):
-    """Trains one network on one objective along one schedule.
+    """Train one network on one objective along one schedule.
 
-    All randomness is keyed by (seed, step, position in the global batch): one process or many, one batch or accumulated parts
-    of it, uninterrupted or resumed, it is the same run.
+    All randomness is keyed by (seed, step, position in the global batch), so that a run does not depend on the number of
+    processes or accumulated parts, nor on being resumed.
 
     Args:
         network: the denoising network, called as network(x, c, **condition).
-        schedule: the curve.
-        objective: what the network's output means.
+        schedule: the curve (α_t, σ_t).
+        objective: the target of the network's output.
         weighting: the weight on the squared error of the output.
-        error: l2, l1 or huber.
-        times: how t is drawn.
-        condition: which tensors of a batch reach the network.
+        loss: the pointwise loss: l2, l1 or huber.
+        time_sampler: draws t.
+        condition: selects the tensors of a batch that the network receives.
         optimizer: optimizer and learning-rate schedule.
         batch_size: the global batch, over all processes and accumulated parts.
-        variance: that of the run; a learned one is trained as well.
+        variance: of the reverse steps; a learned one is trained.
         seed: of all noise.
         compiled: run the training steps through torch.compile.
-        validation_draws: how many (t, ε) each validation image gets.
+        validation_draws: number of (t, ε) per validation image.
         saved: plain values to store in every checkpoint (the resolved configuration, versions).
 
     Attributes:
-        network: the live weights, which every callback sees as they are trained; nothing is swapped into it.
-        averages: decay → network of the averaged weights (EMA), the first one evaluated; empty without callbacks.ema.
+        network: the network with its raw weights; no other weights are ever loaded into it.
+        averages: decay → network with averaged weights (EMA), the first one evaluated; empty without callbacks.ema.
 
     Raises:
-        ValueError: a variance that this network cannot give, or that this schedule cannot train.
+        ConfigError: a learned variance that this network does not output, or that this schedule cannot train.
     """
 
     def __init__(
@@ -72,8 +72,8 @@ class DiffusionModule(pl.LightningModule):
         schedule: Schedule,
         objective: Objective,
         weighting: Weighting,
-        error: PointwiseLoss,
-        times: TimeSampler,
+        loss: PointwiseLoss,
+        time_sampler: TimeSampler,
         condition: Condition,
         optimizer: OptimizerConfig,
         *,
@@ -86,10 +86,10 @@ class DiffusionModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.network = network
-        # A compiled copy of the reference lives in the denoiser only, which is no module: state_dict has no `_orig_mod.` keys.
+        # The denoiser alone refers to the compiled network, and is no nn.Module: state_dict has no `_orig_mod.` keys.
         self.denoiser = Denoiser(torch.compile(network) if compiled else network, schedule, objective)
         self.schedule, self.objective, self.weighting = schedule, objective, weighting
-        self.error, self.times, self.condition, self.optimizer_config = error, times, condition, optimizer
+        self.loss, self.time_sampler, self.condition, self.optimizer_config = loss, time_sampler, condition, optimizer
         self.batch_size, self.seed, self.validation_draws = batch_size, seed, validation_draws
         self.saved = dict(saved or {})
         self.learned_variance = variance if isinstance(variance, Learned) else None
@@ -100,38 +100,39 @@ class DiffusionModule(pl.LightningModule):
         self.averages: dict[str, nn.Module] = {}  # a dict hides the averages from nn.Module's registration
         self._validation_loss = MeanMetric(nan_strategy="disable").set_dtype(torch.float64)
         self._resumption: Resumption | None = None
-        self._drawn: list[Tensor] = []  # (position, t, loss) of a step's parts, for a time sampler that learns
+        self._drawn: list[Tensor] = []  # (position, t, loss) of a step's parts, for importance sampling
 
-    # what is evaluated ------------------------------------------------------------------------------------------------
+    # evaluation ---------------------------------------------------------------------------------------------------------
 
     def register_average(self, name: str, network: nn.Module) -> None:
-        """Make the averaged `network` available under `name`; the first one registered is what is evaluated."""
+        """Add an averaged network under `name`; the first one registered is evaluated."""
         self.averages[name] = network
 
     def denoisers(self) -> dict[str, Denoiser]:
-        """Name → denoiser for evaluation: the averages first, the live weights ("raw") last unless they are cut over processes.
-        Networks are in their own modes."""
+        """Return name → denoiser: the averages, then "raw" unless the raw weights are sharded.
+
+        The networks' training or eval modes are left as they are.
+        """
         networks = {**self.averages, **({} if is_sharded(self.network) else {"raw": self.network})}
         return {name: Denoiser(network, self.schedule, self.objective) for name, network in networks.items()}
 
     def requested_condition(self, index: Tensor) -> dict[str, Tensor]:
-        """Conditions for the given sample indices, int64 (n,): of validation images where the condition is made of data."""
+        """Return conditions for the given sample indices, int64 (n,); a condition of data takes validation images."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         examples = data.examples("val" if data.size("val") else "train")
 
         def batch(i: Tensor) -> dict[str, Tensor]:
-            return {
-                name: value.to(i.device) for name, value in examples.take((i % len(examples)).cpu().numpy()).items()
-            }
+            taken = examples.take((i % len(examples)).cpu().numpy())
+            return {name: value.to(i.device) for name, value in taken.items()}
 
         return self.condition.sampled(index, batch)
 
     def log_row(self, values: Mapping[str, float | Tensor], everywhere: bool = False) -> None:
-        """Log values of this moment with the number of optimiser steps done and of passes over the training images.
+        """Log values with the number of optimizer steps and of epochs (passes over the training images).
 
         Args:
-            values: reduced over the processes already.
-            everywhere: make them known to every process, not only to the first, whose loggers write.
+            values: already reduced over the processes.
+            everywhere: put them into `callback_metrics` of every process; else of rank 0 alone, whose loggers write.
         """
         images = self.trainer.datamodule.size("train")  # type: ignore[attr-defined]
         axes = {"step": float(self.global_step), "epoch": self.global_step * self.batch_size / images}
@@ -143,35 +144,41 @@ class DiffusionModule(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         x0, position, step = batch["image"], batch["position"], batch["step"]
-        # Dropout is keyed as well, by the first position of this process's part, so that resuming needs no random state.
-        _seed(x0.device, word(seed=self.seed, index=int(position[0]), draw=step, stream=Stream.DROPOUT))
+        # Dropout is keyed by the first position of this process's part, so that resuming needs no random state.
+        # torch.manual_seed also queues a call, with a stack trace, for every kind of device without a driver: 1 ms a step.
+        key = word(seed=self.seed, index=int(position[0]), draw=step, stream=Stream.DROPOUT)
+        torch.default_generator.manual_seed(key)
+        if x0.device.type == "cuda":
+            torch.cuda.manual_seed(key)
         t, noise, previous, condition = training_draw(
-            self.denoiser, self.times, self.condition, batch, batch_size=self.batch_size, seed=self.seed
+            self.denoiser, self.time_sampler, self.condition, batch, batch_size=self.batch_size, seed=self.seed
         )
         loss = diffusion_loss(
-            self.denoiser, self.weighting, self.error, x0, noise, t, previous, self.learned_variance, **condition
+            self.denoiser, self.weighting, self.loss, x0, noise, t, previous, self.learned_variance, **condition
         )
         each = loss.weighted.detach()
-        if not self.times.learns:
+        if not self.time_sampler.learns:
             return {"loss": loss.weighted.mean(), "each": each, "t": t}
         self._drawn.append(
             torch.stack([to_device(position, x0.device).double(), to_device(t, x0.device), each.double()])
         )
-        weight = to_device(self.times.weight(self.schedule, t), x0.device).to(each.dtype)
+        weight = to_device(self.time_sampler.weight(self.schedule, t), x0.device).to(each.dtype)
         return {"loss": (weight * loss.weighted).mean(), "each": each, "weight": weight, "t": t}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """The losses of one global batch go to the time sampler, in the order of their positions, so that every process learns
-        the same, and one what many do."""
+        """Update the time sampler by the losses of the global batch, in the order of their positions.
+
+        Every process updates by the same values, so the number of processes does not matter.
+        """
         if self._drawn:
-            own = torch.cat(self._drawn, dim=1)
-            parts = [own]
+            local = torch.cat(self._drawn, dim=1)
+            parts = [local]
             if (processes := self.trainer.world_size) > 1:
-                parts = [torch.empty_like(own) for _ in range(processes)]
-                torch.distributed.all_gather(parts, own)
+                parts = [torch.empty_like(local) for _ in range(processes)]
+                torch.distributed.all_gather(parts, local)
             position, t, each = torch.cat(parts, dim=1).cpu()
             order = position.argsort()
-            self.times.update(self.schedule, t[order], each[order])
+            self.time_sampler.update(self.schedule, t[order], each[order])
             self._drawn.clear()
 
     # validation: fixed t and ε, averaged weights ------------------------------------------------------------------------
@@ -193,7 +200,7 @@ class DiffusionModule(pl.LightningModule):
             loss = diffusion_loss(
                 denoiser,
                 self.weighting,
-                self.error,
+                self.loss,
                 batch["image"],
                 noise,
                 t,
@@ -209,7 +216,7 @@ class DiffusionModule(pl.LightningModule):
             self._step_plateau(loss)
 
     def _step_plateau(self, loss: Tensor) -> None:
-        """Step `ReduceLROnPlateau` by the value that it monitors: on every process by that of process 0, which has them all."""
+        """Step `ReduceLROnPlateau` by the value that it monitors, on every process by rank 0's, which has all values."""
         schedule = self.optimizer_config.schedule
         if not isinstance(schedule, TorchSchedule) or not schedule.plateau:
             return
@@ -229,18 +236,18 @@ class DiffusionModule(pl.LightningModule):
             if isinstance(config.scheduler, ReduceLROnPlateau):
                 config.scheduler.step(value)
 
-    # processes, optimiser and checkpoint --------------------------------------------------------------------------------
+    # processes, optimizer and checkpoint --------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
-        """Under trainer=fsdp the live weights are cut over the processes; nothing otherwise."""
+        """Shard the raw weights over the processes under trainer=fsdp."""
         if isinstance(self.trainer.strategy, ModelParallelStrategy) and not is_sharded(self.network):
             shard(self.network, self.device_mesh["data_parallel"])  # type: ignore[index]
 
     def try_optimizer(self, max_steps: int, validated: bool) -> None:
-        """Build optimizer and schedulers once and drop them, so that a refusal comes before the run: neither holds state yet.
+        """Build optimizer and schedulers and drop them, so that their errors are raised before the run.
 
         Raises:
-            ConfigError: as `build_optimizer` and `lr_schedulers`.
+            ConfigError: the errors of `build_optimizer` and `lr_schedulers`.
         """
         lr_schedulers(
             self.optimizer_config,
@@ -259,7 +266,7 @@ class DiffusionModule(pl.LightningModule):
         return [optimizer], configs
 
     def on_train_start(self) -> None:
-        """A resumed optimizer has the hyperparameters and the memory format of its checkpoint; those of this run hold."""
+        """Set this run's hyperparameters and memory format in a resumed optimizer, which has those of its checkpoint."""
         self._drawn.clear()
         (optimizer,) = self.trainer.optimizers
         if self._resumption:
@@ -267,18 +274,18 @@ class DiffusionModule(pl.LightningModule):
             self._resumption.apply(
                 optimizer, schedulers, self.optimizer_config, self._hyper, self._plateau, self.global_step
             )
-        for weight, state in optimizer.state.items():  # a fused kernel reads a weight and its moments side by side
+        for weight, state in optimizer.state.items():  # a fused kernel needs a weight and its moments in one format
             moments = {k: v for k, v in state.items() if isinstance(v, Tensor) and v.shape == weight.shape}
             state.update({k: torch.empty_like(weight).copy_(v) for k, v in moments.items()})
         switch([optimizer], "train")
 
     def on_train_epoch_start(self) -> None:
-        """One endless stream: a trainer that cuts it into epochs (limit_train_batches) goes on where it was."""
+        """Continue the endless stream of batches where the epoch before ended (limit_train_batches)."""
         self.trainer.datamodule.start_at(self.global_step)  # type: ignore[attr-defined]
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """The live network in eval mode, with the weights that a schedule-free optimizer states for evaluation; undone after."""
+        """Put the network into eval mode, with a schedule-free optimizer's evaluation weights, inside the context."""
         training = self.network.training
         self.network.eval()
         try:
@@ -288,13 +295,15 @@ class DiffusionModule(pl.LightningModule):
             self.network.train(training)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Training resumes between two steps. A checkpoint of a time limit in the middle of an accumulated batch, or one whose
-        parts are now others, counts parts that are not repeated otherwise."""
+        """Restore the time sampler and set Lightning's count of batches to whole steps.
+
+        The counts differ in a checkpoint of a time limit within an accumulated batch, and if accumulate_grad_batches changes.
+        """
         self._resumption = Resumption(checkpoint.get("config", {}), self.saved.get("config", {}))
         if not self._resumption.keeps_schedulers(self.optimizer_config.schedule):
             checkpoint["lr_schedulers"] = []
         if state := checkpoint.get("times"):
-            self.times.load(state)
+            self.time_sampler.load(state)
         parts = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         if progress["current"]["ready"] != parts:
@@ -302,21 +311,13 @@ class DiffusionModule(pl.LightningModule):
                 counts.update(dict.fromkeys(("ready", "started", "processed", "completed"), parts))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Tensors are saved in rows, whatever their format in memory: FSDP cuts no others, and scrambles them silently."""
-        checkpoint["state_dict"] = _in_rows(checkpoint["state_dict"])
-        for optimizer in checkpoint.get("optimizer_states", []):  # empty where FSDP has gathered, on process 0 only
-            optimizer["state"] = {i: _in_rows(state) for i, state in optimizer.get("state", {}).items()}
+        """Add this project's entries, and make tensors contiguous: FSDP would load channels_last ones in a wrong order."""
+        checkpoint["state_dict"] = _contiguous(checkpoint["state_dict"])
+        for optimizer in checkpoint.get("optimizer_states", []):  # under FSDP empty but on rank 0
+            optimizer["state"] = {i: _contiguous(state) for i, state in optimizer.get("state", {}).items()}
         checkpoint.update(self.saved)
-        checkpoint["times"] = self.times.state()
+        checkpoint["times"] = self.time_sampler.state()
 
 
-def _in_rows(state: Mapping[str, Any]) -> dict[str, Any]:
+def _contiguous(state: Mapping[str, Any]) -> dict[str, Any]:
     return {name: v.contiguous() if isinstance(v, Tensor) else v for name, v in state.items()}
-
-
-def _seed(device: torch.device, value: int) -> None:
-    """Seeds the generators that dropout on `device` uses. torch.manual_seed would also queue a call, with a formatted stack
-    trace, for every kind of device that is not there: a millisecond a step, and a list that grows."""
-    torch.default_generator.manual_seed(value)
-    if device.type == "cuda":
-        torch.cuda.manual_seed(value)

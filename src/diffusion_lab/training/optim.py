@@ -1,4 +1,4 @@
-"""Learning-rate curves, and the optimizer and scheduler of a run, any of torch's by `_target_`."""
+"""Learning-rate schedules, and the construction and resumption of optimizers and schedulers."""
 
 import functools
 import inspect
@@ -30,7 +30,7 @@ Make = Callable[..., torch.optim.Optimizer]
 
 
 class LRSchedule(ABC):
-    """rate(step, max_steps) → the factor on the learning rate in [0, 1] for the update that follows `step` updates.
+    """schedule(step, max_steps) → the factor on the learning rate, in [0, 1], for the update after `step` updates.
 
     Args:
         warmup: updates over which the factor rises linearly from 1/warmup; 0 for none.
@@ -46,7 +46,7 @@ class LRSchedule(ABC):
 
     @abstractmethod
     def after(self, progress: float) -> float:
-        """The factor at `progress` ∈ [0, 1] of the updates after the warm-up."""
+        """Return the factor at the fraction `progress` ∈ [0, 1] of the updates after the warm-up."""
 
     def __call__(self, step: int, max_steps: int) -> float:
         if step < self.warmup:
@@ -55,21 +55,21 @@ class LRSchedule(ABC):
 
 
 class Constant(LRSchedule):
-    """1 after the warm-up (Ho et al. 2020, appendix B: 5,000 updates of warm-up)."""
+    """Factor 1 after the warm-up (Ho et al. 2020, appendix B: 5,000 updates of warm-up)."""
 
     def after(self, progress: float) -> float:
         return 1.0
 
 
 class Linear(LRSchedule):
-    """From 1 to 0 on a straight line."""
+    """Factor from 1 to 0, linear in the step."""
 
     def after(self, progress: float) -> float:
         return 1.0 - progress
 
 
 class Cosine(LRSchedule):
-    """From 1 to 0 on half a cosine (Loshchilov & Hutter 2017, eq. 5)."""
+    """Factor from 1 to 0 along half a cosine (Loshchilov & Hutter 2017, eq. 5)."""
 
     def after(self, progress: float) -> float:
         return 0.5 * (1 + math.cos(math.pi * progress))
@@ -77,13 +77,13 @@ class Cosine(LRSchedule):
 
 @dataclass(frozen=True)
 class TorchSchedule:
-    """A scheduler of torch, with a linear warm-up before it.
+    """A scheduler of torch after a linear warm-up.
 
     Attributes:
-        make: called with the optimizer.
+        make: the constructor, called with the optimizer.
         warmup: updates over which the rate rises linearly from 1/warmup; 0 for none.
-        monitor: the logged value that `ReduceLROnPlateau` goes by, after each validation.
-        plateau: whether the scheduler is that one.
+        monitor: the logged value for `ReduceLROnPlateau`, read after each validation.
+        plateau: whether the scheduler is `ReduceLROnPlateau`.
 
     Raises:
         ConfigError: a negative warmup.
@@ -101,12 +101,12 @@ class TorchSchedule:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """How the weights are updated.
+    """Optimizer and learning-rate schedule.
 
     Attributes:
-        make: the optimizer, called with the parameters.
-        schedule: of the learning rate.
-        precision: Lightning's.
+        make: the constructor of the optimizer, called with the parameters.
+        schedule: the schedule of the learning rate.
+        precision: `precision` of Lightning's Trainer.
         clipping: whether gradients are clipped.
     """
 
@@ -117,25 +117,25 @@ class OptimizerConfig:
 
 
 def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer of the parameters that are trained, with one fused kernel an update where it has one and that works.
+    """Build the optimizer of the parameters that require gradients, fused where the optimizer can be.
 
-    Mixed precision with clipping forbids it: 16-mixed because gradients must be unscaled before they are clipped, and a fused
-    optimizer unscales by itself; bf16-mixed, which scales none, because Lightning does not distinguish the two. Muon updates
-    matrices alone, so that AdamW takes the other parameters.
+    Mixed precision with clipping excludes a fused one: 16-mixed because gradients must be unscaled before they are clipped, and
+    a fused optimizer unscales them itself; bf16-mixed because Lightning does not distinguish the two. Muon updates matrices
+    alone, and AdamW the other parameters.
 
     Raises:
-        ConfigError: the optimizer refuses its arguments or these parameters.
+        ConfigError: a class that is no optimizer, or whose constructor refuses its arguments or these parameters.
     """
     trained = [p for p in parameters if p.requires_grad]
     kind = getattr(config.make, "func", config.make)
     if isinstance(kind, type) and issubclass(kind, getattr(torch.optim, "Muon", ())):
         return _with_adamw(config, trained)
     if isinstance(kind, type) and issubclass(kind, torch.optim.LBFGS):
-        for p in trained:  # it reads weights and gradients as flat vectors, which channels_last has no view of
+        for p in trained:  # LBFGS views weights and gradients as flat vectors, which channels_last does not allow
             p.data = p.data.contiguous()
-    stated = getattr(config.make, "keywords", {})
+    arguments = getattr(config.make, "keywords", {})
     fused = {}
-    if "fused" in inspect.signature(kind).parameters and "fused" not in stated and not stated.get("foreach"):
+    if "fused" in inspect.signature(kind).parameters and "fused" not in arguments and not arguments.get("foreach"):
         fused = {"fused": not (config.precision.endswith("-mixed") and config.clipping)}
     optimizer: Any = foreign(functools.partial(config.make, trained, **fused), "optimizer")
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -147,10 +147,10 @@ def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter])
 
 
 class Joined(torch.optim.Optimizer):
-    """Several optimizers as one: their parameter groups in a row, and one step of each.
+    """Several optimizers as one, with the concatenation of their parameter groups.
 
     Args:
-        optimizers: of disjoint parameters.
+        optimizers: optimizers of disjoint parameters.
     """
 
     def __init__(self, optimizers: list[torch.optim.Optimizer]) -> None:
@@ -159,7 +159,7 @@ class Joined(torch.optim.Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """The groups and the state of each are those of the whole, so that schedulers and checkpoints see one optimizer."""
+        """Share groups and state with each optimizer, so that schedulers and checkpoints see one optimizer."""
         groups = iter(self.param_groups)
         for optimizer in self.optimizers:
             optimizer.param_groups = [next(groups) for _ in optimizer.param_groups]
@@ -180,8 +180,8 @@ class Joined(torch.optim.Optimizer):
 
 
 def _with_adamw(config: OptimizerConfig, trained: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """Muon for the matrices, AdamW at the same rate and decay for the rest (Jordan et al. 2024)."""
-    matrices, others = ([p for p in trained if (p.ndim == 2) == flat] for flat in (True, False))
+    """Build Muon for the matrices, and AdamW with the same lr and weight decay for the rest (Jordan et al. 2024)."""
+    matrices, others = ([p for p in trained if (p.ndim == 2) == is_matrix] for is_matrix in (True, False))
     if not matrices:
         raise ConfigError("optimizer Muon updates matrices, and this network has none: write optimizer=adamw")
     muon: torch.optim.Optimizer = foreign(functools.partial(config.make, matrices), "optimizer")
@@ -192,18 +192,18 @@ def _with_adamw(config: OptimizerConfig, trained: list[nn.Parameter]) -> torch.o
 def lr_schedulers(
     config: OptimizerConfig, optimizer: torch.optim.Optimizer, max_steps: int, validated: bool
 ) -> list[dict[str, Any]]:
-    """Lightning's descriptions of the schedulers.
+    """Build the schedulers, as dictionaries for Lightning's `configure_optimizers`.
 
     Args:
-        config: states the schedule.
-        optimizer: theirs.
+        config: has the schedule.
+        optimizer: the optimizer to schedule.
         max_steps: updates of the run.
-        validated: whether the run validates. `ReduceLROnPlateau` is stepped by the module after each validation, before
-            best.ckpt is written, and by Lightning never.
+        validated: whether the run has validation. The module steps `ReduceLROnPlateau` after each validation, before
+            best.ckpt is written; Lightning never does.
 
     Raises:
-        ConfigError: a plateau without validation, a cycle shorter than the run, a function that is none; the scheduler refuses
-            its arguments or this optimizer.
+        ConfigError: `ReduceLROnPlateau` without validation, a cycle shorter than the run, `lr_lambda` that is no function, or a
+            scheduler that refuses its arguments or this optimizer.
     """
     schedule = config.schedule
     if isinstance(schedule, LRSchedule):
@@ -217,7 +217,7 @@ def lr_schedulers(
     if isinstance(main, ReduceLROnPlateau):
         if not validated:
             raise ConfigError(
-                f"lr_scheduler ReduceLROnPlateau goes by {schedule.monitor} after each validation, and this run has none: "
+                f"lr_scheduler ReduceLROnPlateau monitors {schedule.monitor} after each validation, and this run has none: "
                 "write validation.every=500 and data.val=0.1"
             )
         plateau = {"scheduler": main, "interval": "step", "monitor": schedule.monitor, "frequency": sys.maxsize}
@@ -233,12 +233,12 @@ def lr_schedulers(
 
 
 def _refuse_functions(make: Callable[..., Any]) -> None:
-    """Raise ConfigError where a scheduler needs a function and a file states a number or text."""
+    """Raise ConfigError if `lr_lambda` of a scheduler is a number or text instead of a function."""
     value = getattr(make, "keywords", {}).get("lr_lambda")
     kind = getattr(make, "func", make)
     if isinstance(kind, type) and issubclass(kind, LambdaLR | MultiplicativeLR):
-        each = value if isinstance(value, list) else [value]
-        if not all(callable(one) for one in each):
+        functions = value if isinstance(value, list) else [value]
+        if not all(callable(function) for function in functions):
             raise ConfigError(
                 f"lr_scheduler.lr_lambda={value} is no function: write +lr_scheduler.lr_lambda._target_=my_package.curve "
                 "+lr_scheduler.lr_lambda._partial_=true, or a class derived from diffusion_lab.training.optim.LRSchedule"
@@ -247,31 +247,36 @@ def _refuse_functions(make: Callable[..., Any]) -> None:
 
 # resuming -------------------------------------------------------------------------------------------------------------------
 
-IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable")  # always those of this run
+IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable")  # never restored from a checkpoint
 _PLATEAU_STATE = ("optimizer", "best", "num_bad_epochs", "cooldown_counter", "last_epoch", "_last_lr")
 
 
 def state_keys(optimizer: torch.optim.Optimizer) -> list[set[str]]:
-    """The entries of each parameter group that are no argument of the constructor: state, such as schedule-free's counter."""
+    """Return the keys of each parameter group that are state, not arguments of the constructor (schedule-free's counter)."""
     parts = optimizer.optimizers if isinstance(optimizer, Joined) else [optimizer]
     arguments = [inspect.signature(type(part)).parameters for part in parts for _ in part.param_groups]
-    return [set(group) - set(own) for group, own in zip(optimizer.param_groups, arguments, strict=True)]
+    return [set(group) - set(names) for group, names in zip(optimizer.param_groups, arguments, strict=True)]
 
 
 def hyperparameters(optimizer: torch.optim.Optimizer, state: Sequence[set[str]]) -> list[dict[str, Any]]:
-    """What the constructors of optimizer and schedulers have set in each group; `state` as of `state_keys`, before the latter."""
+    """Return the values that the constructors of optimizer and schedulers set in each parameter group.
+
+    Args:
+        optimizer: the optimizer, after its schedulers were built.
+        state: from `state_keys`, called before the schedulers were built.
+    """
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
     groups = zip(optimizer.param_groups, state, strict=True)
-    return [{k: v for k, v in group.items() if k != "params" and k not in own} for group, own in groups]
+    return [{k: v for k, v in group.items() if k != "params" and k not in names} for group, names in groups]
 
 
 class Resumption:
-    """What of a checkpoint's optimizer and schedulers holds in the run that continues it.
+    """The part of a checkpoint's optimizer and schedulers that a resumed run restores.
 
-    With equal nodes the restored state holds, bit for bit. A curve of this package is a function of the step. Where `optimizer`
-    or `lr_scheduler` was changed, a scheduler of torch is stepped from the start with the new arguments, so that the rate is
-    that of a run which always had them; a plateau keeps what it has seen, and its rate is scaled.
+    With equal nodes the state is restored bit for bit. An `LRSchedule` is a function of the step alone. If `optimizer` or
+    `lr_scheduler` was changed, a scheduler of torch is stepped from the start with the new arguments, so that the rate equals
+    that of a run which always had them; `ReduceLROnPlateau` keeps its counts, and its rate is scaled.
 
     Args:
         before: the checkpoint's configuration.
@@ -297,27 +302,26 @@ class Resumption:
         self, optimizer: torch.optim.Optimizer, schedulers: Sequence[Any], config: OptimizerConfig,
         hyper: Sequence[Mapping[str, Any]], plateau: Mapping[str, Any], step: int,
     ) -> None:  # fmt: skip
-        """Bring restored groups and schedulers to `step`.
+        """Set this run's hyperparameters in restored groups, and step schedulers to `step`.
 
         Args:
-            optimizer, schedulers: as Lightning has restored them.
-            config: states the schedule.
-            hyper: as of `hyperparameters`, of this run.
-            plateau: as of `plateau_arguments`, of this run.
+            optimizer, schedulers: as restored by Lightning.
+            config: has the schedule.
+            hyper: from `hyperparameters`, of this run.
+            plateau: from `plateau_arguments`, of this run.
             step: updates done.
         """
         ours = isinstance(config.schedule, LRSchedule)
-        for group, own in zip(optimizer.param_groups, hyper, strict=True):
-            scaled = group["lr"] * own["initial_lr"] / group.get("initial_lr", own["initial_lr"])
-            group.update(own if ours or self.changed else {k: own[k] for k in IMPLEMENTATION if k in own})
+        for group, new in zip(optimizer.param_groups, hyper, strict=True):
+            scaled = group["lr"] * new["initial_lr"] / group.get("initial_lr", new["initial_lr"])
+            group.update(new if ours or self.changed else {k: new[k] for k in IMPLEMENTATION if k in new})
             if isinstance(config.schedule, TorchSchedule) and config.schedule.plateau and self.changed:
                 group["lr"] = scaled
         if not (ours or self.changed):
             return
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "Detected call of `lr_scheduler.step"
-            )  # the updates were those of another process
+            # The optimizer was stepped in the run before, which torch cannot see.
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             for scheduler in schedulers:
                 if isinstance(scheduler, ReduceLROnPlateau):
                     vars(scheduler).update(plateau)
@@ -325,16 +329,16 @@ class Resumption:
                     scheduler.last_epoch, scheduler._step_count = step - 1, step
                     scheduler.step()
                 elif isinstance(config.schedule, TorchSchedule) and config.schedule.plateau:
-                    scheduler.base_lrs = [own["initial_lr"] for own in hyper]
+                    scheduler.base_lrs = [new["initial_lr"] for new in hyper]
                 else:
                     for _ in range(step):
                         scheduler.step()
 
 
 def plateau_arguments(schedulers: Iterable[Any]) -> dict[str, Any]:
-    """What the constructor of a plateau has set; empty without one."""
-    found = [s for s in schedulers if isinstance(s, ReduceLROnPlateau)]
-    return {k: v for s in found for k, v in vars(s).items() if k not in _PLATEAU_STATE}
+    """Return the attributes that the constructor of `ReduceLROnPlateau` set; empty without one."""
+    plateaus = [s for s in schedulers if isinstance(s, ReduceLROnPlateau)]
+    return {k: v for s in plateaus for k, v in vars(s).items() if k not in _PLATEAU_STATE}
 
 
 # schedule-free optimizers ---------------------------------------------------------------------------------------------------
@@ -342,9 +346,9 @@ def plateau_arguments(schedulers: Iterable[Any]) -> dict[str, Any]:
 
 @contextmanager
 def evaluation_weights(optimizers: Iterable[Any]) -> Iterator[None]:
-    """The weights that a schedule-free optimizer (Defazio et al. 2024) states for evaluation, inside; those it trains, after.
+    """Use the evaluation weights of schedule-free optimizers (Defazio et al. 2024) inside the context.
 
-    Other optimizers have one set of weights, and nothing happens; neither where they are in evaluation mode already.
+    Other optimizers have one set of weights and are left alone, as are schedule-free ones that are in evaluation mode already.
     """
     training = [o for o in optimizers if any(group.get("train_mode", True) for group in o.param_groups)]
     switch(training, "eval")
@@ -355,7 +359,7 @@ def evaluation_weights(optimizers: Iterable[Any]) -> Iterator[None]:
 
 
 def switch(optimizers: Iterable[Any], mode: str) -> None:
-    """Put schedule-free optimizers, which have the methods `train` and `eval`, into a mode."""
+    """Call the method `mode`, "train" or "eval", of optimizers that have it: schedule-free ones."""
     for optimizer in optimizers:
         method = getattr(optimizer, mode, None)
         if callable(method):

@@ -1,7 +1,7 @@
-"""Weights cut over the processes: fully sharded data parallel (Rajbhandari et al. 2020; Zhao et al. 2023), torch's FSDP2.
+"""Fully sharded data parallel (Rajbhandari et al. 2020; Zhao et al. 2023) by torch's FSDP2.
 
-Each process keeps its part of the live weights, their gradients and the optimiser's moments, and is lent the rest of a block
-while that computes. The averages stay whole: they are what is validated, sampled from and judged, by one process or by all.
+Each process keeps a shard of the raw weights, their gradients and the optimizer's moments, and gathers a block's weights while
+the block computes. The averages stay whole on every process, since validation and sampling use them.
 """
 
 import torch
@@ -13,13 +13,16 @@ from torch.distributed.tensor import DTensor
 
 
 def strategy(processes: int) -> ModelParallelStrategy:
-    """Lightning's strategy for so many processes; its checkpoints are whole, those of any other run."""
+    """Return Lightning's strategy for a number of processes. Its checkpoints are not sharded, so any run can load them."""
     return ModelParallelStrategy(processes, tensor_parallel_size=1, save_distributed_checkpoint=False)
 
 
 def shard(network: nn.Module, mesh: DeviceMesh) -> None:
-    """Cuts the weights over `mesh`, block by block: members of a ModuleList that are called, and what is left as one block."""
-    network.to(memory_format=torch.contiguous_format)  # FSDP2 cuts no weights of channels_last
+    """Shard the weights over `mesh` by blocks: the members of each ModuleList that have a forward, then the rest.
+
+    The network becomes contiguous first: FSDP2 does not shard channels_last weights.
+    """
+    network.to(memory_format=torch.contiguous_format)
     for module in reversed(list(network.modules())):  # inner blocks first
         for block in module if isinstance(module, nn.ModuleList) else ():
             if type(block).forward is not nn.Module.forward and any(True for _ in block.parameters()):
@@ -28,10 +31,10 @@ def shard(network: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def is_sharded(network: nn.Module) -> bool:
-    """Whether `shard` has cut this network: every process must call it, and as often."""
+    """Whether `shard` was applied. Every process must call a sharded network, and equally often."""
     return isinstance(network, FSDPModule)
 
 
 def whole(tensors: list[Tensor]) -> list[Tensor]:
-    """The tensors, those that are cut put together; every process must ask."""
+    """Return the tensors with shards gathered. Every process must call it."""
     return [tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for tensor in tensors]

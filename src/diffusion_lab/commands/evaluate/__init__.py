@@ -1,6 +1,6 @@
-"""`src/evaluate.py`: samples of a checkpoint, or any images, compared with a data set.
+"""`src/evaluate.py`: compare samples of a checkpoint, or any images, with a data set.
 
-`prepare` builds and checks everything, `measure` samples and measures, `output` writes and prints the results.
+`prepare` builds and checks everything, `measure` samples and computes the metrics, `output` writes and prints the results.
 """
 
 import sys
@@ -20,18 +20,18 @@ __all__ = ["evaluate", "run"]
 
 
 def run(config: DictConfig) -> int:
-    """Evaluate as configured: metrics.json, metrics.csv, quality.png, a table on the screen; return the exit code."""
+    """Evaluate as configured; write metrics.json, metrics.csv and quality.png, print a table; return the exit code."""
     settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     with os_errors():
         check_settings(settings)
         settings["sampler_nodes"] = samplers.nodes(settings) if settings["ckpt"] else {}
-        place = device(settings["device"], settings["devices"]).partition(":")[0]
-        run_in_group(evaluate, settings, settings["devices"], place)
+        kind = device(settings["device"], settings["devices"]).partition(":")[0]
+        run_in_group(evaluate, settings, settings["devices"], kind)
     return 0
 
 
 def evaluate(settings: dict[str, Any], processes: Processes) -> None:
-    """Evaluate in this process, together with the others; rank 0 writes and prints."""
+    """Evaluate together with the other processes; rank 0 writes and prints."""
     prepared = processes.build(lambda: prepare(settings, processes.rank))
     if processes.rank == 0:
         for warning in prepared.warnings:

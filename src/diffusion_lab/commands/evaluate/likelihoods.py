@@ -1,4 +1,4 @@
-"""metrics=[nll]: bits per dimension of held-out images, under the chain or the ODE of a sampler."""
+"""metrics=[nll]: bits per dimension of held-out images, by the variational bound or the probability-flow ODE."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,17 +16,17 @@ from diffusion_lab.samplers import ODE
 
 
 class Likelihood(NamedTuple):
-    """Arguments of `nll.measure` for a sampler."""
+    """The arguments `kind` and further ones of `nll.measure`."""
 
     kind: str
     options: dict[str, Any]
 
 
 def kinds(specs: Sequence[SamplerSpec]) -> list[Likelihood | None]:
-    """For each sampler the bound of its chain, or for `ode` the density of the ODE; None where there is neither.
+    """Return for each sampler the likelihood to compute: the bound of its chain, for `ode` the density; None for neither.
 
     Raises:
-        ValueError: there is neither for any of them.
+        ConfigError: no sampler has a likelihood.
     """
     kinds: list[Likelihood | None] = []
     refused: ConfigError | None = None
@@ -45,7 +45,7 @@ def kinds(specs: Sequence[SamplerSpec]) -> list[Likelihood | None]:
 
 
 def held_out(data: DataModule, settings: Mapping[str, Any]) -> Examples:
-    """The images of nll: n of the split, evenly spaced, at most 10,000. ValueError: it has none."""
+    """Return the images of nll: n of the split, evenly spaced, at most 10,000. Raises ConfigError: the split is empty."""
     examples = data.examples(settings["nll_split"])
     if not len(examples):
         raise ConfigError(
@@ -56,7 +56,7 @@ def held_out(data: DataModule, settings: Mapping[str, Any]) -> Examples:
 
 
 def measured(spec: SamplerSpec, likelihood: Likelihood, images: Examples, settings: Mapping[str, Any]) -> Measured:
-    """Bits per dimension under one sampler's chain or ODE, by this process alone."""
+    """Compute bits per dimension under one sampler's chain or ODE, in this process alone."""
     return nll.measure(
         spec.run,
         images.images[:],

@@ -1,4 +1,4 @@
-"""Sample with every sampler and seed, and measure. All processes do this together."""
+"""Sample with every sampler and seed, and compute the metrics, in all processes together."""
 
 import time
 from typing import Any, NamedTuple
@@ -21,8 +21,8 @@ from diffusion_lab.metrics.nll import Measured
 Row = dict[str, Any]
 
 
-class Once(NamedTuple):
-    """The metrics of n images, the seconds that making and measuring them took, and the network evaluations of an image."""
+class Measurement(NamedTuple):
+    """The metrics of n images, the seconds of sampling and measuring, and the network evaluations of an image."""
 
     metrics: Row
     seconds: float
@@ -30,23 +30,23 @@ class Once(NamedTuple):
 
 
 def rows(prepared: Prepared, processes: Processes) -> list[Row]:
-    """One row for each sampler and number of steps, or one for given images; the same in every process.
+    """Return a row for each sampler and number of steps, or one for an image set; the same in every process.
 
     Raises:
         ConfigError: NaN or Inf, with the image's index.
     """
-    _show_real(prepared)
+    _add_real(prepared)
     common = _common(prepared, processes)
     if prepared.image_set:
-        once = _once(prepared, processes, None, 0)
-        return [{**_head(prepared, None, once.nfe), "metrics": once.metrics, "seconds": once.seconds, **common}]
+        only = _measure(prepared, processes, None, 0)
+        return [{**_head(prepared, None, only.nfe), "metrics": only.metrics, "seconds": only.seconds, **common}]
     results = [_row(prepared, processes, spec) for spec in prepared.samplers]
     if prepared.held_out is not None and processes.rank == 0:
         _add_likelihoods(prepared, results)
     return [{**row, **common} for row in results]
 
 
-def _show_real(prepared: Prepared) -> None:
+def _add_real(prepared: Prepared) -> None:
     """Update the metrics of images that compare with the data, once for all samplers, with every image of the split."""
     metrics = [metric for metric in prepared.image_metrics.values() if metric.takes_real]
     parts = list(blocks(len(prepared.real), prepared.settings["batch_size"])) if metrics else []
@@ -57,22 +57,23 @@ def _show_real(prepared: Prepared) -> None:
 
 
 def _row(prepared: Prepared, processes: Processes, spec: SamplerSpec) -> Row:
+    """Return the means over `repeats` seeds, with their spread."""
     if not prepared.measures_samples:
         return {**_head(prepared, spec, 0), "metrics": {}, "seconds": 0.0}
     seed, repeats = prepared.settings["seed"], prepared.settings["repeats"]
     seeds = list(range(seed, seed + repeats))
-    runs = [_once(prepared, processes, spec, s) for s in seeds]
-    each = [once.metrics for once in runs]
+    measurements = [_measure(prepared, processes, spec, s) for s in seeds]
+    each = [m.metrics for m in measurements]
     means = {name: np.mean([figures[name] for figures in each], axis=0).tolist() for name in each[0]}
-    row = {**_head(prepared, spec, float(np.mean([once.nfe for once in runs]))), "metrics": means, "seeds": seeds}
+    row = {**_head(prepared, spec, float(np.mean([m.nfe for m in measurements]))), "metrics": means, "seeds": seeds}
     if repeats > 1:
         row["spread"] = {name: np.std([figures[name] for figures in each], axis=0, ddof=1).tolist() for name in each[0]}
         row["each"] = each
-    return {**row, "seconds": float(np.mean([once.seconds for once in runs]))}
+    return {**row, "seconds": float(np.mean([m.seconds for m in measurements]))}
 
 
 def _add_likelihoods(prepared: Prepared, results: list[Row]) -> None:
-    """Add nll to the rows of the samplers that have one; write its terms to files of their own."""
+    """Add nll to the rows of the samplers that have a likelihood; write its terms to separate files."""
     assert prepared.held_out is not None
     by_name: dict[str, Measured] = {}
     for row, spec, likelihood in zip(results, prepared.samplers, prepared.likelihoods, strict=True):
@@ -93,6 +94,7 @@ def _add_likelihoods(prepared: Prepared, results: list[Row]) -> None:
 
 
 def _head(prepared: Prepared, spec: SamplerSpec | None, nfe: float) -> Row:
+    """Return the columns that identify a row."""
     main = prepared.extractors.get(prepared.plan.main) or next(iter(prepared.extractors.values()), None)
     return {
         "sampler": spec.name if spec else None,
@@ -106,9 +108,10 @@ def _head(prepared: Prepared, spec: SamplerSpec | None, nfe: float) -> Row:
     }
 
 
-def _once(prepared: Prepared, processes: Processes, spec: SamplerSpec | None, seed: int) -> Once:
+def _measure(prepared: Prepared, processes: Processes, spec: SamplerSpec | None, seed: int) -> Measurement:
+    """Sample n images by one sampler and seed, or read those of the image set for None, and compute their metrics."""
     p, begin = prepared, time.perf_counter()
-    work = torch.zeros(2, dtype=torch.float64)  # network evaluations, of how many images
+    work = torch.zeros(2, dtype=torch.float64)  # Σ network evaluations, number of images
     if spec is not None:
         run = spec.run.to(p.device)
         sample = lambda block: generate(  # noqa: E731
@@ -153,11 +156,11 @@ def _once(prepared: Prepared, processes: Processes, spec: SamplerSpec | None, se
             lambda: {k: v for metric in image_metrics.values() for k, v in metric.figures().items()}
         )
     evaluations, count = processes.sum(work).tolist()
-    return Once(figures, time.perf_counter() - begin, evaluations / count)
+    return Measurement(figures, time.perf_counter() - begin, evaluations / count)
 
 
 def _common(prepared: Prepared, processes: Processes) -> Row:
-    """What is common to all rows: everything else that is needed to reproduce the numbers."""
+    """Return the part common to all rows: everything else that is needed to reproduce the numbers."""
     p = prepared
     texts = protocol({key: metric for metrics in p.plan.by_extractor.values() for key, metric in metrics.items()})
     texts |= {key: metric.protocol for key, metric in p.image_metrics.items()}
@@ -190,12 +193,13 @@ def _common(prepared: Prepared, processes: Processes) -> Row:
 
 
 def _guidance(node: Row | None) -> Row | None:
-    """The guidance of the samples in plain values; None without guidance."""
+    """Return the guidance of the samples as plain values; None without guidance."""
     if node is None or not is_guided(node):
         return None
     return {"kind": node["_target_"].rsplit(".", 1)[-1], **{k: v for k, v in node.items() if k != "_target_"}}
 
 
 def _accuracy(extractor: Any) -> Row:
-    trained = getattr(extractor, "trained", None)
-    return {} if trained is None else {"accuracy": trained.accuracy, "classifier": str(trained.path)}
+    """Return the accuracy and the file of an extractor that is a trained classifier; nothing for another."""
+    classifier = getattr(extractor, "trained", None)
+    return {} if classifier is None else {"accuracy": classifier.accuracy, "classifier": str(classifier.path)}

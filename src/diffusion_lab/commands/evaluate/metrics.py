@@ -1,4 +1,4 @@
-"""The nodes of `metrics`: checked, then built, before anything else of an evaluation."""
+"""Check and build the nodes of `metrics`."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ from diffusion_lab.errors import ConfigError
 from diffusion_lab.instantiation import check_named, instantiate
 from diffusion_lab.metrics.options import NLL, OPTIONS, FeatureMetric
 
-# Names that metrics.json and metrics.csv have already.
+# Columns of metrics.json and metrics.csv, which no metric may be named like.
 TAKEN = (
     *("sampler", "steps", "nfe", "n", "seed", "split", "weights", "extractor", "seconds"),
     *("precision", "recall", "density", "coverage", "confident_fraction", "classes", "label_accuracy"),
@@ -17,7 +17,7 @@ TAKEN = (
 
 
 class Chosen(NamedTuple):
-    """The metrics of an evaluation by their keys: of features, of images, and the key of the likelihood."""
+    """The metrics of an evaluation by their keys: of features, of images, and the key of the likelihood, None without it."""
 
     features: dict[str, FeatureMetric]
     images: dict[str, Metric]
@@ -25,11 +25,11 @@ class Chosen(NamedTuple):
 
 
 def build(nodes: Mapping[str, Any]) -> Chosen:
-    """The metrics; a node that is null is left out.
+    """Build the metrics whose nodes are not null.
 
     Raises:
-        ConfigError: nothing to measure, a node without `_target_`, an argument that its class does not take, a class that is
-            no metric, a name that is taken.
+        ConfigError: no metric, a node without `_target_`, an argument that its class does not take, a class that is no metric,
+            a name in TAKEN.
     """
     nodes = {key: node for key, node in nodes.items() if node is not None}
     if not nodes:
@@ -43,7 +43,11 @@ def build(nodes: Mapping[str, Any]) -> Chosen:
             raise ConfigError(f"metrics.{key}: results have a column {key} already: write +metrics.my_{key}._target_=…")
     features, images, nll = {}, {}, None
     for key, node in nodes.items():
-        metric = _built(node, f"metrics.{key}")
+        try:
+            metric = instantiate(node, f"metrics.{key}")
+        except (ModuleNotFoundError, RuntimeError) as error:  # torchmetrics imports some packages on use
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"metrics.{key}: {node['_target_']} cannot be built: {reason}") from error
         if isinstance(metric, FeatureMetric):
             features[key] = metric
         elif isinstance(metric, Metric):
@@ -58,10 +62,3 @@ def build(nodes: Mapping[str, Any]) -> Chosen:
                 "diffusion_lab.metrics.options.FeatureMetric"
             )
     return Chosen(features, images, nll)
-
-
-def _built(node: Mapping[str, Any], where: str) -> Any:
-    try:
-        return instantiate(node, where)
-    except (ModuleNotFoundError, RuntimeError) as error:  # packages that torchmetrics imports on use; a feature module
-        raise ConfigError(f"{where}: {node['_target_']} cannot be built: {' '.join(str(error).split())}") from error

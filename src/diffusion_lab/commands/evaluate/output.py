@@ -1,4 +1,4 @@
-"""Output of an evaluation: metrics.json, metrics.csv, quality.png, a table on the screen, and tables of loggers."""
+"""Output of an evaluation: metrics.json, metrics.csv, quality.png, a printed table, and tables of loggers."""
 
 import csv
 import io
@@ -16,11 +16,15 @@ from diffusion_lab.metrics.figures import better, number
 from diffusion_lab.training.loggers import Identity, log_table
 
 Row = dict[str, Any]
-COLOURS = ("#1f6f8b", "#d1495b", "#5b8c5a", "#8e6c8a", "#e09f3e", "#3d405b", "#7f7f7f", "#b56576")
+COLORS = ("#1f6f8b", "#d1495b", "#5b8c5a", "#8e6c8a", "#e09f3e", "#3d405b", "#7f7f7f", "#b56576")
 
 
 def write(out: Path, rows: list[Row]) -> None:
-    """The files. OSError: as the file system says."""
+    """Write metrics.json, metrics.csv and quality.png.
+
+    Raises:
+        OSError: as the file system reports it.
+    """
     plot = _plot(rows)  # drawn before anything is written
     write_file(out / "metrics.json", json.dumps(rows, indent=2, ensure_ascii=False))
     text = io.StringIO()
@@ -34,7 +38,7 @@ def write(out: Path, rows: list[Row]) -> None:
 
 
 def _flat(row: Row) -> Row:
-    """One line of metrics.csv."""
+    """Return one line of metrics.csv."""
     head = {k: row[k] for k in ("sampler", "steps", "nfe", "n", "seed", "split", "weights", "extractor")}
     for name, value in row["metrics"].items():
         if isinstance(value, list):
@@ -47,15 +51,15 @@ def _flat(row: Row) -> Row:
 
 
 def scalars(row: Row) -> dict[str, float]:
-    """The metrics that the table shows."""
+    """Return the metrics of the printed table: no lists, no standard errors."""
     return {k: v for k, v in row["metrics"].items() if not isinstance(v, list) and not k.endswith("_std")}
 
 
-# on the screen ------------------------------------------------------------------------------------------------------------
+# the printed table --------------------------------------------------------------------------------------------------------
 
 
 def show(rows: list[Row], out: Path) -> None:
-    """The table."""
+    """Print the table, with the images and references that it is about."""
     first = rows[0]
     likelihood = first["sampler"] is not None and "seeds" not in first  # nothing was sampled
     of = f"seed {first['seed']}, weights {first['weights']}, " if first["weights"] else ""
@@ -76,7 +80,7 @@ def show(rows: list[Row], out: Path) -> None:
 
 
 def table(rows: list[Row]) -> str:
-    """Rows in columns, as wide as they need."""
+    """Format rows as aligned columns."""
     names = list(dict.fromkeys(name for row in rows for name in scalars(row)))
     sampled = any(row["sampler"] for row in rows)
     head = [*(["sampler", "steps", "nfe"] if sampled else []), *names]
@@ -105,7 +109,7 @@ def _cell(row: Row, name: str) -> str:
 
 
 def _plot(rows: list[Row]) -> bytes | None:
-    """Quality against network evaluations, a panel for each metric, a line for each sampler; None without samplers."""
+    """Plot metrics against network evaluations as a PNG, a panel per metric, a line per sampler; None without samplers."""
     rows = [row for row in rows if row["nfe"]]
     names = list(dict.fromkeys(name for row in rows for name in scalars(row)))
     if not rows or not names:
@@ -120,22 +124,22 @@ def _plot(rows: list[Row]) -> bytes | None:
     samplers = list(dict.fromkeys(row["sampler"] for row in rows))
     panels = figure.subplots(lines, columns, squeeze=False).flatten()
     for name, axes in zip(names, panels, strict=False):
-        for sampler, colour in zip(samplers, COLOURS * len(samplers), strict=False):
-            own = [row for row in rows if row["sampler"] == sampler and name in row["metrics"]]
-            own = sorted(own, key=lambda row: row["nfe"])
-            spread = [row["spread"][name] for row in own] if all(name in row.get("spread", {}) for row in own) else None
+        for sampler, color in zip(samplers, COLORS * len(samplers), strict=False):
+            line = [row for row in rows if row["sampler"] == sampler and name in row["metrics"]]
+            line = sorted(line, key=lambda row: row["nfe"])
+            spread = [r["spread"][name] for r in line] if all(name in r.get("spread", {}) for r in line) else None
             axes.errorbar(
-                [row["nfe"] for row in own],
-                [row["metrics"][name] for row in own],
+                [row["nfe"] for row in line],
+                [row["metrics"][name] for row in line],
                 yerr=spread,
                 label=sampler,
-                color=colour,
+                color=color,
                 marker="o",
                 markersize=5,
                 linewidth=1.8,
                 capsize=3,
             )
-        _dress(axes, name, sorted({row["nfe"] for row in rows}), rows)
+        _format_axes(axes, name, sorted({row["nfe"] for row in rows}), rows)
     for axes in panels[len(names) :]:
         axes.set_visible(False)
     first = rows[0]
@@ -152,7 +156,7 @@ def _plot(rows: list[Row]) -> bytes | None:
     return png.getvalue()
 
 
-def _dress(axes: Any, name: str, nfe: list[int], rows: list[Row]) -> None:
+def _format_axes(axes: Any, name: str, nfe: list[int], rows: list[Row]) -> None:
     axes.set_title(f"{name}  ({better(name)})" if better(name) else name, fontsize=10, loc="left")
     axes.set_xlabel("network evaluations a sample", fontsize=9)
     axes.set_xscale("log")
@@ -175,15 +179,15 @@ def _dress(axes: Any, name: str, nfe: list[int], rows: list[Row]) -> None:
 
 
 def log(settings: Mapping[str, Any], out: Path, rows: list[Row]) -> None:
-    """The table, and for W&B the plot, to every logger of the group `logger`; W&B is offline where nobody is logged in."""
+    """Log the table by every logger of the group `logger`, and the plot by W&B."""
     flat = [_flat(row) for row in rows]
     names = list(dict.fromkeys(name for row in flat for name in row))
     values = [[row.get(name) for name in names] for row in flat]
     curves = list(scalars(rows[0])) if rows[0]["sampler"] else []
-    who = Identity(out.name, None, [], secrets.token_hex(4))
+    identity = Identity(out.name, None, [], secrets.token_hex(4))
     for name, node in (settings.get("logger") or {}).items():
         if node is not None:
-            if node.get("save_dir") == settings["run_dir"]:  # which out= stands for
+            if node.get("save_dir") == settings["run_dir"]:  # out= replaces the run folder
                 node = {**node, "save_dir": str(out)}
-            given = accepted(node, save_dir=str(out), who=who, config=dict(settings), job_type="evaluate")
-            log_table(instantiate(node, f"logger.{name}", **given), out, "quality", names, values, curves)
+            arguments = accepted(node, save_dir=str(out), identity=identity, config=dict(settings), job_type="evaluate")
+            log_table(instantiate(node, f"logger.{name}", **arguments), out, "quality", names, values, curves)

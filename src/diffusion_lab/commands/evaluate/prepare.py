@@ -34,7 +34,7 @@ from diffusion_lab.metrics.scores import MOST
 
 @dataclass
 class Prepared:
-    """The images to measure (of a run with samplers, or of an image set), the extractors, and the references."""
+    """The images to evaluate (of a run with samplers, or an image set), the extractors, and the references."""
 
     settings: dict[str, Any]
     out: Path
@@ -54,29 +54,29 @@ class Prepared:
     held_out: Examples | None  # images of nll
     n: int
     condition: dict[str, Tensor]  # keyword arguments of the network, a row for each image
-    labels: Tensor | None  # the requested classes, or those of the image set
+    labels: Tensor | None  # the requested classes, or the labels of the image set
     warnings: list[str] = field(default_factory=list)
 
     @property
     def measures_samples(self) -> bool:
-        """Whether any metric needs samples, as nll alone does not."""
+        """Whether any metric needs images; nll needs none."""
         return bool(self.extractors) or self.feeds_images
 
 
 def prepare(settings: dict[str, Any], rank: int = 0) -> Prepared:
-    """Build and check. Missing files (the classifier, reference statistics) are made by the first process that needs them.
+    """Build and check everything. The first process that needs the classifier or reference statistics creates the missing files.
 
     Raises:
-        ConfigError: anything that cannot be evaluated. Nothing but the cache is written then.
+        ConfigError: settings that cannot be evaluated. Nothing but the cache is written.
     """
     chosen = metrics.build(settings["metrics"])
     _refuse_likelihood(settings, chosen.nll)
     plan = measure.plan(chosen.features, _extractor_name(settings))
-    place = device(settings["device"], settings["devices"], rank)
-    run = _run(settings, place) if settings["ckpt"] else None
+    target = device(settings["device"], settings["devices"], rank)
+    run = _run(settings, target) if settings["ckpt"] else None
     specs = samplers.build(settings, run) if run else []
     if "inception" in plan.by_extractor:
-        extractors.weights(settings["weights_path"])  # before the data are opened, let alone a classifier trained
+        extractors.weights(settings["weights_path"])  # raises before the data are opened or a classifier is trained
     data = _data(settings, run)
     shape = (data.channels, data.image_size[0], data.image_size[1])
     if run and run.shape != shape:
@@ -87,9 +87,9 @@ def prepare(settings: dict[str, Any], rank: int = 0) -> Prepared:
     real = data.images(settings["split"])
     if len(real) < 2:
         raise ConfigError(
-            f"split={settings['split']} holds {len(real)} image(s), and 2 at least are needed: write split=all"
+            f"split={settings['split']} holds {len(real)} image(s), and at least 2 are needed: write split=all"
         )
-    by_name = {name: _extractor(name, settings, data, shape).to(place) for name in plan.by_extractor}
+    by_name = {name: _extractor(name, settings, data, shape).to(target) for name in plan.by_extractor}
     references = {name: _reference(settings, plan, name, e, data, real) for name, e in by_name.items()}
     n = settings["n"] or (image_set.count if image_set else min(len(real), MOST))
     if image_set and n > image_set.count:
@@ -100,7 +100,7 @@ def prepare(settings: dict[str, Any], rank: int = 0) -> Prepared:
     labels = classes(condition)
     if image_set and image_set.labels is not None:
         labels = image_set.labels[:n]
-    image_metrics = _image_metrics(chosen, real, place) if rank == 0 else {}
+    image_metrics = _image_metrics(chosen, real, target) if rank == 0 else {}
     warnings = []
     for name, extractor in by_name.items():
         measure.check(plan.by_extractor[name], extractor, n)
@@ -110,7 +110,7 @@ def prepare(settings: dict[str, Any], rank: int = 0) -> Prepared:
     return Prepared(
         settings=settings,
         out=Path(settings["out"] or settings["run_dir"]),
-        device=place,
+        device=target,
         run=run,
         image_set=image_set,
         samplers=specs,
@@ -132,16 +132,16 @@ def prepare(settings: dict[str, Any], rank: int = 0) -> Prepared:
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
-    """Raise ConfigError for settings that are wrong whatever the checkpoint and the data, before processes are started."""
+    """Raise ConfigError for settings that are wrong for every checkpoint and data set, before processes are started."""
     if bool(settings["ckpt"]) == bool(settings["images"]):
         raise ConfigError(
-            "name what to evaluate: ckpt=PATH of a checkpoint or a run folder, ckpt=latest, or images=PATH with data=…"
+            "write either ckpt=PATH of a checkpoint or a run folder (or ckpt=latest), or images=PATH with data=…"
         )
     if settings["data"].get("_target_"):
         check(settings["data"], "data")
     elif settings["images"]:
         raise ConfigError("images= needs the data set that they are compared with: write data=digits, data=mnist, …")
-    check_named(settings["logger"], "logger", "logger=wandb", ("save_dir", "who", "config", "job_type"))
+    check_named(settings["logger"], "logger", "logger=wandb", ("save_dir", "identity", "config", "job_type"))
     for key, smallest in (("repeats", 1), ("devices", 1), ("batch_size", 1), ("n", 2)):
         if settings[key] is not None and settings[key] < smallest:
             raise ConfigError(f"{key}={settings[key]}: write at least {smallest}")
@@ -154,7 +154,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
 
 
 def _extractor_name(settings: Mapping[str, Any]) -> str | None:
-    """inception, classifier, "own" for a module, or None for the default."""
+    """Return inception, classifier, "own" for a module of the user, or None for the default."""
     chosen = settings["extractor"]
     if isinstance(chosen, dict):
         return "own"
@@ -166,35 +166,37 @@ def _extractor_name(settings: Mapping[str, Any]) -> str | None:
 
 
 def _refuse_likelihood(settings: Mapping[str, Any], nll: str | None) -> None:
+    """Raise ConfigError for nll of a guided denoiser or of an image set."""
     if nll and is_guided(settings["guidance"]):
         raise ConfigError(
-            "metrics=nll is the likelihood of a model, which a guided denoiser is not: leave out guidance="
+            "metrics=nll is the likelihood of a model, and a guided denoiser has none: leave out guidance="
         )
     if nll and settings["images"]:
         raise ConfigError("metrics=nll is the likelihood of data under a checkpoint: write ckpt=PATH, not images=")
 
 
-def _run(settings: Mapping[str, Any], place: str) -> Run:
+def _run(settings: Mapping[str, Any], target: str) -> Run:
+    """Load the checkpoint with the clipping of `clip`, onto a device."""
     loaded = load_checkpoint(settings["ckpt"], settings["weights"], settings["trust"])
-    return with_clip(loaded, clip=instantiate(settings["clip"], "clip")).to(place)
+    return with_clip(loaded, clip=instantiate(settings["clip"], "clip")).to(target)
 
 
 def _data(settings: Mapping[str, Any], run: Run | None) -> DataModule:
-    """The data set that `data` names, else the checkpoint's, without its limit on training images."""
+    """Open the data set of `data`, or else the checkpoint's, without its limit on training images."""
     node = settings["data"]
     if node.get("_target_"):
         data: DataModule = instantiate({**node, "limit": None}, "data")
     else:
         assert run is not None
-        stated = {key: value for key, value in node.items() if value is not None}
-        data = instantiate_untrusted({**run.config["data"], "limit": None, **stated}, settings["trust"], "data")
+        overrides = {key: value for key, value in node.items() if value is not None}
+        data = instantiate_untrusted({**run.config["data"], "limit": None, **overrides}, settings["trust"], "data")
     data.prepare_data()
     data.setup()
     return data
 
 
 def _condition(settings: Mapping[str, Any], run: Run, data: DataModule, n: int) -> dict[str, Tensor]:
-    """The condition of n samples: of real images in turn where it is made of data, else the requested labels."""
+    """Return the condition of n samples: that of real images in turn if it is made of data, else the requested labels."""
     condition = run.condition
     if condition.of_data:
         examples = data.examples(settings["split"])
@@ -202,9 +204,10 @@ def _condition(settings: Mapping[str, Any], run: Run, data: DataModule, n: int) 
     return requested_condition(condition, run.num_classes, n, settings["labels"])
 
 
-def _image_metrics(chosen: metrics.Chosen, real: reference.Images, place: str) -> dict[str, ImageMetric]:
+def _image_metrics(chosen: metrics.Chosen, real: reference.Images, target: str) -> dict[str, ImageMetric]:
+    """Build the metrics of images; two real images show whether each accepts them."""
     probe = torch.from_numpy(np.ascontiguousarray(real[0:2]))
-    return {key: ImageMetric(key, metric, probe, place) for key, metric in chosen.images.items()}
+    return {key: ImageMetric(key, metric, probe, target) for key, metric in chosen.images.items()}
 
 
 def _extractor(name: str, settings: Mapping[str, Any], data: DataModule, shape: tuple[int, int, int]) -> Extractor:
@@ -215,7 +218,9 @@ def _extractor(name: str, settings: Mapping[str, Any], data: DataModule, shape: 
     if name == "own":
         module = instantiate(settings["extractor"])
         if not isinstance(module, nn.Module):
-            raise ConfigError(f"extractor={settings['extractor'].get('_target_')} is no torch.nn.Module")
+            raise ConfigError(
+                f"extractor={settings['extractor'].get('_target_')} is no torch.nn.Module: write {{_target_: package.Module}}"
+            )
         return extractors.resolve(module, shape)
     return extractors.resolve(name, shape, settings["weights_path"])
 
@@ -231,7 +236,7 @@ def _reference(
     if settings["reference"]:
         if plan.features(name):
             raise ConfigError(
-                "reference= holds moments, and kid and prdc compare images: leave them out, or leave it out"
+                "reference= has moments alone, and kid and prdc compare single images: leave out reference=, kid and prdc"
             )
         return reference.read(Path(settings["reference"]), extractor, key)
     statistics = reference.reference(real, key, extractor, Path(settings["cache"]), features=plan.features(name))

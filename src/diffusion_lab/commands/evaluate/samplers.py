@@ -1,4 +1,4 @@
-"""The samplers of an evaluation: options of conf/sampler, each with every number of steps of `steps=` or `budget=`."""
+"""Build the samplers of an evaluation: each of `samplers=` with each number of `steps=` or `budget=`."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ class SamplerSpec(NamedTuple):
 
 
 def nodes(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The node of every sampler that `samplers` names, as Hydra's search path has them; before processes are started.
+    """Compose the node of every sampler in `samplers`, on Hydra's search path. Call it before processes are started.
 
     Raises:
         ConfigError: an unknown sampler.
@@ -45,10 +45,10 @@ def nodes(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def build(settings: Mapping[str, Any], run: Run) -> list[SamplerSpec]:
-    """samplers × steps (or × budget), in that order; a sampler that chooses its own steps comes once.
+    """Build samplers × steps (or × budget), in that order; a sampler without `steps` is built once.
 
     Raises:
-        ConfigError: an option that the sampler does not have, or one that cannot work with that checkpoint.
+        ConfigError: an option that the sampler does not have, or a sampler that cannot use the checkpoint.
     """
     specs: list[SamplerSpec] = []
     for name, options in _named(settings["samplers"]):
@@ -58,17 +58,17 @@ def build(settings: Mapping[str, Any], run: Run) -> list[SamplerSpec]:
             raise ConfigError(f"samplers={name} has no option {unknown[0]}: write some of {', '.join(list(node)[1:])}")
         label = name + ("(" + ",".join(f"{k}={v}" for k, v in options.items()) + ")" if options else "")
         for length in _lengths(settings, node, options):
-            sampler, own = sampler_for({**node, **options, **length}, run)
-            own = guided(settings["guidance"], own)
-            sampler.check(own.denoiser)
-            specs.append(SamplerSpec(label, sampler, own))
+            sampler, fitted = sampler_for({**node, **options, **length}, run)
+            fitted = guided(settings["guidance"], fitted)
+            sampler.check(fitted.denoiser)
+            specs.append(SamplerSpec(label, sampler, fitted))
     if not specs:
         raise ConfigError("samplers=[] names no sampler: write e.g. samplers=[ddim] steps=[50]")
     return specs
 
 
 def _named(entries: list[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Name and options of each entry: ddim, or {ddim: {eta: 1}}."""
+    """Yield name and options of each entry: ddim, or {ddim: {eta: 1}}."""
     for entry in entries:
         if isinstance(entry, dict):
             yield from ((str(name), dict(options or {})) for name, options in entry.items())
@@ -77,6 +77,7 @@ def _named(entries: list[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _lengths(settings: Mapping[str, Any], node: Mapping[str, Any], options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the options `steps`, or `budget`, of each sampler to build."""
     if "steps" not in node or {"steps", "budget"} & set(options):
         return [{}]
     if settings["budget"] is not None:

@@ -1,4 +1,4 @@
-"""`src/sample.py`: images from a checkpoint. A file for each task; `tasks` checks the options, `context` is what all share."""
+"""`src/sample.py`: sample images from a checkpoint. Each task is a module; `tasks` checks options, `context` is shared by all."""
 
 import importlib
 from typing import Any

@@ -1,4 +1,4 @@
-"""What all tasks share: the checkpoint with its sampler and guidance, the output folder, the files that are written."""
+"""Shared by the tasks of sample.py: the checkpoint with its sampler and guidance, and the output files."""
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,13 +24,13 @@ from diffusion_lab.io import write_file
 from diffusion_lab.samplers import Sampler, Samples
 from diffusion_lab.schedules import append_dims_like
 
-SHOWN = 400  # images of grid.png at most
-CLASSES = 40  # classes at most that get a row each in grid.png
+SHOWN = 400  # maximum number of images in grid.png
+CLASSES = 40  # maximum number of classes with a row each in grid.png
 
 
 @dataclass(frozen=True)
 class SamplingContext:
-    """The options of a task, the run on its device, guided as requested, and a sampler that fits it."""
+    """The options of a task, the run with guidance on its device, and the sampler."""
 
     settings: Mapping[str, Any]
     run: Run
@@ -38,22 +38,26 @@ class SamplingContext:
 
     @classmethod
     def build(cls, settings: Mapping[str, Any]) -> "SamplingContext":
-        """Load and check. Raises ConfigError: a checkpoint, sampler, clipping, guidance or device that cannot be used."""
-        place = device(settings["device"])
+        """Load the checkpoint and build clipping, variance, sampler and guidance.
+
+        Raises:
+            ConfigError: a missing checkpoint, a device, sampler or guidance that cannot be used with it.
+        """
+        target = device(settings["device"])
         run = load_checkpoint(settings["ckpt"], settings["weights"], settings["trust"])
         run = with_clip(run, clip=instantiate(settings["clip"], "clip"))
         sampler, run = sampler_for(settings["sampler"], run)
         run = guided(settings.get("guidance"), run)
         sampler.check(run.denoiser)
-        return cls(settings, run.to(place), sampler)
+        return cls(settings, run.to(target), sampler)
 
     @property
     def out(self) -> Path:
-        """The output folder."""
+        """Output folder."""
         return Path(self.settings["out"] or self.settings["run_dir"])
 
     def condition(self, n: int, labels: Sequence[int] | None = None) -> dict[str, Tensor]:
-        """Return the requested condition of n images; `labels` stand in for labels=cycle."""
+        """Return the requested condition of n images; `labels` replaces labels=cycle."""
         condition, requested = self.run.condition, self.settings["labels"]
         if labels is not None and requested == "cycle" and self.run.num_classes is not None:
             requested = list(labels)
@@ -74,19 +78,25 @@ class SamplingContext:
         self.sampler.time_grid(self.run.denoiser, 0.0, 1.0)  # refuses a grid that cannot encode
 
     def encode(self, images: Tensor, condition: Mapping[str, Tensor]) -> Samples:
-        """Encode images (N, C, H, W) along the probability-flow ODE: the states at t = 1."""
+        """Integrate images (N, C, H, W) to their states at t = 1 along the probability-flow ODE."""
         denoiser, parts = self.run.denoiser, self.batches(len(images), condition)
         return join(encode(denoiser, self.sampler, _rows(images, batch), batch) for batch in parts)
 
     def decode(self, states: Tensor, condition: Mapping[str, Tensor], start: float = 1.0) -> Samples:
-        """Decode states (N, C, H, W) at time `start` to images in [−1, 1]."""
+        """Integrate states (N, C, H, W) at time `start` to images in [−1, 1]."""
         denoiser, seed, parts = self.run.denoiser, self.settings["seed"], self.batches(len(states), condition)
         return join(
             decode(denoiser, self.sampler, _rows(states, batch), batch, seed=seed, start=start) for batch in parts
         )
 
     def summary(self, what: str, nfe: int, look: str = "grid.png") -> str:
-        """Return the lines that a task prints at its end; nfe: network evaluations of an image."""
+        """Return the lines that a task prints at its end.
+
+        Args:
+            what: the result.
+            nfe: network evaluations of an image.
+            look: the file to open.
+        """
         return (
             f"{what}, {describe(self.sampler)}, {nfe} network evaluations each, weights {self.run.weights}, "
             f"step {self.run.step:,}, seed {self.settings['seed']}\nlook at  {self.out / look}"
@@ -94,11 +104,12 @@ class SamplingContext:
 
 
 def _rows(states: Tensor, batch: Batch) -> Tensor:
+    """Return the states of a batch on its device."""
     return states[batch.indices.cpu()].to(batch.indices.device)
 
 
 def describe(sampler: Sampler) -> str:
-    """Return the class of a sampler, with that of its variance where it has one."""
+    """Return the name of a sampler's class, with that of its variance if it has one."""
     variance = getattr(sampler, "variance", None)
     return type(sampler).__name__ + ("" if variance is None else f" with {type(variance).__name__}")
 
@@ -113,7 +124,7 @@ def to_visible(states: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> 
 def write_samples(out: Path, images: Tensor, labels: Tensor | None, save_images: bool) -> None:
     """Write images (N, C, H, W) in [−1, 1] as grid.png, samples.npz and images/00000.png, ….
 
-    samples.npz holds arr_0 uint8 N×H×W×C and, where there are labels, arr_1 int64.
+    samples.npz has arr_0 uint8 N×H×W×C and, with labels, arr_1 int64.
     """
     pixels = to_uint8(images).permute(0, 2, 3, 1).numpy()
     write_arrays(out / "samples.npz", *([pixels] if labels is None else [pixels, labels.numpy()]))

@@ -7,7 +7,7 @@ from diffusion_lab.commands.sample.latents import load_latents
 
 
 def run_task(context: SamplingContext) -> str:
-    """Decode latents=, under the conditions that they were encoded with, or under labels= where it is given."""
+    """Decode latents= with the conditions of their encoding, or with labels= if set."""
     latents, condition = load_latents(context, Path(context.settings["latents"]))
     if context.settings["labels"] != "cycle":
         condition = context.condition(len(latents))

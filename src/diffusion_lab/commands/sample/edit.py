@@ -1,4 +1,4 @@
-"""task=edit: an image noised to a time and sampled from there (SDEdit, Meng et al. 2022)."""
+"""task=edit: noise an image to a time and sample from there (SDEdit, Meng et al. 2022)."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ def run_task(context: SamplingContext) -> str:
     settings, n, run = context.settings, context.settings["n"], context.run
     schedule, t = run.denoiser.schedule, torch.tensor(float(settings["strength"]), dtype=torch.float64)
     x0 = read_one("image", Path(settings["image"]), run.shape)
-    context.sampler.time_grid(run.denoiser, float(t))  # refuses a time without so many steps below it
+    context.sampler.time_grid(run.denoiser, float(t))  # raises if the grid has fewer steps below this time
     condition = context.condition(n)
     states = schedule.corrupt(x0, initial_noise(run.shape, torch.arange(n), settings["seed"]), t)
     images, nfe, _ = context.decode(states, condition, start=float(t))

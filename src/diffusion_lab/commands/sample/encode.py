@@ -1,4 +1,4 @@
-"""task=encode: real images to noise along the probability-flow ODE (DDIM inversion), and the error of decoding them again."""
+"""task=encode: integrate images to noise along the probability-flow ODE (DDIM inversion); measure the round trip's error."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""task=inpaint: the masked pixels of an image, generated to fit the others."""
+"""task=inpaint: generate the masked pixels of an image (RePaint, Lugmayr et al. 2022)."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from diffusion_lab.generation import join
 
 
 def run_task(context: SamplingContext) -> str:
-    """Sample n variants of image= that differ where mask= is white; write them and sheet.png."""
+    """Sample n variants of the pixels of image= where mask= is white; write them and sheet.png."""
     settings, n, run = context.settings, context.settings["n"], context.run
     known = read_one("image", Path(settings["image"]), run.shape)
     mask = (read_one("mask", Path(settings["mask"]), (1, *run.shape[1:])) > 0).float()

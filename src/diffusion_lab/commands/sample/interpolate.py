@@ -1,4 +1,4 @@
-"""task=interpolate: images along the great circle between two latents."""
+"""task=interpolate: decode latents along the great circle between two latents."""
 
 from pathlib import Path
 
@@ -16,17 +16,17 @@ ROW = 16  # images in one row of grid.png
 
 
 def run_task(context: SamplingContext) -> str:
-    """Decode n latents from that of A to that of B, both included; write the images and latents.npz."""
+    """Decode n latents between the latents of A and B, both included; write the images and latents.npz."""
     settings, n, run = context.settings, context.settings["n"], context.run
     context.require_deterministic()
     labels = settings["labels"]
     if isinstance(labels, list) and len(set(map(str, labels))) > 1:
-        raise ConfigError(f"labels={labels}: an interpolation is of one class, e.g. labels=[{labels[0]}]")
+        raise ConfigError(f"labels={labels}: an interpolation has one class: write e.g. labels=[{labels[0]}]")
     ends = [read_one("images", Path(path), run.shape) for path in settings["images"] or ()]
     condition = {name: value.expand(n, *value.shape[1:]).clone() for name, value in context.condition(1).items()}
     if ends:
         a, b = context.encode(torch.cat(ends), {name: value[:2] for name, value in condition.items()}).x
-    else:  # the states that images 0 and 1 of task=generate begin with
+    else:  # the initial states of images 0 and 1 of task=generate
         a, b = initial_state(run.denoiser, run.shape, torch.arange(2), settings["seed"])
     latents = slerp(a, b, torch.linspace(0, 1, n, dtype=torch.float64))
     images, nfe, _ = context.decode(latents, condition)

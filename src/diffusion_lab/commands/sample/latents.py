@@ -1,4 +1,4 @@
-"""latents.npz: states at t = 1, with the schedule and the hash of the weights that they belong to."""
+"""Write and read latents.npz: states at t = 1, with their schedule and the hash of the weights."""
 
 import json
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from diffusion_lab.commands.sample.context import SamplingContext, write_arrays
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.io import read_npz
 
-CONDITION = "condition_"  # prefix of the names of the conditions
+CONDITION = "condition_"  # prefix of the arrays of conditions
 
 
 def save_latents(context: SamplingContext, latents: Tensor, condition: Mapping[str, Tensor]) -> None:
@@ -31,14 +31,16 @@ def save_latents(context: SamplingContext, latents: Tensor, condition: Mapping[s
 
 
 def load_latents(context: SamplingContext, path: Path) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the latents and conditions of `save_latents`. Raises ConfigError: no such file, another shape, other weights."""
+    """Read the latents and conditions of `save_latents`. Raises ConfigError: a missing file, another shape, other weights."""
     arrays = read_npz(path, "latents")
     if not {"arr_0", "t", "schedule", "ckpt", "weights"} <= set(arrays) or arrays["t"] != 1:
-        raise ConfigError(f"latents={path} is no file of sample.py: make it by task=encode")
+        raise ConfigError(
+            f"latents={path} was not written by sample.py: write latents= with latents.npz of task=encode"
+        )
     latents, shape = arrays["arr_0"], context.run.shape
     if latents.ndim != 4 or latents.shape[1:] != shape or not np.isfinite(latents).all():
         raise ConfigError(
-            f"latents={path} holds {'×'.join(map(str, latents.shape[1:]))} latents where the checkpoint's images are "
+            f"latents={path} has {'×'.join(map(str, latents.shape[1:]))} latents where the checkpoint's images are "
             f"{'×'.join(map(str, shape))}: encode with this checkpoint, or write ckpt={arrays['ckpt']}"
         )
     if str(arrays["weights"]) != fingerprint(context.run):

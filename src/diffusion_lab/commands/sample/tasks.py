@@ -16,7 +16,7 @@ NEEDS = {  # options that a task requires
     "edit": ("image",),
     "trajectory": (),
 }
-MAY = {"interpolate": ("images",)}  # options that it accepts
+MAY = {"interpolate": ("images",)}  # options that a task accepts
 PATHS = {
     "image": "an image file of the checkpoint's size (for task=encode also a folder or an .npz)",
     "mask": "an image of the same size, white where pixels are generated",
@@ -26,12 +26,12 @@ PATHS = {
 
 
 def check(settings: Mapping[str, Any]) -> None:
-    """Raise ConfigError for options that are wrong whatever the checkpoint."""
+    """Raise ConfigError for options that are wrong for every checkpoint."""
     task = settings["task"]
     if task not in NEEDS:
         raise ConfigError(f"task={task} is unknown: write task=generate, or one of {', '.join(list(NEEDS)[1:])}")
     if not settings["ckpt"]:
-        raise ConfigError("name what to sample from: ckpt=PATH of a checkpoint or a run folder, or ckpt=latest")
+        raise ConfigError("no checkpoint: write ckpt=PATH of a checkpoint or a run folder, or ckpt=latest")
     for key, what in PATHS.items():
         value = settings[key]
         if value is None:
@@ -43,9 +43,9 @@ def check(settings: Mapping[str, Any]) -> None:
                 f"{key}= is not an option of task={task}: leave it out, or write task={' or task='.join(users)}"
             )
         else:
-            _exist(key, value)
+            _check_paths(key, value)
     if task == "interpolate" and settings["n"] is not None and settings["n"] < 2:
-        raise ConfigError(f"n={settings['n']}: an interpolation has two ends at least, n=2 or more")
+        raise ConfigError(f"n={settings['n']}: an interpolation has two ends: write n=2 or more")
     if task == "edit" and not 0 < settings["strength"] <= 1:
         raise ConfigError(
             f"strength={settings['strength']} is outside (0, 1]: it is the time to noise to, e.g. strength=0.5"
@@ -53,10 +53,11 @@ def check(settings: Mapping[str, Any]) -> None:
     refuse_filled(Path(settings["out"] or settings["run_dir"]), "out", settings["overwrite"])
 
 
-def _exist(key: str, value: Any) -> None:
+def _check_paths(key: str, value: Any) -> None:
+    """Raise ConfigError unless the value names existing files, two of them for images=."""
     paths = value if isinstance(value, list) else [value]
     if key == "images" and (len(paths) != 2 or not all(isinstance(path, str) for path in paths)):
-        raise ConfigError(f"images={value}: name the two ends of the interpolation, images=[A.png,B.png]")
+        raise ConfigError(f"images={value}: write the two ends of the interpolation, images=[A.png,B.png]")
     for path in paths:
         if not Path(path).exists():
-            raise ConfigError(f"{key}={path}: there is no such file; name {PATHS[key]}")
+            raise ConfigError(f"{key}={path}: no such file: write {key}= with {PATHS[key]}")

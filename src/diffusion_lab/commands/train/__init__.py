@@ -1,4 +1,4 @@
-"""`src/train.py`: train, resume, fine-tune. `run` is the list of steps; each step is a function of a module of this folder."""
+"""`src/train.py`: train, resume, fine-tune. `run` lists the steps; their functions are in the modules of this folder."""
 
 import os
 import sys
@@ -16,6 +16,7 @@ from pytorch_lightning.loggers import Logger, WandbLogger
 from diffusion_lab.commands.train import build, checks, summary
 from diffusion_lab.commands.train.configuration import Configuration, refuse_other_optimizer
 from diffusion_lab.commands.train.initialize import initialize
+from diffusion_lab.commands.train.trainer import build_trainer
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.instantiation import locate
 from diffusion_lab.io import os_errors, write_file
@@ -30,7 +31,7 @@ def run(config: DictConfig) -> Result:
     """Train as configured.
 
     Returns:
-        The exit code, 0 or 128 + the signal that ended the run, and the best value of the figure that decides best.ckpt.
+        The exit code (0; 1 for a NaN or Inf loss; 128 + the signal that ended the run) and the best monitored value.
     """
     summary.silence_lightning()
     configuration = Configuration.of(config)
@@ -42,11 +43,11 @@ def run(config: DictConfig) -> Result:
         refuse_other_optimizer(resume, settings)
     checks.check_processes(settings, resume)
 
-    who = _identity(configuration)
+    run_identity = _identity(configuration)
     callbacks = build.callbacks(settings, folder, make)
-    loggers = build.loggers(settings, folder, who, make)
+    loggers = build.loggers(settings, folder, run_identity, make)
     callbacks += added_callbacks(loggers)
-    trainer = build.trainer(settings, folder, loggers, callbacks, make)
+    trainer = build_trainer(settings, folder, loggers, callbacks, make)
 
     data = build.data(settings, make)
     data.trainer = trainer
@@ -62,8 +63,8 @@ def run(config: DictConfig) -> Result:
     learned = locate(settings["variance"], "variance") is Learned
     network, settings["model"] = build.model(settings, condition, learned, make)
     if settings["init"]:
-        summary.say(f"weights from {initialize(network, settings['init'])}")
-    saved = build.saved(configuration, who.id, data.class_names)
+        summary.print_once(f"weights from {initialize(network, settings['init'])}")
+    saved = build.saved(configuration, run_identity.id, data.class_names)
     module = build.module(settings, network, condition, saved, make)
 
     make(settings["sampler"], "sampler").check(module.denoiser)
@@ -72,7 +73,7 @@ def run(config: DictConfig) -> Result:
     if trainer.is_global_zero:  # last, so that a run that is refused leaves nothing behind
         _write_configuration(folder, settings)
         best = resume.path.with_name("best.ckpt") if resume else None
-        if best and best.is_file():  # its score is continued too, until this run has a lower one
+        if best and best.is_file():  # valid until this run has a lower value, since the callback resumes its best value
             write_file(folder / "checkpoints" / "best.ckpt", best.read_bytes())
 
     summary.announce(trainer, network, settings)
@@ -87,14 +88,13 @@ def run(config: DictConfig) -> Result:
     finally:
         os.environ.pop(CONFIG_ENV, None)
         if "wandb" in sys.modules:
-            sys.modules["wandb"].finish(
-                exit_code=failed
-            )  # or the next job of a sweep would continue this job's W&B run
+            # Without it the next job of a sweep would continue this job's W&B run.
+            sys.modules["wandb"].finish(exit_code=failed)
     return summary.report(trainer, callbacks, settings)
 
 
 def _identity(configuration: Configuration) -> Identity:
-    """The name, tags and group of the run; a resumed one keeps its id of W&B, unless it is a job of a sweep."""
+    """Return the name, tags and group of the run; a resumed run keeps its W&B id, unless it is a job of a sweep."""
     job = HydraConfig.get() if HydraConfig.initialized() else None
     sweep = Path(job.sweep.dir) if job and job.mode == RunMode.MULTIRUN else None
     resumed = configuration.resume.content.get("wandb_id") if configuration.resume and not sweep else None
@@ -102,7 +102,7 @@ def _identity(configuration: Configuration) -> Identity:
 
 
 def added_callbacks(loggers: list[Logger]) -> list[pl.Callback]:
-    """Callbacks added by the command: W&B summaries and Optuna pruning."""
+    """Return the callbacks that the command adds: W&B summaries, and Optuna pruning in a search."""
     callbacks: list[pl.Callback] = []
     if any(isinstance(logger, WandbLogger) for logger in loggers):
         callbacks.append(WandbSummary())
@@ -113,8 +113,9 @@ def added_callbacks(loggers: list[Logger]) -> list[pl.Callback]:
 
 
 def _write_configuration(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Write config.yaml. Raises ConfigError: another run has created the folder in the meantime."""
     folder.mkdir(parents=True, exist_ok=True)
-    try:  # the file is the run's claim on its folder: two runs of one second must not share it
+    try:  # created exclusively: two runs of the same second must not share a folder
         (folder / "config.yaml").open("x").close()
     except FileExistsError:
         if not settings["overwrite"]:

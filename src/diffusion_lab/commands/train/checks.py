@@ -20,7 +20,7 @@ from diffusion_lab.training.callbacks import QualityMonitor
 
 
 def check_processes(settings: Mapping[str, Any], resume: Resume | None) -> None:
-    """Raise ConfigError for numbers of processes, or a strategy, that cannot be run as configured."""
+    """Raise ConfigError for a strategy that is not supported, or numbers of processes that contradict the launcher's."""
     options = settings["trainer"]
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
         processes.check_sweep(options)
@@ -34,24 +34,25 @@ def check_processes(settings: Mapping[str, Any], resume: Resume | None) -> None:
     in_slurm = "SLURM_NTASKS" in os.environ and not processes.interactive()
     if started is None and in_slurm and processes.is_multiprocess(options):
         raise ConfigError(
-            "SLURM gave this job one task, so that one process would train: ask for --ntasks-per-node=N and start it by srun"
+            "SLURM gave this job one task, so one process would train: submit with --ntasks-per-node=N and start by srun"
         )
     if started and each and (options["num_nodes"], each * options["num_nodes"]) != (started.nodes, started.world):
         raise ConfigError(
             f"{started.by} started {started.world} processes on {started.nodes} node(s), and trainer.devices={each} "
-            f"trainer.num_nodes={options['num_nodes']} are others: write trainer=ddp "
+            f"trainer.num_nodes={options['num_nodes']} are other numbers: write trainer=ddp "
             f"trainer.devices={started.world // started.nodes} trainer.num_nodes={started.nodes}"
         )
 
 
 def _check_sharding(settings: Mapping[str, Any], resume: Resume | None) -> None:
+    """Raise ConfigError for settings that do not work with sharded weights."""
     if not (settings.get("callbacks") or {}).get("ema"):
         raise ConfigError(
             "trainer=fsdp shards the live weights, and validation and samples use the averages: write "
             "callbacks.ema.decay=0, whose average is the live weights"
         )
     if settings["compile"]:
-        raise ConfigError("trainer=fsdp does not go with compile=true: write compile=false")
+        raise ConfigError("trainer=fsdp does not work with compile=true: write compile=false")
     if ((settings.get("logger") or {}).get("wandb") or {}).get("gradients"):
         raise ConfigError("trainer=fsdp has no gradients in one place for logger.wandb.gradients: write 0")
     if resume and not all(tensor.is_contiguous() for tensor in resume.content["state_dict"].values()):
@@ -61,8 +62,10 @@ def _check_sharding(settings: Mapping[str, Any], resume: Resume | None) -> None:
 
 
 def check_disk(folder: Path, network: nn.Module, settings: Mapping[str, Any]) -> None:
-    """Raise ConfigError without room for last.ckpt, best.ckpt and the one being written, each with the weights, their averages
-    and two moments of Adam."""
+    """Raise ConfigError if the disk has no room for last.ckpt, best.ckpt and the file being written.
+
+    Each holds the weights, their averages, and the two moments of Adam.
+    """
     decay = ((settings.get("callbacks") or {}).get("ema") or {}).get("decay", [])
     copies = 3 + (len(decay) if isinstance(decay, list) else 1)
     need = 3 * copies * sum(p.numel() * p.element_size() for p in network.parameters())
@@ -70,8 +73,11 @@ def check_disk(folder: Path, network: nn.Module, settings: Mapping[str, Any]) ->
 
 
 def check_data(data: DataModule, condition: Condition, callbacks: Sequence[pl.Callback], trainer: pl.Trainer) -> None:
-    """Raise ConfigError for a batch size that does not divide, a condition without its data, a quality callback that cannot
-    measure these data, or fewer validation images than processes."""
+    """Raise ConfigError where data and configuration do not fit.
+
+    The batch size must be a multiple of processes × accumulated parts, the condition must find its tensors in a batch, the
+    quality callback must be able to measure the images, and each process needs a validation image.
+    """
     condition(data.train_dataloader().batch(0))
     for callback in callbacks:
         if isinstance(callback, QualityMonitor):

@@ -1,4 +1,4 @@
-"""The configuration of a training run: this command line's, or a checkpoint's with the overrides of this one on top."""
+"""The configuration of a training run: the command line's, or a checkpoint's with the command line's overrides on top."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -32,12 +32,12 @@ class Configuration(NamedTuple):
     """The configuration of a run and its origin.
 
     Attributes:
-        settings: resolved, plain containers.
-        composed: the same with its interpolations, stored to resume with overrides on top.
-        overrides: KEY=VALUE of the command lines that made it.
+        settings: plain containers, interpolations resolved.
+        composed: plain containers with interpolations, stored in checkpoints so that a resumed run can override keys.
+        overrides: of this command line and those of the run that is resumed.
         choices: group → option.
-        resume: the checkpoint that is continued.
-        make: builds a node: `instantiate`, or for a checkpoint's configuration its untrusting form.
+        resume: the checkpoint that is resumed.
+        make: builds a node: `instantiate`, or `instantiate_untrusted` for the configuration of a checkpoint.
     """
 
     settings: dict[str, Any]
@@ -49,19 +49,19 @@ class Configuration(NamedTuple):
 
     @classmethod
     def of(cls, config: DictConfig) -> "Configuration":
-        """Resolve the configuration that Hydra composed, and that of the checkpoint where `ckpt` names one.
+        """Resolve the configuration that Hydra composed, merged with the checkpoint's if `ckpt` is set.
 
         Raises:
-            ConfigError: no such checkpoint, a class that is not trusted, ckpt= and init= together.
+            ConfigError: a missing checkpoint, a class that is not trusted, ckpt= and init= together.
         """
-        own: dict[str, Any] = OmegaConf.to_container(config, resolve=False)  # type: ignore[assignment]
-        own["run_dir"] = str(config.run_dir)
+        current: dict[str, Any] = OmegaConf.to_container(config, resolve=False)  # type: ignore[assignment]
+        current["run_dir"] = str(config.run_dir)
         resume = _resume(config.ckpt) if config.ckpt else None
-        composed, overrides, choices, named = own, list[str](), dict[str, str](), set[str]()
+        composed, overrides, choices, named = current, list[str](), dict[str, str](), set[str]()
         if HydraConfig.initialized():  # else a further process of a run, whose configuration rank 0 has merged
             overrides, choices = composition.task_overrides(HydraConfig.get()), _choices(HydraConfig.get())
             if resume:
-                composed, overrides, choices, named = _merged(own, overrides, resume)
+                composed, overrides, choices, named = _merged(current, overrides, resume)
         composed = _with_usable_variance(composed)
         settings: dict[str, Any] = OmegaConf.to_container(OmegaConf.create(composed), resolve=True)  # type: ignore[assignment]
         make: Make = instantiate
@@ -88,13 +88,16 @@ def _make_untrusted(node: Any, where: str = "", *, trust: tuple[str, ...], **arg
 
 
 def _merged(
-    own: dict[str, Any], overrides: list[str], resume: Resume
+    current: dict[str, Any], overrides: list[str], resume: Resume
 ) -> tuple[dict[str, Any], list[str], dict[str, str], set[str]]:
-    """The checkpoint's configuration, with what the overrides of this command line name on top.
+    """Merge the checkpoint's configuration with the keys that this command line overrides.
 
-    Their values are composed from the files and the overrides of both command lines: trainer=ddp keeps a trainer.max_steps=
-    of the first run. Returns the configuration, the overrides of both, the choices, and the classes named by this command
-    line, which are trusted.
+    The values of these keys are composed with the overrides of both command lines: trainer=ddp keeps a trainer.max_steps= of
+    the first run.
+
+    Returns:
+        The configuration, the overrides of both command lines, the choices, and the classes that this command line names,
+        which are trusted.
     """
     now = composition.parse(overrides)
     before = _without_replaced_classes(composition.parse(resume.content["overrides"]), now)
@@ -112,7 +115,7 @@ def _merged(
         key = override.key_or_group
         if key in ("experiment", "recipe", "sweep"):
             raise ConfigError(
-                f"{override.input_line} begins a run and ckpt= continues one: write the values that are to change"
+                f"{override.input_line} begins a run and ckpt= resumes one: write the single keys that change, KEY=VALUE"
             )
         value: Any = both
         for part in [] if override.is_delete() or key in _NOT_FROM_CHECKPOINT else key.split("."):
@@ -121,14 +124,16 @@ def _merged(
             named |= {value} if key.endswith("._target_") else targets(value)
         OmegaConf.update(merged, key, None if value is both else value, merge=False, force_add=True)
     for key in _NOT_FROM_CHECKPOINT:
-        merged[key] = own[key]
+        merged[key] = current[key]
     plain: dict[str, Any] = OmegaConf.to_container(merged, resolve=False)  # type: ignore[assignment]
     return plain, lines, _choices(composed.hydra), named
 
 
 def _without_replaced_classes(before: Sequence[Override], now: Sequence[Override]) -> list[Override]:
-    """The overrides of a checkpoint without a class named by `_target_` and its added arguments, where this command line
-    chooses an option of that group: lr_scheduler=cosine replaces a lr_scheduler=custom whole."""
+    """Drop `_target_` and added arguments of groups for which this command line chooses another option.
+
+    lr_scheduler=cosine replaces all of lr_scheduler=custom lr_scheduler._target_=… +lr_scheduler.gamma=….
+    """
     chosen = {o.key_or_group for o in now if composition.is_group(o.key_or_group)}
     replaced = {g for g in chosen if any(o.key_or_group == f"{g}._target_" for o in before)}
 
@@ -140,13 +145,13 @@ def _without_replaced_classes(before: Sequence[Override], now: Sequence[Override
 
 
 def _with_usable_variance(composed: dict[str, Any]) -> dict[str, Any]:
-    """The configuration with fixed_small for a sampler that cannot use the learned one, unless sampler.variance names one."""
+    """Replace variance=learned by fixed_small in the sampler if it cannot use it; sampler.variance= is left as written."""
     sampler = composed["sampler"]
     if not isinstance(sampler, dict) or sampler.get("variance") != "${variance}":
         return composed
     ancestral = getattr(locate(sampler, "sampler"), "ancestral", True)
     if locate(composed["variance"], "variance") is not Learned or ancestral:
-        return composed  # other variances are of the sampler alone, which refuses what it cannot use
+        return composed  # the sampler itself refuses other variances that it cannot use
     if rank() == 0:
         name = locate(sampler).__name__
         print(
@@ -156,15 +161,15 @@ def _with_usable_variance(composed: dict[str, Any]) -> dict[str, Any]:
 
 
 def _choices(hydra: Any) -> dict[str, str]:
-    """Group → option, without Hydra's own groups."""
+    """Return group → option, without Hydra's own groups."""
     return {g: str(o) for g, o in hydra.runtime.choices.items() if o is not None and not str(g).startswith("hydra/")}
 
 
 def refuse_other_optimizer(resume: Resume, settings: Mapping[str, Any]) -> None:
-    """Raise ConfigError where a resumed run has another class of optimizer, whose state the checkpoint does not hold."""
+    """Raise ConfigError if a resumed run has another class of optimizer than the checkpoint, whose state does not fit."""
     before, now = resume.content["config"]["optimizer"]["_target_"], settings["optimizer"]["_target_"]
     if before != now:
         raise ConfigError(
-            f"optimizer._target_={now} cannot continue the state of {before} in {resume.path}: write init={resume.path} to "
+            f"optimizer._target_={now} cannot load the state of {before} in {resume.path}: write init={resume.path} to "
             "begin another run with its weights, or leave the optimizer out"
         )

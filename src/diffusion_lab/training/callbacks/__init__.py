@@ -1,4 +1,4 @@
-"""Callbacks, one file each."""
+"""The callbacks of a training run."""
 
 from diffusion_lab.training.callbacks.checkpoints import Checkpoints
 from diffusion_lab.training.callbacks.ema import EMA

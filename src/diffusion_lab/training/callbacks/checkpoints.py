@@ -1,4 +1,4 @@
-"""checkpoints/last.ckpt and checkpoints/best.ckpt."""
+"""Write checkpoints/last.ckpt and checkpoints/best.ckpt."""
 
 import math
 import os
@@ -13,14 +13,21 @@ from diffusion_lab.training.optim import evaluation_weights
 
 
 class Checkpoints(pl.Callback):
-    """Writes `last.ckpt` every so many steps and at the end, `best.ckpt` whenever the monitored value falls.
+    """Write `last.ckpt` every `every` steps and at the end, `best.ckpt` whenever the monitored value is the lowest so far.
 
-    A file is written to a temporary name and renamed: an interruption or a full disk leaves the one before.
+    Lightning's `ModelCheckpoint` does less in five ways:
+
+    - Its last.ckpt is that of the last interval; this one has the last step, also of an interrupted run.
+    - It writes weights whose loss is NaN or Inf, and takes a NaN metric as a candidate for the best.
+    - It reads the monitored value at intervals or validations; `consider` takes that of `QualityMonitor` at any step.
+    - It moves files from the system's temporary folder, which may be on another disk. Here a file is written to a temporary
+      name in `folder` and renamed, so that an interruption or a full disk keeps the file before.
+    - It does not switch schedule-free optimizers to their evaluation weights.
 
     Args:
-        folder: where.
+        folder: of the files.
         every: steps between two writes of last.ckpt.
-        monitor: the logged value whose lowest decides best.ckpt; "quality" is the Quality callback's, whatever its label.
+        monitor: the logged value that best.ckpt minimizes; "quality" is that of `QualityMonitor`, whatever its label.
 
     Attributes:
         best: the lowest value so far.
@@ -29,12 +36,12 @@ class Checkpoints(pl.Callback):
 
     def __init__(self, folder: str, every: int = 1000, monitor: str = "val/loss") -> None:
         if every < 1:
-            raise ConfigError(f"callbacks.checkpoints.every={every} must be at least 1")
+            raise ConfigError(f"callbacks.checkpoints.every={every}: write at least 1")
         self.folder, self.every, self.monitor = Path(folder), every, monitor
         self.best: float | None = None
         self.latest: tuple[float, int] | None = None
         self._saved = -1  # the step of last.ckpt
-        self._saved_best: float | None = None  # the best value that it holds
+        self._saved_best: float | None = None  # the best value in it
 
     @property
     def last_path(self) -> Path:
@@ -49,7 +56,7 @@ class Checkpoints(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         step = trainer.global_step
-        if step and step % self.every == 0 and step != self._saved and not _lost(trainer):
+        if step and step % self.every == 0 and step != self._saved and not _is_diverged(trainer):
             self._write_last(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -59,11 +66,19 @@ class Checkpoints(pl.Callback):
             self.consider(trainer, float(trainer.callback_metrics[self.monitor]), self.monitor)
         best = self._saved_best != self.best
         plateau = any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs)
-        if self._saved == trainer.global_step and trainer.global_step and (best or plateau) and not _lost(trainer):
-            self._write_last(trainer)  # with what this validation has changed, which a resumed run does not repeat
+        if (
+            self._saved == trainer.global_step
+            and trainer.global_step
+            and (best or plateau)
+            and not _is_diverged(trainer)
+        ):
+            self._write_last(trainer)  # again, since a resumed run does not repeat this validation
 
     def consider(self, trainer: pl.Trainer, value: float, *names: str) -> None:
-        """Writes best.ckpt if a value of one of these names is the lowest so far; every process calls it with the same value."""
+        """Write best.ckpt if `monitor` is among `names` and `value` is the lowest so far.
+
+        Every process calls it with the same value.
+        """
         if self.monitor not in names:
             return
         self.latest = (value, trainer.global_step)
@@ -72,7 +87,7 @@ class Checkpoints(pl.Callback):
             self._write(trainer, self.best_path)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.global_step != self._saved and not _lost(trainer):
+        if trainer.global_step != self._saved and not _is_diverged(trainer):
             self._write_last(trainer)
 
     def _write_last(self, trainer: pl.Trainer) -> None:
@@ -80,18 +95,18 @@ class Checkpoints(pl.Callback):
         self._saved, self._saved_best = trainer.global_step, self.best
 
     def _write(self, trainer: pl.Trainer, path: Path) -> None:
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # a dry run, for which Lightning drops loggers as well
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # a dry run, for which Lightning removes loggers, too
             return
         partial = path.with_name(f".{path.name}.partial")
         try:
             with evaluation_weights(trainer.optimizers):
-                trainer.save_checkpoint(partial)  # every process: a sharded strategy gathers here
+                trainer.save_checkpoint(partial)  # on every process, since a sharded strategy gathers here
             if trainer.is_global_zero:
                 os.replace(partial, path)
         except OSError as error:
             partial.unlink(missing_ok=True)
             raise OSError(
-                error.errno, f"could not write {path} ({error.strerror}): the file before is kept; make room"
+                error.errno, f"could not write {path} ({error.strerror}): the file before is kept; free disk space"
             ) from error
         trainer.strategy.barrier("checkpoint")
 
@@ -99,10 +114,10 @@ class Checkpoints(pl.Callback):
         return {"best": self.best, "monitor": self.monitor}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict.get("monitor", self.monitor) == self.monitor:  # the best of another figure is no bar for this one
+        if state_dict.get("monitor", self.monitor) == self.monitor:  # values of two metrics do not compare
             self.best = state_dict["best"]
 
 
-def _lost(trainer: pl.Trainer) -> bool:
-    """Whether the loss is no number: such weights are not written over those of before."""
+def _is_diverged(trainer: pl.Trainer) -> bool:
+    """Whether the training loss is NaN or Inf: such weights must not overwrite the checkpoint."""
     return any(isinstance(c, LossLogger) and c.diverged is not None for c in trainer.callbacks)  # type: ignore[attr-defined]

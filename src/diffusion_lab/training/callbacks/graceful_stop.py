@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGUSR1 end a run between two steps, so that nothing is lost."""
+"""Stop a run between two steps on Ctrl-C, SIGTERM and SIGUSR1."""
 
 import signal
 import threading
@@ -11,22 +11,22 @@ from diffusion_lab.training.optim import switch
 
 
 class GracefulStop(pl.Callback):
-    """The first SIGINT, SIGTERM or SIGUSR1 lets the current step finish and stops; a second one stops at once.
+    """Stop after the current step on the first SIGINT, SIGTERM or SIGUSR1, and at once on the second.
 
-    SLURM announces the end of a job's time by SIGUSR1 where the job asked for it (`--signal=USR1@120`).
+    SLURM sends SIGUSR1 before a job's time is over if the job was submitted with `--signal=USR1@120`.
 
     Attributes:
         received: the signal that ended the run, or None.
     """
 
-    AGREE = 10  # steps
+    AGREE = 10  # steps between two reductions over the processes
 
     def __init__(self) -> None:
         self.received: int | None = None
         self._before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if threading.current_thread() is threading.main_thread():  # only there may handlers be set
+        if threading.current_thread() is threading.main_thread():  # Python sets signal handlers there alone
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
                 self._before[number] = signal.signal(number, self._handle)
 
@@ -42,7 +42,7 @@ class GracefulStop(pl.Callback):
         stop = self.received is not None
         if (
             trainer.world_size > 1
-        ):  # all processes stop at the same step; they agree on it every so many, for it makes them wait
+        ):  # all processes must stop at the same step; the reduction makes them wait, so it is rare
             if trainer.global_step % self.AGREE:
                 return
             stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
@@ -50,7 +50,7 @@ class GracefulStop(pl.Callback):
             trainer.should_stop = True
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """A validation that fails leaves the weights that a schedule-free optimizer trains, not those that it evaluates."""
+        """Switch schedule-free optimizers back to their training weights after an exception in validation."""
         switch(trainer.optimizers, "train")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

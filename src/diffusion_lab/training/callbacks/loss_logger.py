@@ -1,4 +1,4 @@
-"""The training loss, and where along the curve it lies."""
+"""Log the training loss, in total and by ln SNR."""
 
 import math
 import sys
@@ -15,38 +15,38 @@ from diffusion_lab.training.module import DiffusionModule
 
 
 class LossLogger(pl.Callback):
-    """Logs `train/loss`, the mean over all images since the last row, and the same for each bin of ln SNR = 2λ.
+    """Log `train/loss`, the mean over all images since the last row, and the same for each bin of ln SNR = 2λ.
 
-    Sums stay on the device and are reduced over the processes once a row. A row that is no number is said aloud (and is a W&B
-    alert); two in a row end the run, whose weights are lost.
+    Sums stay on the device and are reduced over the processes once a row. A NaN or Inf loss is printed (and sent as a W&B
+    alert); after two such rows in succession the run stops.
 
     Args:
-        edges: increasing bounds of the bins of ln SNR; `train/loss_snr/…` are named by them. None for no bins.
+        edges: increasing bounds of the bins of ln SNR, which name `train/loss_snr/…`; None for no bins.
 
     Attributes:
-        diverged: the step of the first of the rows that are no numbers, None where the last one is one.
-        lost: that step once they have ended the run, else None.
+        diverged: the step since which the loss is NaN or Inf; None if that of the last row is finite.
     """
 
     def __init__(self, edges: list[float] | None = None) -> None:
         if edges is not None and sorted(set(edges)) != list(edges):
-            raise ConfigError(f"callbacks.losses.edges={edges} must increase")
+            raise ConfigError(f"callbacks.losses.edges={edges} must increase: write e.g. [-4,0,4]")
         self.edges = edges or []
         bounds = ["-inf", *(f"{edge:g}" for edge in self.edges), "inf"]
         self._bounds = torch.tensor(self.edges, dtype=torch.float64)
         self.diverged: int | None = None
-        self._lost = torch.zeros(1, dtype=torch.int64)  # a tensor: processes spawned from this one share it
+        self._stopped_at = torch.zeros(1, dtype=torch.int64)  # a tensor, which is shared with spawned processes
         self.names = [f"train/loss_snr/{low}_{high}" for low, high in pairwise(bounds)]
 
     @property
     def nonfinite_since(self) -> int | None:
-        return int(self._lost) or None
+        """The step since which the loss is NaN or Inf, once that has stopped the run; else None."""
+        return int(self._stopped_at) or None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._reset(pl_module.device)
 
     def _reset(self, device: torch.device) -> None:
-        # Σ weight · loss, Σ weight and the count of each bin; the weight is 1 but for times sampled by importance
+        # Σ weight · loss, Σ weight and the count of each bin; the weight is 1 except with time_sampler=importance
         self._sums = torch.zeros(3, len(self.edges) + 1, dtype=torch.float64, device=device)
 
     def on_train_batch_end(  # type: ignore[override]
@@ -68,13 +68,14 @@ class LossLogger(pl.Callback):
             }
         pl_module.log_row(values)
         self._reset(pl_module.device)
-        self._judge(trainer, values["train/loss"])
+        self._check_finite(trainer, values["train/loss"])
 
-    def _judge(self, trainer: pl.Trainer, loss: float) -> None:
+    def _check_finite(self, trainer: pl.Trainer, loss: float) -> None:
+        """Warn on a NaN or Inf loss; stop the run after two in succession."""
         if math.isfinite(loss):
             self.diverged = None
         elif self.diverged is not None:
-            self._lost.fill_(self.diverged)  # by every process, to the same
+            self._stopped_at.fill_(self.diverged)  # the same value on every process
             trainer.should_stop = True
         else:
             self.diverged = trainer.global_step
@@ -83,4 +84,4 @@ class LossLogger(pl.Callback):
                 print(f"warning: {text}", file=sys.stderr, flush=True)
                 for logger in trainer.loggers:
                     if isinstance(logger, WandbLogger):
-                        logger.experiment.alert(title="the loss is no number", text=text)
+                        logger.experiment.alert(title="training loss is NaN or Inf", text=text)

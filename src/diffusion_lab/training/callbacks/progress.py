@@ -1,4 +1,4 @@
-"""One progress bar for the whole run."""
+"""The progress bar of a training run."""
 
 import sys
 from typing import Any
@@ -10,7 +10,11 @@ from diffusion_lab.training.callbacks.throughput import Throughput
 
 
 class Progress(pl.Callback):
-    """Steps done of `trainer.max_steps`, with the loss, images a second and the time left."""
+    """Show optimizer steps out of `trainer.max_steps`, with the losses, images per second and the remaining time.
+
+    Lightning's `TQDMProgressBar` and `RichProgressBar` count the batches of an epoch, accumulated parts included: on an endless
+    stream of batches they have no total, and thus no remaining time.
+    """
 
     def __init__(self) -> None:
         self._bar: Any = None
@@ -47,7 +51,7 @@ class Progress(pl.Callback):
 
 
 def _interval() -> float:
-    """Seconds between two refreshes; a log file wants fewer lines than a terminal."""
+    """Return the seconds between two refreshes: fewer lines in a log file than on a terminal."""
     return 0.2 if sys.stderr.isatty() else 20.0
 
 

@@ -1,4 +1,4 @@
-"""Grids of samples while training."""
+"""Sample grids during training."""
 
 import warnings
 from dataclasses import replace
@@ -22,17 +22,19 @@ from diffusion_lab.training.module import DiffusionModule
 
 
 class Samples(pl.Callback):
-    """Every so many steps and at the end: the same noise, sampled with averaged and with live weights, side by side, and below
-    them a strip of x̂_0 along the way. One file for each time, `step_0001000.png`, sent to every logger that shows images.
+    """Write `step_0001000.png` every `every` steps and at the end, and log it by every logger of images.
+
+    A file has a grid of samples for the averaged and for the raw weights, from the same noise, and a strip of x̂_0 at several
+    steps of the sampler.
 
     Args:
-        folder: where.
+        folder: of the files.
         sampler: any sampler.
-        clip: what acts on x̂_0.
-        every: steps between two grids.
+        clip: the clipping of x̂_0.
+        every: training steps between two files.
         n: images of each grid.
-        seed: of the noise, the same for every grid of a run.
-        strip: images and moments of the strip, e.g. [4, 10]; null for none.
+        seed: of the noise, the same for every file of a run.
+        strip: number of images and of steps in the strip, e.g. [4, 10]; null for no strip.
     """
 
     def __init__(
@@ -46,16 +48,9 @@ class Samples(pl.Callback):
         strip: tuple[int, int] | None = (4, 10),
     ) -> None:
         if every < 1 or n < 1:
-            raise ConfigError(f"callbacks.samples needs every >= 1 and n >= 1, not every={every}, n={n}")
-        self.folder, self.sampler, self.clip, self.every, self.n, self.seed = (
-            Path(folder),
-            sampler,
-            clip,
-            every,
-            n,
-            seed,
-        )
-        self.strip = strip
+            raise ConfigError(f"callbacks.samples.every={every}, callbacks.samples.n={n}: write at least 1")
+        self.folder, self.sampler, self.clip = Path(folder), sampler, clip
+        self.every, self.n, self.seed, self.strip = every, n, seed, strip
         self.path: Path | None = None  # the newest grid
         self._drawn = -1
 
@@ -69,7 +64,7 @@ class Samples(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: DiffusionModule) -> None:  # type: ignore[override]
         stopped = any(isinstance(c, GracefulStop) and c.received is not None for c in trainer.callbacks)  # type: ignore[attr-defined]
-        if trainer.global_step and not stopped:  # whoever stops a run does not want to wait for pictures
+        if trainer.global_step and not stopped:  # an interrupted run ends at once
             self._draw(trainer, pl_module)
 
     def _draw(self, trainer: pl.Trainer, module: DiffusionModule) -> None:
@@ -90,9 +85,9 @@ class Samples(pl.Callback):
         pictures = [("samples", np.asarray(Image.open(self.path)), caption)]
         pictures += [("trajectory", grid(p.images, p.columns), p.caption) for p in panels if p.columns is not None]
         for logger in trainer.loggers:
-            for name, picture, said in pictures:
+            for name, picture, caption in pictures:
                 if isinstance(logger, WandbLogger):
-                    logger.log_image(name, [picture], step=step, caption=[said])
+                    logger.log_image(name, [picture], step=step, caption=[caption])
                 elif isinstance(logger, TensorBoardLogger):
                     logger.experiment.add_image(name, picture, step, dataformats="HWC")
 
@@ -102,19 +97,19 @@ class Samples(pl.Callback):
         index = torch.arange(self.n, device=module.device)
         batch = Batch(index, module.requested_condition(index))
         panels: list[Panel] = []
-        way: list[Tensor] = []
-        kept, moments = self.strip or (0, 0)
+        estimates: list[Tensor] = []
+        shown, moments = self.strip or (0, 0)
         for name, denoiser in module.denoisers().items():
             first = not panels
-            record = (lambda i, t, x, p: way.append(p.x0[:kept].cpu())) if first and kept else None
+            record = (lambda i, t, x, p: estimates.append(p.x0[:shown].cpu())) if first and shown else None
             with torch.autocast(module.device.type, enabled=False):
                 denoiser = replace(denoiser, clip=self.clip)
                 samples = generate(denoiser, self.sampler, shape, batch, seed=self.seed, callback=record)
-            panels.append(Panel("live weights" if name == "raw" else f"EMA {name}", samples.x.cpu()))
-        if way:
-            chosen = torch.linspace(0, len(way) - 1, min(moments, len(way))).round().long().tolist()
-            strip = torch.stack([way[i] for i in chosen], dim=1).flatten(0, 1).float()
-            panels.append(Panel("estimates of x0 along the way, from noise to data", strip, columns=len(chosen)))
+            panels.append(Panel("raw weights" if name == "raw" else f"EMA {name}", samples.x.cpu()))
+        if estimates:
+            chosen = torch.linspace(0, len(estimates) - 1, min(moments, len(estimates))).round().long().tolist()
+            strip = torch.stack([estimates[i] for i in chosen], dim=1).flatten(0, 1).float()
+            panels.append(Panel("estimates of x0, from noise to data", strip, columns=len(chosen)))
         if "given" in batch.condition:
             panels.append(Panel("given", batch.condition["given"].float().cpu()))
         return panels

@@ -1,4 +1,4 @@
-"""Images a second, peak memory, hours to go."""
+"""Log images per second, peak memory and the remaining hours."""
 
 import resource
 import sys
@@ -12,10 +12,11 @@ from diffusion_lab.training.module import DiffusionModule
 
 
 class Throughput(pl.Callback):
-    """Logs `speed/images_per_s` (all processes), `speed/peak_memory_gib` (this process) and `speed/hours_to_go`.
+    """Log `speed/images_per_s` (all processes), `speed/peak_memory_gib` (this process) and `speed/hours_to_go`.
 
-    Measured over the training steps since the last row; validation and sampling in between are left out of the rate and kept
-    in the forecast.
+    The rate is measured over the training steps since the last row, without validation and the time that other callbacks
+    report by `pause`; the forecast includes both. Lightning's `ThroughputMonitor` excludes validation alone, synchronizes the
+    GPU at every batch, and has neither memory nor a forecast.
     """
 
     def __init__(self) -> None:
@@ -35,7 +36,7 @@ class Throughput(pl.Callback):
             self._paused += time.perf_counter() - self._pause
 
     def pause(self, seconds: float) -> None:
-        """Leaves out of the rate what another callback has just taken."""
+        """Exclude the `seconds` that another callback has just taken from the rate."""
         if hasattr(self, "_paused"):
             self._paused += seconds
 
@@ -62,7 +63,7 @@ class Throughput(pl.Callback):
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most memory this process has held, in bytes: allocated on a GPU, resident on a CPU."""
+    """Return the peak memory of this process in bytes: allocated on a GPU, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

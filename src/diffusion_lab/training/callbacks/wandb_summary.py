@@ -1,4 +1,4 @@
-"""What W&B is told of a run beside its numbers: which of them count as its result, and the gradients on demand."""
+"""Define the summary of a W&B run, and log histograms of gradients."""
 
 import pytorch_lightning as pl
 from pytorch_lightning.loggers import WandbLogger
@@ -8,8 +8,10 @@ from diffusion_lab.training.module import DiffusionModule
 
 
 class WandbSummary(pl.Callback):
-    """Defines the summaries of a W&B run: the lowest validation loss and distance, the last value of all others; and logs
-    histograms of the gradients where the logger's `gradients` says how often. Does nothing without such a logger."""
+    """Define the summary of a W&B run, and log histograms of the gradients every `gradients` steps of the logger.
+
+    The summary has the lowest validation loss and quality metric, the mean rate, and the last value of everything else.
+    """
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: DiffusionModule) -> None:  # type: ignore[override]
         quality = [c.label for c in trainer.callbacks if isinstance(c, QualityMonitor)]  # type: ignore[attr-defined]

@@ -1,0 +1,92 @@
+"""Build Lightning's trainer of a run."""
+
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Checkpoint, ModelSummary, ProgressBar
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.plugins.environments import SLURMEnvironment
+
+from diffusion_lab import processes
+from diffusion_lab.commands.train.build import Config, Make, validates
+from diffusion_lab.errors import ConfigError
+from diffusion_lab.instantiation import accepted, instantiate
+from diffusion_lab.training import sharding
+
+
+def build_trainer(
+    config: Config, folder: Path, loggers: list[Logger], callbacks: list[pl.Callback], make: Make = instantiate
+) -> pl.Trainer:
+    """Build Lightning's trainer from its node, with this project's defaults for arguments that the node does not have.
+
+    Raises:
+        ConfigError: a value that Lightning refuses, ignores, or replaces by another.
+    """
+    node, validation = dict(config["trainer"]), config["validation"]
+    if node["accelerator"] == "auto":  # never Apple's MPS: it has no float64, in which all coefficients are computed
+        node["accelerator"] = "gpu" if torch.cuda.is_available() else "cpu"
+    _check_flags(node, validation["draws"])
+    if node["strategy"] == "fsdp":
+        available = 1 if node["accelerator"] == "cpu" else torch.cuda.device_count()
+        per_node = processes.processes_per_node(node["devices"]) or available
+        node["strategy"] = sharding.strategy(per_node * node["num_nodes"])
+    validate = validates(config)
+    launched = processes.launched()
+    # A run requeues its SLURM job itself (`summary.requeue`). torchrun may run inside a SLURM job.
+    in_slurm = SLURMEnvironment.detect() and not (launched and launched.by == "torchrun")
+    defaults = {
+        "val_check_interval": validation["every"] * node["accumulate_grad_batches"] if validate else None,
+        "limit_val_batches": 1.0 if validate else 0,
+        "benchmark": not node["deterministic"],
+        "default_root_dir": str(folder),
+        "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks),
+        "enable_progress_bar": any(isinstance(callback, ProgressBar) for callback in callbacks),
+        "enable_model_summary": any(isinstance(callback, ModelSummary) for callback in callbacks),
+        "plugins": [SLURMEnvironment(auto_requeue=False)] if in_slurm else None,
+    }
+    arguments = accepted(node, **defaults)
+    if validate and "check_val_every_n_epoch" not in node:
+        arguments["check_val_every_n_epoch"] = None  # the interval counts over the endless stream
+    if not isinstance(node["strategy"], str | dict):  # an object, and a node holds plain values alone
+        arguments["strategy"] = node.pop("strategy")
+    built: pl.Trainer = make(node, "trainer", **arguments, callbacks=callbacks, logger=loggers)
+    if isinstance(node.get("profiler"), str):
+        profiler: Any = built.profiler  # type: ignore[attr-defined]
+        profiler.dirpath, profiler.filename = folder, "profile"  # or its table goes to a Python logger, which is silent
+    return built
+
+
+def _check_flags(node: Config, draws: int) -> None:
+    """Raise ConfigError for Trainer flags that cannot work here, or have no meaning for an endless stream of batches."""
+    if node["accelerator"] in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise ConfigError("trainer.accelerator=gpu, but torch sees no CUDA device: write trainer=cpu")
+    if node["accelerator"] == "cpu" and str(node["precision"]) == "16-mixed":
+        raise ConfigError(
+            "trainer.precision=16-mixed needs a GPU (a CPU would silently run bf16): write 32-true or bf16-mixed"
+        )
+    for key in ("max_steps", "accumulate_grad_batches", "log_every_n_steps", "num_nodes"):
+        if node[key] < 1:
+            raise ConfigError(f"trainer.{key}={node[key]}: write at least 1")
+    if draws < 1:
+        raise ConfigError(f"validation.draws={draws}: write at least 1")
+    if (node["gradient_clip_val"] or 0) < 0:
+        raise ConfigError(f"trainer.gradient_clip_val={node['gradient_clip_val']} is negative: write 0 for no clipping")
+    if node.get("barebones"):
+        raise ConfigError(
+            "trainer.barebones=true goes without the loggers, checkpoints and callbacks of a run: write "
+            "logger=none callbacks.samples=null callbacks.progress=null for a run without overhead"
+        )
+    parts = node["accumulate_grad_batches"]
+    for key in ("limit_train_batches", "overfit_batches"):
+        value = node.get(key)
+        if isinstance(value, float) and value not in (0.0, 1.0):
+            raise ConfigError(f"trainer.{key}={value}: training is one endless stream, so write a number of batches")
+        if value is not None and not isinstance(value, float) and value % parts:
+            raise ConfigError(
+                f"trainer.{key}={value} cuts a global batch of trainer.accumulate_grad_batches={parts} parts: write "
+                f"trainer.{key}={max(value // parts, 1) * parts}"
+            )
+    if node.get("limit_train_batches") == 0:
+        raise ConfigError("trainer.limit_train_batches=0 trains nothing: write 1 or more, or leave it out")
