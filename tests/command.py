@@ -1,5 +1,6 @@
 """Runs a command line in this process: the checks, Hydra and the task of src/*.py, without the seconds that imports take."""
 
+import copy
 import functools
 import sys
 import traceback
@@ -8,14 +9,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.plugins.config_source import ConfigResult
 from omegaconf import OmegaConf
 from torch import nn
 
 from diffusion_lab import cli, composition
 from diffusion_lab.commands.train import build
 from diffusion_lab.conditions import Condition
+from diffusion_lab.instantiation import CONF
 from diffusion_lab.training.module import DiffusionModule
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,6 +38,27 @@ TINY = (
     "lr_scheduler=constant",
     "lr_scheduler.warmup=0",
 )
+
+
+_load_config = FileConfigSource.load_config
+_loaded: dict[tuple[Path, int], ConfigResult] = {}
+
+
+def _load_config_once(self: FileConfigSource, config_path: str) -> ConfigResult:
+    """Hydra's reader of a configuration file, which parses each state of a file once: a quarter of every composition."""
+    path = Path(self.path, self._normalize_file_name(config_path))
+    if not path.is_file():
+        return _load_config(self, config_path)
+    state = path.resolve(), path.stat().st_mtime_ns
+    if state not in _loaded:
+        _loaded[state] = _load_config(self, config_path)
+    result = copy.copy(_loaded[state])
+    result.config, result.header = copy.deepcopy(result.config), dict(result.header)
+    result.path, result.provider = f"{self.scheme()}://{self.path}", self.provider
+    return result
+
+
+FileConfigSource.load_config = _load_config_once  # type: ignore[method-assign]
 
 
 class Outcome(NamedTuple):
@@ -68,12 +93,28 @@ def command(name: str, arguments: Sequence[str], capfd: pytest.CaptureFixture[st
 
 
 @functools.cache
-def composed(name: str, *overrides: str, run_dir: str = "RUN") -> dict[str, Any]:
-    """The resolved configuration of a command line, without Hydra's own node. Cached: do not change it."""
+def unresolved(name: str, *overrides: str) -> dict[str, Any]:
+    """The configuration of a command line with its interpolations, without Hydra's own node. Cached: do not change it."""
     plain = OmegaConf.to_container(composition.composed(name, overrides), resolve=False)
     assert isinstance(plain, dict)
-    del plain["hydra"]
-    resolved = OmegaConf.to_container(OmegaConf.create({**plain, "run_dir": run_dir}), resolve=True)
+    return {key: value for key, value in plain.items() if key != "hydra"}
+
+
+@functools.cache
+def composed(name: str, *overrides: str) -> dict[str, Any]:
+    """The resolved configuration of a command line, without Hydra's own node. Cached: do not change it."""
+    return _resolved(unresolved(name, *overrides))
+
+
+def with_options(name: str, **options: str) -> dict[str, Any]:
+    """The resolved configuration of a command line that chooses these options, GROUP=OPTION, of plain groups: from the files
+    of the options in place of a composition. test_options.py composes each of them."""
+    nodes = {group: OmegaConf.load(CONF / group / f"{option}.yaml") for group, option in options.items()}
+    return _resolved({**unresolved(name), **nodes})
+
+
+def _resolved(plain: dict[str, Any]) -> dict[str, Any]:
+    resolved = OmegaConf.to_container(OmegaConf.create({**plain, "run_dir": "RUN"}), resolve=True)
     assert isinstance(resolved, dict)
     return resolved
 

@@ -37,7 +37,7 @@ def test_the_fixed_ones_are_found() -> None:
 @pytest.mark.parametrize("shape", [(), (2,)])
 @pytest.mark.parametrize("dtype", [torch.float32, D])
 def test_broadcastable_to_the_state(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """One time for all, or one for each image: the result multiplies x_t as it is, in its dtype (SURFACE.md)."""
+    """One time for all, or one for each image: the result multiplies x_t as it is, in its dtype."""
     p = prediction(dtype=dtype)
     t, s = torch.full(shape, 0.5, dtype=D), torch.full(shape, 0.25, dtype=D)
     got = VARIANCES[name]()(Linear(), t, s, p, floor=posterior(Linear(), t, s).variance)
