@@ -1,4 +1,4 @@
-"""What the benchmarks share: a configuration, the bare loop that everything is compared with, timing, tables."""
+"""Common parts of the benchmarks: a configuration, the bare training loop of the comparisons, timing, tables."""
 
 import copy
 import itertools
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def configuration(*overrides: str) -> dict[str, Any]:
-    """The resolved configuration of `python src/train.py OVERRIDES…`."""
+    """Return the resolved configuration of `python src/train.py OVERRIDES…`."""
     plain = OmegaConf.to_container(composition.composed("train", overrides), resolve=False)
     assert isinstance(plain, dict)
     del plain["hydra"]
@@ -39,7 +39,7 @@ def configuration(*overrides: str) -> dict[str, Any]:
 
 
 def network(config: dict[str, Any]) -> tuple[nn.Module, Condition]:
-    """The network of a resolved configuration with fresh weights, and its condition."""
+    """Return the network of a resolved configuration with initial weights, and its condition."""
     condition, _ = build.condition(config, build.data(config))
     learned = locate(config["variance"], "variance") is Learned
     net, _ = build.model(config, condition, learned)
@@ -47,7 +47,7 @@ def network(config: dict[str, Any]) -> tuple[nn.Module, Condition]:
 
 
 def loggers(config: dict[str, Any], folder: Path) -> list[Any]:
-    """The loggers of a configuration, which write to `folder`."""
+    """Return the loggers of a configuration, which write to `folder`."""
     from diffusion_lab.training.loggers import identity
 
     nodes = {name: {**node, "save_dir": str(folder)} for name, node in config["logger"].items()}
@@ -55,15 +55,18 @@ def loggers(config: dict[str, Any], folder: Path) -> list[Any]:
 
 
 class Bare:
-    """The loop that one writes without any framework: cosine ᾱ in closed form, v, stratified t, AdamW, clipping, an average.
+    """A training loop without a framework: cosine ᾱ in closed form, v, stratified t, AdamW, gradient clipping, EMA.
 
-    Written apart from the package on purpose: it shares the network and nothing else.
+    It is independent of the package, except for the network.
 
     Args:
-        network: what is trained.
+        network: the network to train.
         images: uint8 (N, C, H, W).
-        batch, lr, steps, decay: of the recipe; the rate falls linearly.
-        average: keep the exponential average (False: the barest loop, for timing).
+        batch: batch size.
+        lr: initial learning rate, which decays linearly to 0.
+        steps: number of updates.
+        decay: of the EMA.
+        average: whether to keep the EMA; False for timing.
     """
 
     def __init__(
@@ -85,7 +88,7 @@ class Bare:
         self.done = 0
 
     def step(self) -> Tensor:
-        """One update."""
+        """Update the weights once; return the loss."""
         x0 = self.x[torch.randint(len(self.x), (self.batch,))]
         u = (torch.arange(self.batch) + torch.rand(self.batch)) / self.batch
         i = (u * 1000).floor() + 1
@@ -108,7 +111,7 @@ class Bare:
 
     @torch.no_grad()
     def sample(self, n: int, steps: int = 50) -> Tensor:
-        """DDIM with `steps` trailing steps from the average, float (n, C, H, W) in [−1, 1]."""
+        """Return DDIM samples with `steps` trailing steps and EMA weights, float (n, C, H, W) in [−1, 1]."""
         network = self.average if self.average is not None else self.network
         x = torch.randn(n, *self.x.shape[1:])
         nodes = [round(1000 - 1000 * k / steps) for k in range(steps)] + [0]
@@ -122,15 +125,15 @@ class Bare:
 
 
 def fitted(config: dict[str, Any], steps: int, warm: int) -> Callable[[], float]:
-    """A function that trains `steps` steps as the command does (its callbacks, its loggers) and returns seconds a step.
+    """Return a function that trains `steps` steps with the callbacks and loggers of the command and returns seconds per step.
 
-    What happens once a run (building, opening the data) is not in it; what happens every step, or every so many, is.
+    Building the objects and opening the data are excluded; periodic work is included.
     """
     import pytorch_lightning as pl
 
     class Clock(pl.Callback):
         def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-            if trainer.global_step == warm:  # after the first steps, which allocate
+            if trainer.global_step == warm:  # without the first steps, which allocate memory
                 self.begin = time.perf_counter()
             if trainer.global_step == trainer.max_steps:
                 self.seconds = (time.perf_counter() - self.begin) / steps
@@ -150,7 +153,7 @@ def fitted(config: dict[str, Any], steps: int, warm: int) -> Callable[[], float]
 
 
 def bare_seconds(loop: Bare, steps: int, warm: int) -> float:
-    """Seconds a step of the bare loop."""
+    """Return seconds per step of the bare loop."""
     for _ in range(warm):
         loop.step()
     begin = time.perf_counter()
@@ -160,7 +163,7 @@ def bare_seconds(loop: Bare, steps: int, warm: int) -> float:
 
 
 def paired(a: Callable[[], float], b: Callable[[], float], rounds: int) -> tuple[float, float, list[float]]:
-    """Medians of a and b in turns, and the ratio a/b of each round: what drifts with the machine cancels."""
+    """Return the medians of a and b, called alternately, and the sorted ratios a/b, in which drifts of the machine cancel."""
     pairs = [(a(), b()) for _ in range(rounds)]
     return (
         statistics.median(x for x, _ in pairs),
@@ -170,26 +173,26 @@ def paired(a: Callable[[], float], b: Callable[[], float], rounds: int) -> tuple
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     return "\n".join(lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows])
 
 
 def machine() -> str:
-    """What the figures were taken on."""
+    """Return device and versions of the measurements."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
     return f"{device}, torch {torch.__version__}, Python {platform.python_version()}"
 
 
 def command(name: str, *arguments: str) -> None:
-    """One of the project's commands, as a user types it."""
+    """Run src/NAME.py with command-line arguments."""
     subprocess.run(
         [sys.executable, str(ROOT / "src" / f"{name}.py"), *arguments], check=True, stdout=subprocess.DEVNULL
     )
 
 
 def measured(out: Path, *arguments: str) -> list[dict[str, Any]]:
-    """The rows of one evaluation against all images of the set, from its file if it has been made."""
+    """Return the rows of an evaluation against all images of the data set, from its file if it exists."""
     if not (out / "metrics.json").is_file():
         command("evaluate", f"out={out}", "split=all", *arguments)
     rows: list[dict[str, Any]] = json.loads((out / "metrics.json").read_text())

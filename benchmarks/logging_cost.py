@@ -1,6 +1,6 @@
-"""What the loggers add to a step: the seconds inside their calls and those that W&B's own process computes, of the run's.
+"""Overhead of the loggers: seconds inside their calls and CPU seconds of the W&B process, as a share of the run.
 
-Counted inside one run, not as a difference of two, which on a shared machine is lost in the noise.
+Measured within one run, since the difference of two runs is below the noise of a shared machine.
 """
 
 import resource
@@ -14,19 +14,19 @@ import wandb
 from common import configuration, loggers, network, table
 
 from diffusion_lab.commands.train import build
-from diffusion_lab.training.callbacks import Dashboard
+from diffusion_lab.training.callbacks import WandbSummary
 
 CALLS = ("log_metrics", "log_image", "save", "finalize")
 
 
 def _children() -> float:
-    """Seconds that ended processes of this one have computed."""
+    """Return the CPU seconds of ended child processes."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def measure(chosen: list[str], steps: int) -> list[str]:
-    """One row: seconds of the run, inside the loggers, of W&B's process, and the share of both."""
+    """Return one row: seconds of the run, seconds inside the loggers, CPU seconds of W&B, and the share of both."""
     config = configuration(
         f"logger=[{','.join(chosen)}]", "callbacks.progress=null", "trainer=cpu", f"trainer.max_steps={steps}",
         *(["logger.wandb.mode=offline"] if "wandb" in chosen else []),
@@ -52,7 +52,7 @@ def measure(chosen: list[str], steps: int) -> list[str]:
             for name in CALLS:
                 if hasattr(logger, name):
                     setattr(logger, name, timed(getattr(logger, name)))
-        hooks: list[pl.Callback] = [*build.callbacks(config, place), Dashboard()]
+        hooks: list[pl.Callback] = [*build.callbacks(config, place), WandbSummary()]
         trainer = build.trainer(config, place, written, hooks)
         if "wandb" in chosen:
             _ = next(
@@ -62,18 +62,18 @@ def measure(chosen: list[str], steps: int) -> list[str]:
         trainer.fit(module, datamodule=data)
         seconds = time.perf_counter() - begin
         wandb.finish()
-        wandb.teardown()  # or its process would live on, and its seconds count at the end only
+        wandb.teardown()  # ends its process, whose CPU seconds are counted at its end
         service = _children() - before
     share = (inside[0] + service) / seconds
     return [", ".join(chosen), f"{seconds:.1f}", f"{inside[0]:.2f}", f"{service:.2f}", f"{share:.1%}"]
 
 
 def main(quick: bool) -> str:
-    """The table."""
+    """Return the table."""
     steps = 100 if quick else 1200
     rows = [measure(chosen, steps) for chosen in (["csv"], ["csv", "wandb"], ["csv", "wandb", "tensorboard"])]
-    head = ["logger", "seconds of the run", "inside the loggers", "W&B's process, seconds of a core", "share"]
-    return f"Digits, {steps:,} steps with the quick start's rows, grids and validations.\n\n" + table(head, rows)
+    head = ["logger", "the run, s", "inside the loggers, s", "W&B process, CPU s", "share"]
+    return f"Digits, {steps:,} steps with the rows, grids and validations of the quick start.\n\n" + table(head, rows)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What Lightning, callbacks, logging and the average add to a step, over a bare loop with the same network."""
+"""Overhead of Lightning, callbacks, logging and EMA per step, compared with a bare loop of the same network."""
 
 import logging
 import warnings
@@ -9,7 +9,7 @@ from diffusion_lab.commands.train import build
 
 
 def measure(name: str, overrides: list[str], steps: int, rounds: int) -> list[str]:
-    """One row: median milliseconds of both, and the ratio of their pairs."""
+    """Return one row: median milliseconds of both, and the ratio of the pairs."""
     config = configuration(*overrides)
     data = build.data(config)
     data.prepare_data()
@@ -31,7 +31,7 @@ def measure(name: str, overrides: list[str], steps: int, rounds: int) -> list[st
 
 
 def main(quick: bool) -> str:
-    """The table of both networks."""
+    """Return the table of both networks."""
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     quiet = ["callbacks.progress=null", "callbacks.samples=null", "validation.every=0", "trainer=cpu"]
@@ -47,12 +47,12 @@ def main(quick: bool) -> str:
     ]
     rows.append(measure("32×32 noise, unet_cifar10", [*quiet, *_noise(noise)], 1 if quick else 3, 1 if quick else 3))
     return table(
-        ["", "batch", "bare loop, ms a step", "src/train.py, ms a step", "added (median, range of pairs)"], rows
+        ["", "batch", "bare loop, ms per step", "src/train.py, ms per step", "added (median, range of pairs)"], rows
     )
 
 
 def _noise(overrides: list[str]) -> list[str]:
-    """Random images in a temporary .npz, so that the second row needs no download."""
+    """Write random images to a temporary .npz, so that the second row needs no download; return the overrides."""
     import tempfile
     from pathlib import Path
 

@@ -1,7 +1,7 @@
-"""Real digits in two minutes: this project, a bare loop and denoising-diffusion-pytorch, judged by one small classifier.
+"""Digits in two minutes: this project, a bare loop and denoising-diffusion-pytorch, measured in the features of one classifier.
 
-The distance is Fréchet's in the classifier's 64 features between 1,797 samples (DDIM, 50 steps, averaged weights) and all
-1,797 images. It is no FID. Two halves of the real images, 20 times at random, give the scale of the smallest differences.
+The Fréchet distance uses the classifier's 64 features of 1,797 samples (DDIM, 50 steps, EMA weights) and of all 1,797 images.
+It is not FID. The distance between random halves of the real images shows the scale of the smallest differences.
 """
 
 import subprocess
@@ -30,19 +30,19 @@ HEAD = ["", "parameters", "seconds", "images/s", "Fréchet distance", "confident
 
 
 def row(
-    name: str, parameters: str, seconds: float, images: int, samples: Tensor, judge: ClassifierExtractor, real: Tensor
+    name: str, parameters: str, seconds: float, images: int, samples: Tensor, extract: ClassifierExtractor, real: Tensor
 ) -> list[str]:
-    """One line of the table for float samples in [−1, 1]."""
-    made = judge(to_uint8(samples))
-    assert made.logits is not None
-    distance = frechet_distance(moments(made.features), moments(judge(real).features))
-    sure = float((made.logits.softmax(1).max(1).values >= CONFIDENT).double().mean())
-    return [name, parameters, f"{seconds:.0f}", f"{images / seconds:,.0f}", f"{distance:.2f}", f"{sure:.1%}"]
+    """Return one row of the table for float samples in [−1, 1]."""
+    features, logits = extract(to_uint8(samples))
+    assert logits is not None
+    distance = frechet_distance(moments(features), moments(extract(real).features))
+    confident = float((logits.softmax(1).max(1).values >= CONFIDENT).double().mean())
+    return [name, parameters, f"{seconds:.0f}", f"{images / seconds:,.0f}", f"{distance:.2f}", f"{confident:.1%}"]
 
 
-def halves(judge: ClassifierExtractor, real: Tensor) -> str:
-    """Mean distance between two random halves of the real images."""
-    f = judge(real).features
+def halves(extract: ClassifierExtractor, real: Tensor) -> str:
+    """Return the mean and standard deviation of the distance between two random halves of the real images."""
+    f = extract(real).features
     values = []
     for draw in range(20):
         order = permutation(len(f), seed=1, draw=draw)
@@ -51,8 +51,8 @@ def halves(judge: ClassifierExtractor, real: Tensor) -> str:
     return f"{np.mean(values):.2f} ± {np.std(values):.2f}"
 
 
-def ours(judge: ClassifierExtractor, real: Tensor, steps: int) -> list[str]:
-    """`python src/train.py` with nothing else but its length."""
+def ours(extract: ClassifierExtractor, real: Tensor, steps: int) -> list[str]:
+    """Return the row of `python src/train.py` with a number of steps."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         command = [sys.executable, str(ROOT / "src" / "train.py"), f"hydra.run.dir={run}", f"trainer.max_steps={steps}"]
@@ -65,11 +65,11 @@ def ours(judge: ClassifierExtractor, real: Tensor, steps: int) -> list[str]:
         count = sum(p.numel() for p in loaded.denoiser.network.parameters())
         samples = loaded.sample(len(real), DDIM(steps=50), seed=0, batch_size=600)
     name = "`python src/train.py`, whole command (imports, validation, grids, logs)"
-    return row(name, f"{count:,}", seconds, steps * 128, samples, judge, real)
+    return row(name, f"{count:,}", seconds, steps * 128, samples, extract, real)
 
 
-def bare(judge: ClassifierExtractor, real: Tensor, steps: int) -> list[str]:
-    """The bare loop on the same network, as many steps."""
+def bare(extract: ClassifierExtractor, real: Tensor, steps: int) -> list[str]:
+    """Return the row of the bare loop with the same network and number of steps."""
     config = configuration()
     torch.manual_seed(0)
     net, _ = network(config)
@@ -83,12 +83,12 @@ def bare(judge: ClassifierExtractor, real: Tensor, steps: int) -> list[str]:
     seconds = time.perf_counter() - begin
     count = sum(p.numel() for p in net.parameters())
     return row(
-        "a bare loop, same network and steps", f"{count:,}", seconds, steps * 128, loop.sample(len(real)), judge, real
+        "a bare loop, same network and steps", f"{count:,}", seconds, steps * 128, loop.sample(len(real)), extract, real
     )
 
 
-def peer(judge: ClassifierExtractor, real: Tensor, limit: float, lr: float) -> list[str]:
-    """denoising-diffusion-pytorch for `limit` seconds: its U-Net, GaussianDiffusion, EMA and Adam with its trainer's defaults."""
+def peer(extract: ClassifierExtractor, real: Tensor, limit: float, lr: float) -> list[str]:
+    """Return the row of denoising-diffusion-pytorch after `limit` seconds: its U-Net, GaussianDiffusion, EMA, and Adam."""
     from denoising_diffusion_pytorch import GaussianDiffusion, Unet
     from ema_pytorch import EMA
 
@@ -113,26 +113,26 @@ def peer(judge: ClassifierExtractor, real: Tensor, limit: float, lr: float) -> l
             torch.cat([ema.ema_model.sample(batch_size=600) for _ in range(-(-len(real) // 600))])[: len(real)] * 2 - 1
         )
     count = sum(p.numel() for p in network.parameters())
-    return row(f"denoising-diffusion-pytorch, lr {lr:g}", f"{count:,}", seconds, steps * 128, samples, judge, real)
+    return row(f"denoising-diffusion-pytorch, lr {lr:g}", f"{count:,}", seconds, steps * 128, samples, extract, real)
 
 
 def main(quick: bool) -> str:
-    """The table; `quick` trains a twentieth."""
+    """Return the table; `quick` trains a twentieth of the steps."""
     steps, limit = (120, 6.0) if quick else (2400, 120.0)
     data = build.data(configuration())
     data.prepare_data()
     data.setup()
     with tempfile.TemporaryDirectory() as folder:
-        judge = ClassifierExtractor(classifier.for_dataset(data, Path(folder)))
+        extract = ClassifierExtractor(classifier.for_dataset(data, Path(folder)))
     real = torch.from_numpy(np.asarray(data.images("all")))
     rows = [
-        ours(judge, real, steps),
-        bare(judge, real, steps),
-        peer(judge, real, limit, 1e-4),
-        peer(judge, real, limit, 2e-3),
+        ours(extract, real, steps),
+        bare(extract, real, steps),
+        peer(extract, real, limit, 1e-4),
+        peer(extract, real, limit, 2e-3),
     ]
-    right = f"Classifier: {judge.trained.accuracy:.1%} right on held-out images."
-    note = f"{right} Two halves of the real images: {halves(judge, real)}."
+    accuracy = f"Classifier: accuracy {extract.trained.accuracy:.1%} on held-out images."
+    note = f"{accuracy} Two halves of the real images: {halves(extract, real)}."
     return table(HEAD, rows) + "\n\n" + note
 
 

@@ -1,4 +1,4 @@
-"""The report of a hundred runs: seconds of the whole command and size of the page."""
+"""Report of a hundred runs: seconds of the whole command and size of the page."""
 
 import csv
 import os
@@ -18,8 +18,8 @@ CONFIG = configuration(f"trainer.max_steps={STEPS}")
 
 
 def main(quick: bool) -> str:
-    """A Markdown table."""
-    head = ["runs", "seconds", "seconds of a core", "page, MB"]
+    """Return a Markdown table."""
+    head = ["runs", "seconds", "CPU seconds", "page, MB"]
     return table(head, [_measured(count) for count in ((10,) if quick else (10, 100))])
 
 
@@ -37,7 +37,7 @@ def _measured(count: int) -> list[str]:
 
 
 def _run(folder: Path, seed: int) -> None:
-    """What a long run leaves: losses by bins and speed in every other row, a sheet of smooth noise as a last grid."""
+    """Write the files of a long run: rows of losses and speed, and an image of smooth noise as its last grid."""
     overrides = [f"seed={seed}", f"trainer.max_steps={STEPS}"]
     (folder / ".hydra").mkdir(parents=True)
     (folder / "samples").mkdir()

@@ -1,4 +1,4 @@
-"""`make bench`: every table of docs/benchmarks.md, printed. ARGS=quick takes a minute or two, the name of a part only that."""
+"""`make bench`: print the tables of docs/benchmarks.md. ARGS=quick takes a minute or two; ARGS=NAME runs one part."""
 
 import logging
 import sys
@@ -26,7 +26,7 @@ PARTS = {
 
 
 def main(arguments: list[str]) -> int:
-    """Prints the parts that are named, or all."""
+    """Print the named parts, or all; return the exit code."""
     unknown = [a for a in arguments if a not in (*PARTS, "quick")]
     if unknown:
         print(f"error: {unknown[0]} is unknown: write quick, {', '.join(PARTS)}", file=sys.stderr)

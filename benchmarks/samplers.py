@@ -1,7 +1,7 @@
-"""What a sampler costs beside the network: 50 steps of the digits network, 256 images, the time outside the network as a share.
+"""Overhead of the samplers: share of the time outside the network, for 50 steps of the digits network and 256 images.
 
-Network and sampler are timed in the same run, call by call, so that what drifts with the machine cancels. On a GPU both wait for
-each other at every call, which hides nothing of what the processor does: the worst case.
+Network and sampler are timed in the same run, so that drifts of the machine cancel. On a GPU, every call is synchronized, so that
+CPU time is not hidden: the worst case.
 """
 
 import inspect
@@ -23,7 +23,7 @@ GPU = torch.cuda.is_available()  # queried once: each query takes a quarter of a
 
 
 class Clocked(nn.Module):
-    """A network that adds up the seconds spent inside it."""
+    """Wrap a network and sum the seconds spent in its calls."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -38,29 +38,29 @@ class Clocked(nn.Module):
 
 
 def now() -> float:
-    """The time, after what the device still has to do."""
+    """Return the time after pending work of the device."""
     if GPU:
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def every(steps: int) -> dict[str, Sampler]:
-    """One of each class with `steps` steps and otherwise its defaults, and the options that change the work of a step."""
-    found: dict[str, Sampler] = {}
+    """Return one sampler of each class with `steps` steps, and further ones with options that change the cost of a step."""
+    instances: dict[str, Sampler] = {}
     for name in samplers.__all__:
         cls = getattr(samplers, name)
         if isinstance(cls, type) and issubclass(cls, Sampler) and not inspect.isabstract(cls):
-            found[name] = cls(steps=steps) if "steps" in inspect.signature(cls).parameters else cls()
-    found["DDIM, eta=1"] = DDIM(steps, eta=1.0)
-    found["Heun, s_churn=20"] = Heun(steps, s_churn=20.0)
-    found["DPMSolverPP, order=3, corrected"] = DPMSolverPP(steps, 3, corrected=True)
-    found["DPMSolverPP, sde"] = DPMSolverPP(steps, sde=True)
-    found["UniPC, order=3"] = UniPC(steps, 3)
-    return dict(sorted(found.items()))
+            instances[name] = cls(steps=steps) if "steps" in inspect.signature(cls).parameters else cls()
+    instances["DDIM, eta=1"] = DDIM(steps, eta=1.0)
+    instances["Heun, s_churn=20"] = Heun(steps, s_churn=20.0)
+    instances["DPMSolverPP, order=3, corrected"] = DPMSolverPP(steps, 3, corrected=True)
+    instances["DPMSolverPP, sde"] = DPMSolverPP(steps, sde=True)
+    instances["UniPC, order=3"] = UniPC(steps, 3)
+    return dict(sorted(instances.items()))
 
 
 def measure(sampler: Sampler, denoiser: Denoiser, x: Tensor, rounds: int) -> tuple[float, float, int]:
-    """Milliseconds an evaluation inside the network and outside it, of the round with the median share; and the evaluations."""
+    """Return milliseconds per evaluation inside and outside the network, for the round of median share; and the evaluations."""
     clock: Any = denoiser.network
     pairs = []
     for _ in range(rounds + 1):
@@ -69,11 +69,13 @@ def measure(sampler: Sampler, denoiser: Denoiser, x: Tensor, rounds: int) -> tup
         nfe = sampler(denoiser, x).nfe
         whole = now() - begin
         pairs.append((1e3 * clock.seconds / clock.calls, 1e3 * (whole - clock.seconds) / clock.calls, nfe))
-    return sorted(pairs[1:], key=lambda pair: pair[1] / pair[0])[rounds // 2]  # the first one allocates
+    return sorted(pairs[1:], key=lambda pair: pair[1] / pair[0])[
+        rounds // 2
+    ]  # without the first round, which allocates memory
 
 
 def cost(quick: bool) -> str:
-    """The table."""
+    """Return the table."""
     config = configuration()
     device = torch.device("cuda" if GPU else "cpu")
     clocked = Clocked(network(config)[0].eval()).to(device)
@@ -89,7 +91,7 @@ def cost(quick: bool) -> str:
         inside, outside, nfe = measure(sampler, denoiser, x, 1 if quick else 5)
         share = outside / (inside + outside)
         rows.append([name, str(nfe), f"{inside:.2f}", f"{outside:.3f}", f"{share:.1%}"])
-    head = ["sampler", "evaluations", "network, ms an evaluation", "outside it, ms an evaluation", "share of the time"]
+    head = ["sampler", "evaluations", "network, ms per evaluation", "outside, ms per evaluation", "share of the time"]
     return f"Digits network, {BATCH} images, random weights.\n\n" + table(head, rows)
 
 

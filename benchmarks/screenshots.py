@@ -1,6 +1,6 @@
-"""`make screenshots ARGS=FOLDER`: the report of a folder as people see it, docs/report_{light,dark,phone}.png. Needs Chromium.
+"""`make screenshots ARGS=FOLDER`: screenshots of the report of a folder, docs/report_{light,dark,phone}.png. Requires Chromium.
 
-Those of the documentation show this sweep, about a quarter of an hour on one core, each job evaluated:
+The documentation shows this sweep, about a quarter of an hour on one core, with an evaluation of each job:
 
     python src/train.py --multirun schedule=linear,cosine objective=pred_noise,pred_x0,pred_v trainer.max_steps=300 \
         validation.every=30 trainer.log_every_n_steps=10 quality=classifier callbacks.quality.every=60 callbacks.quality.n=500 \
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from diffusion_lab.reporting import main as report
+from diffusion_lab.reporting import write_report
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
@@ -26,21 +26,20 @@ FLAGS = [
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--virtual-time-budget=3000"),
 ]
-PHONE = 360  # pixels; a window cannot be as narrow, so the page stands in a frame
+PHONE = 360  # pixels; narrower than a window can be, so the page is shown in a frame
 LARGEST = 250_000  # bytes of a picture
 
 
 def main(arguments: list[str]) -> int:
-    """Writes the pictures; returns the exit code. Arguments are those of src/report.py, without --out."""
-    browser = next((found for name in CHROMIUM if (found := shutil.which(name))), None)
+    """Write the screenshots; return the exit code. The arguments are paths of src/report.py."""
+    browser = next((path for name in CHROMIUM if (path := shutil.which(name))), None)
     if browser is None:
         print(f"error: none of {', '.join(CHROMIUM)} is installed", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         page = place / "report.html"
-        if code := report([*arguments, "--out", str(page)]):
-            return code
+        write_report([Path(argument) for argument in arguments], page)
         framed = place / "phone.html"
         frame = f'<iframe srcdoc="{html.escape(page.read_text(encoding="utf-8"))}" style="border:0;width:{PHONE}px;height:100vh"'
         framed.write_text(f"<body style='margin:0'>{frame}></iframe>", encoding="utf-8")
@@ -59,7 +58,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _shot(browser: str, page: Path, width: int, height: int, dark: bool, place: Path) -> Image.Image:
-    """The page in a window of that size."""
+    """Return a screenshot of the page in a window of that size."""
     shot = place / "shot.png"
     scheme = f"--blink-settings=preferredColorScheme={0 if dark else 1}"
     size, profile = f"--window-size={width},{height}", f"--user-data-dir={place / 'profile'}"
@@ -69,7 +68,7 @@ def _shot(browser: str, page: Path, width: int, height: int, dark: bool, place: 
 
 
 def _few(picture: Image.Image) -> Image.Image:
-    """With 256 colours, of which such a page has fewer."""
+    """Return the image quantized to 256 colors, which such a page does not exceed."""
     return picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
 
 

@@ -1,8 +1,7 @@
-"""Every sampler and every reverse variance on the digits network, by the project's own commands: distance against network
-evaluations, and bits per dimension.
+"""All samplers and reverse variances on the digits network: Fréchet distance against network evaluations, bits per dimension.
 
-The networks (the quick start's, and the same with variance=learned) are trained once and kept in outputs/bench; so are the fits
-and what was measured, so that an interrupted run goes on where it stopped.
+Networks (that of the quick start, and the same with variance=learned), fits and results are kept in outputs/bench and reused, so
+that an interrupted run can be continued.
 """
 
 import sys
@@ -12,8 +11,8 @@ from common import command, measured, table
 
 HOME = Path("outputs/bench")
 PLAIN, LEARNED = HOME / "digits", HOME / "digits_learned"
-PARTS = [[5, 10, 20], [50], [1000]]  # evaluations, the long ones last
-REPEATS = {1000: 1}  # seeds, else 3: at few evaluations one seed differs from another by more than most variances do
+PARTS = [[5, 10, 20], [50], [1000]]  # numbers of evaluations, the slow ones last
+REPEATS = {1000: 1}  # number of seeds, else 3: at few evaluations seeds differ by more than most variances
 LONG = PARTS[-1]
 STEPS = [10, 50, 1000]
 FIXED, FITTED = ["fixed_small", "fixed_large"], ["analytic", "sn", "npr"]
@@ -33,15 +32,15 @@ OTHERS = [
     "reverse_diffusion",
     "predictor_corrector",
 ]
-# Solvers of one and the same ODE, which agree at 1000 evaluations: DDIM stands for them there.
+# Solvers of the same ODE agree at 1000 evaluations, where DDIM represents them.
 ONCE_CONVERGED = [
     s for s in OTHERS if "sde" not in s and s not in ("euler_maruyama", "reverse_diffusion", "predictor_corrector")
 ]
 ADAPTIVE = ["{ode:{rtol:0.1,atol:0.1}}", "{ode:{rtol:0.01,atol:0.01}}", "{ode:{}}"]
 
 
-def trained(quick: bool) -> None:
-    """The two networks and the three fits, where they are not there yet."""
+def train_missing(quick: bool) -> None:
+    """Train the two networks and the three fits unless they exist."""
     short = ["trainer.max_steps=60", "validation.every=60"] if quick else []
     for folder, choice in ((PLAIN, "variance=fixed_small"), (LEARNED, "variance=learned")):
         if not (folder / "checkpoints" / "last.ckpt").is_file():
@@ -52,26 +51,26 @@ def trained(quick: bool) -> None:
 
 
 def distances(quick: bool) -> str:
-    """Fréchet distance in the classifier's features by sampler, variance and evaluations."""
+    """Return a table of the Fréchet distance in the classifier's features by sampler, variance and evaluations."""
     n, parts = (200, [[5, 10]]) if quick else (1797, PARTS)
     common = [f"n={n}", "metrics=[fd_classifier]", "batch_size=600"]
     budgets = [b for part in parts for b in part]
-    found: dict[str, dict[int, str]] = {}
+    table_cells: dict[str, dict[int, str]] = {}
 
     def add(part: list[int], name: str, ckpt: Path, samplers: list[str], *more: str, suffix: str = "") -> None:
         repeats = REPEATS.get(part[-1], 3)
-        asked = samplers if part != LONG else [s for s in samplers if s not in ONCE_CONVERGED]
+        selected = samplers if part != LONG else [s for s in samplers if s not in ONCE_CONVERGED]
         rows = measured(
             HOME / "measured" / f"{name}_{part[-1]}_{n}_{repeats}",
             f"ckpt={ckpt}",
-            f"samplers=[{','.join(asked)}]",
+            f"samplers=[{','.join(selected)}]",
             f"budget={part}",
             f"repeats={repeats}",
             *common,
             *more,
         )
         for i, row in enumerate(rows):
-            cells = found.setdefault(row["sampler"] + suffix, {})
+            cells = table_cells.setdefault(row["sampler"] + suffix, {})
             spread = f" ± {row['spread']['fd_classifier']:.2f}" if repeats > 1 else ""
             cells[part[i % len(part)]] = f"{row['metrics']['fd_classifier']:.2f}{spread}"
 
@@ -81,7 +80,7 @@ def distances(quick: bool) -> str:
             samplers = ["ddpm"] if ancestral else ["ddpm", "ddim"]
             add(part, variance, ckpt, samplers, f"variance={variance}", suffix=f", {variance}")
         add(part, "solvers", PLAIN, OTHERS)
-    rows = [[name, *(cells.get(b, "") for b in budgets)] for name, cells in found.items()]
+    rows = [[name, *(cells.get(b, "") for b in budgets)] for name, cells in table_cells.items()]
     adaptive = [
         f"at {row['nfe']} evaluations {row['metrics']['fd_classifier']:.2f} (`{row['sampler']}`)"
         for row in measured(
@@ -89,11 +88,11 @@ def distances(quick: bool) -> str:
         )
     ]
     head = ["sampler", *(f"{b} evaluations" for b in budgets)]
-    return table(head, rows) + "\n\nThe adaptive ODE, which chooses its own steps: " + ", ".join(adaptive) + "."
+    return table(head, rows) + "\n\nThe adaptive ODE, with step size control: " + ", ".join(adaptive) + "."
 
 
 def bits(quick: bool) -> str:
-    """The variational bound by variance and steps, and the density of the ODE."""
+    """Return a table of the variational bound by variance and steps."""
     n, counts = (20, [10]) if quick else (360, STEPS)
     rows = []
     for variance in [*FIXED, "learned", *FITTED]:
@@ -110,12 +109,12 @@ def bits(quick: bool) -> str:
 
 
 def main(quick: bool) -> str:
-    """Both tables."""
+    """Return both tables."""
     global HOME, PLAIN, LEARNED
     if quick:
         HOME = Path("outputs/bench/quick")
         PLAIN, LEARNED = HOME / "digits", HOME / "digits_learned"
-    trained(quick)
+    train_missing(quick)
     return distances(quick) + "\n\n" + bits(quick)
 
 

@@ -1,6 +1,6 @@
-"""`make pictures`: what the tasks of src/sample.py do to real images of a checkpoint's test split, as docs/tasks/*.png.
+"""`make pictures`: apply the tasks of src/sample.py to images of a checkpoint's test split, for docs/tasks/*.png.
 
-ARGS=ckpt=PATH names another checkpoint than the latest; sampler.* and guidance.* go to the commands, which are printed.
+ARGS=ckpt=PATH selects another checkpoint than the latest; sampler.* and guidance.* are passed to the commands, which are printed.
 """
 
 import shlex
@@ -23,20 +23,20 @@ STRENGTHS = (0.3, 0.6, 0.9)
 
 
 def main(arguments: list[str]) -> int:
-    """Writes the pictures; returns the exit code of the first command that fails."""
+    """Write the images; return the exit code of the first command that fails, else 0."""
     arguments = arguments if any(a.startswith("ckpt=") for a in arguments) else ["ckpt=latest", *arguments]
     ckpt = next(a for a in arguments if a.startswith("ckpt=")).removeprefix("ckpt=")
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         _inputs(ckpt, place)
-        own = f"image={place}/0.png"
+        image = f"image={place}/0.png"
         commands = {
             "interpolate": ["task=interpolate", f"images=[{place}/0.png,{place}/1.png]", "n=10"],
             "encode": ["task=encode", f"image={place}/several"],
-            "inpaint": ["task=inpaint", own, f"mask={place}/mask.png", "n=16"],
-            "inpaint_once": ["task=inpaint", own, f"mask={place}/mask.png", "n=16", "inpaint.resample=1"],
+            "inpaint": ["task=inpaint", image, f"mask={place}/mask.png", "n=16"],
+            "inpaint_once": ["task=inpaint", image, f"mask={place}/mask.png", "n=16", "inpaint.resample=1"],
             "trajectory": ["task=trajectory", "n=4", "sampler.steps=25"],
-            **{f"edit_{t}": ["task=edit", own, f"strength={t}", "n=16"] for t in STRENGTHS},
+            **{f"edit_{t}": ["task=edit", image, f"strength={t}", "n=16"] for t in STRENGTHS},
         }
         for name, options in commands.items():
             line = ["src/sample.py", *options, f"out={place}/{name}", *arguments]
@@ -45,14 +45,14 @@ def main(arguments: list[str]) -> int:
             if done.returncode:
                 print(done.stderr, file=sys.stderr)
                 return done.returncode
-        found = {
+        sheets = {
             "interpolate": ["interpolate/grid.png"],
             "encode": ["encode/sheet.png"],
             "inpaint": ["inpaint/sheet.png", "inpaint_once/sheet.png"],
             "edit": [f"edit_{t}/sheet.png" for t in STRENGTHS],
             "trajectory": ["trajectory/strip.png"],
         }
-        for name, parts in found.items():
+        for name, parts in sheets.items():
             save_png(DOCS / f"{name}.png", _stacked([place / part for part in parts]))
         save_png(DOCS / "mask.png", np.asarray(Image.open(place / "mask.png")))
         (DOCS / "trajectory.gif").write_bytes((place / "trajectory" / "trajectory.gif").read_bytes())
@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _inputs(ckpt: str, place: Path) -> None:
-    """Real images as 0.png, 1.png and several/*.png, and mask.png: the lower half is to be generated."""
+    """Write test images as 0.png, 1.png and several/*.png, and mask.png, whose lower half is generated."""
     run = load_checkpoint(ckpt)
     data: DataModule = instantiate_untrusted(run.config["data"], (), "data")
     data.prepare_data()
@@ -77,7 +77,7 @@ def _inputs(ckpt: str, place: Path) -> None:
 
 
 def _stacked(paths: list[Path]) -> np.ndarray:
-    """Pictures one below the other on the paper of the sheets."""
+    """Stack images vertically on the background of the sheets."""
     pictures = [Image.open(path).convert("RGB") for path in paths]
     sheet = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), (246,) * 3)
     y = 0

@@ -1,9 +1,8 @@
 # %% [markdown]
-# # Formulas beside code
+# # Formulas and code
 #
-# DDPM in the order in which one meets it: a step of noise, many steps at once, the step back, what a network may predict, the
-# bound, the two algorithms. Each equation stands above a line of PyTorch that computes it by hand in float64, and the line is
-# compared with the library's own function. A cell that runs is an equation that holds.
+# DDPM step by step: one noise step, many steps at once, the reverse step, prediction targets, the bound, the two algorithms.
+# Below each equation, PyTorch code computes it explicitly in float64 and compares the result with the library's function.
 #
 # | papers | here | meaning |
 # |---|---|---|
@@ -25,7 +24,7 @@ plt.style.use("lab.mplstyle")
 
 
 def same(by_hand, library, tolerance=1e-9):
-    """Stops where two results differ by more than `tolerance`, relative to 1 or to their size."""
+    """Raise AssertionError unless two results agree to `tolerance`, absolute plus relative."""
     torch.testing.assert_close(library.double(), by_hand.double(), rtol=tolerance, atol=tolerance)
 
 
@@ -34,7 +33,7 @@ def same(by_hand, library, tolerance=1e-9):
 #
 # $$q(x_i \mid x_{i-1}) = \mathcal N\big(\sqrt{1-\beta_i}\, x_{i-1},\ \beta_i I\big), \qquad \beta_i \text{ linear from } 10^{-4} \text{ to } 0.02$$
 #
-# The factor $\sqrt{1-\beta_i}$ keeps variance 1 where it is 1: $(1-\beta_i) \cdot 1 + \beta_i = 1$.
+# The factor $\sqrt{1-\beta_i}$ preserves unit variance: $(1-\beta_i) \cdot 1 + \beta_i = 1$.
 
 # %%
 T = 1000
@@ -68,8 +67,8 @@ same(variance[1:].sqrt(), sigma)
 same((1 - beta).cumprod(0), alpha**2)  # ᾱ
 
 # %% [markdown]
-# The picture takes the smallest data set there is, three numbers, and shows all that happens to it: $q(x_t)$ is a mixture of
-# three Gaussians that become one. The lines are single chains, drawn step by step.
+# The figure uses a data set of three numbers: $q(x_t)$ is a mixture of three Gaussians that converges to a single one. The
+# lines are individual chains, sampled step by step.
 
 # %%
 data, share = torch.tensor([-0.9, 0.2, 0.7]).double(), torch.tensor([0.5, 0.2, 0.3]).double()
@@ -97,16 +96,16 @@ ax.plot([0, 0, 0], data, "o", color="black", ms=4, clip_on=False, zorder=3)
 ax.set(
     xlabel="$t$",
     ylabel="$x_t$",
-    title="Three data points (black) on their way to N(0, 1), and four chains",
+    title="From three data points (black) to N(0, 1), and four chains",
     xlim=(0, 1),
 )
 ax.grid(False)
 plt.show()
 
 # %% [markdown]
-# ## 3. The step back
+# ## 3. The reverse step
 #
-# $q(x_{i-1} \mid x_i)$ would need the distribution of the data. Given $x_0$ it does not. Bayes:
+# $q(x_{i-1} \mid x_i)$ requires the distribution of the data; given $x_0$ it does not. By Bayes' rule,
 # $q(x_{i-1} \mid x_i, x_0) \propto q(x_i \mid x_{i-1})\, q(x_{i-1} \mid x_0)$, a product of two Gaussians in $x_{i-1}$. Precisions add,
 # and so do precision-weighted means:
 #
@@ -114,7 +113,7 @@ plt.show()
 # \tilde\mu_i = \tilde\beta_i \left( \frac{\sqrt{\alpha_i}}{\beta_i}\, x_i + \frac{\sqrt{\bar\alpha_{i-1}}}{1-\bar\alpha_{i-1}}\, x_0 \right)
 # \qquad (\alpha_i = 1 - \beta_i)$$
 #
-# Multiplied out:
+# Solved for variance and mean:
 #
 # $$\tilde\beta_i = \frac{1-\bar\alpha_{i-1}}{1-\bar\alpha_i}\beta_i, \qquad
 # \tilde\mu_i = \underbrace{\frac{\sqrt{\alpha_i}(1-\bar\alpha_{i-1})}{1-\bar\alpha_i}}_{c_1} x_i
@@ -135,15 +134,15 @@ same(1 / precision, back.variance[1:])
 same(a[1:].sqrt() / beta[1:] / precision, back.c1[1:])
 
 # %% [markdown]
-# The library's form holds for any pair $s < t$, so that a chain may skip steps: with $\alpha_{t|s} = \alpha_t/\alpha_s$ and
+# The library's form is valid for any pair $s < t$, so that a chain can skip steps: with $\alpha_{t|s} = \alpha_t/\alpha_s$ and
 # $\sigma^2_{t|s} = \sigma_t^2 - \alpha_{t|s}^2\sigma_s^2$,
 #
 # $$q(x_s \mid x_t, x_0) = \mathcal N\Big(\tfrac{\alpha_{t|s}\sigma_s^2}{\sigma_t^2} x_t + \tfrac{\alpha_s\sigma^2_{t|s}}{\sigma_t^2} x_0,\ \tilde\sigma^2 I\Big),
 # \qquad \tilde\sigma^2 = \frac{\sigma^2_{t|s}\sigma_s^2}{\sigma_t^2}.$$
 #
-# On the left Bayes by brute force, a product on a grid, beside that formula. On the right the question of every first reader:
-# *if each $p_\theta(x_s \mid x_t)$ is Gaussian, how can the result be anything else?* For the three data points the true
-# $q(x_s \mid x_t)$ has several peaks where the step is long, and is a Gaussian, nearly, where it is one of a thousand.
+# Left: Bayes' rule evaluated on a grid, compared with this formula. Right: $q(x_s \mid x_t)$ without $x_0$. For the three data
+# points it has several modes if the step is long, and is nearly Gaussian for one step of a thousand, so Gaussian steps
+# $p_\theta(x_s \mid x_t)$ can generate any distribution if there are enough of them.
 
 # %%
 t1, s1 = torch.tensor([0.35, 0.2], dtype=torch.float64)
@@ -161,7 +160,7 @@ same(density(grid, centre, reverse.variance.sqrt()), product, 1e-8)
 
 
 def without_x0(t, s, x_t):
-    """q(x_s | x_t) of the three points: the posteriors of each, weighted by q(x_0 | x_t)."""
+    """Return q(x_s | x_t): the posteriors of the three points, weighted by q(x_0 | x_t)."""
     alpha_t, sigma_t = schedule.alpha_sigma(t)
     q = gaussian.posterior(schedule, t, s)
     weight = share * density(x_t, alpha_t * data, sigma_t)
@@ -172,7 +171,7 @@ def without_x0(t, s, x_t):
 fig, axes = plt.subplots(1, 2, figsize=(7.2, 2.7))
 axes[0].plot(grid, prior, label=r"$q(x_s\mid x_0)$")
 axes[0].plot(grid, evidence, label=r"$q(x_t\mid x_s)$")
-axes[0].plot(grid, product, color="C2", label="product, normalised")
+axes[0].plot(grid, product, color="C2", label="product, normalized")
 axes[0].plot(
     grid[::120],
     density(grid[::120], centre, reverse.variance.sqrt()),
@@ -184,8 +183,8 @@ axes[0].set(xlim=(-3, 2), xlabel="$x_s$", ylabel="density", title="Given $x_0$: 
 axes[0].legend(loc="upper left", ncols=2)
 t2 = torch.tensor(0.3, dtype=torch.float64)
 for gap in (0.25, 0.15, 0.05, 0.01):
-    found = without_x0(t2, t2 - gap, 0.05)
-    axes[1].plot(grid, found / found.max(), label=f"{gap:g}")
+    conditional = without_x0(t2, t2 - gap, 0.05)
+    axes[1].plot(grid, conditional / conditional.max(), label=f"{gap:g}")
 axes[1].set(
     xlim=(-1.7, 2.3), xlabel="$x_s$", ylabel="density / maximum", title="Without $x_0$: Gaussian for short steps only"
 )
@@ -193,9 +192,9 @@ axes[1].legend(title="$t-s$", loc="upper right")
 plt.show()
 
 # %% [markdown]
-# ## 4. What the network may predict
+# ## 4. Prediction targets
 #
-# The mean of the step is what is wanted, and there are several ways to say it. From $x_t = \alpha x_0 + \sigma\varepsilon$:
+# The mean of the reverse step is a function of $x_0$ or of $\varepsilon$. From $x_t = \alpha x_0 + \sigma\varepsilon$:
 #
 # $$\tilde\mu_i(x_i, x_0) = c_1 x_i + c_0 x_0, \qquad
 # \tilde\mu_i(x_i, \varepsilon) = \frac{1}{\sqrt{\alpha_i}}\left(x_i - \frac{\beta_i}{\sqrt{1-\bar\alpha_i}}\,\varepsilon\right)$$
@@ -208,7 +207,7 @@ noise = normal(shape, seed=2, index=index, dtype=torch.float64)
 
 
 def c(value):
-    """A number for each image, shaped to multiply images."""
+    """Reshape one value per image for multiplication with images."""
     return value.reshape(-1, 1, 1, 1)
 
 
@@ -217,7 +216,7 @@ mu = back.mean(x_t, x0)
 same((x_t - c(beta / (1 - bar).sqrt()) * noise) / c(a.sqrt()), mu)
 
 # %% [markdown]
-# So a network may give $\tilde\mu$ (A), $x_0$ (B) or $\varepsilon$ (C). All three are linear in $(x_0, \varepsilon)$, and so is
+# So a network can predict $\tilde\mu$ (A), $x_0$ (B) or $\varepsilon$ (C). All three are linear in $(x_0, \varepsilon)$, and so is
 # $v = \alpha\varepsilon - \sigma x_0$, the velocity $dx/d\varphi$ of $x = \cos\varphi\, x_0 + \sin\varphi\, \varepsilon$:
 #
 # $$y = a_t x_0 + b_t \varepsilon, \qquad
@@ -241,10 +240,10 @@ for objective, y in targets.items():
     same(noise, guess_noise, 1e-8)
 
 # %% [markdown]
-# What differs is what an error does. $\Delta x_0 = -(\sigma/D)\,\Delta y$ and $\Delta\varepsilon = (\alpha/D)\,\Delta y$: a network that
-# predicts $\varepsilon$ knows nothing of $x_0$ at $t = 1$ (its error is multiplied by $1/\alpha = 160$ there), one that predicts $x_0$ nothing of
-# $\varepsilon$ near $t = 0$; $v$ is safe at both ends. An error of $\tilde\mu$, which hardly differs from $x_t$, is hopeless: the reason
-# why DDPM's first option lost.
+# The targets differ in how errors propagate: $\Delta x_0 = -(\sigma/D)\,\Delta y$ and $\Delta\varepsilon = (\alpha/D)\,\Delta y$. For a
+# network that predicts $\varepsilon$, the error of $\hat x_0$ at $t = 1$ is multiplied by $\sigma/\alpha \approx 160$; for one that predicts $x_0$,
+# the error of $\hat\varepsilon$ is large near $t = 0$; for $v$ both factors are at most 1. The factors of $\tilde\mu$, which hardly differs from
+# $x_t$, are the largest, which explains the poor results of DDPM's first option.
 
 # %%
 fig, axes = plt.subplots(1, 2, figsize=(7.2, 2.8), sharey=True)
@@ -256,7 +255,7 @@ for objective in targets:
         ax.semilogy(t, factor.abs(), label=name, ls="--" if name == "$v$" else "-")
 axes[0].set(xlabel="$t$", ylabel="error out / error in", title=r"Error of $\hat x_0$: $|\sigma/D|$", ylim=(3e-3, 3e4))
 axes[1].set(xlabel="$t$", title=r"Error of $\hat\varepsilon$: $|\alpha/D|$")
-axes[1].legend(title="network gives", ncols=2, loc="upper right")
+axes[1].legend(title="prediction", ncols=2, loc="upper right")
 plt.show()
 
 # %% [markdown]
@@ -266,7 +265,7 @@ plt.show()
 # + \sum_{i=2}^{T} \underbrace{\mathrm{KL}\big(q(x_{i-1}|x_i,x_0)\,\|\,p_\theta(x_{i-1}|x_i)\big)}_{L_{i-1}}
 # \underbrace{-\log p_\theta(x_0|x_1)}_{L_0}$$
 #
-# All terms but the last compare Gaussians:
+# All terms except the last are KL divergences of Gaussians:
 #
 # $$\mathrm{KL}\big(\mathcal N(\mu_1, \sigma_1^2)\,\|\,\mathcal N(\mu_2, \sigma_2^2)\big)
 # = \ln\frac{\sigma_2}{\sigma_1} + \frac{\sigma_1^2 + (\mu_1-\mu_2)^2}{2\sigma_2^2} - \frac12$$
@@ -277,7 +276,7 @@ v1, v2 = v1.abs(), v2.abs()
 same(0.5 * (v2 / v1).log() + (v1 + (m1 - m2) ** 2) / (2 * v2) - 0.5, gaussian.kl(m1, v1.log(), m2, v2.log()))
 
 # %% [markdown]
-# Where both have the variance $\tilde\beta_i$, only the means count, and with a network that predicts $\varepsilon$
+# If both have the variance $\tilde\beta_i$, only the means matter. For a network that predicts $\varepsilon$,
 #
 # $$L_{i-1} = \frac{1}{2\tilde\beta_i}\|\tilde\mu_i - \hat\mu_i\|^2 = \frac{\beta_i^2}{2\tilde\beta_i\,\alpha_i(1-\bar\alpha_i)}\,\|\varepsilon - \hat\varepsilon\|^2
 # = \tfrac12\Big(\tfrac{\mathrm{SNR}_{i-1}}{\mathrm{SNR}_i} - 1\Big)\|\varepsilon - \hat\varepsilon\|^2 .$$
@@ -289,64 +288,64 @@ same(0.5 * (v2 / v1).log() + (v1 + (m1 - m2) ** 2) / (2 * v2) - 0.5, gaussian.kl
 eps = objectives.PredNoise()
 weight = beta**2 / (2 * back.variance * a * (1 - bar))
 snr = schedule.lam(t).mul(2).exp()
-same(weight[1:], weightings.VLB()(schedule, eps, t)[1:])  # at i = 1 L_0 takes its place
+same(weight[1:], weightings.VLB()(schedule, eps, t)[1:])  # at i = 1 the term is L_0
 same(weight[1:], 0.5 * (snr[:-1] / snr[1:] - 1))
 same(torch.ones(T), weightings.Eps()(schedule, eps, t))
 
 
-def guessing(x_t, c):
-    """Some network: any function of the state and of what it is told of the time, c = i − 1."""
+def toy_network(x_t, c):
+    """Return a function of the state and the time-conditioning input c = i − 1, as any network does."""
     return 0.9 * torch.tanh(x_t) + 0.1 * torch.cos(c / 100).reshape(-1, 1, 1, 1)
 
 
-denoiser = Denoiser(guessing, schedule, eps)
+denoiser = Denoiser(toy_network, schedule, eps)
 per_image = losses.diffusion_loss(denoiser, weightings.VLB(), losses.L2(), x0, noise, t)
-same((weight * (noise - guessing(x_t, i - 1)).square().mean((1, 2, 3)))[1:], per_image.weighted[1:])
-same((noise - guessing(x_t, i - 1)).square().mean((1, 2, 3)), per_image.error)  # algorithm 1, line 5
+same((weight * (noise - toy_network(x_t, i - 1)).square().mean((1, 2, 3)))[1:], per_image.weighted[1:])
+same((noise - toy_network(x_t, i - 1)).square().mean((1, 2, 3)), per_image.error)  # algorithm 1, line 5
 
 # %% [markdown]
-# ## 6. The variance that the bound wants
+# ## 6. The optimal variance
 #
-# $p_\theta(x_s \mid x_t)$ needs a variance too. If $x_0$ were known it would be $\tilde\sigma^2$ (`fixed_small`), if $x_0$ were white noise
-# of variance 1, $\sigma^2_{t|s}$ (`fixed_large`). The best one adds what $x_t$ leaves open of $x_0$, and that can be measured from the network's own
-# output (Analytic-DPM):
+# The variance of $p_\theta(x_s \mid x_t)$ is $\tilde\sigma^2$ (`fixed_small`) for known $x_0$, and $\sigma^2_{t|s}$ (`fixed_large`) for $x_0$
+# that is white noise of variance 1. The optimal one adds the variance of $x_0$ given $x_t$, which is estimated from the network's output
+# (Analytic-DPM):
 #
 # $$\sigma^2_\star = \tilde\sigma^2 + c_0^2\, \mathrm{Var}[x_0 | x_t], \qquad
 # \mathrm{Var}[x_0 | x_t] = \frac{\sigma_t^2}{\alpha_t^2}\Big(1 - \tfrac1N \mathbb E\|\hat\varepsilon\|^2\Big)$$
 #
-# From here on data for which all is known: $x_0 \sim \mathcal N(0, r^2 I)$, $r = 0.1$. Then $x_t \sim \mathcal N(0, n_t^2 I)$ with
-# $n_t^2 = \alpha_t^2r^2 + \sigma_t^2$, the best network is $\hat x_0 = \alpha_t r^2 x_t/n_t^2$, and $q(x_s \mid x_t)$ is Gaussian with variance
-# $n_s^2 - \alpha_{t|s}^2 n_s^4/n_t^2$, which $\sigma^2_\star$ must meet.
+# The following data have closed forms: $x_0 \sim \mathcal N(0, r^2 I)$, $r = 0.1$. Then $x_t \sim \mathcal N(0, n_t^2 I)$ with
+# $n_t^2 = \alpha_t^2r^2 + \sigma_t^2$, the optimal network is $\hat x_0 = \alpha_t r^2 x_t/n_t^2$, and $q(x_s \mid x_t)$ is Gaussian with variance
+# $n_s^2 - \alpha_{t|s}^2 n_s^4/n_t^2$, which $\sigma^2_\star$ must equal.
 
 # %%
 r = 0.1
 
 
-def best(x_t, c):
+def optimal(x_t, c):
     """E[ε | x_t] = σ_t x_t/n_t²."""
     alpha, sigma = schedule.alpha_sigma((c + 1) / T)
     return (sigma / (alpha**2 * r**2 + sigma**2)).reshape(-1, 1, 1, 1) * x_t
 
 
-denoiser = Denoiser(best, schedule, eps)
+denoiser = Denoiser(optimal, schedule, eps)
 alpha_s, sigma_s = schedule.alpha_sigma(s)
 n2_t, n2_s = alpha**2 * r**2 + sigma**2, alpha_s**2 * r**2 + sigma_s**2
 analytic = variances.Analytic(t, sigma**2 / n2_t)  # E ε̂² = σ_t²/n_t²
 
 prediction = denoiser(x_t, t)
-found = analytic(schedule, t, s, prediction, floor=back.variance).flatten()
-same(n2_s[1:] - step.alpha[1:] ** 2 * n2_s[1:] ** 2 / n2_t[1:], found[1:])
-same(back.variance + back.c0**2 * sigma**2 / alpha**2 * (1 - sigma**2 / n2_t), found)
+reverse_variance = analytic(schedule, t, s, prediction, floor=back.variance).flatten()
+same(n2_s[1:] - step.alpha[1:] ** 2 * n2_s[1:] ** 2 / n2_t[1:], reverse_variance[1:])
+same(back.variance + back.c0**2 * sigma**2 / alpha**2 * (1 - sigma**2 / n2_t), reverse_variance)
 
 # %% [markdown]
 # ## 7. The bound in numbers
 #
-# A chain of $K$ of the 1000 steps, for 16 images of levels 0 … 255. The decoder $p_\theta(x_0 | x_1)$ is a Gaussian cut into bins
-# of the levels $k/127.5 - 1$, the outermost open:
+# A chain of $K$ of the 1000 steps, for 16 images of levels 0 … 255. The decoder $p_\theta(x_0 | x_1)$ is a Gaussian integrated over
+# bins around the levels $k/127.5 - 1$, with open outermost bins:
 #
 # $$L_0 = -\log\left[\Phi\Big(\tfrac{x_0 - \mu + 1/255}{\sigma}\Big) - \Phi\Big(\tfrac{x_0 - \mu - 1/255}{\sigma}\Big)\right]$$
 #
-# Every term by hand, with the very noise that the library draws (all noise here is a function of a key):
+# Every term computed explicitly, with the noise that the library draws (noise is a function of a key):
 
 # %%
 pixels = (normal(shape, seed=3, index=torch.arange(16), dtype=torch.float64) * r).clamp(-1, 1)
@@ -372,7 +371,7 @@ for k in range(1, len(chain)):
     noisy = alpha_t * pixels + sigma_t * z
     guess = alpha_t * r**2 / (alpha_t**2 * r**2 + sigma_t**2) * noisy
     if k == 1:
-        v = gaussian.posterior(schedule, chain[2], chain[1]).variance  # that of the pair above, its own being 0
+        v = gaussian.posterior(schedule, chain[2], chain[1]).variance  # of the next pair; that of this pair is 0
         low, high = ((pixels - guess + edge) / v.sqrt() for edge in (-1 / 255, 1 / 255))
         upper = torch.where(pixels > 0.999, 1.0, torch.special.ndtr(high))
         lower = torch.where(pixels < -0.999, 0.0, torch.special.ndtr(low))
@@ -387,9 +386,9 @@ same(L_0, bound.terms["L_0"])
 same(L_T + sum(L) + L_0, bound.bpd)
 
 # %% [markdown]
-# The true number of bits is known here, so one sees what a chain of few steps wastes. `fixed_small` is far off, because it is sure of
-# what it cannot know; `fixed_large` hedges; the measured variance loses least at every length, and all meet at the entropy
-# when the steps are many. (Bao et al. 2022 have the same three curves for CIFAR-10.)
+# The exact number of bits is known, which shows the gap of a chain of few steps. `fixed_small` underestimates the variance and has
+# the largest gap; `fixed_large` overestimates it; the fitted variance has the smallest gap at every length, and all converge to the
+# entropy with many steps. (Bao et al. 2022 show the same three curves for CIFAR-10.)
 
 # %%
 levels = torch.special.ndtr((pixels + 1 / 255) / r) - torch.special.ndtr((pixels - 1 / 255) / r)
@@ -400,7 +399,7 @@ curves = {
     name: [likelihood.vlb(denoiser, pixels, steps=n, variance=kind).bpd.mean() for n in lengths]
     for name, kind in kinds.items()
 }
-terms = likelihood.vlb(denoiser, pixels, steps=112)  # 999 = 111 · 9: all strides alike
+terms = likelihood.vlb(denoiser, pixels, steps=112)  # 999 = 111 · 9: equal strides
 
 fig, axes = plt.subplots(1, 2, figsize=(7.2, 2.8))
 for name, curve in curves.items():
@@ -425,13 +424,13 @@ plt.show()
 # %% [markdown]
 # ## 8. Sampling
 #
-# Algorithm 2 of Ho et al., and DDIM, which keeps $q(x_t \mid x_0)$ and lets the noise of a step be anything from $0$ to $\tilde\sigma$:
+# Algorithm 2 of Ho et al., and DDIM, which preserves $q(x_t \mid x_0)$ for any noise of a step between $0$ and $\tilde\sigma$:
 #
 # $$x_{i-1} = \frac{1}{\sqrt{\alpha_i}}\left(x_i - \frac{\beta_i}{\sqrt{1-\bar\alpha_i}}\hat\varepsilon\right) + \sigma z, \qquad
 # x_s = \alpha_s \hat x_0 + \sqrt{\sigma_s^2 - \eta^2\tilde\sigma^2}\;\hat\varepsilon + \eta\tilde\sigma z$$
 
 # %%
-few = schedules.Linear(100)  # a table of 100 steps, every one of which is taken
+few = schedules.Linear(100)  # a table of 100 steps, all of them used
 betas = torch.linspace(1e-3, 0.2, 100, dtype=torch.float64)
 bars = (1 - betas).cumprod(0)
 
@@ -465,8 +464,8 @@ same(by_hand, samplers.DDIM(steps=10, eta=eta)(Denoiser(smooth, few, eps), start
 # ## 9. Infinitely many steps
 #
 # For $T \to \infty$ the chain is an SDE $dx = f x\,dt + g\,dw$ with $f = \frac{d\ln\alpha}{dt}$ and
-# $g^2 = \frac{d\sigma^2}{dt} - 2f\sigma^2$ for any curve $(\alpha, \sigma)$; on `vp` these are $-\frac12\beta(t)$ and $\beta(t)$. An ODE has the same marginals, and it is
-# simpler than it looks:
+# $g^2 = \frac{d\sigma^2}{dt} - 2f\sigma^2$ for any curve $(\alpha, \sigma)$; on `vp` these are $-\frac12\beta(t)$ and $\beta(t)$. The ODE with the same
+# marginals simplifies to a form without $f$ and $g$:
 #
 # $$\frac{dx}{dt} = f x - \tfrac12 g^2\, \nabla\log q(x) = \dot\alpha\,\hat x_0 + \dot\sigma\,\hat\varepsilon, \qquad \nabla\log q(x_t) = -\hat\varepsilon/\sigma_t$$
 
@@ -484,7 +483,7 @@ for curve in (vp, schedules.SubVP(), schedules.VE(), schedules.EDM(), schedules.
     same(da * data_ + ds * noise_, f * state - 0.5 * g2 * score, 1e-8)
 
 # %% [markdown]
-# The score is the gradient of a log density, which for the best network of section 6 can be had from autograd:
+# The score is the gradient of the log density; autograd computes it for the data of section 6:
 
 # %%
 state = x_t.clone().requires_grad_()
@@ -493,7 +492,7 @@ log_density = (-0.5 * state.square() / c(n2_t)).sum()
 same(score, -prediction.noise / c(sigma))
 
 # %% [markdown]
-# Where these live: [`schedules/`](../src/diffusion_lab/schedules), [`gaussian.py`](../src/diffusion_lab/gaussian.py),
+# Source: [`schedules/`](../src/diffusion_lab/schedules), [`gaussian.py`](../src/diffusion_lab/gaussian.py),
 # [`objectives.py`](../src/diffusion_lab/objectives.py), [`weightings.py`](../src/diffusion_lab/weightings.py),
 # [`variances/`](../src/diffusion_lab/variances), [`likelihood/`](../src/diffusion_lab/likelihood),
 # [`samplers/ancestral.py`](../src/diffusion_lab/samplers/ancestral.py). Next: [02_schedules](02_schedules.ipynb).

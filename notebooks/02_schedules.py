@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Schedules and weightings
 #
-# A schedule is a curve $(\alpha_t, \sigma_t)$ with $x_t = \alpha_t x_0 + \sigma_t \varepsilon$. What a network can know at $t$ depends on
-# the ratio alone, $\ln\mathrm{SNR} = 2\ln(\alpha_t/\sigma_t)$; everything else about a schedule is how long it stays at each value of it.
-# These pictures show the curves, then the weightings, then the two together: where a training loss lives.
+# A schedule is a curve $(\alpha_t, \sigma_t)$ with $x_t = \alpha_t x_0 + \sigma_t \varepsilon$. The information about $x_0$ in $x_t$ depends only
+# on $\ln\mathrm{SNR} = 2\ln(\alpha_t/\sigma_t)$; schedules differ in the time that they spend at each value of it.
+# The figures show the curves, the weightings, and the distribution of the training loss that follows from both.
 
 # %%
 import math
@@ -12,7 +12,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 
-from diffusion_lab import objectives, schedules, times, weightings
+from diffusion_lab import objectives, schedules, time_samplers, weightings
 from diffusion_lab.data.images import to_float
 from diffusion_lab.data.pictures import grid
 from diffusion_lab.data.sources import Digits
@@ -24,9 +24,9 @@ t = torch.linspace(0, 1, 1001, dtype=torch.float64)[1:]
 # %% [markdown]
 # ## 1. The curves
 #
-# Above the tables (a thousand $\beta_i$, from which $\bar\alpha$ follows), below the curves with a formula for every $t$. `vp` is the
-# limit of `linear` for many steps; `ve` and `edm` leave the image as it is and add noise up to 50 and 80 times its range, so that
-# their $\sigma$ wants a logarithmic axis.
+# Top: tables (a thousand $\beta_i$, which determine $\bar\alpha$). Bottom: curves with a formula for every $t$. `vp` is the
+# limit of `linear` for many steps; `ve` and `edm` do not scale the image and add noise up to 50 and 80 times its range, hence
+# the logarithmic axis of $\sigma$.
 
 # %%
 tables = {
@@ -60,8 +60,8 @@ for ax in axes[1]:
 plt.show()
 
 # %% [markdown]
-# The same digit and the same noise along four of them, each image divided by its size (the pixels of this digit have mean square ½). `linear`
-# destroys most of it in the first half and trains on noise in the second: what `cosine` was made to repair.
+# The same digit and the same noise along four of them, each image divided by its root mean square (the pixels of this digit have mean
+# square ½). `linear` removes most of the image in the first half and spends the second half on noise, which motivated `cosine`.
 
 # %%
 digit = to_float(Digits().load(Path("data"), (1, 8, 8), download=False).examples.images[4:5])
@@ -85,9 +85,9 @@ axes[-1].set_xlabel("$t$")
 plt.show()
 
 # %% [markdown]
-# Two changes that every table takes. `shift` multiplies $\sigma/\alpha$, $\ln\mathrm{SNR} \to \ln\mathrm{SNR} - 2\ln s$, because the neighbours of a
-# pixel average the noise away: at twice the resolution an image needs twice the noise to be destroyed as much.
-# `zero_terminal_snr` bends the end down to $\alpha_1 = 0$, so that what sampling begins with is what training saw.
+# Two options of every table. `shift` multiplies $\sigma/\alpha$, $\ln\mathrm{SNR} \to \ln\mathrm{SNR} - 2\ln s$: averaging neighboring
+# pixels removes noise, so at twice the resolution twice the noise is needed for the same loss of information.
+# `zero_terminal_snr` rescales the table so that $\alpha_1 = 0$: sampling then starts from the distribution of training at $t = 1$.
 
 # %%
 s = 4
@@ -107,20 +107,20 @@ axes[1].legend()
 plt.show()
 
 # %% [markdown]
-# ## 2. How long a schedule stays where
+# ## 2. Density of ln SNR
 #
 # With $t$ uniform, $\ln\mathrm{SNR}$ has the density
 #
 # $$p(\ell) = \left|\frac{dt}{d\ell}\right|, \qquad \frac{d\ell}{dt} = 2\left(\frac{\dot\alpha}{\alpha} - \frac{\dot\sigma}{\sigma}\right).$$
 #
 # For the straight line of flow matching that is $\frac18\operatorname{sech}^2\frac{\ell}{4}$, for the cosine without its offset
-# $\frac{1}{2\pi}\operatorname{sech}\frac{\ell}{2}$. `time_sampler` changes the density without the schedule: EDM draws
-# $\ln(\sigma/\alpha) \sim \mathcal N(-1.2, 1.2^2)$ whatever the curve.
+# $\frac{1}{2\pi}\operatorname{sech}\frac{\ell}{2}$. `time_sampler` changes the density independently of the schedule: EDM
+# draws $\ln(\sigma/\alpha) \sim \mathcal N(-1.2, 1.2^2)$ on any curve.
 
 
 # %%
 def density(schedule, t):
-    """(ln SNR, its density) at times t that are drawn uniformly."""
+    """Return ln SNR and its density for uniform t."""
     (alpha, sigma), (d_alpha, d_sigma) = schedule.alpha_sigma(t), schedule.derivatives(t)
     return 2 * schedule.lam(t), 1 / (2 * (d_alpha / alpha - d_sigma / sigma)).abs()
 
@@ -132,7 +132,7 @@ ell, p = density(schedules.Cosine(), t)
 inner = ell.abs() < 4
 torch.testing.assert_close(p[inner], 1 / (2 * math.pi * (ell[inner] / 2).cosh()), rtol=0.03, atol=0)
 
-drawn = times.LogNormal(-1.2, 1.2)(schedules.Flow(), torch.arange(20_000), 20_000, seed=0, step=0)
+drawn = time_samplers.LogNormal(-1.2, 1.2)(schedules.Flow(), torch.arange(20_000), 20_000, seed=0, step=0)
 drawn = 2 * schedules.Flow().lam(drawn)
 
 fig, ax = plt.subplots(figsize=(7.2, 2.7))
@@ -156,10 +156,10 @@ plt.show()
 # %% [markdown]
 # ## 3. Weightings
 #
-# A weighting $w$ is stated once, on the error of $\varepsilon$: the loss is $w\,\|\varepsilon - \hat\varepsilon\|^2$. An error $\Delta y$ of
+# A weighting $w$ is defined on the error of $\varepsilon$: the loss is $w\,\|\varepsilon - \hat\varepsilon\|^2$. An error $\Delta y$ of
 # the network's output is $\Delta\varepsilon = (\alpha/D)\Delta y$, so the same loss has the weight $w(\alpha/D)^2$ on $y$; for $x_0$ that is
-# $w\cdot\mathrm{SNR}$, for $v$ it is $w\,\alpha^2$ where $\alpha^2+\sigma^2=1$. The three panels show the *same* weightings in the three units; a flat
-# line is a plain squared error of what the panel names. (`p2` with its published $k = \gamma = 1$ is `sigmoid` with $b = 0$.)
+# $w\cdot\mathrm{SNR}$, for $v$ it is $w\,\alpha^2$ where $\alpha^2+\sigma^2=1$. The three panels show the *same* weightings for the three errors; a flat
+# line is the unweighted squared error of that panel's quantity. (`p2` with its published $k = \gamma = 1$ is `sigmoid` with $b = 0$.)
 
 # %%
 vp = schedules.VP()
@@ -194,16 +194,16 @@ fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", nco
 plt.show()
 
 # %% [markdown]
-# `native` weights the error of $y$ with 1 whatever $y$ is. Stated on $\varepsilon$ it is therefore a weighting of its own for each objective,
+# `native` has weight 1 on the error of $y$ for any $y$. On $\varepsilon$ it is a different weighting for each objective,
 # $w = (D/\alpha)^2$:
 #
 # | objective | native $w$ | |
 # |---|---|---|
 # | `pred_noise` | $1$ | DDPM's $L_\text{simple}$ |
-# | `pred_x0` | $1/\mathrm{SNR}$ | most weight where there is most noise |
+# | `pred_x0` | $1/\mathrm{SNR}$ | most weight at high noise |
 # | `pred_v` | $1 + 1/\mathrm{SNR}$ | "SNR + 1" on $x_0$ |
 # | `pred_flow` | $(1 + \mathrm{SNR}^{-1/2})^2$ | on every curve |
-# | `edm` | $1 + 1/(\sigma_d^2\,\mathrm{SNR})$ | `weighting=edm`, which is what $c_\text{out}$ is for |
+# | `edm` | $1 + 1/(\sigma_d^2\,\mathrm{SNR})$ | `weighting=edm`, by the definition of $c_\text{out}$ |
 
 # %%
 snr = near.exp()
@@ -224,12 +224,12 @@ ax.legend()
 plt.show()
 
 # %% [markdown]
-# ## 4. Where the loss lives
+# ## 4. Distribution of the loss
 #
 # $$\mathbb E_t\, w\,\|\varepsilon - \hat\varepsilon\|^2 = \int p(\ell)\; w(\ell)\; \mathrm{err}(\ell)\, d\ell$$
 #
-# $\mathrm{err}$ belongs to the data and to the network. For the digits there is a good stand-in in closed form: the best *linear* denoiser,
-# which knows their mean and covariance. In the eigenbasis, with eigenvalues $c_n$, $\mathrm{err} = \frac1N\sum_n \frac{\alpha^2 c_n}{\alpha^2 c_n + \sigma^2}$
+# $\mathrm{err}$ depends on the data and on the network. For the digits, the optimal *linear* denoiser, which depends on their mean and
+# covariance, is an approximation in closed form. In the eigenbasis, with eigenvalues $c_n$, $\mathrm{err} = \frac1N\sum_n \frac{\alpha^2 c_n}{\alpha^2 c_n + \sigma^2}$
 # for $\varepsilon$.
 
 # %%
@@ -238,7 +238,7 @@ eigenvalues = torch.linalg.eigvalsh(images.T.cov()).clamp(min=0)
 
 
 def error(ell):
-    """Mean squared error of ε at ln SNR of the best linear denoiser of the digits."""
+    """Return the mean squared error of ε at ln SNR of the optimal linear denoiser of the digits."""
     return (ell[:, None].exp() * eigenvalues / (ell[:, None].exp() * eigenvalues + 1)).mean(1)
 
 
@@ -254,11 +254,11 @@ recipes = {
 fig, axes = plt.subplots(1, 2, figsize=(7.2, 3.0), width_ratios=(1, 1.6))
 for unit, factor in ((r"$\varepsilon$", 0 * near), ("$x_0$", -near), ("$v$", -torch.nn.functional.logsigmoid(near))):
     axes[0].semilogy(near, error(near) * factor.exp(), label=unit)
-axes[0].set(xlabel=r"$\ln\,$SNR", ylabel="error of the best linear denoiser", title="What is left to learn")
-axes[0].legend(title="of")
-wide = torch.linspace(-14, 14, 561, dtype=torch.float64)
+axes[0].set(xlabel=r"$\ln\,$SNR", ylabel="error of the optimal linear denoiser", title="Error")
+axes[0].legend(title="error of")
+ell_grid = torch.linspace(-14, 14, 561, dtype=torch.float64)
 for name, (schedule, objective, weighting) in recipes.items():
-    at = schedule.time(wide / 2)
+    at = schedule.time(ell_grid / 2)
     at = at[(at > 1e-3) & (at < 1)]
     ell, p = density(schedule, at)
     w = weighting(schedule, objective, at) / weightings.Eps()(schedule, objective, at)
@@ -268,23 +268,23 @@ for name, (schedule, objective, weighting) in recipes.items():
     data_side = torch.trapezoid(loss * (ell > 0), ell).abs()
     print(f"{name:17} {data_side:.0%} of the loss at SNR > 1")
 sigma_d = math.sqrt(float(images.var(0).mean()))
-w = weightings.EDM(sigma_d)(vp, objectives.PredNoise(), vp.time(wide / 2))
-loss = torch.exp(-0.5 * ((wide - 2.4) / 2.4) ** 2) * w * error(wide)
-axes[1].plot(wide, loss / torch.trapezoid(loss, wide), label="EDM: log_normal, edm")
+w = weightings.EDM(sigma_d)(vp, objectives.PredNoise(), vp.time(ell_grid / 2))
+loss = torch.exp(-0.5 * ((ell_grid - 2.4) / 2.4) ** 2) * w * error(ell_grid)
+axes[1].plot(ell_grid, loss / torch.trapezoid(loss, ell_grid), label="EDM: log_normal, edm")
 axes[1].set(
-    xlim=(-9, 15), ylim=(0, None), xlabel=r"$\ln\,$SNR", ylabel="share of the loss", title="Where the loss lives"
+    xlim=(-9, 15), ylim=(0, None), xlabel=r"$\ln\,$SNR", ylabel="density of the loss", title="Distribution of the loss"
 )
 axes[1].legend(loc="upper right")
 plt.show()
 
 # %% [markdown]
-# With $\varepsilon$ as target five sixths of the loss lie where the image is already better than the noise, with $v$ and flow matching three
-# fifths; `min_snr` cuts the clean end off. `cosine` with $v$ and flow matching are, to the eye, one method. For the schedule drops out: what
-# counts is $p\,w$. A loss along one schedule is the loss along another with the weight multiplied by the ratio of their densities:
+# With target $\varepsilon$, five sixths of the loss are at $\mathrm{SNR} > 1$, with $v$ and flow matching three fifths; `min_snr` removes the part at
+# high SNR. `cosine` with $v$ and flow matching are nearly identical: only the product $p\,w$ matters. The loss along one schedule equals that along
+# another if the weight is multiplied by the ratio of the densities:
 
 # %%
 ell_flow, p_flow = density(schedules.Flow(), uniform)
-inside = ell_flow.abs() < 8  # where both curves go
+inside = ell_flow.abs() < 8  # the range of both curves
 along_flow = (error(ell_flow) * inside).mean()
 
 ell_vp, p_vp = density(schedules.VP(), uniform)
@@ -294,7 +294,7 @@ print(f"E err along flow {along_flow:.4f}, along vp with the weight p_flow/p_vp 
 torch.testing.assert_close(along_vp, along_flow, rtol=1e-3, atol=0)
 
 # %% [markdown]
-# So a schedule that is new to training is a choice of how to spend samples (variance of the gradient), one that is new to *sampling* a choice
-# of where to take steps: the next notebook, [03_samplers](03_samplers.ipynb).
+# In training, a schedule therefore determines only how samples are distributed (the variance of the gradient); in *sampling*, it determines the
+# steps: see the next notebook, [03_samplers](03_samplers.ipynb).
 #
 # On the command line: `schedule=linear objective=pred_v weighting=min_snr weighting.gamma=5 time_sampler=log_normal`, in any combination.

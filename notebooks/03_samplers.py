@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Samplers
 #
-# One denoiser, all samplers. Here it is no trained network: for a mixture of Gaussians the best $\hat\varepsilon$ is known in closed form,
-# so whatever is wrong with a sample is the sampler's doing. At the end the network is made to err, and the order of the samplers turns round.
+# All samplers on one denoiser. For a mixture of Gaussians the optimal $\hat\varepsilon$ has a closed form, so all errors of a sample are errors
+# of the sampler. In the last section an error is added to the network, which reverses the order of the samplers.
 
 # %%
 import math
@@ -18,10 +18,10 @@ from diffusion_lab.samplers import grids
 plt.style.use("lab.mplstyle")
 
 # %% [markdown]
-# ## 1. Data and the best network
+# ## 1. Data and the optimal network
 #
-# Eighty Gaussians along two arms of a spiral. Samplers take images $(B, C, H, W)$; ours has two channels, the coordinates, and each of its
-# pixels is a point of its own. For components of mean $m_k$ and standard deviation $w$, with $n^2 = \alpha^2w^2 + \sigma^2$,
+# Eighty Gaussians along two arms of a spiral. Samplers take images $(B, C, H, W)$; here an image has two channels, the coordinates, and each
+# pixel is a point. For components of mean $m_k$ and standard deviation $w$, with $n^2 = \alpha^2w^2 + \sigma^2$,
 #
 # $$\hat x_0 = \sum_k p_k\,\frac{\sigma^2 m_k + \alpha w^2 x_t}{n^2}, \qquad p_k \propto \exp\left(-\frac{\|x_t - \alpha m_k\|^2}{2n^2}\right).$$
 
@@ -33,8 +33,8 @@ means, width = torch.cat([arm, -arm]), 0.04
 schedule = schedules.VP()
 
 
-def best(x_t, c):
-    """E[ε | x_t]; a network of `vp` is told c = 999 t."""
+def optimal(x_t, c):
+    """Return E[ε | x_t]; c = 999 t is the time-conditioning input on `vp`."""
     alpha, sigma = (v.reshape(-1, 1, 1, 1) for v in schedule.alpha_sigma(c / 999))
     n2 = (alpha * width) ** 2 + sigma**2
     logits = alpha * torch.einsum("kd,bdhw->bkhw", means, x_t) - alpha**2 / 2 * means.square().sum(1)[:, None, None]
@@ -43,13 +43,13 @@ def best(x_t, c):
     return (x_t - alpha * x0) / sigma
 
 
-denoiser = Denoiser(best, schedule, objectives.PredNoise())
+denoiser = Denoiser(optimal, schedule, objectives.PredNoise())
 side = 40
 one = torch.tensor([0])
 
 
 def data(seed):
-    """1600 points of the mixture as an image (1, 2, 40, 40), and the component of each."""
+    """Return 1600 points of the mixture as an image (1, 2, 40, 40), and the component of each."""
     generator = torch.Generator().manual_seed(seed)
     k = torch.randint(len(means), (side, side), generator=generator)
     return means[k].permute(2, 0, 1)[None] + width * normal(
@@ -58,7 +58,7 @@ def data(seed):
 
 
 def points(ax, x, **style):
-    """The pixels of an image as points."""
+    """Plot the pixels of an image as points."""
     ax.scatter(*x[0].flatten(1), **{"s": 2, "lw": 0, "color": "0.75", **style})
     ax.set(xticks=[], yticks=[], aspect="equal")
     ax.spines[:].set_visible(False)
@@ -66,9 +66,9 @@ def points(ax, x, **style):
 
 
 # %% [markdown]
-# Two ways from data to noise: the forward process, in which each point forgets where it came from, and the probability-flow ODE run
-# backwards, $dx/dt = \dot\alpha\hat x_0 + \dot\sigma\hat\varepsilon$, which winds the spiral into a Gaussian and can be unwound. At each $t$ both rows
-# have the same distribution; the colour is the place on the spiral.
+# From data to noise in two ways: the forward process, which adds independent noise to each point, and the probability-flow ODE,
+# $dx/dt = \dot\alpha\hat x_0 + \dot\sigma\hat\varepsilon$, which is invertible. At each $t$ both rows have the same distribution; the color is the
+# position on the spiral.
 
 # %%
 x0, k = data(0)
@@ -93,8 +93,8 @@ plt.show()
 # %% [markdown]
 # ## 2. Trajectories
 #
-# Every sampler has the same signature, `sampler(denoiser, x_T, seed=, callback=)`, and `budget` says how many network evaluations it may
-# spend. Twenty evaluations from the same five points (rings); in grey the data, in brackets the evaluations used:
+# Every sampler has the same signature, `sampler(denoiser, x_T, seed=, callback=)`, and `budget` limits the number of network
+# evaluations. Twenty evaluations from the same five points (rings); gray: the data; in parentheses: the evaluations used.
 
 # %%
 turn = torch.arange(5, dtype=torch.float64) * 2 * math.pi / 5 + 0.4
@@ -128,15 +128,17 @@ for ax, (name, sampler) in zip(axes.flat, shown.items(), strict=True):
 plt.show()
 for name, end in ends.items():
     if shown[name].deterministic:
-        print(f"{name:15} {(end - ends['ODE, adaptive']).square().sum(1).sqrt().mean():.4f} from where the ODE ends")
+        print(
+            f"{name:15} {(end - ends['ODE, adaptive']).square().sum(1).sqrt().mean():.4f} from the end point of the ODE"
+        )
 
 # %% [markdown]
-# The upper four approximate one curve, the flow of the ODE; the lower four draw another point of the data with every seed.
+# The upper four approximate the solution of the ODE; the lower four return a different point of the data for every seed.
 #
-# ## 3. Where to take the steps
+# ## 3. Time grids
 #
-# The grids put the same number of steps elsewhere. Solvers that are exact in $\lambda = \ln(\alpha/\sigma)$ (`dpm_solver_pp`, `unipc`) want
-# equal steps in it; `trailing` with `vp` spends most of its steps on noise.
+# The grids distribute the same number of steps differently. Solvers in $\lambda = \ln(\alpha/\sigma)$ (`dpm_solver_pp`, `unipc`) are most
+# accurate with equal steps in $\lambda$; `trailing` on `vp` has most of its steps at high noise.
 
 # %%
 fig, axes = plt.subplots(1, 2, figsize=(7.2, 2.4), sharey=True)
@@ -145,7 +147,7 @@ for row, name in enumerate(reversed(grids.NAMES)):
     for ax, where in zip(axes, (at, schedule.lam(at)), strict=True):
         ax.plot(where, [row] * len(where), "o", ms=3.5, color="C0")
 axes[0].set_yticks(range(len(grids.NAMES)), reversed(grids.NAMES))
-axes[0].set(xlabel="$t$", ylim=(-0.6, len(grids.NAMES) - 0.4), title="15 steps of each grid (that into data not shown)")
+axes[0].set(xlabel="$t$", ylim=(-0.6, len(grids.NAMES) - 0.4), title="15 steps of each grid (without $t = 0$)")
 axes[1].set(xlabel=r"$\lambda = \ln(\alpha/\sigma)$")
 for ax in axes:
     ax.grid(axis="y", visible=False)
@@ -155,10 +157,10 @@ plt.show()
 # %% [markdown]
 # ## 4. Order
 #
-# From $t = 1$ to $t = 0.1$, against the ODE solved to 11 digits. A method of order $p$ has error $\propto N^{-p}$. Its
-# constants are theory's where no step is special: equal steps in $\lambda$, no last step into data, none lowered in order (`lower_last=False`).
-# The published third-order rule of DPM-Solver++ takes half of the second difference that it should, and bends to slope 2; `corrected=True`
-# takes the whole. UniPC-2's corrector gives it one order more.
+# From $t = 1$ to $t = 0.1$, compared with the ODE solved to 11 digits. A method of order $p$ has error $\propto N^{-p}$ if all steps are of the
+# same kind: equal steps in $\lambda$, no last step into data, no lower order in the last steps (`lower_last=False`).
+# The published third-order rule of DPM-Solver++ uses half of the second difference and has slope 2; `corrected=True` uses all of it.
+# The corrector of UniPC-2 raises its order by one.
 
 # %%
 few = normal((2, 6, 6), seed=3, index=one, dtype=torch.float64)
@@ -200,23 +202,23 @@ for name, (p, _) in solvers.items():
 # %% [markdown]
 # ## 5. Quality against network evaluations
 #
-# Now all the way to data, 1600 samples, and the distance of their distribution from the data's: the sliced Wasserstein distance, the mean
-# over 32 directions of the distance between sorted projections. The dotted line is where 1600 true points lie. On the right the same with a
-# network that errs by a tenth of a standard deviation, smoothly in $x$, as trained ones do.
+# From noise to data: 1600 samples, and the sliced Wasserstein distance between their distribution and that of the data (the root mean square
+# over 32 directions of the distance between sorted projections). The dotted line is the distance of 1600 data points. Right: the same with an
+# error of a tenth of a standard deviation added to the network, smooth in $x$.
 
 # %%
 directions = torch.arange(32, dtype=torch.float64) * math.pi / 32
 directions = torch.stack([directions.cos(), directions.sin()])
 truth = torch.cat([data(100 + i)[0][0].flatten(1) for i in range(10)], dim=1).T @ directions
-truth = truth.sort(0).values[5::10]  # the quantiles that 1600 sorted points stand for
+truth = truth.sort(0).values[5::10]  # the quantiles of 1600 sorted points
 
 
 def distance(x):
     return float((x[0].flatten(1).T @ directions).sort(0).values.sub(truth).square().mean().sqrt())
 
 
-def erring(x_t, c):
-    return best(x_t, c) + 0.1 * torch.sin(2.5 * x_t.flip(1) + 1)
+def inexact(x_t, c):
+    return optimal(x_t, c) + 0.1 * torch.sin(2.5 * x_t.flip(1) + 1)
 
 
 compared = {
@@ -234,12 +236,12 @@ floor = distance(data(50)[0])
 
 fig, axes = plt.subplots(1, 2, figsize=(7.2, 3.4), sharey=True)
 final = {}
-for ax, network, title in zip(axes, (best, erring), ("The best network", "A network that errs"), strict=True):
-    judged = Denoiser(network, schedule, objectives.PredNoise())
+for ax, network, title in zip(axes, (optimal, inexact), ("Optimal network", "Network with error"), strict=True):
+    tested = Denoiser(network, schedule, objectives.PredNoise())
     for name, make in compared.items():
-        found = [distance(make(n)(judged, x_T).x) for n in budgets]
-        final[title, name] = found[-1]
-        ax.loglog(budgets, found, "o-" if make(6).deterministic else "s--", label=name)
+        distances = [distance(make(n)(tested, x_T).x) for n in budgets]
+        final[title, name] = distances[-1]
+        ax.loglog(budgets, distances, "o-" if make(6).deterministic else "s--", label=name)
     ax.axhline(floor, color="black", lw=0.9, ls=":")
     ax.set_xticks(budgets, [str(n) for n in budgets])
     ax.minorticks_off()
@@ -249,16 +251,16 @@ fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", nco
 plt.show()
 
 # %% [markdown]
-# With the best network UniPC is as close as true points are after ten evaluations, Heun after twenty, and the stochastic ones
-# follow at fifty or a hundred. With one that errs, the deterministic ones all converge to the *same wrong* distribution: they solve the
-# ODE of that network ever better. Each stochastic step partly forgets what earlier errors did, and the stochastic samplers end closer to
-# the data. That is the reason for churn, for correctors, and for DDPM's good figures at a thousand steps.
+# With the optimal network, UniPC reaches the distance of data points after ten evaluations, Heun after twenty, the stochastic samplers
+# after fifty to a hundred. With an error in the network, all deterministic samplers converge to the *same wrong* distribution, that of the
+# network's ODE. Stochastic steps partly remove earlier errors, and the stochastic samplers end closer to the data. This motivates churn,
+# correctors, and DDPM with a thousand steps.
 
 # %%
-names = [("errs" in title, title, name) for title, name in final]
-worst_noisy = max(final[title, name] for errs, title, name in names if errs and not compared[name](6).deterministic)
-best_exact = min(final[title, name] for errs, title, name in names if errs and compared[name](6).deterministic)
-print(f"with the erring network: stochastic {worst_noisy:.3f} at most, deterministic {best_exact:.3f} at least")
+with_error = {name: value for (title, name), value in final.items() if title == "Network with error"}
+worst_noisy = max(value for name, value in with_error.items() if not compared[name](6).deterministic)
+best_exact = min(value for name, value in with_error.items() if compared[name](6).deterministic)
+print(f"network with error: stochastic {worst_noisy:.3f} at most, deterministic {best_exact:.3f} at least")
 assert worst_noisy < best_exact
 
 samples = {
@@ -273,12 +275,12 @@ for ax, (name, x) in zip(axes, samples.items(), strict=True):
     points(ax, x, color="C0", s=2.5)
     ax.set(xlim=(-1.15, 1.15), ylim=(-1.15, 1.15))
     ax.set_title(name, loc="center", fontsize=8.5)
-fig.suptitle("Ten evaluations, the best network", fontsize=9.5)
+fig.suptitle("Ten evaluations, optimal network", fontsize=9.5)
 plt.show()
 
 # %% [markdown]
-# At ten steps `fixed_small` is sure of what it cannot know and pulls the points together; `fixed_large` blurs. The measured variance of
+# At ten steps `fixed_small` underestimates the variance and contracts the samples; `fixed_large` spreads them. The fitted variance of
 # [01_formulas](01_formulas.ipynb), `variance=analytic`, lies between.
 #
-# On the command line, with any checkpoint: `python src/evaluate.py ckpt=latest samplers=[ddim,unipc,ddpm] steps=[10,20,50]` draws the picture of
-# section 5 for it. Next: [04_guidance_and_editing](04_guidance_and_editing.ipynb).
+# On the command line, for any checkpoint: `python src/evaluate.py ckpt=latest samplers=[ddim,unipc,ddpm] steps=[10,20,50]` draws the figure of
+# section 5. Next: [04_guidance_and_editing](04_guidance_and_editing.ipynb).

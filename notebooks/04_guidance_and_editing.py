@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Guidance and editing
 #
-# First guidance where everything is known: a labelled density in the plane, its best network and its best classifier in closed form. Then a
-# small network of labelled digits, trained below in a quarter of a minute, and what can be done with it without training again:
+# First, guidance in closed form: a labeled density in the plane with its optimal network and classifier. Then a
+# small network of labeled digits, trained below in a quarter of a minute, and tasks that require no further training:
 # labels, inpainting, SDEdit, interpolation, encoding.
 
 # %%
@@ -31,8 +31,8 @@ plt.style.use("lab.mplstyle")
 # %% [markdown]
 # ## 1. Guidance, exactly
 #
-# Three arms that meet in the middle, each a class. An "image" is two channels of one pixel: a point. The network knows the label, or
-# label 3, "none", which is what dropping labels in training teaches; the classifier gives $\log p(x_t \mid y)$ up to a constant.
+# Three arms that meet in the center, one for each class. An "image" is two channels of one pixel: a point. The network takes the label, or
+# the null label 3 of a dropped label; the classifier returns $\log p(x_t \mid y)$ up to a constant.
 
 # %%
 reach = torch.linspace(0.0, 1.3, 14, dtype=torch.float64)
@@ -43,15 +43,15 @@ width, schedule = 0.16, schedules.VP()
 
 
 def components(x_t, t):
-    """log p(x_t, component k) up to a constant, (B, 42), with α and n² = α²w² + σ²."""
+    """Return log p(x_t, component k) up to a constant, (B, 42), with α, σ and n² = α²w² + σ²."""
     alpha, sigma = (v.reshape(-1, 1) for v in schedule.alpha_sigma(t))
     n2 = (alpha * width) ** 2 + sigma**2
     gap = x_t.flatten(1)[:, None] - alpha[..., None] * means
     return -gap.square().sum(2) / (2 * n2), alpha, sigma, n2
 
 
-def best(x_t, c, label=None):
-    """E[ε | x_t, label]; c = 999 t."""
+def optimal(x_t, c, label=None):
+    """Return E[ε | x_t, label]; c = 999 t."""
     log, alpha, sigma, n2 = components(x_t, c / 999)
     if label is not None:
         log = log.masked_fill((label[:, None] != owner) & (label[:, None] < 3), -math.inf)
@@ -65,22 +65,22 @@ def classifier(x_t, t):
     return torch.stack([log[:, owner == y].logsumexp(1) for y in range(3)], dim=1)
 
 
-denoiser = Denoiser(best, schedule, objectives.PredNoise())
+denoiser = Denoiser(optimal, schedule, objectives.PredNoise())
 
 # %% [markdown]
-# Both forms of guidance follow from Bayes, $\nabla\log p(y \mid x_t) = \nabla\log p(x_t \mid y) - \nabla\log p(x_t)$, with
+# Both forms of guidance follow from Bayes' rule, $\nabla\log p(y \mid x_t) = \nabla\log p(x_t \mid y) - \nabla\log p(x_t)$, with
 # $\nabla \log p = -\hat\varepsilon/\sigma$:
 #
 # $$\underbrace{\hat\varepsilon_u - s\,\sigma_t \nabla\log p(y \mid x_t)}_{\text{classifier}} = \underbrace{\hat\varepsilon_u + s\,(\hat\varepsilon_c - \hat\varepsilon_u)}_{\text{classifier-free}}$$
 #
-# With the best network and the best classifier they are one and the same, to rounding:
+# With the optimal network and classifier they are equal up to rounding:
 
 # %%
 x_t = normal((2, 1, 1), seed=0, index=torch.arange(300), dtype=torch.float64)
 label = torch.arange(300) % 3
 for t in torch.tensor([0.05, 0.3, 0.9], dtype=torch.float64):
     free = guidance.ClassifierFree(denoiser, scale=2.5, num_classes=3)(x_t, t, label=label)
-    classified = guidance.ClassifierGuidance(denoiser, classifier, num_classes=3, scale=2.5, labelled=False)
+    classified = guidance.ClassifierGuidance(denoiser, classifier, num_classes=3, scale=2.5, labeled=False)
     torch.testing.assert_close(free.noise, classified(x_t, t, label=label).noise, rtol=1e-8, atol=1e-8)
 
     sigma = schedule.alpha_sigma(t)[1]
@@ -90,14 +90,14 @@ for t in torch.tensor([0.05, 0.3, 0.9], dtype=torch.float64):
     torch.testing.assert_close(free.noise, by_hand, rtol=1e-8, atol=1e-8)
 
 # %% [markdown]
-# At each $t$ that is the score of the tilted density $p_t(x)\,p_t(y \mid x)^s \propto p_t(x \mid y)^s\,p_t(x)^{1-s}$. It is often said that samples
-# follow the tilted density of the data, $t = 0$. They do for $s = 0$ and $1$. For larger $s$ they do not: tilting and adding noise do not
-# commute, and the samples bunch up, leave the inner part of the arm that the tilted density keeps, and overshoot its end.
+# At each $t$ this is the score of the tilted density $p_t(x)\,p_t(y \mid x)^s \propto p_t(x \mid y)^s\,p_t(x)^{1-s}$. Samples follow the tilted density
+# of the data, $t = 0$, for $s = 0$ and $1$ only: tilting and adding noise do not commute. For larger $s$ the samples concentrate, leave the
+# inner part of the arm, where the tilted density is not small, and overshoot its end.
 
 # %%
 n = 1200
 x_T = samplers.prior(schedule, normal((2, 1, 1), seed=1, index=torch.arange(n), dtype=torch.float64))
-ask = {"label": torch.zeros(n, dtype=torch.long)}
+requested = {"label": torch.zeros(n, dtype=torch.long)}
 axis = torch.linspace(-1.9, 1.9, 160, dtype=torch.float64)
 plane = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1).reshape(-1, 2, 1, 1)
 each = components(plane, torch.zeros(1, dtype=torch.float64))[0]
@@ -109,7 +109,7 @@ fig, axes = plt.subplots(2, len(scales), figsize=(7.2, 3.0))
 spread, tilted = [], []
 for (above, below), s in zip(axes.T, scales, strict=True):
     density = (log_p + s * log_py).softmax(0)
-    points = solver(guidance.ClassifierFree(denoiser, scale=s, num_classes=3), x_T, condition=ask).x.flatten(1)
+    points = solver(guidance.ClassifierFree(denoiser, scale=s, num_classes=3), x_T, condition=requested).x.flatten(1)
     for ax in (above, below):
         ax.scatter(*means.T, s=3, color="0.75", lw=0)
         ax.set(xlim=(-1.7, 1.7), ylim=(-1.7, 1.9), xticks=[], yticks=[], aspect="equal")
@@ -141,8 +141,8 @@ torch.testing.assert_close(spread[1].mean(0), tilted[1], rtol=0, atol=0.05)
 # %% [markdown]
 # ## 2. A network of digits
 #
-# Training by the library's own objects, without a trainer: a stream of batches, times, keyed noise, labels that are dropped now and then, the
-# loss. `python src/train.py condition=label` runs this loop with everything that a real run needs.
+# A training loop from the library's objects, without a trainer: batches, times, keyed noise, randomly dropped labels, the
+# loss. `python src/train.py condition=label` trains in the same way, with checkpoints, validation and logging.
 
 # %%
 examples = Digits().load(Path("data"), (1, 8, 8), download=False).examples
@@ -164,25 +164,25 @@ network = UNet(
 )
 average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.99))
 optimizer = torch.optim.AdamW(network.parameters(), lr=4e-3)
-rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
-learner = Denoiser(network, schedules.Cosine(), objectives.PredV())
+scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
+raw_denoiser = Denoiser(network, schedules.Cosine(), objectives.PredV())
 
 history = []
 for step in range(steps):
     batch = stream.batch(step)
     x0, position = batch["image"], batch["position"]
-    t = draw_t(learner.schedule, position, 64, seed=0, step=step)
+    t = draw_t(raw_denoiser.schedule, position, 64, seed=0, step=step)
     eps = normal(x0.shape[1:], seed=0, index=position, draw=step, stream=Stream.NOISE)
-    loss = diffusion_loss(learner, Native(), L2(), x0, eps, t, **drop(batch, seed=0)).weighted.mean()
+    loss = diffusion_loss(raw_denoiser, Native(), L2(), x0, eps, t, **drop(batch, seed=0)).weighted.mean()
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    rate.step()
+    scheduler.step()
     average.update_parameters(network)
     history.append(loss.item())
 
-denoiser = Denoiser(average.module.eval(), learner.schedule, learner.objective, clip=1.0)
-print(f"{sum(p.numel() for p in network.parameters()):,} weights, loss {sum(history[-50:]) / 50:.3f}")
+denoiser = Denoiser(average.module.eval(), raw_denoiser.schedule, raw_denoiser.objective, clip=1.0)
+print(f"{sum(p.numel() for p in network.parameters()):,} parameters, loss {sum(history[-50:]) / 50:.3f}")
 
 
 def show(ax, images, columns, title="", **labels):
@@ -196,9 +196,9 @@ def show(ax, images, columns, title="", **labels):
 # %% [markdown]
 # ## 3. Labels
 #
-# Row $y$ is asked for digit $y$, all panels from the same noise. Guidance buys recognisability and pays with variety: the curves take as
-# recognised what has its nearest training image in the class asked for, and as variety the mean distance between two samples of a class, in units of
-# that between two training images.
+# Row $y$ has the label $y$; all panels start from the same noise. Guidance increases accuracy and decreases diversity. Accuracy is the share of
+# samples whose nearest training image has the requested class; diversity is the mean distance between two samples of a class, relative to that
+# between two training images.
 
 # %%
 labels = torch.arange(10).repeat_interleave(8)
@@ -206,35 +206,35 @@ start = normal((1, 8, 8), seed=1, index=torch.arange(80))
 train, truth = torch.from_numpy(examples.images[:]).flatten(1).float() / 127.5 - 1, torch.from_numpy(examples.labels)
 
 
-def variety(images, y):
+def diversity(images, y):
     return torch.stack([torch.pdist(images[y == k].flatten(1)).mean() for k in range(10)]).mean()
 
 
 scales = [0.0, 1.0, 2.0, 3.0, 5.0]
-pictures, confident_fraction, varied = [], [], []
+pictures, accuracies, diversities = [], [], []
 for s in scales:
     guided = guidance.ClassifierFree(denoiser, scale=s)
     images = samplers.DPMSolverPP(budget=12)(guided, start, condition={"label": labels}).x
     nearest = truth[torch.cdist(images.flatten(1), train).argmin(1)]
     pictures.append(images)
-    confident_fraction.append(float((nearest == labels).float().mean()))
-    varied.append(float(variety(images, labels) / variety(train, truth)))
+    accuracies.append(float((nearest == labels).float().mean()))
+    diversities.append(float(diversity(images, labels) / diversity(train, truth)))
 
 fig, axes = plt.subplots(1, 4, figsize=(7.2, 2.7), width_ratios=(1, 1, 1, 1))
 for ax, k in zip(axes, (0, 1, 3), strict=False):
     show(ax, pictures[k], 8, f"$s$ = {scales[k]:g}")
-axes[3].plot(scales, confident_fraction, "o-", label="confident_fraction")
-axes[3].plot(scales, varied, "o-", label="variety")
+axes[3].plot(scales, accuracies, "o-", label="accuracy")
+axes[3].plot(scales, diversities, "o-", label="diversity")
 axes[3].set(xlabel="$s$", ylim=(0, 1.4))
 axes[3].legend(loc="lower right")
 plt.show()
-assert confident_fraction[3] > 0.8 > confident_fraction[0]
+assert accuracies[3] > 0.8 > accuracies[0]
 
 # %% [markdown]
 # ## 4. Inpainting
 #
-# The known pixels enter through $\hat x_0$, and every part of the way is walked `resample` times, up and down again, so that the unknown ones can
-# answer (RePaint). No label is asked for: label 10 is "none".
+# Known pixels replace those of $\hat x_0$, and every segment of the time grid is repeated `resample` times, with forward steps between the
+# repetitions, so that the generated pixels become consistent with the known ones (RePaint). The condition is the null label, 10.
 
 # %%
 chosen = torch.tensor([0, 6, 8, 13])
@@ -246,19 +246,19 @@ known = originals.repeat_interleave(8, dim=0)
 filled = editing.inpaint(
     samplers.DDPM(20), denoiser, known, mask, index=torch.arange(32), condition=none, jump_length=5, resample=5
 ).x
-assert torch.equal(filled[..., :4, :], known[..., :4, :])  # exactly
+assert torch.equal(filled[..., :4, :], known[..., :4, :])  # bit for bit
 
 half = torch.where(mask > 0, -0.4, originals)
 rows = torch.cat([originals[:, None], half[:, None], filled.reshape(4, 8, 1, 8, 8)], dim=1)
 fig, ax = plt.subplots(figsize=(5.2, 2.3))
-show(ax, rows.flatten(0, 1), 10, "original, known half, eight ways to complete it")
+show(ax, rows.flatten(0, 1), 10, "original, known half, eight completions")
 plt.show()
 
 # %% [markdown]
 # ## 5. SDEdit
 #
-# $x_t = \alpha_t x_0 + \sigma_t\varepsilon$ for a $t$ on the way, and down from there by any sampler (`start=t`): the later the start, the less is left of
-# the original. Here it is a drawing that no pen made.
+# $x_t = \alpha_t x_0 + \sigma_t\varepsilon$ for an intermediate $t$, then any sampler from there to data (`start=t`): the larger $t$, the less of the
+# original remains. The input here is a drawing of straight lines.
 
 # %%
 drawing = torch.full((1, 1, 8, 8), -1.0)
@@ -282,32 +282,32 @@ plt.show()
 # %% [markdown]
 # ## 6. Encoding, decoding, interpolating
 #
-# A deterministic sampler runs both ways: `start=0, stop=1` turns an image into the noise that it would come from. How much the way back
-# loses falls with the order of the solver. Clipping is no part of an ODE, so here the denoiser has none.
+# A deterministic sampler integrates in both directions: `start=0, stop=1` encodes an image to the noise that decodes to it. The reconstruction
+# error depends on the order of the solver. The ODE has no clipping, so the denoiser here has none.
 
 # %%
 flow = dataclasses.replace(denoiser, clip=None)
 known_label = {"label": truth[chosen]}
-lost = {}
+errors = {}
 for name, make in {"ddim": samplers.DDIM, "heun": samplers.Heun, "unipc": samplers.UniPC}.items():
-    lost[name] = []
+    errors[name] = []
     for budget in (10, 20, 40, 80):
-        there = make(budget=budget)(flow, originals, start=0.0, stop=1.0, condition=known_label).x
-        back = make(budget=budget)(flow, there, condition=known_label).x
-        lost[name].append(float((back - originals).square().mean().sqrt()))
+        latents = make(budget=budget)(flow, originals, start=0.0, stop=1.0, condition=known_label).x
+        decoded = make(budget=budget)(flow, latents, condition=known_label).x
+        errors[name].append(float((decoded - originals).square().mean().sqrt()))
 
 fig, ax = plt.subplots(figsize=(4.2, 2.5))
-for name, curve in lost.items():
+for name, curve in errors.items():
     ax.loglog((10, 20, 40, 80), curve, "o-", label=name)
-ax.set(xlabel="network evaluations each way", ylabel="error of the round trip")
+ax.set(xlabel="network evaluations in each direction", ylabel="reconstruction error")
 ax.set_xticks([10, 20, 40, 80], ["10", "20", "40", "80"])
 ax.minorticks_off()
 ax.legend()
 plt.show()
 
 # %% [markdown]
-# Between the noises of two images, along a great circle (`slerp`), there are images; along the chord there are noises that are too small,
-# and their images are washed out. Decoding with another label translates: slant and thickness stay, the digit changes.
+# Interpolation between the latents of two images: points of the great circle (`slerp`) decode to images; points of the chord have a norm that is
+# too small and decode to images of low contrast. Decoding with another label changes the digit and keeps slant and thickness.
 
 # %%
 solver = samplers.Heun(budget=40)
@@ -321,13 +321,13 @@ latents = solver(flow, originals, start=0.0, stop=1.0, condition=known_label).x
 guided = guidance.ClassifierFree(denoiser, scale=2.0)
 every = {"label": torch.arange(10).repeat(4)}
 decoded = solver(guided, latents.repeat_interleave(10, dim=0), condition=every).x
-translated = torch.cat([originals[:, None], decoded.reshape(4, 10, 1, 8, 8)], dim=1)
+decodings = torch.cat([originals[:, None], decoded.reshape(4, 10, 1, 8, 8)], dim=1)
 
 fig, axes = plt.subplots(2, 1, figsize=(6.0, 3.8), height_ratios=(2, 3.4))
 show(axes[0], between, 9, "from one digit to another: great circle (above), chord (below)")
-show(axes[1], translated.flatten(0, 1), 11, "an original, and its noise decoded as 0 … 9")
+show(axes[1], decodings.flatten(0, 1), 11, "an original, and its latent decoded as 0 … 9")
 plt.show()
 
 # %% [markdown]
-# From the command line, with any checkpoint: `task=inpaint`, `task=edit`, `task=interpolate`, `task=encode` and `task=decode` of `src/sample.py`,
+# On the command line, for any checkpoint: `task=inpaint`, `task=edit`, `task=interpolate`, `task=encode` and `task=decode` of `src/sample.py`,
 # `guidance=cfg guidance.scale=2`. Next: [05_bring_your_own](05_bring_your_own.ipynb).

@@ -1,10 +1,10 @@
 # %% [markdown]
 # # Bring your own
 #
-# Data, network, schedule, objective: each is a class of about twenty lines, each is used at once, first from Python, then from the command
-# line. Samplers, losses, weightings, likelihood and the checks need nothing but the few methods below.
+# A data set, a network, a schedule and an objective, each a class of about twenty lines, used first from Python, then on the command
+# line. Samplers, losses, weightings, likelihood and checks require only the methods below.
 #
-# The four classes, with the imports of the first cell above them, make a module, say `my_lab.py`. The commands at the end use it.
+# The four classes with the imports of the first cell form a module, here `my_lab.py`, which the commands at the end use.
 
 # %%
 import dataclasses
@@ -35,8 +35,8 @@ plt.style.use("lab.mplstyle")
 # %% [markdown]
 # ## Data
 #
-# A `Source` gives arrays: images uint8 $(N, C, H, W)$ and, where there are any, labels. Splitting, streaming, flips, reference statistics and the
-# command line come with it. (Folders, zips and `.npz` of images need no code: `data=image_folder data.root=pictures`.)
+# A `Source` returns arrays: images uint8 $(N, C, H, W)$ and optional labels. Splits, batches, flips, reference statistics and the
+# command line work without further code. (Folders, zips and `.npz` of images need no code: `data=image_folder data.root=pictures`.)
 
 
 # %%
@@ -52,7 +52,7 @@ class Shapes(Source):
         radius, r = width * rng.uniform(0.2, 0.34, (count, 1, 1)), np.hypot(dx, dy)
         ring = np.abs(r - radius)
         cross = np.where(r < 1.2 * radius, np.minimum(np.abs(dx - dy), np.abs(dx + dy)) / math.sqrt(2), width)
-        distance = np.where(label[:, None, None] == 0, ring, cross)  # of a pixel from the line
+        distance = np.where(label[:, None, None] == 0, ring, cross)  # of a pixel from the line of the shape
         images = (255 * np.clip(1.5 - distance, 0, 1)).astype(np.uint8)[:, None]
         return Dataset(Examples(images, label), class_names=("ring", "cross"))
 
@@ -70,7 +70,7 @@ def show(ax, images, columns, title=""):
 
 
 fig, ax = plt.subplots(figsize=(5.4, 1.3))
-show(ax, examples.take(np.arange(24))["image"], 12, "what Shapes gives")
+show(ax, examples.take(np.arange(24))["image"], 12, "images of Shapes")
 plt.show()
 
 # %% [markdown]
@@ -82,7 +82,7 @@ plt.show()
 
 # %%
 class Perceptron(nn.Module):
-    """Residual layers over all pixels at once."""
+    """Residual fully connected layers over all pixels."""
 
     def __init__(self, channels, size, width=256, depth=2):
         super().__init__()
@@ -106,26 +106,26 @@ class Perceptron(nn.Module):
 
 # %%
 def train(denoiser, steps=500, batch_size=64):
-    """A training loop in ten lines; the losses of the steps."""
-    stream, times, history = BatchStream(examples, batch_size, seed=0), Stratified(), []
+    """Train in ten lines; return the loss of each step."""
+    stream, time_sampler, history = BatchStream(examples, batch_size, seed=0), Stratified(), []
     optimizer = torch.optim.AdamW(denoiser.network.parameters(), lr=3e-3)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     for step in range(steps):
         batch = stream.batch(step)
         x0, position = batch["image"], batch["position"]
-        t = times(denoiser.schedule, position, batch_size, seed=0, step=step)
+        t = time_sampler(denoiser.schedule, position, batch_size, seed=0, step=step)
         noise = normal(x0.shape[1:], seed=0, index=position, draw=step, stream=Stream.NOISE)
         loss = diffusion_loss(denoiser, Native(), L2(), x0, noise, t).weighted.mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        rate.step()
+        scheduler.step()
         history.append(loss.item())
     return history
 
 
 def sample(denoiser, sampler):
-    """24 images, x̂_0 clipped to the images' range."""
+    """Return 24 samples, with x̂_0 clipped to [−1, 1]."""
     clipped = dataclasses.replace(denoiser, clip=1.0)
     start = samplers.prior(denoiser.schedule, normal((1, 10, 10), seed=1, index=torch.arange(24)))
     return sampler(clipped, start).x
@@ -138,14 +138,14 @@ history = train(first)
 fig, axes = plt.subplots(1, 2, figsize=(7.2, 1.9), width_ratios=(1, 2))
 axes[0].plot(np.convolve(history, np.ones(20) / 20, "valid"))
 axes[0].set(xlabel="step", ylabel="loss", ylim=(0, None))
-show(axes[1], sample(first, samplers.DPMSolverPP(budget=20)), 12, "own data, own network: after a few seconds")
+show(axes[1], sample(first, samplers.DPMSolverPP(budget=20)), 12, "new data set and network, trained for a few seconds")
 plt.show()
 
 # %% [markdown]
 # ## Schedule
 #
-# A table needs its $\ln\bar\alpha_i$ and nothing else; interpolation, posterior, derivatives, SDE, and all samplers follow. This one puts
-# $\ln\mathrm{SNR}$ on the quantiles of a Laplace distribution, so that uniform $t$ spends most of the training around $\mathrm{SNR} = 1$
+# A table is defined by its $\ln\bar\alpha_i$; interpolation, posterior, derivatives, SDE and all samplers follow from it. This one has
+# the quantiles of a Laplace distribution as $\ln\mathrm{SNR}$, so that uniform $t$ concentrates training around $\mathrm{SNR} = 1$
 # (Hang & Gu 2024). With $\bar\alpha = \mathrm{SNR}/(1 + \mathrm{SNR})$:
 #
 # $$\ln\mathrm{SNR}(u) = \mu + b\,\mathrm{sgn}(u - \tfrac12)\,\ln\big(1 - 2|u - \tfrac12|\big), \qquad u = \frac{i - 1/2}{T}$$
@@ -165,7 +165,7 @@ class Laplace(Table):
 laplace = Laplace(steps=500, scale=1.5)
 t = torch.arange(1, 501, dtype=torch.float64) / 500
 log_snr = 2 * laplace.lam(t)
-quantile = 0.5 - 0.5 * log_snr.sign() * (1 - (-log_snr.abs() / 1.5).exp())  # share of the distribution above ln SNR
+quantile = 0.5 - 0.5 * log_snr.sign() * (1 - (-log_snr.abs() / 1.5).exp())  # probability of a value above ln SNR
 torch.testing.assert_close(quantile, t - 0.001, rtol=0, atol=1e-9)
 
 torch.manual_seed(0)
@@ -177,18 +177,18 @@ for name, schedule in (("Laplace", laplace), ("cosine", schedules.Cosine())):
     axes[0].plot(t, 2 * schedule.lam(t), label=name)
 axes[0].set(xlabel="$t$", ylabel=r"$\ln\,$SNR", ylim=(-11, 11))
 axes[0].legend()
-show(axes[1], sample(second, samplers.DPMSolverPP(budget=20)), 12, "and own schedule")
+show(axes[1], sample(second, samplers.DPMSolverPP(budget=20)), 12, "and with the new schedule")
 plt.show()
 
 # %% [markdown]
 # ## Objective
 #
-# A pair of coefficients, $y = a_t x_0 + b_t \varepsilon$. This one is the tangent of the curve, of length 1 whatever its speed:
+# An objective is a pair of coefficients, $y = a_t x_0 + b_t \varepsilon$. This one is the tangent of the curve, normalized to length 1:
 #
 # $$y = \frac{\dot\alpha\, x_0 + \dot\sigma\, \varepsilon}{\sqrt{\dot\alpha^2 + \dot\sigma^2}}$$
 #
-# It is three objectives in one. On every curve with $\alpha^2 + \sigma^2 = 1$ it is $v$, on the straight line of flow matching $(\varepsilon - x_0)/\sqrt2$, and
-# where $\alpha = 1$ it is $\varepsilon$.
+# It has three known objectives as special cases: $v$ on curves with $\alpha^2 + \sigma^2 = 1$, $(\varepsilon - x_0)/\sqrt2$ on the straight line of flow
+# matching, and $\varepsilon$ on curves with $\alpha = 1$.
 
 
 # %%
@@ -205,13 +205,13 @@ class PredTangent(Objective):
 tangent = PredTangent()
 t = torch.tensor([0.1, 0.4, 0.7, 0.999], dtype=torch.float64)
 x0, noise = torch.randn(2, 4, 1, 10, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-known = {
+expected = {
     schedules.VP(): objectives.PredV().target(schedules.VP(), t, x0, noise),
     laplace: objectives.PredV().target(laplace, t, x0, noise),
     schedules.Flow(): (noise - x0) / math.sqrt(2),
     schedules.VE(): noise,
 }
-for schedule, y in known.items():
+for schedule, y in expected.items():
     torch.testing.assert_close(tangent.target(schedule, t, x0, noise), y, rtol=1e-9, atol=1e-9)
     alpha, sigma = (v.reshape(-1, 1, 1, 1) for v in schedule.alpha_sigma(t))
     solved = tangent.solve(schedule, t, alpha * x0 + sigma * noise, y)  # the 2×2 solve is the base class's
@@ -222,7 +222,7 @@ third = Denoiser(Perceptron(1, 10), schedules.Flow(), tangent)
 train(third)
 
 fig, axes = plt.subplots(2, 1, figsize=(5.4, 2.6))
-show(axes[0], sample(third, samplers.Heun(budget=20)), 12, "own data, network and objective, along flow: heun")
+show(axes[0], sample(third, samplers.Heun(budget=20)), 12, "new data set, network and objective, schedule flow: heun")
 show(axes[1], sample(third, samplers.DDPM(20)), 12, "the same network: ddpm")
 plt.show()
 
@@ -240,6 +240,6 @@ plt.show()
 # python src/sample.py ckpt=latest trust=[my_lab] n=64
 # ```
 #
-# A checkpoint may name classes of this package only; `trust` allows it to name those of your module. The lines combine as all options do. A file
-# `my_conf/objective/tangent.yaml` that holds `_target_: my_lab.PredTangent` makes `objective=tangent` an option for the command line
+# A checkpoint may instantiate classes of this package only; `trust` allows those of your module. The options can be combined. A file
+# `my_conf/objective/tangent.yaml` with `_target_: my_lab.PredTangent` makes `objective=tangent` an option for the command line
 # (`--config-dir my_conf`) and for sweeps: `--multirun objective=pred_v,tangent`.

@@ -1,4 +1,4 @@
-"""Runs the notebooks and writes the .ipynb, with outputs, beside each .py: `make notebooks`, or named ones as arguments."""
+"""Run the notebooks and write an .ipynb with outputs next to each .py: `make notebooks`, or pass file names as arguments."""
 
 import base64
 import io
@@ -10,13 +10,13 @@ import nbformat
 from nbclient import NotebookClient
 from PIL import Image
 
-from diffusion_lab.io import write
+from diffusion_lab.io import write_file
 
 HERE = Path(__file__).resolve().parent
 
 
 def smaller(png: str) -> str:
-    """A base64 PNG with 256 colours in place of 16 million, which plots do not need: a third of the size."""
+    """Return a base64 PNG quantized to 256 colors, a third of the size."""
     image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB").quantize(256, dither=Image.Dither.NONE)
     out = io.BytesIO()
     image.save(out, format="PNG", optimize=True)
@@ -24,12 +24,16 @@ def smaller(png: str) -> str:
 
 
 def execute(path: Path) -> nbformat.NotebookNode:
-    """The notebook of a .py file with the outputs of its cells; ValueError where one prints to stderr (a warning)."""
+    """Return the notebook of a .py file with the outputs of its cells.
+
+    Raises:
+        ValueError: a cell prints to stderr (a warning).
+    """
     notebook = jupytext.read(path)
     options = {"kernel_name": "python3", "startup_timeout": 300, "timeout": 600, "record_timing": False}
     NotebookClient(notebook, resources={"metadata": {"path": str(HERE)}}, **options).execute()
     for i, cell in enumerate(notebook.cells):
-        cell["id"] = f"cell-{i}"  # jupytext draws them at random, which would be a difference without one
+        cell["id"] = f"cell-{i}"  # jupytext's ids are random and would change at every run
         for output in cell.get("outputs", ()):
             if output.get("name") == "stderr":
                 raise ValueError(f"{path.name}, cell {i}: {output['text']}")
@@ -47,5 +51,5 @@ def execute(path: Path) -> nbformat.NotebookNode:
 if __name__ == "__main__":
     for path in [Path(name).resolve() for name in sys.argv[1:]] or sorted(HERE.glob("[0-9]*.py")):
         text = nbformat.writes(execute(path))
-        write(path.with_suffix(".ipynb"), (text + "\n").encode())
+        write_file(path.with_suffix(".ipynb"), (text + "\n").encode())
         print(f"{path.stem}.ipynb: {len(text) / 1000:.0f} kB")

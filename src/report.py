@@ -1,8 +1,8 @@
-"""`python src/report.py --help` says what it does."""
+"""`python src/report.py --help` prints its options."""
 
 import sys
 
-from diffusion_lab.reporting import main
+from diffusion_lab.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main("report"))

@@ -1,26 +1,10 @@
-"""Shapes and types of the mathematics are checked in every test: the hook must be there before the package is imported."""
+"""Install the runtime type checks before the package is imported, and seed torch before each test."""
 
 import pytest
 from jaxtyping import install_import_hook
+from typecheck import CHECKED
 
-MATHEMATICS = (
-    "noise",
-    "schedules",
-    "objectives",
-    "weightings",
-    "gaussian",
-    "variances",
-    "clipping",
-    "denoiser",
-    "times",
-    "losses",
-    "samplers",
-    "likelihood",
-    "guidance",
-    "editing",
-)
-
-install_import_hook([f"diffusion_lab.{room}" for room in MATHEMATICS], "typecheck.checked")
+install_import_hook([f"diffusion_lab.{module}" for module in CHECKED], "typecheck.checked")
 
 import torch  # noqa: E402
 
@@ -31,5 +15,5 @@ def _seeded() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest file first, or one worker would be left with it at the end."""
+    """Run the longest file first, so that no worker is left with it at the end."""
     items.sort(key=lambda item: item.path.name != "test_readme.py")

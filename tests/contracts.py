@@ -1,4 +1,4 @@
-"""Finds every class of a family by walking the package, so that a new one is tested by existing."""
+"""All subclasses of each base class, found by walking the package, so that a new class is tested without further changes."""
 
 import importlib
 import inspect
@@ -12,28 +12,29 @@ from diffusion_lab.schedules import Linear, Schedule, Table
 from diffusion_lab.variances import Variance
 from diffusion_lab.weightings import Weighting
 
-NEEDS_A_TABLE = {Table}  # concrete, but an argument of it is the table itself
+NEEDS_A_TABLE = {Table}  # concrete, but without defaults: its argument is the table itself
 
 
 def _import(name: str) -> None:
     module = importlib.import_module(name)
-    for found in pkgutil.iter_modules(getattr(module, "__path__", [])):
-        _import(f"{name}.{found.name}")
+    for submodule in pkgutil.iter_modules(getattr(module, "__path__", [])):
+        _import(f"{name}.{submodule.name}")
 
 
 def members(base: type, module: str) -> list[type]:
-    """Concrete subclasses of `base` that the package defines, by name."""
+    """Return the concrete subclasses of `base` that the package defines, sorted by name."""
     _import(f"diffusion_lab.{module}")
-    found: set[type] = set()
-    waiting = [base]
-    while waiting:
-        below: list[type] = waiting.pop().__subclasses__()
-        waiting += below
-        found |= {c for c in below if not inspect.isabstract(c) and c.__module__.startswith("diffusion_lab.")}
-    return sorted(found - NEEDS_A_TABLE, key=lambda c: c.__name__)
+    classes: set[type] = set()
+    queue = [base]
+    while queue:
+        subclasses: list[type] = queue.pop().__subclasses__()
+        queue += subclasses
+        classes |= {c for c in subclasses if not inspect.isabstract(c) and c.__module__.startswith("diffusion_lab.")}
+    return sorted(classes - NEEDS_A_TABLE, key=lambda c: c.__name__)
 
 
 def takes(cls: type, argument: str) -> bool:
+    """Return whether the constructor has the parameter."""
     return argument in inspect.signature(cls).parameters
 
 
@@ -46,7 +47,7 @@ def _schedules() -> Iterator[tuple[str, Schedule]]:
             yield f"{cls.__name__}-40-zero", cls(steps=40, zero_terminal_snr=True)  # type: ignore[call-arg]
         elif takes(cls, "shift"):
             yield f"{cls.__name__}-shift", cls(shift=3.0)  # type: ignore[call-arg]
-    yield "Linear-shift", Linear(shift=3.0)  # of tables one: it is their base class's
+    yield "Linear-shift", Linear(shift=3.0)  # one table is enough: the base class implements the shift
 
 
 SCHEDULES: dict[str, Schedule] = dict(_schedules())
@@ -58,6 +59,7 @@ VARIANCES: dict[str, type[Any]] = {c.__name__: c for c in members(Variance, "var
 
 
 def accepts(objective: Objective, schedule: Schedule) -> bool:
+    """Return whether the objective works on the schedule."""
     try:
         objective.check(schedule)
     except ValueError:

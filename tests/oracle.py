@@ -1,7 +1,7 @@
-"""Data whose best denoiser is known in closed form, as a network for any objective on any schedule.
+"""Data whose optimal denoiser has a closed form, as a network for any objective on any schedule.
 
-For x_0 from a mixture of Gaussians, E[x_0 | x_t] is a sum of a few terms, so every sampler can be judged by the distribution
-that it must return, with no trained network in between.
+For x_0 from a mixture of Gaussians, E[x_0 | x_t] is a sum of a few terms, so every sampler can be compared with the exact
+distribution of its samples, without a trained network.
 """
 
 from typing import Any
@@ -22,26 +22,26 @@ class Mixture:
         self.weights = torch.ones(len(means)).double() / len(means) if weights is None else weights.double()
 
     def denoise(self, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """E[x_0 | x_t] for x_t (B, C, H, W), α and σ 0-d or (B,)."""
+        """Return E[x_0 | x_t] for x_t (B, C, H, W), α and σ 0-d or (B,)."""
         alpha, sigma = alpha.reshape(-1, 1), sigma.reshape(-1, 1)
-        spread = (alpha * self.stds).square() + sigma.square()  # (1 or B, K) variance of x_t given k
+        spread = (alpha * self.stds).square() + sigma.square()  # (1 or B, K), the variance of x_t given k
         gap = x_t[:, None] - alpha[..., None, None, None] * self.means  # (B, K, C, H, W)
         size = gap[0, 0].numel()
         log = self.weights.log() - 0.5 * (gap.square().flatten(2).sum(2) / spread + size * spread.log())
-        given = self.means + (alpha * self.stds.square() / spread)[..., None, None, None] * gap
-        return (log.softmax(1)[..., None, None, None] * given).sum(1)
+        conditional = self.means + (alpha * self.stds.square() / spread)[..., None, None, None] * gap  # E[x_0 | x_t, k]
+        return (log.softmax(1)[..., None, None, None] * conditional).sum(1)
 
     def spread(self, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """Var[x_0 | x_t] of each element: (B, C, H, W); α and σ 0-d or (B,)."""
+        """Return Var[x_0 | x_t] of each element, (B, C, H, W); α and σ 0-d or (B,)."""
         alpha, sigma = alpha.reshape(-1, 1), sigma.reshape(-1, 1)
         total = (alpha * self.stds).square() + sigma.square()
         gap = x_t[:, None] - alpha[..., None, None, None] * self.means
         log = self.weights.log() - 0.5 * (gap.square().flatten(2).sum(2) / total + gap[0, 0].numel() * total.log())
-        given = self.means + (alpha * self.stds.square() / total)[..., None, None, None] * gap
-        inside = (self.stds * sigma).square() / total
+        conditional = self.means + (alpha * self.stds.square() / total)[..., None, None, None] * gap
+        within = (self.stds * sigma).square() / total
         share = log.softmax(1)[..., None, None, None]
-        mean = (share * given).sum(1)
-        return (share * (inside[..., None, None, None] + (given - mean[:, None]).square())).sum(1)
+        mean = (share * conditional).sum(1)
+        return (share * (within[..., None, None, None] + (conditional - mean[:, None]).square())).sum(1)
 
 
 class Gaussian(Mixture):
@@ -51,7 +51,7 @@ class Gaussian(Mixture):
         super().__init__(mean[None], torch.tensor([std]))
 
     def flow(self, x_t: Tensor, schedule: Schedule, t: float, s: float) -> Tensor:
-        """The exact solution at s of the probability-flow ODE that passes x_t at t."""
+        """Return the exact solution at s of the probability-flow ODE through x_t at t."""
         (alpha_t, sigma_t), (alpha_s, sigma_s) = (
             schedule.alpha_sigma(torch.tensor(r, dtype=torch.float64)) for r in (t, s)
         )
@@ -61,22 +61,22 @@ class Gaussian(Mixture):
 
 
 class Network:
-    """The best network for `data`: called as any network is, with scale · x_t and what it is told of the time."""
+    """The optimal network for `data`, called with scale · x_t and the time-conditioning input c."""
 
     def __init__(self, data: Mixture, schedule: Schedule, objective: Objective) -> None:
         self.data, self.schedule, self.objective = data, schedule, objective
 
     def time(self, c: Tensor) -> Tensor:
-        """t (B,) from what the network is told: each published way is inverted, and the one that gives c back is right."""
-        line = c / 999  # t, or σ before a shift of the line
-        of_noise, of_line = -4 * c, (1 - line).log() - line.log()
+        """Return t (B,) for the input c: invert each published conditioning and select the one that reproduces c."""
+        line = c / 999  # t, or σ of the shifted line
+        lam_of_noise_level, lam_of_line = -4 * c, (1 - line).log() - line.log()
         for t in (
-            (c + 1) / (self.schedule.steps or 1), line, self.schedule.time(of_noise), self.schedule.time(of_line)
+            (c + 1) / (self.schedule.steps or 1), line, self.schedule.time(lam_of_noise_level), self.schedule.time(lam_of_line)
         ):  # fmt: skip
-            told = self.objective.conditioning(self.schedule, t)
-            if ((t > 0) & (t <= 1)).all() and torch.allclose(told, c, rtol=1e-9, atol=1e-9):
+            conditioning = self.objective.conditioning(self.schedule, t)
+            if ((t > 0) & (t <= 1)).all() and torch.allclose(conditioning, c, rtol=1e-9, atol=1e-9):
                 return t
-        raise AssertionError(f"no time tells the network {c}")
+        raise AssertionError(f"no time has the conditioning input {c}")
 
     def __call__(self, scaled: Tensor, c: Tensor, **_: Any) -> Tensor:
         assert scaled.dtype == c.dtype == torch.float64, "the oracle is exact in float64 only"
@@ -90,12 +90,12 @@ class Network:
 
 
 def oracle(data: Mixture, schedule: Schedule, objective: Objective, **options: Any) -> Denoiser:
-    """A denoiser that knows the data."""
+    """Return the optimal denoiser of `data`."""
     return Denoiser(Network(data, schedule, objective), schedule, objective, **options)
 
 
 class WithHead(Network):
-    """The best network with a second head that knows Var[x_0 | x_t]: kind "sn" gives E[ε² | x_t], "npr" E[(ε − ε̂)² | x_t]."""
+    """The optimal network with the optimal second head: E[ε² | x_t] for kind "sn", E[(ε − ε̂)² | x_t] for "npr"."""
 
     def __init__(self, data: Mixture, schedule: Schedule, objective: Objective, kind: str) -> None:
         super().__init__(data, schedule, objective)
@@ -105,7 +105,7 @@ class WithHead(Network):
         t = self.time(c)
         alpha, sigma = (append_dims_like(v, scaled) for v in self.schedule.alpha_sigma(t))
         x_t = scaled / append_dims_like(self.objective.input_scale(self.schedule, t), scaled)
-        own = self.data.spread(x_t, *self.schedule.alpha_sigma(t)) * (alpha / sigma).square()
+        head = self.data.spread(x_t, *self.schedule.alpha_sigma(t)) * (alpha / sigma).square()
         if self.extra == "sn":
-            own = own + ((x_t - alpha * self.data.denoise(x_t, *self.schedule.alpha_sigma(t))) / sigma).square()
-        return torch.cat([super().__call__(scaled, c, **condition), own], dim=1)
+            head = head + ((x_t - alpha * self.data.denoise(x_t, *self.schedule.alpha_sigma(t))) / sigma).square()
+        return torch.cat([super().__call__(scaled, c, **condition), head], dim=1)

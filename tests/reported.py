@@ -1,4 +1,4 @@
-"""Run folders as src/train.py and src/evaluate.py leave them, without the training; and a browser to look at a report with."""
+"""Write run folders in the format of src/train.py and src/evaluate.py without training; open a report in a browser."""
 
 import csv
 import functools
@@ -35,17 +35,17 @@ FLAGS = [
 
 @functools.cache
 def _composed(*groups: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(the configuration, interpolations unresolved; group → option)."""
+    """Return (the configuration with unresolved interpolations, group → option)."""
     config = composition.composed("train", groups)
     plain: Any = OmegaConf.to_container(config, resolve=False)
     choices: dict[str, Any] = plain.pop("hydra")["runtime"]["choices"]
     return plain, choices
 
 
-def made(
+def make_run(
     folder: Path, overrides: Sequence[str] = (), rows: Rows = (), grid: bytes = b"", ckpt: str | None = None
 ) -> Path:
-    """A run folder of that command line; `ckpt` is the file that ckpt=latest meant."""
+    """Write the run folder of a command line; `ckpt` is the file that ckpt=latest resolved to."""
     groups = [line for line in overrides if _is_group(line)]
     composed, choices = _composed(*groups)
     values = OmegaConf.from_dotlist([line for line in overrides if line not in groups])
@@ -54,11 +54,11 @@ def made(
     write(folder / "config.yaml", yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
     write(folder / ".hydra" / "overrides.yaml", yaml.safe_dump(list(overrides)))
     write(folder / ".hydra" / "hydra.yaml", yaml.safe_dump({"hydra": {"runtime": {"choices": choices}}}))
-    write(folder / "metrics.csv", table(rows))
+    write(folder / "metrics.csv", csv_text(rows))
     (folder / "checkpoints").mkdir()
     if grid:
         (folder / "samples").mkdir()
-        (folder / "samples" / "step_0000100.png").write_bytes(b"no picture")
+        (folder / "samples" / "step_0000100.png").write_bytes(b"not an image")
         (folder / "samples" / "step_0001000.png").write_bytes(grid)
     return folder
 
@@ -73,8 +73,8 @@ def write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8", newline="")
 
 
-def table(rows: Rows) -> str:
-    """Lines as Lightning's logger writes them: sorted columns, empty where a row has no value."""
+def csv_text(rows: Rows) -> str:
+    """Format rows as Lightning's CSVLogger does: sorted columns, empty fields for missing values."""
     text = io.StringIO()
     writer = csv.DictWriter(text, sorted({name for row in rows for name in row}))
     writer.writeheader()
@@ -83,7 +83,7 @@ def table(rows: Rows) -> str:
 
 
 def losses(best: float, steps: int = 100, every: int = 10, at: int = 80) -> list[dict[str, float]]:
-    """Rows of a run whose val/loss is `best` at step `at`."""
+    """Return the rows of a run whose lowest val/loss is `best` at step `at`."""
     rows: list[dict[str, float]] = []
     for step in range(every, steps + 1, every):
         head = {"step": step, "epoch": step / 12}
@@ -93,15 +93,15 @@ def losses(best: float, steps: int = 100, every: int = 10, at: int = 80) -> list
 
 
 def png(width: int, height: int, seed: int = 0) -> bytes:
-    """Noise, which no format makes small."""
+    """Return a PNG of uniform noise, which does not compress."""
     stream = io.BytesIO()
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(stream, "png")
     return stream.getvalue()
 
 
-def evaluation(folder: Path, ckpt: str, values: Mapping[tuple[str, int], float], n: int = 500, **row: Any) -> Path:
-    """metrics.json with fd_classifier for each (sampler, nfe)."""
+def make_evaluation(folder: Path, ckpt: str, values: Mapping[tuple[str, int], float], n: int = 500, **row: Any) -> Path:
+    """Write a metrics.json with fd_classifier for each (sampler, nfe); `row` overrides common fields."""
     common = {"n": n, "seed": 0, "split": "train+val", "weights": "ema 0.995", "extractor": "classifier", "seeds": [0]}
     common |= {"data": {"name": "Digits"}, "checkpoint": {"path": ckpt, "step": 100}, "seconds": 1.0, **row}
     rows = [
@@ -123,7 +123,16 @@ def evaluation(folder: Path, ckpt: str, values: Mapping[tuple[str, int], float],
 
 
 class Page(HTMLParser):
-    """What a page consists of: elements with their attributes, the texts of tables by section, the embedded data."""
+    """The content of a page.
+
+    Attributes:
+        text: the HTML.
+        elements: (tag, attributes) of each element.
+        tables: cells of the tables by section; "SECTION / more" below a third-level heading.
+        codes: the texts of the code elements.
+        words: the visible text.
+        data: the embedded JSON.
+    """
 
     def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -131,7 +140,7 @@ class Page(HTMLParser):
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.tables: dict[str, list[list[str]]] = {}
         self.codes: list[str] = []
-        self.words = ""  # all that is read
+        self.words = ""
         self._section, self._cell, self._code, self._skip = "", False, False, ""
         self._raw: dict[str, str] = {}
         self.feed(text)
@@ -174,7 +183,7 @@ class Page(HTMLParser):
             self.codes[-1] += data
 
     def column(self, name: str, section: str = "runs") -> dict[str, str]:
-        """First cell → the cell below that heading."""
+        """Return first cell → the cell below the heading `name`, for each row."""
         head, *rows = self.tables[section]
         return {row[0]: row[head.index(name)] for row in rows}
 
@@ -187,36 +196,41 @@ class Page(HTMLParser):
 
 
 def chromium() -> str:
-    """The installed browser. Without one the test is skipped, in CI it fails."""
-    found = next((path for name in CHROMIUM if (path := shutil.which(name))), None)
-    if found is None:
-        said = f"none of {', '.join(CHROMIUM)} is installed: no browser opens the report"
-        pytest.fail(said) if os.environ.get("CI") else pytest.skip(said)
-    return found
+    """Return the path of an installed browser. Without one the test is skipped; in CI it fails."""
+    browser = next((path for name in CHROMIUM if (path := shutil.which(name))), None)
+    if browser is None:
+        message = f"none of {', '.join(CHROMIUM)} is installed: no browser opens the report"
+        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+    return browser
 
 
-def opened(page: Path, place: Path, fragment: str = "") -> tuple[str, str]:
-    """(the document after its scripts ran, what the console said)."""
-    command = [chromium(), *FLAGS, f"--user-data-dir={place / 'profile'}", "--dump-dom", page.as_uri() + fragment]
+def open_page(page: Path, folder: Path, fragment: str = "") -> tuple[str, str]:
+    """Return (the document after its scripts ran, the messages of the console)."""
+    command = [chromium(), *FLAGS, f"--user-data-dir={folder / 'profile'}", "--dump-dom", page.as_uri() + fragment]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120, errors="replace")
     return done.stdout, "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
 
 
-def framed(page: Path, width: int, script: str) -> Path:
-    """A page that shows the other in a frame of that width and runs `script` there, with `page` its window; what it returns is
-    written into the element `said` as JSON. A frame without an address of its own may be looked into."""
+def frame_page(page: Path, width: int, script: str) -> Path:
+    """Write a page that shows `page` in a frame of `width` pixels and runs `script` on it; return its path.
+
+    In the script, `page` is the window of the frame. Its return value is written as JSON into the element `result`. The frame
+    uses srcdoc, because a frame with a file: address is not accessible.
+    """
     source = html.escape(page.read_text(encoding="utf-8"))
     out = page.with_name("framed.html")
-    inside = f"const page = document.getElementById('frame').contentWindow; const said = await (async () => {{ {script} }})();"
-    call = f"async function look() {{ {inside} document.getElementById('said').textContent = JSON.stringify(said); }}"
+    inside = f"const page = document.getElementById('frame').contentWindow; const result = await (async () => {{ {script} }})();"
+    call = (
+        f"async function look() {{ {inside} document.getElementById('result').textContent = JSON.stringify(result); }}"
+    )
     out.write_text(
-        f"<!doctype html><meta charset=utf-8><pre id=said></pre><script>{call}</script>"
+        f"<!doctype html><meta charset=utf-8><pre id=result></pre><script>{call}</script>"
         f'<iframe id=frame style="width:{width}px;height:900px;border:0" onload="look()" srcdoc="{source}"></iframe>',
         encoding="utf-8",
     )
     return out
 
 
-def said(dumped: str) -> Any:
-    """What `framed`'s script returned."""
-    return json.loads(html.unescape(dumped.split('<pre id="said">')[1].split("</pre>")[0]))
+def script_result(document: str) -> Any:
+    """Return the value that the script of `frame_page` returned."""
+    return json.loads(html.unescape(document.split('<pre id="result">')[1].split("</pre>")[0]))

@@ -1,5 +1,5 @@
-"""Transforms of a denoiser compose: every order of guidance and known pixels against formulas in ε, with a Gaussian for each
-class, whose x̂_0 is known, and a linear classifier, whose gradient is known."""
+"""Transforms of a denoiser compose: every order of guidance and inpainting against formulas in ε, with a Gaussian for each
+class, whose x̂_0 has a closed form, and a linear classifier, whose gradient has one."""
 
 import dataclasses
 import itertools
@@ -31,7 +31,7 @@ STDS = torch.tensor([0.15, 0.3, 0.2], dtype=D)
 CLASSES = [
     *(Gaussian(MEANS[k], float(STDS[k])) for k in range(3)),
     Mixture(MEANS, STDS),
-]  # the null label is all of them
+]  # the null label is the mixture
 LABEL = torch.tensor([0, 1, 2, 0, 1, 2])
 SLOPES = torch.tensor([[0.4, -1.0, 0.3], [1.1, 0.2, -0.7], [-0.5, 0.6, 0.9]], dtype=D)
 KNOWN = torch.tensor([0.25, 0.0, -1.0], dtype=D).reshape(1, 1, 1, 3)
@@ -40,13 +40,13 @@ S, W, V = 2.5, 1.5, 0.7  # the scales of classifier-free, exact and published gu
 
 
 def estimate(x: Tensor, label: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """E[x_0 | x_t, label] in closed form, (B, C, H, W)."""
+    """Return E[x_0 | x_t, label], (B, C, H, W)."""
     every = torch.stack([data.denoise(x, alpha, sigma) for data in CLASSES])
     return every[label, torch.arange(len(x))]
 
 
 class Network:
-    """The best network of the labelled data."""
+    """The optimal network of the labeled data."""
 
     num_classes = 3
 
@@ -63,7 +63,7 @@ def classifier(x: Tensor, t: Tensor) -> Tensor:
 
 
 def gradient(x: Tensor, label: Tensor) -> Tensor:
-    """∇ log p(label | x) of the linear classifier: w_label − Σ_k p_k w_k."""
+    """Return ∇ log p(label | x) of the linear classifier: w_label − Σ_k p_k w_k."""
     share = (x.flatten(1) @ SLOPES.T).softmax(1)
     return (SLOPES[label] - share @ SLOPES).reshape(x.shape)
 
@@ -88,7 +88,7 @@ def states(schedule: Schedule, t: Tensor) -> Tensor:
 
 
 def formula(names: Sequence[str], x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(x̂_0, ε̂, gradient) in closed form: what each transform does to the conditional ε̂; the unconditional one has none."""
+    """Return (x̂_0, ε̂, gradient) in closed form, by applying each transform to the conditional ε̂."""
     a, s = (append_dims_like(v, x) for v in (alpha, sigma))
     conditional = (x - a * estimate(x, LABEL, alpha, sigma)) / s
     unconditional = (x - a * estimate(x, torch.full_like(LABEL, 3), alpha, sigma)) / s
@@ -124,7 +124,7 @@ def check(names: Sequence[str], schedule: Schedule, objective: Objective) -> Non
 
 @pytest.mark.parametrize("names", itertools.product(TRANSFORMS, repeat=2), ids="-".join)
 def test_two_transforms_in_every_order(names: tuple[str, str]) -> None:
-    """Also each of them twice: shifts and gradients of two classifiers add, classifier-free guidance extrapolates twice."""
+    """Also each transform twice: the shifts and gradients of two classifiers add, classifier-free guidance extrapolates twice."""
     for schedule, objective in (("Cosine", "PredV"), ("VP", "PredNoise"), ("EDM", "PredX0"), ("Flow", "PredFlow")):
         check(names, SCHEDULES[schedule], OBJECTIVES[objective])
 
@@ -135,21 +135,21 @@ def test_all_four_in_every_order(names: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize(("schedule", "objective"), PAIRS)
-def test_a_classifier_inside_classifier_free_guidance_is_scaled_with_it(schedule: str, objective: str) -> None:
-    """CFG of it: (1 − s) ε_u + s (ε_c − w σ ∇). It on CFG: (1 − s) ε_u + s ε_c − w σ ∇. On every curve, for every objective."""
+def test_the_order_of_classifier_and_classifier_free_guidance(schedule: str, objective: str) -> None:
+    """The classifier first: (1 − s) ε_u + s (ε_c − w σ ∇). Classifier-free guidance first: (1 − s) ε_u + s ε_c − w σ ∇."""
     s, t = SCHEDULES[schedule], torch.tensor(0.4, dtype=D)
     x, den = states(s, t), Denoiser(Network(s, OBJECTIVES[objective]), s, OBJECTIVES[objective])
     alpha, sigma = s.alpha_sigma(t)
     c, u = ((x - alpha * estimate(x, label, alpha, sigma)) / sigma for label in (LABEL, torch.full_like(LABEL, 3)))
     shift = W * sigma * gradient(x, LABEL)
-    outer = composed(("exact", "cfg"), den)(x, t, label=LABEL).noise
-    inner = composed(("cfg", "exact"), den)(x, t, label=LABEL).noise
-    torch.testing.assert_close(outer, (1 - S) * u + S * (c - shift), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(inner, (1 - S) * u + S * c - shift, rtol=1e-6, atol=1e-6)
+    classifier_first = composed(("exact", "cfg"), den)(x, t, label=LABEL).noise
+    cfg_first = composed(("cfg", "exact"), den)(x, t, label=LABEL).noise
+    torch.testing.assert_close(classifier_first, (1 - S) * u + S * (c - shift), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(cfg_first, (1 - S) * u + S * c - shift, rtol=1e-6, atol=1e-6)
 
 
 def test_guidance_of_a_network_without_labels_composes() -> None:
-    """Two classifiers, and both in classifier-free guidance: the label reaches each of them, and never the network."""
+    """Two classifiers, alone and in classifier-free guidance: each classifier gets the label, the network does not."""
     s, o, t = VP(), PredV(), torch.tensor(0.4, dtype=D)
     x, den = states(s, t), oracle(CLASSES[3], s, o)
 
@@ -165,8 +165,8 @@ def test_guidance_of_a_network_without_labels_composes() -> None:
     torch.testing.assert_close(free(x, t, label=LABEL).noise, plain - S * (W + V) * shift, rtol=1e-9, atol=1e-9)
 
 
-def test_the_spread_of_a_second_head_belongs_to_the_conditional_network() -> None:
-    """`unclipped` is ε̂ of the conditional, unguided y in every order, clipped or not: SN's variance is that without guidance."""
+def test_the_variance_of_a_second_head_is_that_of_the_conditional_network() -> None:
+    """`unclipped` is ε̂ of the conditional, unguided y in every order, with and without clipping."""
     s, t, u = Cosine(), torch.tensor(0.6, dtype=D), torch.tensor(0.5, dtype=D)
     x, network = states(s, t), Network(s, PredV())
 
@@ -178,13 +178,13 @@ def test_the_spread_of_a_second_head_belongs_to_the_conditional_network() -> Non
 
     den = Denoiser(Headed(), s, PredV())
     alpha, sigma = s.alpha_sigma(t)
-    own = (x - alpha * estimate(x, LABEL, alpha, sigma)) / sigma
+    conditional = (x - alpha * estimate(x, LABEL, alpha, sigma)) / sigma
     want = SN()(s, t, u, den(x, t, label=LABEL))
     for names in itertools.permutations(TRANSFORMS):
         for clip in (None, 0.4):
             got = composed(names, dataclasses.replace(den, clip=clip))(x, t, label=LABEL)
             assert got.unclipped is not None
-            torch.testing.assert_close(got.unclipped, own, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(got.unclipped, conditional, rtol=1e-9, atol=1e-9)
             torch.testing.assert_close(SN()(s, t, u, got), want, rtol=1e-9, atol=1e-12)
 
 
@@ -192,8 +192,8 @@ def test_the_spread_of_a_second_head_belongs_to_the_conditional_network() -> Non
 
 
 @pytest.mark.parametrize("names", list(itertools.permutations(TRANSFORMS)), ids="-".join)
-def test_known_pixels_come_back_exactly_in_every_order(names: tuple[str, ...]) -> None:
-    """The state that DDPM leaves holds them bit for bit, also after dataclasses.replace; so does `inpaint` of guided ones."""
+def test_known_pixels_are_exact_in_every_order(names: tuple[str, ...]) -> None:
+    """DDPM returns them bit for bit, also after dataclasses.replace, and equals `inpaint` of the guided denoiser."""
     s = Cosine()
     den = composed(names, Denoiser(Network(s, PredV()), s, PredV()))
     start = prior(s, normal((1, 1, 3), seed=0, index=torch.arange(6), dtype=D))
@@ -208,7 +208,7 @@ def test_known_pixels_come_back_exactly_in_every_order(names: tuple[str, ...]) -
     assert got.nfe == whole.nfe == 6
 
 
-def test_unknown_pixels_keep_their_noise_bit_for_bit() -> None:
+def test_unknown_pixels_are_unchanged_bit_for_bit() -> None:
     s, t = Cosine(), torch.tensor(0.4, dtype=D)
     x = states(s, t)
     for clip in (None, 0.3):
@@ -219,8 +219,8 @@ def test_unknown_pixels_keep_their_noise_bit_for_bit() -> None:
         assert not torch.equal(got.noise[..., 0], plain.noise[..., 0])
 
 
-def test_a_known_pixel_that_clipping_meets_by_chance_has_no_gradient() -> None:
-    """x̂_0 is clipped to −1, which is what the pixel is: nothing changes there, and yet a classifier must not push it."""
+def test_a_known_pixel_that_equals_the_clipped_estimate_has_no_gradient() -> None:
+    """x̂_0 is clipped to −1, the value of the known pixel: x̂_0 does not change there, but the gradient must be 0."""
     s, t = Cosine(), torch.tensor(0.9, dtype=D)
     den = Denoiser(lambda x, c: torch.full_like(x, 3.0), s, PredV(), clip=1.0)
     x = states(s, t)
@@ -233,7 +233,7 @@ def test_a_known_pixel_that_clipping_meets_by_chance_has_no_gradient() -> None:
     torch.testing.assert_close(got[..., 1], V * gradient(x, LABEL)[..., 1], rtol=1e-12, atol=0)
 
 
-def test_a_masked_variance_is_the_floor_where_pixels_are_known() -> None:
+def test_a_masked_variance_is_the_floor_at_known_pixels() -> None:
     s, t, r = Cosine(), torch.tensor(0.6, dtype=D), torch.tensor(0.5, dtype=D)
     prediction = Denoiser(Network(s, PredV()), s, PredV())(states(s, t), t, label=LABEL)
     floor = torch.tensor(0.01, dtype=D)
@@ -242,11 +242,11 @@ def test_a_masked_variance_is_the_floor_where_pixels_are_known() -> None:
     assert torch.equal(got, torch.where(MASK > 0, whole, floor))
 
 
-# the tuples themselves ----------------------------------------------------------------------------------------------------
+# the tuples of transforms -------------------------------------------------------------------------------------------------
 
 
 def test_transforms_are_applied_in_order_and_on_any_rows() -> None:
-    """on_output evaluates what is before it, on any rows. on_x0 comes after clipping, and moves ε̂ as well."""
+    """Each on_output evaluates the earlier ones, on any rows. on_x0 is applied after clipping, and ε̂ is recomputed."""
     s, t, calls = Cosine(), torch.tensor(0.5, dtype=D), []
 
     def network(x: Tensor, c: Tensor, **_: Any) -> Tensor:
@@ -304,7 +304,7 @@ def test_a_denoiser_is_a_frozen_value_and_replace_keeps_its_transforms() -> None
 
 
 def test_no_threshold_is_no_clipping_bit_for_bit() -> None:
-    """ε̂ is not derived a second time; the thresholds change what they should, after guidance."""
+    """Without a threshold ε̂ is not recomputed; thresholds are applied after guidance."""
     s, t = Cosine(), torch.tensor(0.8, dtype=D)
     x, bare = states(s, t), Denoiser(Network(s, PredV()), s, PredV())
     den = Denoiser(bare.network, s, PredV(), clip=NoThreshold())
@@ -318,7 +318,7 @@ def test_no_threshold_is_no_clipping_bit_for_bit() -> None:
         assert torch.equal(guided.x0, clip(ClassifierFree(bare, 6.0)(x, t, label=LABEL).x0))
 
 
-def test_other_samplers_refuse_the_published_form_however_deep_it_lies() -> None:
+def test_other_samplers_refuse_the_published_form_at_any_position() -> None:
     s = Cosine()
     den = composed(("published", "cfg", "known"), Denoiser(Network(s, PredV()), s, PredV()))
     assert den.moves_mean
@@ -332,7 +332,7 @@ def test_other_samplers_refuse_the_published_form_however_deep_it_lies() -> None
 
 
 def test_a_likelihood_refuses_known_pixels_and_drops_clipping_under_guidance() -> None:
-    """vlb and ode of a clipped and guided denoiser are those of the unclipped one; clipping would change both."""
+    """vlb and ode of a clipped and guided denoiser equal those of the unclipped one."""
     s = Cosine(20)
     den = Denoiser(Network(s, PredNoise()), s, PredNoise())
     x0 = (torch.linspace(-1, 1, 18, dtype=D).reshape(6, 1, 1, 3) * 127.5).round() / 127.5

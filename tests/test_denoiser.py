@@ -1,4 +1,4 @@
-"""The waist: what the network is told, what comes back, clipping, extra channels, dtypes."""
+"""The denoiser: the network's inputs, the prediction, clipping, extra channels, dtypes."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ DATA = Mixture(
 @pytest.mark.parametrize(("schedule", "objective"), PAIRS)
 @pytest.mark.parametrize("fraction", [0.025, 0.5, 0.975, 1.0])
 def test_the_oracle_is_the_posterior_mean(schedule: str, objective: str, fraction: float) -> None:
-    """The same E[x_0|x_t] through any objective, checked against a numerical integral over x_0 of each component."""
+    """Every objective gives the same E[x_0|x_t], and α x̂_0 + σ ε̂ = x_t."""
     s = SCHEDULES[schedule]
     t = torch.tensor(fraction, dtype=D)
     alpha, sigma = s.alpha_sigma(t)
@@ -31,8 +31,8 @@ def test_the_oracle_is_the_posterior_mean(schedule: str, objective: str, fractio
     torch.testing.assert_close(alpha * p.x0 + sigma * p.noise, x, rtol=1e-9, atol=1e-9)
 
 
-def test_the_closed_form_against_quadrature() -> None:
-    """The oracle itself: E[x_0|x_t] of a mixture in one dimension, by summing over a fine grid of x_0."""
+def test_the_closed_form_of_the_oracle_against_quadrature() -> None:
+    """E[x_0|x_t] of a mixture in one dimension, by summation over a fine grid of x_0."""
     data = Mixture(torch.tensor([-0.5, 0.7]).reshape(2, 1, 1, 1), torch.tensor([0.1, 0.3]), torch.tensor([0.25, 0.75]))
     alpha, sigma = torch.tensor(0.8, dtype=D), torch.tensor(0.6, dtype=D)
     x0 = torch.linspace(-4, 4, 80001, dtype=D)
@@ -47,7 +47,7 @@ def test_the_closed_form_against_quadrature() -> None:
 
 
 class Spy:
-    """Remembers what it was called with and answers with its input, or with more channels."""
+    """A network that records its arguments and returns its input, with more channels if requested."""
 
     def __init__(self, channels: int = 0, **attributes: Any) -> None:
         self.channels = channels
@@ -60,15 +60,15 @@ class Spy:
 
 
 @pytest.mark.parametrize("t", [0.5, torch.tensor(0.5), torch.tensor(0.5, dtype=D), torch.full((3,), 0.5)])
-def test_what_the_network_is_told(t: Any) -> None:
-    """c = T·t − 1 as float (B,), whether t is a number, 0-d or one for each image; conditions go through."""
+def test_arguments_of_the_network(t: Any) -> None:
+    """c = T·t − 1, float (B,), for t a number, 0-d or (B,); conditions are passed on."""
     spy, label = Spy(), torch.tensor([1, 2, 3])
     x = torch.randn(3, 1, 2, 2)
     p = Denoiser(spy, Cosine(), PredV())(x, t, label=label)
-    (seen, c, condition) = spy.calls[0]
+    (scaled, c, condition) = spy.calls[0]
     assert torch.equal(c, torch.full((3,), 499.0))
     assert c.dtype == x.dtype
-    assert torch.equal(seen, x)
+    assert torch.equal(scaled, x)
     assert condition == {"label": label}
     assert p.extra is None
     assert p.x0.dtype == p.noise.dtype == p.output.dtype == torch.float32
@@ -77,9 +77,9 @@ def test_what_the_network_is_told(t: Any) -> None:
 def test_one_time_for_each_image() -> None:
     x, t = torch.randn(3, 1, 2, 2, dtype=D), torch.tensor([0.001, 0.3, 1.0], dtype=D)
     den = Denoiser(lambda x, c: x.tanh() + c[:, None, None, None] / 1000, Linear(), PredNoise())
-    together = den(x, t)
+    batch = den(x, t)
     for k in range(3):
-        for got, want in zip(den(x[k : k + 1], t[k])[:3], together[:3], strict=True):
+        for got, want in zip(den(x[k : k + 1], t[k])[:3], batch[:3], strict=True):
             torch.testing.assert_close(got[0], want[k], rtol=1e-12, atol=1e-12)
 
 
@@ -92,8 +92,8 @@ def test_channels_beyond_the_image_are_extra() -> None:
 
 
 @pytest.mark.parametrize("objective", [PredNoise(), PredX0(), PredV()])
-def test_clipping_derives_the_noise_again(objective: Any) -> None:
-    """x̂_0 is limited, ε̂ is what then remains of x_t; y stays as the network said it."""
+def test_clipping_recomputes_the_noise(objective: Any) -> None:
+    """x̂_0 is clipped, ε̂ = (x_t − α x̂_0)/σ is recomputed, and y is unchanged."""
     x, t = torch.randn(2, 1, 4, 4, dtype=D) * 3, torch.tensor(0.7, dtype=D)
     alpha, sigma = Cosine().alpha_sigma(t)
     bare = Denoiser(Spy(), Cosine(), objective)(x, t)
@@ -105,18 +105,18 @@ def test_clipping_derives_the_noise_again(objective: Any) -> None:
         assert torch.equal(p.output, bare.output)
 
 
-def test_self_conditioning_goes_only_where_it_is_wanted() -> None:
+def test_only_a_self_conditioning_network_gets_the_previous_estimate() -> None:
     x, previous = torch.randn(2, 2, 1, 2, 2)
-    plain, wants = Spy(), Spy(self_conditioning=True)
+    plain, self_conditioning = Spy(), Spy(self_conditioning=True)
     Denoiser(plain, Cosine(), PredV())(x, 0.5, previous=previous)
-    Denoiser(wants, Cosine(), PredV())(x, 0.5, previous=previous)
-    Denoiser(wants, Cosine(), PredV())(x, 0.5)
+    Denoiser(self_conditioning, Cosine(), PredV())(x, 0.5, previous=previous)
+    Denoiser(self_conditioning, Cosine(), PredV())(x, 0.5)
     assert plain.calls[0][2] == {}
-    assert torch.equal(wants.calls[0][2]["previous"], previous)
-    assert wants.calls[1][2] == {"previous": None}
+    assert torch.equal(self_conditioning.calls[0][2]["previous"], previous)
+    assert self_conditioning.calls[1][2] == {"previous": None}
 
 
-class Half(nn.Module):
+class Float32Network(nn.Module):
     """A network with float32 weights."""
 
     def __init__(self) -> None:
@@ -128,15 +128,15 @@ class Half(nn.Module):
         return x * self.scale
 
 
-def test_a_float64_state_meets_a_float32_network() -> None:
-    """Heun keeps float64 states: the network sees its own dtype, the solve stays in the state's."""
+def test_a_float64_state_with_a_float32_network() -> None:
+    """The network's input is cast to the dtype of its weights; the prediction has the dtype of the state."""
     x = torch.randn(2, 1, 2, 2, dtype=D)
-    p = Denoiser(Half(), Cosine(), PredV())(x, torch.tensor(0.5))
+    p = Denoiser(Float32Network(), Cosine(), PredV())(x, torch.tensor(0.5))
     assert p.x0.dtype == p.noise.dtype == p.output.dtype == D
 
 
-def test_gaussian_flow_solves_its_own_ode() -> None:
-    """The oracle's exact solution has dx/dt = α̇ x̂_0 + σ̇ ε̂, by central differences."""
+def test_the_exact_flow_of_the_oracle_solves_the_ode() -> None:
+    """dx/dt = α̇ x̂_0 + σ̇ ε̂, by central differences."""
     data, s = Gaussian(torch.full((1, 1, 1), 0.3), 0.4), Cosine()
     x = torch.tensor([-1.0, 0.5], dtype=D).reshape(2, 1, 1, 1)
     t, h = 0.5005, 1e-7

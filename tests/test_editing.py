@@ -1,4 +1,4 @@
-"""Edits on data whose answer is known: great circles, SDEdit's law, the Gaussian conditional that inpainting must give."""
+"""Edits against exact results: slerp, the distribution of SDEdit, the Gaussian conditional of inpainting."""
 
 import itertools
 from typing import Any
@@ -19,11 +19,11 @@ from diffusion_lab.variances import FixedLarge
 
 D = torch.float64
 
-# great circles ------------------------------------------------------------------------------------------------------------
+# slerp --------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, D])
-def test_the_ends_are_exact_and_the_way_is_a_rotation(dtype: torch.dtype) -> None:
+def test_slerp_is_a_rotation_with_exact_ends(dtype: torch.dtype) -> None:
     a, b = torch.randn(2, 3, 4, 4, dtype=dtype)
     w = torch.tensor([0.0, 0.25, 0.5, 1.0])
     path = slerp(a, b, w)
@@ -39,7 +39,7 @@ def test_the_ends_are_exact_and_the_way_is_a_rotation(dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("factor", [1.0, 2.0, 1 + 1e-9, -1.0, 0.0])
-def test_parallel_opposite_and_vanishing_vectors_stay_finite(factor: float) -> None:
+def test_slerp_of_parallel_opposite_and_zero_vectors_is_linear(factor: float) -> None:
     a = torch.randn(8, dtype=D)
     b = factor * a
     path = slerp(a, b, torch.linspace(0, 1, 5))
@@ -52,9 +52,9 @@ def test_parallel_opposite_and_vanishing_vectors_stay_finite(factor: float) -> N
 
 
 @pytest.mark.parametrize("name", ["Cosine", "VE", "EDM", "Flow"])
-def test_edits_of_gaussian_data_have_the_law_that_theory_gives(name: str) -> None:
-    """x_t ~ N(α x_0, σ²), and the ODE's exact flow from there is affine: mean and deviation of 4,000 edits to 4 standard
-    errors and 0.002 of the solver's own. More noise keeps less of the image."""
+def test_the_distribution_of_edits_of_gaussian_data(name: str) -> None:
+    """x_t ~ N(α x_0, σ²), and the exact flow of the ODE from there is affine: mean and standard deviation of 4,000 edits, to 4
+    standard errors plus the solver's error of 0.002. More noise preserves less of the image."""
     schedule, data = SCHEDULES[name], Gaussian(torch.full((1, 1, 1), 0.3), 0.5)
     noise, image = normal((1, 1, 1), seed=3, index=torch.arange(4000), dtype=D), torch.full((1, 1, 1, 1), 1.5, dtype=D)
     kept = []
@@ -71,17 +71,17 @@ def test_edits_of_gaussian_data_have_the_law_that_theory_gives(name: str) -> Non
     assert kept[0] > kept[1] > kept[2] > 0
 
 
-# there and back -----------------------------------------------------------------------------------------------------------
+# encoding and decoding ----------------------------------------------------------------------------------------------------
 
 MIXTURE = Mixture(torch.tensor([-0.6, 0.6]).reshape(2, 1, 1, 1), torch.tensor([0.1, 0.2]), torch.tensor([0.3, 0.7]))
 
 
-@pytest.mark.parametrize(("make", "way", "both"), [(DDIM, 1, 1), (Heun, 2, 3)])
-def test_encoding_and_decoding_lose_what_the_solver_s_order_says(make: type[Sampler], way: int, both: int) -> None:
-    """Between two times inside, with exact denoisers: doubling the steps divides the error by 2^order ± 15 %.
+@pytest.mark.parametrize(("make", "encode_order", "round_trip_order"), [(DDIM, 1, 1), (Heun, 2, 3)])
+def test_the_order_of_encoding_and_decoding(make: type[Sampler], encode_order: int, round_trip_order: int) -> None:
+    """Doubling the steps divides the error by 2^order ± 15 %, between two inner times, with exact denoisers.
 
-    Encoding, against the exact flow of Gaussian data, is of the solver's order. The way there and back is too for an odd order;
-    for an even one it is one better, because a step of −h undoes the leading error h³ of one of h.
+    Encoding has the order of the solver, compared with the exact flow of Gaussian data. Encoding and decoding has the same
+    order if that is odd; for an even order it is one higher, because a step of −h cancels the leading error h³ of a step of h.
     """
     schedule, times = SCHEDULES["VP"], {"start": 0.3, "stop": 0.7}
     gaussian = Gaussian(torch.full((1, 1, 1), 0.3), 0.5)
@@ -94,16 +94,16 @@ def test_encoding_and_decoding_lose_what_the_solver_s_order_says(make: type[Samp
         z = sampler(oracle(MIXTURE, schedule, PredV()), x, **times).x
         back = sampler(oracle(MIXTURE, schedule, PredV()), z, start=0.7, stop=0.3).x
         errors.append(float((back - x).square().mean().sqrt()))
-    for order, found in ((way, encoded), (both, errors)):
-        for coarse, fine in itertools.pairwise(found):
+    for order, by_steps in ((encode_order, encoded), (round_trip_order, errors)):
+        for coarse, fine in itertools.pairwise(by_steps):
             assert coarse / fine == pytest.approx(2**order, rel=0.15)
 
 
-# the way of inpainting ----------------------------------------------------------------------------------------------------
+# passes of inpainting -----------------------------------------------------------------------------------------------------
 
 
 def published(steps: int, jump_length: int, resample: int) -> list[int]:
-    """The times that RePaint's code visits (Lugmayr et al. 2022, appendix: get_schedule_jump), counted in steps to data."""
+    """Return the times that RePaint's code visits (Lugmayr et al. 2022, appendix: get_schedule_jump), in steps to data."""
     jumps = dict.fromkeys(range(0, steps - jump_length, jump_length), resample - 1)
     t, visited = steps, [steps]
     while t >= 1:
@@ -119,39 +119,39 @@ def published(steps: int, jump_length: int, resample: int) -> list[int]:
 @pytest.mark.parametrize(
     ("steps", "jump", "resample"), [(250, 10, 10), (50, 5, 10), (12, 4, 3), (10, 1, 2), (50, 5, 1)]
 )
-def test_the_way_is_repaint_s(steps: int, jump: int, resample: int) -> None:
-    """Its code goes up a step at a time and ours at once, by the same law: the turns are compared."""
+def test_passes_are_those_of_repaint(steps: int, jump: int, resample: int) -> None:
+    """RePaint steps up once for each time and this package once for each segment, so the turning points are compared."""
     visited = published(steps, jump, resample)
     turns = [b for a, b, c in zip(visited, visited[1:], visited[2:], strict=False) if (b - a) * (c - b) < 0]
-    way = passes(steps, jump, resample)
+    segments = passes(steps, jump, resample)
     ours = []
-    for part, following in itertools.pairwise(way):
+    for part, following in itertools.pairwise(segments):
         assert following.begin == (part.begin if following.again else part.end)
         if following.again:
             ours += [steps - part.end, steps - part.begin]
     assert ours == turns
-    assert way[-1].end == steps
+    assert segments[-1].end == steps
 
 
-def test_the_way_where_parts_do_not_divide_it() -> None:
+def test_passes_where_segments_do_not_divide_the_steps() -> None:
     assert passes(11, 5, 2) == [(0, 1, False), (1, 6, False), (1, 6, True), (6, 11, False), (6, 11, True)]
     assert passes(3, 5, 10) == passes(3, 3, 10) == passes(3, 1, 1) == [(0, 3, False)]
-    for bad in ((10, 0, 1), (10, 1, 0)):
+    for arguments in ((10, 0, 1), (10, 1, 0)):
         with pytest.raises(ValueError, match=r"inpaint.jump_length=\d+ and inpaint.resample=\d+ must be at least 1"):
-            passes(*bad)
+            passes(*arguments)
 
 
 # inpainting ---------------------------------------------------------------------------------------------------------------
 
 
 class Correlated:
-    """x_0 ~ N(m, S) of few pixels in a row, as data for `oracle.Network`."""
+    """x_0 ~ N(m, S), a row of a few pixels, as data for `oracle.Network`."""
 
     def __init__(self, mean: Tensor, covariance: Tensor) -> None:
         self.mean, self.covariance = mean, covariance
 
     def gain(self, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """G in E[x_0 | x_t] = m + G (x_t − α m), for 0-d α and σ."""
+        """Return G of E[x_0 | x_t] = m + G (x_t − α m), for 0-d α and σ."""
         S = self.covariance
         return alpha * S @ torch.linalg.inv(alpha**2 * S + sigma**2 * torch.eye(len(S), dtype=D))
 
@@ -162,7 +162,7 @@ class Correlated:
 
 RHO, KNOWN = 0.8, 0.9
 DATA = Correlated(torch.tensor([0.2, -0.1], dtype=D), torch.tensor([[1, RHO], [RHO, 1]], dtype=D) * 0.25)
-MEAN = -0.1 + RHO * (KNOWN - 0.2)  # of the second pixel given the first
+MEAN = -0.1 + RHO * (KNOWN - 0.2)  # mean of the second pixel given the first
 VARIANCE = 0.25 * (1 - RHO**2)
 IMAGE = torch.tensor([KNOWN, 0.0], dtype=D).reshape(1, 1, 1, 2)
 MASK = torch.tensor([0.0, 1.0], dtype=D).reshape(1, 1, 1, 2)
@@ -173,67 +173,71 @@ def correlated(schedule: Schedule) -> Denoiser:
 
 
 def moments(sampler: Sampler, schedule: Schedule, jump_length: int, resample: int) -> tuple[float, float]:
-    """Mean and variance of the unknown pixel that `inpaint` draws from, by propagating those of the pair: every step is affine.
+    """Return mean and variance of the unknown pixel under `inpaint`, by propagating the moments of the pair.
 
-    An independent route: matrices in place of samples, the steps of DDPM, DDIM and Heun's method written out anew.
+    Every step is affine, so matrices replace samples; the steps of DDPM, DDIM and Heun's method are implemented independently.
     """
     times = sampler.time_grid(correlated(schedule))
     alpha, sigma = schedule.alpha_sigma(times)
     keep, know = torch.diag(torch.tensor([0.0, 1.0], dtype=D)), torch.tensor([KNOWN, 0.0], dtype=D)
 
     def estimate(i: int, A: Tensor, b: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """x̂_0 and ε̂ at the state A x + b and time i, each as such a pair."""
+        """Return x̂_0 and ε̂ at the state A x + b and time i, each as a pair (A, b)."""
         G = keep @ DATA.gain(alpha[i], sigma[i])
         x0 = (G @ A, G @ b + know + keep @ DATA.mean - alpha[i] * G @ DATA.mean)
         return x0, ((A - alpha[i] * x0[0]) / sigma[i], (b - alpha[i] * x0[1]) / sigma[i])
 
     def down(i: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(A, b, v) of the step x_s = A x_t + b + √v z."""
+        """Return (A, b, v) of the step x_s = A x_t + b + √v z."""
         one, zero, s = torch.eye(2, dtype=D), torch.zeros(2, dtype=D), i + 1
         x0, noise = estimate(i, one, zero)
         if isinstance(sampler, DDPM):
-            of = alpha[i] / alpha[s]
-            spread = sigma[i] ** 2 - of**2 * sigma[s] ** 2
-            on_x, on_x0 = of * sigma[s] ** 2 / sigma[i] ** 2, alpha[s] * spread / sigma[i] ** 2
-            return on_x * one + on_x0 * x0[0], on_x0 * x0[1], spread * sigma[s] ** 2 / sigma[i] ** 2
+            ratio = alpha[i] / alpha[s]
+            forward = sigma[i] ** 2 - ratio**2 * sigma[s] ** 2
+            c1, c0 = ratio * sigma[s] ** 2 / sigma[i] ** 2, alpha[s] * forward / sigma[i] ** 2
+            return c1 * one + c0 * x0[0], c0 * x0[1], forward * sigma[s] ** 2 / sigma[i] ** 2
         A, b = (alpha[s] * x0[k] + sigma[s] * noise[k] for k in (0, 1))
         if isinstance(sampler, Heun) and times[s] > 0:
-            there = estimate(s, A, b)
+            predicted = estimate(s, A, b)
             A, b = (
                 start
-                + ((alpha[s] - alpha[i]) * (x0[k] + there[0][k]) + (sigma[s] - sigma[i]) * (noise[k] + there[1][k])) / 2
+                + (
+                    (alpha[s] - alpha[i]) * (x0[k] + predicted[0][k])
+                    + (sigma[s] - sigma[i]) * (noise[k] + predicted[1][k])
+                )
+                / 2
                 for k, start in enumerate((one, zero))
             )
         return A, b, torch.zeros((), dtype=D)
 
     mean, covariance = torch.zeros(2, dtype=D), torch.eye(2, dtype=D) * sigma[0] ** 2
-    way, whole = passes(len(times) - 1, jump_length, resample), {}
-    for begin, end in dict.fromkeys(part[:2] for part in way):  # the steps of a part make one
+    segments, composed = passes(len(times) - 1, jump_length, resample), {}
+    for begin, end in dict.fromkeys(segment[:2] for segment in segments):  # compose the steps of a segment
         A, b, C = torch.eye(2, dtype=D), torch.zeros(2, dtype=D), torch.zeros(2, 2, dtype=D)
         for step, shift, v in map(down, range(begin, end)):
             A, b, C = step @ A, step @ b + shift, step @ C @ step.T + v * torch.eye(2)
-        whole[begin] = A, b, C
-    for begin, end, again in way:
+        composed[begin] = A, b, C
+    for begin, end, again in segments:
         if again:
             up = alpha[begin] / alpha[end]
             mean, covariance = (
                 up * mean,
                 up**2 * covariance + (sigma[begin] ** 2 - up**2 * sigma[end] ** 2) * torch.eye(2),
             )
-        A, b, C = whole[begin]
+        A, b, C = composed[begin]
         mean, covariance = A @ mean + b, A @ covariance @ A.T + C
     return float(mean[1]), float(covariance[1, 1])
 
 
 def bias(mean: float, variance: float) -> tuple[float, float]:
-    """Off by how many conditional deviations, and by what share of the conditional variance."""
+    """Return the error of the mean in conditional standard deviations, and the relative error of the variance."""
     return abs(mean - MEAN) / VARIANCE**0.5, abs(variance / VARIANCE - 1)
 
 
 @pytest.mark.parametrize("sampler", [DDPM(20), DDIM(20), Heun(12, "trailing")], ids=["DDPM", "DDIM", "Heun"])
-def test_inpainting_draws_what_its_affine_steps_say_and_resampling_takes_its_bias_away(sampler: Sampler) -> None:
-    """Two pixels of correlation 0.8, one known, 6,000 draws against propagated moments, to 4 standard errors. Without resampling
-    the mean is off the exact conditional by over 0.6 conditional deviations; resampled 4 times by under 0.6 of that."""
+def test_inpainting_against_propagated_moments_and_the_effect_of_resampling(sampler: Sampler) -> None:
+    """Two pixels of correlation 0.8, one known: 6,000 draws against the propagated moments, to 4 standard errors. Without
+    resampling the mean is off by over 0.6 conditional standard deviations; with resample=4 by less than 0.6 of that."""
     schedule, off = Cosine(), []
     for resample in (1, 4):
         x = inpaint(
@@ -248,20 +252,20 @@ def test_inpainting_draws_what_its_affine_steps_say_and_resampling_takes_its_bia
 
 
 @pytest.mark.parametrize(("make", "plain"), [(DDPM, (0.738, 0.325)), (DDIM, (1.051, 0.741))])
-def test_with_steps_and_resamplings_the_gaussian_conditional_comes_out(
+def test_many_steps_and_resamplings_converge_to_the_gaussian_conditional(
     make: type[Sampler], plain: tuple[float, float]
 ) -> None:
-    """The moments that the test above found right, against the exact conditional: (steps, jump_length, resample), and by how many
-    conditional deviations the mean and by what share the variance may be off."""
+    """Propagated moments against the exact conditional, for (steps, jump_length, resample): limits of the error of the mean, in
+    conditional standard deviations, and of the relative error of the variance."""
     assert bias(*moments(make(50), Cosine(), 5, 1)) == pytest.approx(plain, abs=1e-3)
     for (steps, jump, resample), mean, variance in (
         ((50, 5, 10), 0.19, 0.23),
         ((1000, 40, 20), 0.08, 0.025),
         ((4000, 160, 80), 0.03, 0.015),
     ):
-        found = bias(*moments(make(steps), Cosine(max(steps, 1000)), jump, resample))
-        assert found[0] < mean
-        assert found[1] < variance
+        errors = bias(*moments(make(steps), Cosine(max(steps, 1000)), jump, resample))
+        assert errors[0] < mean
+        assert errors[1] < variance
 
 
 BLOBS = Mixture(torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(5)) / 2, torch.tensor([0.2, 0.3, 0.1]))
@@ -277,8 +281,8 @@ def few(name: str) -> Sampler:
 
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("curve", ["Linear", "VE"])
-def test_known_pixels_come_back_exactly_whatever_the_sampler(name: str, curve: str) -> None:
-    """Into data without help: the state that a sampler leaves has them to rounding, the result bit for bit; others are new."""
+def test_known_pixels_are_exact_with_every_sampler(name: str, curve: str) -> None:
+    """A sampler's final state has them up to rounding errors and `inpaint` bit for bit; the other pixels are generated."""
     denoiser, index = oracle(BLOBS, SCHEDULES[curve], PredV()), torch.arange(3)
     for resample in (1, 2):
         x = inpaint(few(name), denoiser, PICTURE, HOLE, index=index, jump_length=2, resample=resample).x
@@ -286,12 +290,12 @@ def test_known_pixels_come_back_exactly_whatever_the_sampler(name: str, curve: s
         assert x.isfinite().all()
         assert (x[..., 2:] - PICTURE[..., 2:]).abs().min() > 0
     start = prior(denoiser.schedule, normal((1, 4, 4), seed=0, index=index, dtype=D))
-    left = few(name)(InpaintingTransform(denoiser, PICTURE, HOLE), start).x
-    assert torch.allclose(left[..., :2], PICTURE[..., :2].expand(3, -1, -1, -1), atol=1e-12)
+    final = few(name)(InpaintingTransform(denoiser, PICTURE, HOLE), start).x
+    assert torch.allclose(final[..., :2], PICTURE[..., :2].expand(3, -1, -1, -1), atol=1e-12)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_nothing_known_and_one_pass_is_the_sampler_itself(name: str) -> None:
+def test_one_pass_without_known_pixels_is_the_sampler(name: str) -> None:
     denoiser, index = oracle(BLOBS, SCHEDULES["Linear"], PredV()), torch.arange(5, 8)
     start = prior(denoiser.schedule, normal((1, 4, 4), seed=2, index=index, dtype=D))
     want = few(name)(denoiser, start, seed=2, index=index)
@@ -300,37 +304,37 @@ def test_nothing_known_and_one_pass_is_the_sampler_itself(name: str) -> None:
     assert got.nfe == want.nfe
 
 
-def test_an_image_depends_on_its_index_alone() -> None:
+def test_an_image_is_independent_of_its_batch() -> None:
     denoiser = oracle(BLOBS, SCHEDULES["Cosine"], PredV())
-    together, apart = (
+    whole, split = (
         torch.cat([
             inpaint(DDPM(8), denoiser, PICTURE, HOLE, seed=1, index=index, jump_length=2, resample=3).x
-            for index in parts
+            for index in batches
         ])
-        for parts in (torch.arange(6)[None], torch.arange(6).split(2))
+        for batches in (torch.arange(6)[None], torch.arange(6).split(2))
     )  # fmt: skip
-    assert torch.allclose(together, apart, atol=1e-12)
-    assert (together[0] - together[1]).abs().max() > 0.01
+    assert torch.allclose(whole, split, atol=1e-12)
+    assert (whole[0] - whole[1]).abs().max() > 0.01
 
 
 def test_known_pixels_follow_their_exact_chain_under_any_variance() -> None:
-    """x_t = α x_0 + σ ε at t = 0.2, 4,000 numbers to 4 standard errors; with fixed_large left as it is they are too wide."""
+    """x_t = α x_0 + σ ε at t = 0.2: 4,000 samples, to 4 standard errors; unmasked, FixedLarge is too large."""
     denoiser, schedule = correlated(Linear()), Linear()
-    told, index = InpaintingTransform(denoiser, IMAGE, MASK), torch.arange(4000)
+    inpainting, index = InpaintingTransform(denoiser, IMAGE, MASK), torch.arange(4000)
     alpha, sigma = (float(v) for v in schedule.alpha_sigma(torch.tensor(0.2, dtype=D)))
     start = normal((1, 1, 2), seed=4, index=index, dtype=D)
-    for variance, right in ((None, True), (MaskedVariance(FixedLarge(), MASK > 0), True), (FixedLarge(), False)):
-        x = DDPM(3, variance, grid="trailing")(told, start, index=index, seed=4, stop=0.2).x[..., 0]
+    for variance, exact in ((None, True), (MaskedVariance(FixedLarge(), MASK > 0), True), (FixedLarge(), False)):
+        x = DDPM(3, variance, grid="trailing")(inpainting, start, index=index, seed=4, stop=0.2).x[..., 0]
         assert abs(float(x.mean()) - alpha * KNOWN) < 4 * sigma * 1.2 / 4000**0.5
-        assert (abs(float(x.std()) / sigma - 1) < 4 / 8000**0.5) == right
+        assert (abs(float(x.std()) / sigma - 1) < 4 / 8000**0.5) == exact
     z = torch.zeros(1, dtype=D) + 0.5
-    prediction = told(start[:5], z[0])
+    prediction = inpainting(start[:5], z[0])
     assert torch.equal(prediction.x0[..., 0], torch.full_like(prediction.x0[..., 0], KNOWN))
     alpha, sigma = (float(v) for v in schedule.alpha_sigma(z[0]))
     assert torch.allclose(alpha * prediction.x0 + sigma * prediction.noise, start[:5], atol=1e-12)
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_errors() -> None:
     denoiser = oracle(BLOBS, SCHEDULES["Cosine"], PredNoise())
     two = PICTURE.expand(2, -1, -1, -1)
     with pytest.raises(ValueError, match="one image at a time"):

@@ -1,4 +1,4 @@
-"""Transitions and posteriors against Bayes' rule by linear algebra on the joint covariance; KL, the discretized decoder."""
+"""Transitions and posteriors against Bayes' rule on the joint covariance; KL and the discretized decoder."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ def f64(t: float) -> torch.Tensor:
 @settings(deadline=None, max_examples=15)
 @given(a=unit, b=unit)
 def test_posterior_is_bayes_rule(name: str, a: float, b: float) -> None:
-    """Condition (x_s, x_t | x_0): covariance of two independent noises pushed through the chain, solved numerically."""
+    """Condition x_s on x_t in the joint covariance of (x_s, x_t | x_0), by linear algebra."""
     schedule = SCHEDULES[name]
     s, t = sorted((a, b))
     if t - s < 1e-3:
@@ -50,16 +50,16 @@ def test_posterior_is_bayes_rule(name: str, a: float, b: float) -> None:
 @settings(deadline=None, max_examples=15)
 @given(times=st.lists(st.integers(1, 40), min_size=3, max_size=3, unique=True))
 def test_transitions_compose(name: str, times: list[int]) -> None:
-    """q(x_t|x_r) is q(x_s|x_r) followed by q(x_t|x_s); backwards, q(x_r|x_t,x_0) is the average over q(x_s|x_t,x_0)."""
+    """q(x_t|x_r) is q(x_s|x_r) followed by q(x_t|x_s); in reverse, q(x_r|x_t,x_0) averages q(x_r|x_s,x_0)."""
     schedule = SCHEDULES[name]
     r, s, t = (f64(k / 40) for k in sorted(times))
     one, two, both = transition(schedule, s, r), transition(schedule, t, s), transition(schedule, t, r)
     torch.testing.assert_close(one.alpha * two.alpha, both.alpha, rtol=1e-12, atol=1e-15)
     torch.testing.assert_close(two.alpha**2 * one.variance + two.variance, both.variance, rtol=1e-10, atol=1e-15)
-    near, far, all_ = posterior(schedule, s, r), posterior(schedule, t, s), posterior(schedule, t, r)
-    torch.testing.assert_close(near.c1 * far.c1, all_.c1, rtol=1e-10, atol=1e-15)
-    torch.testing.assert_close(near.c1 * far.c0 + near.c0, all_.c0, rtol=1e-10, atol=1e-15)
-    torch.testing.assert_close(near.variance + near.c1**2 * far.variance, all_.variance, rtol=1e-10, atol=1e-15)
+    near, far, whole = posterior(schedule, s, r), posterior(schedule, t, s), posterior(schedule, t, r)
+    torch.testing.assert_close(near.c1 * far.c1, whole.c1, rtol=1e-10, atol=1e-15)
+    torch.testing.assert_close(near.c1 * far.c0 + near.c0, whole.c0, rtol=1e-10, atol=1e-15)
+    torch.testing.assert_close(near.variance + near.c1**2 * far.variance, whole.variance, rtol=1e-10, atol=1e-15)
 
 
 @every
@@ -79,15 +79,15 @@ def test_marginals_are_those_of_the_curve(name: str) -> None:
 
 @every
 def test_the_step_into_data_returns_x0(name: str) -> None:
-    """s = 0: exactly c_1 = 0, c_0 = 1, no variance. So it is on VE and EDM too, whose σ jumps from σ_min to 0."""
+    """At s = 0 c_1 = 0, c_0 = 1 and variance 0 exactly, also on VE and EDM, where σ jumps from σ_min to 0."""
     for t in (0.001, 0.025, 0.5, 1.0):
         q = posterior(SCHEDULES[name], f64(t), f64(0.0))
         assert (q.c1, q.c0, q.variance) == (0, 1, 0)
 
 
 @every
-def test_from_pure_noise(name: str) -> None:
-    """α_t = 0: x_t says nothing, so q(x_s|x_t,x_0) is q(x_s|x_0)."""
+def test_posterior_at_alpha_0(name: str) -> None:
+    """At α_t = 0 x_t is independent of x_0 and x_s, so q(x_s|x_t,x_0) is q(x_s|x_0)."""
     schedule = SCHEDULES[name]
     if not schedule.zero_terminal_snr:
         assert posterior(schedule, f64(1.0), f64(0.5)).c1 > 0
@@ -99,8 +99,8 @@ def test_from_pure_noise(name: str) -> None:
     assert float(q.variance) == pytest.approx(sigma_s**2, rel=1e-15)
 
 
-def test_neighbours_are_ho_eq_2_and_7() -> None:
-    """σ²_{t|s} = β_i and σ̃² = β̃_i for neighbours, from the β of the paper."""
+def test_neighboring_steps_are_ho_eq_2_and_7() -> None:
+    """σ²_{t|s} = β_i and σ̃² = β̃_i for s = t − 1/T, from the β of the paper."""
     beta = torch.linspace(1e-4, 0.02, 1000, dtype=D)
     bar = (1 - beta).cumprod(0)
     i = torch.arange(1, 1001, dtype=D)
@@ -120,7 +120,7 @@ def test_float32_times_give_float32_of_the_float64_result() -> None:
         assert torch.equal(g, w.float())
 
 
-def test_mean_takes_one_time_for_each_image() -> None:
+def test_posterior_mean_with_a_time_for_each_image() -> None:
     t, s = torch.tensor([0.5, 1.0], dtype=D), torch.tensor([0.25, 0.0], dtype=D)
     x_t, x0 = torch.randn(2, 2, 1, 2, 2, dtype=D)
     got = posterior(Cosine(), t, s).mean(x_t, x0)
@@ -133,7 +133,7 @@ LEVELS = (torch.arange(256, dtype=D) * 2 - 255) / 255
 
 
 def test_kl_is_the_integral() -> None:
-    """∫ p ln(p/q) by quadrature."""
+    """Against ∫ p ln(p/q) by quadrature."""
     for m1, s1, m2, s2 in (
         (0.0, 1.0, 0.0, 1.0),
         (0.3, 0.1, 0.1, 0.2),
@@ -159,7 +159,7 @@ def test_kl_broadcasts_and_vanishes_for_equals() -> None:
 
 
 def naive(x0: torch.Tensor, mean: torch.Tensor, std: float) -> np.ndarray:
-    """The formula as it is written, by SciPy in float64, each bin in its own tail."""
+    """Return the formula by SciPy in float64, each bin evaluated in its own tail."""
     x, m = x0.double().numpy(), mean.double().numpy()
     low, high = (x - m - 1 / 255) / std, (x - m + 1 / 255) / std
     low = np.where(x < -0.999, -np.inf, low)
@@ -170,8 +170,8 @@ def naive(x0: torch.Tensor, mean: torch.Tensor, std: float) -> np.ndarray:
 
 @pytest.mark.parametrize("std", [1e-20, 1e-4, 3e-3, 0.01, 0.1, 1.0])
 def test_discretized_likelihood_is_the_formula(std: float) -> None:
-    """Every level under means in and out of the range: 1e-12 nats in float64 and 1e-4 (at 1e-4, where a rounding of the
-    mean is a thousandth of σ, 2e-3) in float32."""
+    """Every level, for means inside and outside the range: to 1e-12 nats in float64 and 1e-4 in float32 (2e-3 at σ = 1e-4, where
+    one rounding error of the mean is a thousandth of σ)."""
     mean = torch.linspace(-1.4971, 1.5013, 61, dtype=D)[:, None]  # none on the edge of a bin
     for dtype, margin in ((D, 1e-12), (torch.float32, 2e-3 if std == 1e-4 else 1e-4)):
         x, m, log_variance = LEVELS.to(dtype), mean.to(dtype), torch.tensor(2 * np.log(std), dtype=dtype)
@@ -181,15 +181,15 @@ def test_discretized_likelihood_is_the_formula(std: float) -> None:
 
 
 def test_discretized_likelihood_is_a_distribution() -> None:
-    """The 256 probabilities sum to 1 for means in the range; 256 floors of 1e-12 are the margin."""
+    """The 256 probabilities sum to 1 for means in the range, up to 256 floors of 1e-12."""
     mean = torch.linspace(-1, 1, 33, dtype=D)[:, None]
     for std in (1e-6, 1e-3, 0.05, 1.0, 30.0):
         total = discretized_log_likelihood(LEVELS, mean, f64(2 * np.log(std))).exp().sum(1)
         torch.testing.assert_close(total, torch.ones(33, dtype=D), rtol=0, atol=3e-10)
 
 
-def test_discretized_likelihood_has_its_gradient() -> None:
-    """Against finite differences where nothing is cut off; 0 on the floor; finite everywhere."""
+def test_gradient_of_the_discretized_likelihood() -> None:
+    """Equal to finite differences off the floor, 0 on the floor, finite everywhere."""
     x = LEVELS[[0, 0, 3, 128, 200, 255, 255]]
     mean = (x + torch.tensor([0.01, -0.02, 0.004, 0.0, -0.02, 0.01, -0.02], dtype=D)).requires_grad_()
     log_variance = torch.full((7,), 2 * np.log(0.01), dtype=D, requires_grad=True)
@@ -201,4 +201,4 @@ def test_discretized_likelihood_has_its_gradient() -> None:
         assert m.grad is not None
         assert v.grad is not None
         assert bool(m.grad.isfinite().all() and v.grad.isfinite())
-        assert std > 0.1 or m.grad[0] == 0  # μ = −3: level 0 is certain, all others lie on the floor
+        assert std > 0.1 or m.grad[0] == 0  # μ = −3: level 0 has probability 1, all others lie on the floor

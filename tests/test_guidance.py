@@ -1,4 +1,4 @@
-"""Thresholding of x̂_0, and guidance on data whose class-conditional scores are known."""
+"""Thresholds for x̂_0, and guidance on data with known class-conditional scores."""
 
 from collections.abc import Callable
 
@@ -31,8 +31,8 @@ def test_static() -> None:
 
 @settings(deadline=None, max_examples=30)
 @given(scale=st.floats(0.1, 10), quantile=st.floats(0.1, 1.0), seed=st.integers(0, 99))
-def test_dynamic_is_imagens(scale: float, quantile: float, seed: int) -> None:
-    """s = quantile of |x| of each image, at least 1; clamp to ±s, divide by s. Against NumPy, in float64."""
+def test_dynamic_thresholding_against_numpy(scale: float, quantile: float, seed: int) -> None:
+    """s is the quantile of |x| of each image, at least 1; clamp to ±s and divide by s."""
     x = scale * torch.randn(3, 2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     got = DynamicThreshold(quantile)(x)
     assert got.dtype == x.dtype
@@ -42,16 +42,16 @@ def test_dynamic_is_imagens(scale: float, quantile: float, seed: int) -> None:
     assert got.abs().max() <= 1
 
 
-def test_dynamic_leaves_images_in_range_alone() -> None:
+def test_dynamic_does_not_change_images_in_range() -> None:
     x = torch.rand(2, 1, 4, 4) * 2 - 1
     assert torch.equal(DynamicThreshold()(x), x)
 
 
-def test_dynamic_knows_one_image_at_a_time() -> None:
+def test_dynamic_thresholds_each_image_independently() -> None:
     x = torch.randn(4, 1, 5, 5) * torch.tensor([0.1, 1, 5, 50])[:, None, None, None]
-    together = DynamicThreshold()(x)
+    batch = DynamicThreshold()(x)
     for k in range(4):
-        assert torch.equal(DynamicThreshold()(x[k : k + 1])[0], together[k])
+        assert torch.equal(DynamicThreshold()(x[k : k + 1])[0], batch[k])
 
 
 def test_maximum_bounds_the_quantile() -> None:
@@ -61,8 +61,8 @@ def test_maximum_bounds_the_quantile() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_halves(dtype: torch.dtype) -> None:
-    """There is no quantile of halves in torch: it is taken in float32."""
+def test_dtypes(dtype: torch.dtype) -> None:
+    """The quantile of half-precision images is computed in float32; the result has the dtype of x."""
     assert DynamicThreshold()(torch.randn(2, 1, 4, 4).to(dtype)).dtype == dtype
 
 
@@ -75,12 +75,12 @@ def test_halves(dtype: torch.dtype) -> None:
         (lambda: DynamicThreshold(maximum=0.5), "maximum >= 1"),
     ],
 )
-def test_refusals(make: object, remedy: str) -> None:
+def test_threshold_errors(make: object, remedy: str) -> None:
     with pytest.raises(ValueError, match=remedy):
         make()  # type: ignore[operator]
 
 
-# guidance: data whose classes are the components of a mixture, so that every conditional score is known ------------------------
+# guidance: the classes are the components of a mixture, so that every conditional score is known --------------------------------
 
 D = torch.float64
 MEANS = torch.tensor([[-0.8, 0.3], [0.1, -0.5], [0.6, 0.7]]).reshape(3, 1, 1, 2)
@@ -90,10 +90,10 @@ DATA = Mixture(MEANS, STDS, WEIGHTS)
 CLASSES = [Mixture(MEANS[k : k + 1], STDS[k : k + 1]) for k in range(3)]
 
 
-class Labelled:
-    """The best network that takes labels: 0 … 2 one component each, 3 all of them. Counts the images it is asked about."""
+class Labeled:
+    """The optimal labeled network: labels 0 … 2 are the components, 3 (null) the mixture. Counts the images it evaluates."""
 
-    num_classes, asked = 3, 0
+    num_classes, evaluated = 3, 0
 
     def __init__(self, schedule: Schedule, objective: Objective, head: str | None = None) -> None:
         make = (
@@ -103,13 +103,13 @@ class Labelled:
         self.extra = head
 
     def __call__(self, x: Tensor, c: Tensor, label: Tensor) -> Tensor:
-        self.asked += len(x)
+        self.evaluated += len(x)
         each = torch.stack([network(x, c) for network in self.networks])
         return each[label, torch.arange(len(x))]
 
 
 def posterior_log(x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """log p(k, x_t) of each component up to a constant, (B, 3), written apart from the oracle."""
+    """Return log p(k, x_t) of each component up to a constant, (B, 3), independently of the oracle."""
     spread = (alpha.reshape(-1, 1) * STDS.double()) ** 2 + sigma.reshape(-1, 1) ** 2
     gap = x[:, None] - alpha.reshape(-1, 1, 1, 1, 1) * MEANS.double()
     return WEIGHTS.double().log() - gap.square().sum((2, 3, 4)) / (2 * spread) - spread.log()
@@ -119,8 +119,8 @@ def exact_classifier(schedule: Schedule) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda x, t: posterior_log(x, *schedule.alpha_sigma(t.double()))
 
 
-def labelled(schedule: Schedule, objective: Objective, head: str | None = None) -> Denoiser:
-    return Denoiser(Labelled(schedule, objective, head), schedule, objective)
+def labeled_denoiser(schedule: Schedule, objective: Objective, head: str | None = None) -> Denoiser:
+    return Denoiser(Labeled(schedule, objective, head), schedule, objective)
 
 
 def states(schedule: Schedule, t: Tensor, n: int = 6) -> Tensor:
@@ -132,33 +132,33 @@ LABEL = torch.tensor([0, 1, 2, 0, 1, 2])
 
 
 @pytest.mark.parametrize(("schedule", "objective"), PAIRS)
-def test_both_kinds_agree_where_the_classifier_is_exact(schedule: str, objective: str) -> None:
-    """∇ log p(y|x_t) = −(ε_c − ε_u)/σ: one formula in two forms, at any scale; with one time, and with a time for each image."""
+def test_both_guidances_agree_for_an_exact_classifier(schedule: str, objective: str) -> None:
+    """∇ log p(y|x_t) = −(ε_c − ε_u)/σ, so both give the same prediction at any scale, with one time or one for each image."""
     s, o = SCHEDULES[schedule], OBJECTIVES[objective]
     for t in (torch.tensor(0.3, dtype=D), torch.linspace(0.2, 0.9, 6, dtype=D)):
         x = states(s, t)
         for scale in (0.0, 2.5):
-            free = ClassifierFree(labelled(s, o), scale)(x, t, label=LABEL)
-            by = ClassifierGuidance(oracle(DATA, s, o), exact_classifier(s), 3, scale)(x, t, label=LABEL)
-            for got, want in zip(by[:3], free[:3], strict=True):
+            free = ClassifierFree(labeled_denoiser(s, o), scale)(x, t, label=LABEL)
+            classifier = ClassifierGuidance(oracle(DATA, s, o), exact_classifier(s), 3, scale)(x, t, label=LABEL)
+            for got, want in zip(classifier[:3], free[:3], strict=True):
                 torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
             alpha, sigma = (append_dims_like(v, x) for v in s.alpha_sigma(t))
             torch.testing.assert_close(alpha * free.x0 + sigma * free.noise, x, rtol=1e-9, atol=1e-9)
 
 
 def test_scale_1_is_the_conditional_network_bit_for_bit_and_costs_nothing() -> None:
-    den, t = labelled(Cosine(), PredV()), torch.tensor(0.4, dtype=D)
+    den, t = labeled_denoiser(Cosine(), PredV()), torch.tensor(0.4, dtype=D)
     x = states(Cosine(), t)
-    plain, asked = den(x, t, label=LABEL), den.network.asked  # type: ignore[attr-defined]
+    plain, evaluated = den(x, t, label=LABEL), den.network.evaluated  # type: ignore[attr-defined]
     guided = ClassifierFree(den, 1.0)(x, t, label=LABEL)
-    assert den.network.asked == 2 * asked == 12  # type: ignore[attr-defined]
+    assert den.network.evaluated == 2 * evaluated == 12  # type: ignore[attr-defined]
     assert all(torch.equal(a, b) for a, b in zip(guided[:3], plain[:3], strict=True))
     ClassifierFree(den, 2.0)(x, t, label=LABEL)
-    assert den.network.asked == 24  # type: ignore[attr-defined]  # one call, twice the images
+    assert den.network.evaluated == 24  # type: ignore[attr-defined]  # one call on twice the batch
 
 
 def guided_score(x: np.ndarray, t: float, s: Schedule, scale: float, k: int) -> np.ndarray:
-    """∇ log [p_u^(1−s) p_c^s] in NumPy from densities alone, for SciPy."""
+    """Return ∇ log [p_u^(1−s) p_c^s], in NumPy, from the densities."""
     alpha, sigma = (float(v) for v in s.alpha_sigma(torch.tensor(t, dtype=D)))
     spread = (alpha * STDS.double().numpy()) ** 2 + sigma**2
     gap = x - alpha * MEANS.double().numpy().reshape(3, 2)
@@ -173,11 +173,11 @@ def guided_score(x: np.ndarray, t: float, s: Schedule, scale: float, k: int) -> 
 @pytest.mark.parametrize("kind", ["free", "classifier"])
 def test_the_guided_ode_against_scipy(kind: str, scale: float) -> None:
     """The probability-flow ODE of the tilted score, an independent right-hand side under DOP853."""
-    s, o = VP(), PredV()  # smooth everywhere
+    s, o = VP(), PredV()  # a curve without kinks
     x_T = normal((1, 1, 2), seed=0, index=torch.arange(3), dtype=D)
     label, stop = torch.tensor([0, 1, 2]), 0.02
     den = (
-        ClassifierFree(labelled(s, o), scale)
+        ClassifierFree(labeled_denoiser(s, o), scale)
         if kind == "free"
         else ClassifierGuidance(oracle(DATA, s, o), exact_classifier(s), 3, scale)
     )
@@ -194,35 +194,35 @@ def test_the_guided_ode_against_scipy(kind: str, scale: float) -> None:
 
 @pytest.mark.parametrize("make", [lambda: DDIM(50), lambda: DDPM(60), lambda: Heun(20), lambda: UniPC(20)])
 @pytest.mark.parametrize("kind", ["free", "classifier"])
-def test_at_scale_1_samples_are_of_the_class(make: Callable[[], Sampler], kind: str) -> None:
-    """p(x|y): mean and deviation of each component, within 4 standard errors (n = 1,500 a class) and the solver's bias, 0.02."""
+def test_samples_at_scale_1_have_the_class_distribution(make: Callable[[], Sampler], kind: str) -> None:
+    """Mean and standard deviation of p(x|y), to 4 standard errors (n = 1,500 a class) plus the solver's bias of 0.02."""
     s, o, n = Cosine(), PredV(), 4500
     index = torch.arange(n)
     label = index % 3
     den = (
-        ClassifierFree(labelled(s, o), 1.0)
+        ClassifierFree(labeled_denoiser(s, o), 1.0)
         if kind == "free"
         else ClassifierGuidance(oracle(DATA, s, o), exact_classifier(s), 3, 1.0)
     )
     x = make()(den, prior(s, normal((1, 1, 2), seed=1, index=index, dtype=D)), seed=1, condition={"label": label}).x
     for k in range(3):
-        own, std = x[label == k].reshape(-1, 2), float(STDS[k])
+        samples, std = x[label == k].reshape(-1, 2), float(STDS[k])
         margin = 4 * std / 1500**0.5 + 0.02
-        torch.testing.assert_close(own.mean(0), MEANS[k].double().flatten(), rtol=0, atol=margin)
-        torch.testing.assert_close(own.std(0), torch.full((2,), std, dtype=D), rtol=0, atol=margin)
+        torch.testing.assert_close(samples.mean(0), MEANS[k].double().flatten(), rtol=0, atol=margin)
+        torch.testing.assert_close(samples.std(0), torch.full((2,), std, dtype=D), rtol=0, atol=margin)
 
 
-def test_the_published_form_moves_the_mean_by_the_variance_times_the_gradient() -> None:
-    """Dhariwal & Nichol 2021, algorithm 1, by hand, with any variance; of many steps the exact form."""
+def test_the_published_form_shifts_the_mean_by_the_variance_times_the_gradient() -> None:
+    """Dhariwal & Nichol 2021, algorithm 1, with any variance; for many steps it converges to the exact form."""
     s, o, t, u = Cosine(), PredV(), torch.tensor(0.6, dtype=D), torch.tensor(0.4, dtype=D)
     x, plain = states(s, t), oracle(DATA, s, o)
     den = ClassifierGuidance(plain, exact_classifier(s), 3, 1.5, form="published")
-    given = {"condition": {"label": LABEL}, "start": 0.6, "stop": 0.4, "seed": 4}
+    options = {"condition": {"label": LABEL}, "start": 0.6, "stop": 0.4, "seed": 4}
     for variance in (FixedSmall(), FixedLarge()):
-        got = DDPM(1, variance)(den, x, **given).x - DDPM(1, variance)(plain, x, seed=4, start=0.6, stop=0.4).x
+        got = DDPM(1, variance)(den, x, **options).x - DDPM(1, variance)(plain, x, seed=4, start=0.6, stop=0.4).x
         y = x.clone().requires_grad_()
-        asked = exact_classifier(s)(y, t).log_softmax(1)[torch.arange(6), LABEL].sum()
-        (gradient,) = torch.autograd.grad(asked, y)
+        log_p = exact_classifier(s)(y, t).log_softmax(1)[torch.arange(6), LABEL].sum()
+        (gradient,) = torch.autograd.grad(log_p, y)
         spread = variance(s, t, u, plain(x, t), posterior(s, t, u).variance)
         torch.testing.assert_close(got, 1.5 * spread * gradient, rtol=1e-9, atol=1e-9)
     exact = ClassifierGuidance(plain, exact_classifier(s), 3, 1.5)
@@ -240,10 +240,10 @@ def test_the_published_form_moves_the_mean_by_the_variance_times_the_gradient() 
             sampler(den, x, condition={"label": LABEL})
 
 
-def test_rescale_is_the_papers() -> None:
-    """Lin et al. 2024, eq. 15 and 16, in NumPy."""
+def test_rescale_against_numpy() -> None:
+    """Lin et al. 2024, eq. 15 and 16."""
     s, o, t = Cosine(), PredV(), torch.tensor(0.5, dtype=D)
-    x, den = states(s, t), labelled(s, o)
+    x, den = states(s, t), labeled_denoiser(s, o)
     c = den(x, t, label=LABEL).output.numpy()
     u = den(x, t, label=torch.full_like(LABEL, 3)).output.numpy()
     for phi in (0.0, 0.7, 1.0):
@@ -255,9 +255,9 @@ def test_rescale_is_the_papers() -> None:
 
 
 def test_the_interval() -> None:
-    """Outside it the conditional network and its cost; where each image has its own time, each by itself. (low, high]."""
+    """Outside (low, high] the output and the cost are those of the conditional network, for each image by its own time."""
     s, o = Cosine(), PredV()
-    den = labelled(s, o)
+    den = labeled_denoiser(s, o)
     for guided, whole, evaluations in (
         (ClassifierFree(den, 3.0, interval=(0.3, 0.6)), ClassifierFree(den, 3.0), 2),
         (
@@ -268,34 +268,34 @@ def test_the_interval() -> None:
     ):
         times = torch.tensor([0.2, 0.3, 0.31, 0.6, 0.61, 1.0], dtype=D)
         x = states(s, times)
-        together = guided(x, times, label=LABEL).output
+        batch = guided(x, times, label=LABEL).output
         for i, inside in enumerate([False, False, True, True, False, False]):
             row = slice(i, i + 1)
             want = (whole if inside else den)(x[row], times[i], label=LABEL[row]).output
-            torch.testing.assert_close(together[row], want, rtol=1e-9, atol=1e-9)
-            before = den.network.asked  # type: ignore[attr-defined]
+            torch.testing.assert_close(batch[row], want, rtol=1e-9, atol=1e-9)
+            before = den.network.evaluated  # type: ignore[attr-defined]
             torch.testing.assert_close(guided(x[row], times[i], label=LABEL[row]).output, want, rtol=1e-9, atol=1e-9)
-            cost = den.network.asked - before  # type: ignore[attr-defined]
+            cost = den.network.evaluated - before  # type: ignore[attr-defined]
             assert cost == (evaluations if inside else 1)
 
 
 @pytest.mark.parametrize("head", ["sn", "npr"])
-def test_the_variance_stays_the_conditional_one(head: str) -> None:
-    """A second head says the spread around its own ε̂: guided or not, clipped or not, the variance is that of the conditional."""
+def test_the_variance_is_that_of_the_conditional_network(head: str) -> None:
+    """A second head predicts the variance around its own ε̂: guided or clipped, it is that of the conditional network."""
     s, o = Cosine(), PredV()
-    den, t, u = labelled(s, o, head), torch.tensor(0.6, dtype=D), torch.tensor(0.5, dtype=D)
+    den, t, u = labeled_denoiser(s, o, head), torch.tensor(0.6, dtype=D), torch.tensor(0.5, dtype=D)
     x, variance = states(s, t), {"sn": SN(), "npr": NPR()}[head]
     want = variance(s, t, u, den(x, t, label=LABEL))
     for scale, clip in ((1.0, None), (3.0, None), (3.0, 0.5)):
         guided = ClassifierFree(Denoiser(den.network, s, o, clip=clip), scale)
         torch.testing.assert_close(variance(s, t, u, guided(x, t, label=LABEL)), want, rtol=1e-9, atol=1e-12)
-    by = ClassifierGuidance(den, exact_classifier(s), 3, 2.0, labelled=True)
-    torch.testing.assert_close(variance(s, t, u, by(x, t, label=LABEL)), want, rtol=1e-9, atol=1e-12)
+    classifier = ClassifierGuidance(den, exact_classifier(s), 3, 2.0, labeled=True)
+    torch.testing.assert_close(variance(s, t, u, classifier(x, t, label=LABEL)), want, rtol=1e-9, atol=1e-12)
 
 
-def test_clipping_comes_once_and_last() -> None:
+def test_clipping_is_applied_once_after_guidance() -> None:
     s, o, t = Cosine(), PredV(), torch.tensor(0.9, dtype=D)
-    x, den = states(s, t), labelled(s, o)
+    x, den = states(s, t), labeled_denoiser(s, o)
     bare = ClassifierFree(den, 6.0)(x, t, label=LABEL)
     assert bare.x0.abs().max() > 1
     clipped = ClassifierFree(Denoiser(den.network, s, o, clip=1.0), 6.0)(x, t, label=LABEL)
@@ -304,7 +304,7 @@ def test_clipping_comes_once_and_last() -> None:
 
 
 def test_attributes_and_the_null_label() -> None:
-    """Floats say nothing where they are zero; the null label asks for no class: neither is guided anywhere."""
+    """Neither attributes of 0 nor the null label are guided."""
 
     class Sum:
         num_classes = 2
@@ -324,10 +324,10 @@ def test_attributes_and_the_null_label() -> None:
     assert not torch.allclose(got[1], den(y, t).output[1])
 
 
-def test_the_previous_estimate_reaches_both_halves() -> None:
-    """Self-conditioning: one x̂_0, the guided one of the step before, for the network with and without its label."""
+def test_both_halves_get_the_previous_estimate() -> None:
+    """With self-conditioning the conditional and unconditional halves both read the guided x̂_0 of the previous step."""
 
-    class Remembers:
+    class SelfConditioned:
         num_classes, self_conditioning = 2, True
 
         def __call__(self, x: Tensor, c: Tensor, label: Tensor, previous: Tensor | None) -> Tensor:
@@ -336,25 +336,25 @@ def test_the_previous_estimate_reaches_both_halves() -> None:
             )
 
     x, previous, label = torch.randn(3, 1, 2, 2, dtype=D), torch.randn(3, 1, 2, 2, dtype=D), torch.tensor([0, 1, 0])
-    den = Denoiser(Remembers(), Cosine(), PredV())
+    den = Denoiser(SelfConditioned(), Cosine(), PredV())
     for p in (None, previous):
         c, u = (den(x, 0.5, p, label=k).output for k in (label, torch.full_like(label, 2)))
         got = ClassifierFree(den, 3.0)(x, 0.5, p, label=label).output
         torch.testing.assert_close(got, u + 3 * (c - u), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("own", ["Cosine", "Linear", "VP", "EDM", "VE"])
+@pytest.mark.parametrize("trained_along", ["Cosine", "Linear", "VP", "EDM", "VE"])
 @pytest.mark.parametrize("schedule", ["Cosine", "Linear", "VP", "Flow", "EDM", "VE", "SubVP"])
-def test_a_classifier_of_one_curve_serves_another(own: str, schedule: str) -> None:
-    """The exact classifier along `own`, told only what `own` tells it, against the exact one along `schedule`."""
-    mine, other = SCHEDULES[own], SCHEDULES[schedule]
+def test_a_classifier_works_on_another_curve(trained_along: str, schedule: str) -> None:
+    """The exact classifier along one curve, conditioned by that curve, agrees with the exact one along another."""
+    mine, other = SCHEDULES[trained_along], SCHEDULES[schedule]
 
-    class ClassifierExtractor(nn.Module):
+    class Classifier(nn.Module):
         def forward(self, x: Tensor, c: Tensor) -> Tensor:
             assert x.dtype == c.dtype == torch.float32
-            return posterior_log(x.double(), *mine.alpha_sigma(told(c)))
+            return posterior_log(x.double(), *mine.alpha_sigma(time(c)))
 
-    def told(c: Tensor) -> Tensor:
+    def time(c: Tensor) -> Tensor:
         grid = torch.linspace(0, 1, 200_001, dtype=D)[1:]
         return torch.from_numpy(np.interp(c.double(), mine.conditioning(grid), grid))
 
@@ -365,7 +365,7 @@ def test_a_classifier_of_one_curve_serves_another(own: str, schedule: str) -> No
         ):
             continue
         x = states(other, t)
-        got = NoisyClassifier(ClassifierExtractor(), mine, other)(x, t).log_softmax(1)
+        got = NoisyClassifier(Classifier(), mine, other)(x, t).log_softmax(1)
         torch.testing.assert_close(got, exact_classifier(other)(x, t).log_softmax(1), rtol=2e-3, atol=2e-3)
 
 
@@ -384,6 +384,6 @@ def test_a_classifier_of_one_curve_serves_another(own: str, schedule: str) -> No
         ),
     ],
 )
-def test_guidance_refusals(make: Callable[[Denoiser], object], remedy: str) -> None:
+def test_guidance_errors(make: Callable[[Denoiser], object], remedy: str) -> None:
     with pytest.raises(ValueError, match=remedy):
-        make(labelled(Cosine(), PredV()))
+        make(labeled_denoiser(Cosine(), PredV()))

@@ -11,7 +11,7 @@ ORDER = (
     *("cli", "commands", "composition", "reporting", "interop", "training", "metrics", "checkpoint", "instantiation"),
     *("generation", "data", "conditions", "editing", "likelihood", "samplers", "losses", "guidance", "clipping"),
     *("denoiser", "variances", "weightings", "gaussian", "objectives", "time_samplers", "schedules", "noise", "models"),
-    *("device", "io", "launchers", "processes", "renames", "errors"),
+    *("device", "io", "processes", "renames", "errors"),
 )
 RANK = {room: -place for place, room in enumerate(ORDER)}
 ALONE = {"models", "noise"}  # import errors.py and nothing else of the package

@@ -1,4 +1,4 @@
-"""The variational bound: closed forms on Gaussian data, the published formulas computed apart, and what it refuses."""
+"""The variational bound: closed forms on Gaussian data, independent published formulas, errors."""
 
 import itertools
 import math
@@ -34,7 +34,7 @@ def gaussian_images(count: int, seed: int = 5) -> Tensor:
 
 
 def levels(count: int, shape: tuple[int, ...] = (3, 4, 4), dtype: torch.dtype = D) -> Tensor:
-    """Images on the grid of 256 levels, both ends among them."""
+    """Return images on the grid of 256 levels, clamped to its ends."""
     u = (normal(shape, seed=8, index=torch.arange(count), dtype=D) * 0.6).clamp(-1, 1)
     return LEVELS[((u + 1) * 127.5).round().long()].to(dtype)
 
@@ -48,8 +48,8 @@ def ab(schedule: Schedule, t: float) -> tuple[float, float]:
     return float(alpha), float(sigma)
 
 
-def best(schedule: Schedule, times: Tensor) -> Analytic:
-    """The optimal variance of DATA at the times of a chain: E ε̂² = σ²/(α²v + σ²) gives c = Var[x_0 | x_t]."""
+def optimal_variance(schedule: Schedule, times: Tensor) -> Analytic:
+    """Return the optimal variance of DATA at the times of a chain: E ε̂² = σ²/(α²v + σ²) gives c = Var[x_0 | x_t]."""
     alpha, sigma = schedule.alpha_sigma(times)
     return Analytic(times, sigma.square() / ((alpha * STD).square() + sigma.square()))
 
@@ -57,20 +57,20 @@ def best(schedule: Schedule, times: Tensor) -> Analytic:
 def closed_form(
     schedule: Schedule, times: Tensor, name: str, eta: float = 1.0
 ) -> tuple[float, list[float], float, float]:
-    """(E L_T, [E L_{t−1}], E L_0, entropy + gaps) of DATA with the Gaussian decoder, in bits; times ascending without 0.
+    """Return (E L_T, [E L_{t−1}], E L_0, entropy + gaps) of DATA with the Gaussian decoder, in bits; times ascend, without 0.
 
     Let x_0 ~ N(m, v) in each dimension and x̂_0 = E[x_0 | x_t], whose error has the variance V_t = vσ_t²/(α_t²v + σ_t²).
 
-    - q(x_s | x_t, x_0) has the variance λ² = η²σ̃² and a mean in which x_0 has the factor g = α_s − √(σ_s² − λ²) α_t/σ_t. The
-      means of q and p are g(x_0 − x̂_0) apart, so E L_{t−1} = ½[ln(σ²/λ²) + λ²/σ² − 1 + g²V_t/σ²].
+    - q(x_s | x_t, x_0) has the variance λ² = η²σ̃², and x_0 has the factor g = α_s − √(σ_s² − λ²) α_t/σ_t in its mean. The
+      means of q and p differ by g(x_0 − x̂_0), so E L_{t−1} = ½[ln(σ²/λ²) + λ²/σ² − 1 + g²V_t/σ²].
     - E L_T = ½α²(v + m²)/σ² at t = 1, and E L_0 = ½[ln 2πd² + V_t/d²] with d = σ/α at t = t_1.
     - FixedSmall has σ² = λ², FixedLarge σ² = σ²_{t|s}, Analytic σ² = V* = λ² + g²V_t.
 
-    At η = 1 q is a Markov chain in reverse too, q(x_s | x_t) is N(g x̂_0 + …, V*) because x_0 given x_t is Gaussian, and the
-    chain rule of the KL gives the sum a second time, from other numbers: the entropy of x_0 plus what p has wrong. That is,
-    with r = V*/σ², ½[r − 1 − ln r] for each step; the same with r = V_{t_1}/d² for the decoder; and for the prior
-    KL(N(αm, α²v + σ²) ‖ N(0, σ²)). With V* as the variance only the last two are left. (At η < 1 x_t does not shield x_s
-    from later states, and the sum stands alone.)
+    At η = 1 q is a Markov chain in reverse too, and q(x_s | x_t) = N(g x̂_0 + …, V*) because x_0 given x_t is Gaussian. The
+    chain rule of the KL then gives the sum independently, as the entropy of x_0 plus the errors of p: with r = V*/σ²,
+    ½[r − 1 − ln r] for each step; the same with r = V_{t_1}/d² for the decoder; and KL(N(αm, α²v + σ²) ‖ N(0, σ²)) for the
+    prior. With V* as the variance only the last two remain. (At η < 1 x_s is not independent of later states given x_t, and
+    only the sum of the terms is available.)
     """
     v = STD**2
     alphas, sigmas = (values.tolist() for values in schedule.alpha_sigma(times))
@@ -83,18 +83,18 @@ def closed_form(
     terms, gaps = [], 0.0
     for k, ((alpha_s, sigma_s), (alpha_t, sigma_t)) in enumerate(itertools.pairwise(points)):
         forward = sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2
-        least = eta**2 * forward * sigma_s**2 / sigma_t**2
-        pull = alpha_s - math.sqrt(sigma_s**2 - least) * alpha_t / sigma_t
-        right = least + pull**2 * error[k + 1]
-        spread = {"FixedSmall": least, "FixedLarge": forward, "Analytic": right}[name]
-        terms.append(0.5 * (math.log(spread / least) + right / spread - 1) / LN2)
-        gaps += gap(right / spread)
+        floor = eta**2 * forward * sigma_s**2 / sigma_t**2
+        factor = alpha_s - math.sqrt(sigma_s**2 - floor) * alpha_t / sigma_t
+        optimal = floor + factor**2 * error[k + 1]
+        sigma2 = {"FixedSmall": floor, "FixedLarge": forward, "Analytic": optimal}[name]
+        terms.append(0.5 * (math.log(sigma2 / floor) + optimal / sigma2 - 1) / LN2)
+        gaps += gap(optimal / sigma2)
     alpha, sigma = points[-1]
     prior = 0.5 * alpha**2 * (v + MEAN**2) / sigma**2 / LN2
     gaps += gap(1 + alpha**2 * v / sigma**2) + 0.5 * (alpha * MEAN / sigma) ** 2 / LN2
-    wide = (points[0][1] / points[0][0]) ** 2
-    decoder = 0.5 * (math.log(2 * math.pi * wide) + error[0] / wide) / LN2
-    gaps += gap(error[0] / wide)
+    decoder_variance = (points[0][1] / points[0][0]) ** 2
+    decoder = 0.5 * (math.log(2 * math.pi * decoder_variance) + error[0] / decoder_variance) / LN2
+    gaps += gap(error[0] / decoder_variance)
     return prior, terms, decoder, ENTROPY + gaps
 
 
@@ -104,13 +104,13 @@ def closed_form(
     [("FixedSmall", 1.0), ("FixedLarge", 1.0), ("Analytic", 1.0), ("FixedSmall", 0.5), ("Analytic", 0.5)],
 )
 def test_gaussian_data_closed_form(curve: str, name: str, eta: float) -> None:
-    """8 terms from 40 images of 192 draws: each mean within 4.5 of its standard errors (one of the 350 comparisons leaves
-    them with a probability of 0.3 %), and the closed form in two ways. With the best variance, the exact posterior, the bound
-    is the entropy but for the prior and the decoder, whose gap is of order (σ/α)⁴ where t_1 is near data."""
+    """8 terms from 40 images of 192 dimensions: each mean within 4.5 standard errors (a failure of any of the 350 comparisons has
+    a probability of 0.3 %), and the closed form in two ways. With the optimal variance the bound equals the entropy up to the
+    gaps of the prior and of the decoder, which is of order (σ/α)⁴ for t_1 near data."""
     schedule, x0 = SCHEDULES[curve], gaussian_images(40)
     den = oracle(DATA, schedule, PredV())
     times = grids.make_grid("linspace", schedule, 8).flip(0)[1:]
-    variance = best(schedule, times) if name == "Analytic" else VARIANCES[name]()
+    variance = optimal_variance(schedule, times) if name == "Analytic" else VARIANCES[name]()
     got = likelihood.vlb(den, x0, 8, variance, decoder="gaussian", eta=eta)
     assert torch.equal(got.times, times)
     prior, terms, decoder, total = closed_form(schedule, times, name, eta)
@@ -128,8 +128,8 @@ def test_gaussian_data_closed_form(curve: str, name: str, eta: float) -> None:
 
 def test_the_bound_falls_to_the_entropy() -> None:
     """FixedSmall with the Gaussian decoder on [t_1, 1] for a fixed t_1. The excess over −log₂ p of the same images is of first
-    order in the step: 16 images at 60, 120 and 240 steps agree with the closed form within 4.5 standard errors of 0.02,
-    and the closed form halves with every doubling until what prior and decoder leave (below 1e-3)."""
+    order in the step size: 16 images at 60, 120 and 240 steps agree with the closed form within 4.5 standard errors of 0.02,
+    and the closed form halves with every doubling, down to the gaps of prior and decoder (below 1e-3)."""
     for curve, grid in (("VP", "uniform_lambda"), ("VE", "linspace")):
         schedule, x0 = SCHEDULES[curve], gaussian_images(16)
         den = oracle(DATA, schedule, PredV())
@@ -150,8 +150,8 @@ def test_the_bound_falls_to_the_entropy() -> None:
 
 
 class Published:
-    """Improved DDPM's bound by its own formulas in float64 NumPy: β of the respaced chain, its posterior tables with the first
-    log-variance clipped to the second, normal_kl and the discretized decoder; the prior is N(0, 1) as they have it."""
+    """Improved DDPM's bound by its published formulas in float64 NumPy: β of the respaced chain, posterior tables with the first
+    log-variance clipped to the second, normal_kl and the discretized decoder; their prior is N(0, 1)."""
 
     def __init__(self, kept: np.ndarray, learned: bool, large: bool) -> None:
         bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[kept]
@@ -171,8 +171,8 @@ class Published:
         true = self.coefficient0[i] * x0 + self.coefficient1[i] * x_t
         log_variance = np.full_like(x0, self.fixed_large[i] if self.large else self.low[i])
         if v is not None:
-            part = (v + 1) / 2
-            log_variance = part * self.high[i] + (1 - part) * self.low[i]
+            f = (v + 1) / 2
+            log_variance = f * self.high[i] + (1 - f) * self.low[i]
         if i > 0:
             ratio = self.low[i] - log_variance
             nats = 0.5 * (-1 - ratio + np.exp(ratio) + (true - mean) ** 2 * np.exp(-log_variance))
@@ -193,14 +193,14 @@ class Published:
 
 
 class Wavy:
-    """Some function of (x, c), with a second half for the variance that leaves [−1, 1]; keeps what it was given."""
+    """A smooth function of (x, c), optionally with v outside [−1, 1]; records its inputs."""
 
     def __init__(self, learned: bool = False) -> None:
-        self.learned, self.seen, self.given = learned, {}, 0  # type: ignore[var-annotated]
+        self.learned, self.inputs, self.calls = learned, {}, 0  # type: ignore[var-annotated]
 
     def __call__(self, x: Tensor, c: Tensor, **_: Any) -> Tensor:
-        self.given += 1
-        self.seen[int(c[0])] = x
+        self.calls += 1
+        self.inputs[int(c[0])] = x
         y = (0.9 * x + 0.3 * x.roll(1, -1)).tanh() + 0.05 * torch.cos(c / 100).reshape(-1, 1, 1, 1)
         return torch.cat([y, 1.5 * torch.sin(3 * x)], 1) if self.learned else y
 
@@ -209,19 +209,19 @@ class Wavy:
     ("kind", "steps"), [("learned", None), ("learned", 28), ("large", 28), ("small", 28), ("small", 2), ("large", 2)]
 )
 def test_terms_are_improved_ddpms(kind: str, steps: int | None) -> None:
-    """Every term of every image (every 37th of 1000), to 1e-9 relative: x_t is α x_0 + σ ε with the keyed ε, all else is
-    computed apart. Their prior is N(0, 1) and ours N(0, σ_1²), where sampling begins: 1e-8 bits apart."""
+    """Every term of every image (every 37th of 1000), to a relative 1e-9: x_t is α x_0 + σ ε with the keyed ε, everything else is
+    computed independently. Their prior is N(0, 1) and ours N(0, σ_1²), at which sampling starts: they differ by 1e-8 bits."""
     kept = np.arange(1000) if steps is None else np.round(np.linspace(0, 999, steps)).astype(int)
     x0, net = levels(3), Wavy(kind == "learned")
     variance = {"small": FixedSmall(), "large": FixedLarge(), "learned": Learned()}[kind]
     got = likelihood.vlb(Denoiser(net, Linear(), PredNoise()), x0, steps, variance, seed=7)
-    assert got.nfe == net.given == len(kept)
+    assert got.nfe == net.calls == len(kept)
     peer = Published(kept, kind == "learned", kind == "large")
     np.testing.assert_allclose(got.times.numpy(), (kept + 1) / 1000, rtol=1e-12)
     for i in range(0, len(kept), 1 if steps else 37):  # 999 = 27 · 37
         noise = normal((3, 4, 4), seed=7, index=torch.arange(3), draw=i + 2, stream=Stream.LIKELIHOOD, dtype=D)
         x_t = np.sqrt(peer.bar[i]) * x0.numpy() + np.sqrt(1 - peer.bar[i]) * noise.numpy()
-        np.testing.assert_allclose(net.seen[int(kept[i])].numpy(), x_t, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(net.inputs[int(kept[i])].numpy(), x_t, rtol=0, atol=1e-12)
         output = net(torch.from_numpy(x_t), torch.full((3,), float(kept[i]), dtype=D)).numpy()
         ours = got.terms["L_0"] if i == 0 else got.terms["L"][:, i - 1]
         np.testing.assert_allclose(ours.numpy(), peer.term(i, x0.numpy(), x_t, output), rtol=1e-9, atol=1e-15)
@@ -241,16 +241,16 @@ def test_total_is_the_sum_and_the_prior_is_small() -> None:
     assert (got.terms["L_T"] > 0.5e-5).all()
 
 
-def test_an_image_knows_nothing_of_its_batch() -> None:
-    """Alone, doubled, in another order: x_t of every term bit for bit, values to 1e-12."""
+def test_an_image_is_independent_of_its_batch() -> None:
+    """Alone, repeated and in another order: x_t of every term is equal bit for bit, values to 1e-12."""
     x0, net = levels(5), Wavy()
     den = Denoiser(net, Cosine(), PredV())
     want = likelihood.vlb(den, x0, 9, seed=3)
-    whole = dict(net.seen)
+    whole = dict(net.inputs)
     for rows in ([4], [2, 2, 0]):
         index = torch.tensor(rows)
         got = likelihood.vlb(den, x0[index], 9, seed=3, index=index)
-        assert all(torch.equal(net.seen[c], whole[c][index]) for c in whole)
+        assert all(torch.equal(net.inputs[c], whole[c][index]) for c in whole)
         for a, b in ((got.bpd, want.bpd), *((got.terms[k], want.terms[k]) for k in want.terms)):
             torch.testing.assert_close(a, b[index], rtol=1e-12, atol=0)
     assert not torch.equal(likelihood.vlb(den, x0, 9, seed=4).bpd, want.bpd)
@@ -270,7 +270,7 @@ def test_every_objective_has_the_same_bound(curve: str) -> None:
 
 
 def with_head(schedule: Schedule, kind: str) -> Denoiser:
-    """The best denoiser of DATA with the best second head: E (ε − ε̂)² = (α²/σ²)V_t for npr, E[ε² | x_t] for sn."""
+    """Return the optimal denoiser of DATA with the optimal second head: (α²/σ²)V_t for npr, E[ε² | x_t] for sn."""
     inner = oracle(DATA, schedule, PredNoise())
 
     def net(x: Tensor, c: Tensor) -> Tensor:
@@ -283,13 +283,12 @@ def with_head(schedule: Schedule, kind: str) -> Denoiser:
 
 
 @pytest.mark.parametrize("curve", ["VP", "Cosine"])
-def test_second_heads_give_the_bound_of_the_best_variance(curve: str) -> None:
-    """SN and NPR with perfect heads have Analytic's terms, here the exact posterior's; L_0 ignores them, as it does all but the
-    learned range."""
+def test_second_heads_give_the_bound_of_the_optimal_variance(curve: str) -> None:
+    """SN and NPR with optimal heads have the terms of Analytic, here exact. L_0 depends on the learned variance only."""
     schedule, x0 = SCHEDULES[curve], gaussian_images(2)
     plain = oracle(DATA, schedule, PredNoise())
     chain = likelihood.vlb(plain, x0, 10)
-    want = likelihood.vlb(plain, x0, 10, best(schedule, chain.times))
+    want = likelihood.vlb(plain, x0, 10, optimal_variance(schedule, chain.times))
     assert torch.equal(want.terms["L_0"], chain.terms["L_0"])
     assert (want.terms["L"].mean(0) < chain.terms["L"].mean(0)).all()
     for kind, variance in (("sn", SN()), ("npr", NPR())):
@@ -301,9 +300,9 @@ def test_second_heads_give_the_bound_of_the_best_variance(curve: str) -> None:
     assert torch.equal(likelihood.vlb(plain, x0, 10, FixedLarge()).terms["L_0"], chain.terms["L_0"])
 
 
-def test_the_decoders_variance_has_two_names() -> None:
-    """σ̃² of the next pair of the chain, or of (2/T, 1/T): 1.75 to 1.9 apart at 10 to 100 steps of linear-1000. Only L_0 takes
-    it; over all steps they are one."""
+def test_the_floor_of_the_decoder() -> None:
+    """σ̃² of the next pair of the chain (last=strided) or of (2/T, 1/T) (last=full): a factor of 1.75 to 1.9 at 10 to 100 steps of
+    linear-1000. It affects L_0 only; with every step of the table the two are equal."""
     full = float(posterior(Linear(), f64(0.002), f64(0.001)).variance)
     x0, den = levels(3), Denoiser(Wavy(), Linear(), PredNoise())
     for steps in (10, 100):
@@ -317,14 +316,14 @@ def test_the_decoders_variance_has_two_names() -> None:
     assert torch.equal(likelihood.vlb(den, x0).bpd, likelihood.vlb(den, x0, last="full").bpd)
 
 
-def test_no_clipping_unless_asked_for() -> None:
+def test_clipping_is_removed_by_default() -> None:
     x0, net = levels(3), Wavy()
     plain, clipping = Denoiser(net, Linear(), PredNoise()), Denoiser(net, Linear(), PredNoise(), clip=1.0)
     want = likelihood.vlb(plain, x0, 9)
-    got, cut = likelihood.vlb(clipping, x0, 9), likelihood.vlb(clipping, x0, 9, clip=True)
+    got, clipped = likelihood.vlb(clipping, x0, 9), likelihood.vlb(clipping, x0, 9, clip=True)
     assert torch.equal(got.bpd, want.bpd)
-    assert (cut.bpd < want.bpd).all()  # here x̂_0 runs out of the range that x_0 keeps
-    assert (want.clipped, got.clipped, cut.clipped) == (False, False, True)
+    assert (clipped.bpd < want.bpd).all()  # x̂_0 exceeds the range of x_0 here
+    assert (want.clipped, got.clipped, clipped.clipped) == (False, False, True)
     assert not likelihood.vlb(plain, x0, 9, clip=True).clipped
     assert clipping.clip == 1.0
 
@@ -355,15 +354,15 @@ def test_single_precision_is_close() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu() -> None:
-    """Bound and density there, with `index` and times on the host: the numbers of the CPU to 1e-6."""
+    """Bound and density on the GPU, with `index` and times on the CPU, equal those of the CPU to 1e-6."""
     x0, den = levels(3), Denoiser(lambda x, c: x.tanh(), Linear(), PredNoise())
-    for ask in (lambda x: likelihood.vlb(den, x, 20, FixedLarge()), lambda x: likelihood.ode(den, x, "exact")):
-        torch.testing.assert_close(ask(x0.cuda()).bpd.cpu(), ask(x0).bpd, rtol=0, atol=1e-6)
+    for evaluate in (lambda x: likelihood.vlb(den, x, 20, FixedLarge()), lambda x: likelihood.ode(den, x, "exact")):
+        torch.testing.assert_close(evaluate(x0.cuda()).bpd.cpu(), evaluate(x0).bpd, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_images_are_widened(dtype: torch.dtype) -> None:
-    """One image of odd size, on a curve whose last α is 0."""
+def test_half_precision_images(dtype: torch.dtype) -> None:
+    """They are converted to float32; one image of odd size, on a curve with α(1) = 0."""
     den, x0 = Denoiser(lambda x, c: x.tanh(), Flow(), PredV()), levels(1, (1, 3, 5)).to(dtype)
     got = likelihood.vlb(den, x0, 6)
     assert torch.equal(got.bpd, likelihood.vlb(den, x0.float(), 6).bpd)
@@ -390,8 +389,8 @@ def refused(match: str, den: Denoiser, x0: Tensor, *args: Any, **options: Any) -
     assert "\n" not in str(caught.value)
 
 
-def test_refusals() -> None:
-    """One line each, with the remedy."""
+def test_errors() -> None:
+    """Each message is one line and names the remedy."""
     x0 = levels(2)
     table, curve = Denoiser(Wavy(), Linear(), PredNoise()), Denoiser(Wavy(), VP(), PredNoise())
     refused("write one of discretized, gaussian", table, x0, 5, decoder="nonesuch")
@@ -410,10 +409,10 @@ def test_refusals() -> None:
     refused("must fall", table, x0, times=torch.tensor([0.0, 0.5, 1.0]))
     refused("variance is 0, infinite", Denoiser(Wavy(), Flow(), PredV()), x0, 1, decoder="gaussian")
 
-    class Carrying(Wavy):
+    class SelfConditioned(Wavy):
         self_conditioning = True
 
-    refused("self-conditioning", Denoiser(Carrying(), Linear(), PredNoise()), x0, 5)
+    refused("self-conditioning", Denoiser(SelfConditioned(), Linear(), PredNoise()), x0, 5)
 
     def diverging(x: Tensor, c: Tensor) -> Tensor:
         return x * torch.where(c > 700, torch.nan, 1.0).reshape(-1, 1, 1, 1)

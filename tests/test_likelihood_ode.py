@@ -1,4 +1,4 @@
-"""The density of the probability-flow ODE: closed forms on Gaussian and mixture data, SciPy, and what it refuses."""
+"""The density of the probability-flow ODE: closed forms on Gaussian and mixture data, SciPy, errors."""
 
 import math
 from typing import Any
@@ -34,7 +34,7 @@ def images(count: int, shape: tuple[int, ...] = SHAPE) -> Tensor:
 
 
 def log_normal(x: Tensor, mean: Tensor | float, variance: Tensor | float) -> Tensor:
-    """log N(x; mean, variance I) of each image (B, …), in nats."""
+    """Return log N(x; mean, variance I) of each image (B, …), in nats."""
     variance = torch.as_tensor(variance, dtype=D)
     return -0.5 * ((x - mean).square() / variance + (2 * math.pi * variance).log()).flatten(1).sum(1)
 
@@ -48,8 +48,8 @@ def bpd(log_p: Tensor, size: int = SIZE) -> Tensor:
     return -log_p / (size * LN2) + OFFSET
 
 
-def pushed(x: Tensor, schedule: Schedule, start: float) -> Tensor:
-    """What the solve stands for, exactly: the flow from `start` to 1 is x_1 − α_1 m = r (x − α_s m), so that
+def exact_log_density(x: Tensor, schedule: Schedule, start: float) -> Tensor:
+    """Return the exact result of the integration: the flow from `start` to 1 is x_1 − α_1 m = r (x − α_s m), so that
     log p = log N(x_1; 0, σ_1²) + N ln r."""
     (alpha_s, sigma_s), (alpha_1, sigma_1) = (schedule.alpha_sigma(torch.tensor(t, dtype=D)) for t in (start, 1.0))
     ratio = (((alpha_1 * STD) ** 2 + sigma_1**2) / ((alpha_s * STD) ** 2 + sigma_s**2)).sqrt()
@@ -59,14 +59,13 @@ def pushed(x: Tensor, schedule: Schedule, start: float) -> Tensor:
 
 @pytest.mark.parametrize("curve", SCHEDULES)
 def test_gaussian_density_on_every_curve(curve: str) -> None:
-    """Three statements. The solve: each image within 1e-4 bits/dim of the closed form of what is integrated (the tolerances
-    are 1e-5). The published approximations, x_0 as the state at `start` and N(0, σ_1²) at 1: on the curves that were published
-    with them, and on flow, which has none at 1, the mean over 60 images is within 1e-3 of the density of the data. And the
-    start: 1e-5, or the first node."""
+    """Each image is within 1e-4 bits/dim of the exact result of the integration (the tolerances are 1e-5). With the published
+    approximations, x_0 as the state at `start` and N(0, σ_1²) at t = 1, the mean over 60 images is within 1e-3 of the density
+    of the data on the curves published with them, and on flow, where the one at t = 1 is exact. The start is 1e-5, or 1/T."""
     schedule, x0 = SCHEDULES[curve], images(60)
     got = likelihood.ode(oracle(DATA, schedule, PredV()), x0, dequantize=False)
     assert got.start == (1e-5 if schedule.steps is None else 1 / schedule.steps)
-    torch.testing.assert_close(got.bpd, bpd(pushed(x0, schedule, got.start)), rtol=0, atol=1e-4)
+    torch.testing.assert_close(got.bpd, bpd(exact_log_density(x0, schedule, got.start)), rtol=0, atol=1e-4)
     torch.testing.assert_close(got.bpd, bpd(got.log_density), rtol=1e-12, atol=0)
     torch.testing.assert_close(got.bpd, got.terms["prior"] + got.terms["divergence"] + OFFSET, rtol=1e-12, atol=0)
     if curve in ("VP", "SubVP", "VE", "EDM", "Flow", "Linear", "Cosine"):
@@ -79,14 +78,14 @@ def test_gaussian_density_on_every_curve(curve: str) -> None:
 def test_every_objective_has_the_same_density(name: str) -> None:
     x0, schedule = images(2), Cosine()
     got = likelihood.ode(oracle(DATA, schedule, OBJECTIVES[name]), x0, dequantize=False)
-    torch.testing.assert_close(got.bpd, bpd(pushed(x0, schedule, got.start)), rtol=0, atol=1e-4)
+    torch.testing.assert_close(got.bpd, bpd(exact_log_density(x0, schedule, got.start)), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("curve", ["Flow", "VP", "Cosine"])
 def test_mixture_density_and_its_two_divergences(curve: str) -> None:
-    """A Jacobian that is no multiple of the identity. The exact divergence: on flow, with no approximation at 1, the density of
-    the mixture to 1e-4 bits/dim (the start shifts it by 1e-5), on the others to 2e-3. Hutchinson's, with 100 probes of one
-    image, has that mean within 4 standard errors, which are not 0."""
+    """With a Jacobian that is not a multiple of the identity. The exact divergence gives the density of the mixture to 1e-4
+    bits/dim on flow, which has no approximation at t = 1, and to 2e-3 on the other curves. Hutchinson's estimate has the same
+    mean, to 4 standard errors of 100 probes."""
     schedule = SCHEDULES[curve]
     den = oracle(MIXTURE, schedule, PredV())
     x0 = torch.cat([MIXTURE.means + 0.15 * torch.ones_like(MIXTURE.means), torch.zeros(1, 1, 2, 2)])
@@ -99,8 +98,8 @@ def test_mixture_density_and_its_two_divergences(curve: str) -> None:
     assert abs(mean - float(exact.bpd[1])) < 4 * error
 
 
-def test_scipy_goes_the_same_way() -> None:
-    """ε̂ = tanh(W x) on VP, with its Jacobian written down, by SciPy's DOP853, both at 1e-8: log p and x_1 to 1e-5."""
+def test_against_scipy() -> None:
+    """ε̂ = tanh(W x) on VP with its analytic Jacobian, by SciPy's DOP853, both at tolerance 1e-8: log p and x_1 to 1e-5."""
     size, schedule = 4, VP()
     w = torch.tensor(np.random.default_rng(0).normal(size=(size, size)) * 0.5)
 
@@ -129,9 +128,9 @@ def test_scipy_goes_the_same_way() -> None:
 
 
 def test_dequantized_bits_are_the_entropy_of_the_levels() -> None:
-    """Levels of N(0.1, 0.2²), 12,000 of them, under the density of N(0.1, 0.2²): bits/dim within 4 standard errors of the
-    entropy of the 256 probabilities (the density is flat within a bin to 1e-4), near 5.6 for the offset log₂ 127.5. u/127.5
-    is uniform over one bin and keyed."""
+    """12,000 discretized samples of N(0.1, 0.2²) under the density of N(0.1, 0.2²): bits/dim within 4 standard errors of the
+    entropy of the 256 probabilities (the density is constant within a bin to 1e-4). u/127.5 is uniform over one bin and
+    keyed."""
     grid = (torch.arange(256, dtype=D) * 2 - 255) / 255
     x0 = 0.1 + 0.2 * normal((4, 5, 5), seed=2, index=torch.arange(120), dtype=D)
     x0 = grid[((x0 + 1) * 127.5).round().long().clamp(0, 255)]
@@ -149,8 +148,8 @@ def test_dequantized_bits_are_the_entropy_of_the_levels() -> None:
     assert moved.std() == pytest.approx(12**-0.5, abs=0.06)
 
 
-def test_an_image_knows_nothing_of_its_batch() -> None:
-    """Alone, doubled, in another order: 1e-10, because kernels differ by batch size; its steps are its own."""
+def test_an_image_is_independent_of_its_batch() -> None:
+    """Alone, repeated and in another order: to 1e-10, because kernels differ by batch size, with the same steps."""
     den, x0 = oracle(MIXTURE, Flow(), PredV()), images(4, (1, 2, 2))
     want = likelihood.ode(den, x0, seed=3)
     for rows in ([3], [1, 1, 0]):
@@ -164,16 +163,16 @@ def test_an_image_knows_nothing_of_its_batch() -> None:
 
 
 class Convolution(nn.Module):
-    """A trained network's ways: float32 parameters that want no gradient, a label."""
+    """A labeled network with float32 parameters, frozen in the test; counts the images it evaluates."""
 
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.SiLU(), nn.Conv2d(4, 1, 3, padding=1))
         self.table = nn.Embedding(3, 1)
-        self.given = 0
+        self.evaluated = 0
 
     def forward(self, x: Tensor, c: Tensor, label: Tensor) -> Tensor:
-        self.given += len(x)
+        self.evaluated += len(x)
         assert x.dtype == torch.float32
         assert len(x) == len(c) == len(label)
         return self.body(x) + self.table(label)[..., None, None]
@@ -181,15 +180,15 @@ class Convolution(nn.Module):
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_frozen_networks_and_conditions(mode: Any) -> None:
-    """The divergence finds its gradients whatever mode the caller is in and leaves none behind; labels follow their images
-    through the solve; evaluations are what the network was asked."""
+    """The divergence is computed in every gradient mode of the caller and the result has no graph; labels follow their images;
+    `evaluations` counts the calls of the network."""
     net = Convolution().eval().requires_grad_(False)
     den, x0 = Denoiser(net, Cosine(), PredV(), clip=1.0), images(3, (1, 4, 4)).float()
     with mode():
         label = torch.tensor([2, 0, 1])
         likelihood.ode(den, x0, condition={"label": label}, rtol=1e-3, atol=1e-3)
         got = likelihood.ode(den, x0, condition={"label": label}, rtol=1e-3, atol=1e-3)
-        assert 2 * int(got.evaluations.sum()) == net.given
+        assert 2 * int(got.evaluations.sum()) == net.evaluated
         alone = likelihood.ode(
             den, x0[1:2], condition={"label": label[1:2]}, index=torch.tensor([1]), rtol=1e-3, atol=1e-3
         )
@@ -207,8 +206,8 @@ def refused(match: str, den: Denoiser, x0: Tensor, *args: Any, **options: Any) -
     assert "\n" not in str(caught.value)
 
 
-def test_refusals() -> None:
-    """One line each, with the remedy."""
+def test_errors() -> None:
+    """Each message is one line and names the remedy."""
     den, x0 = Denoiser(lambda x, c: x.tanh(), Linear(), PredNoise()), images(2)
     refused("write one of hutchinson, exact", den, x0, "nonesuch")
     refused("divergence=hutchinson", den, torch.zeros(1, 3, 32, 32), "exact")
@@ -217,10 +216,10 @@ def test_refusals() -> None:
     refused("outside", den, x0, start=1.0)
     refused("rtol > 0", den, x0, rtol=0.0)
 
-    class Carrying(nn.Module):
+    class SelfConditioned(nn.Module):
         self_conditioning = True
 
-    refused("self-conditioning", Denoiser(Carrying(), Linear(), PredNoise()), x0)
+    refused("self-conditioning", Denoiser(SelfConditioned(), Linear(), PredNoise()), x0)
 
     def diverging(x: Tensor, c: Tensor) -> Tensor:
         return x * torch.where(c > 500, torch.nan, 1.0).reshape(-1, 1, 1, 1)

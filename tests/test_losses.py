@@ -36,7 +36,7 @@ def test_closed_forms() -> None:
 
 
 @pytest.mark.parametrize("error", [L1(), L2(), Huber(0.5)])
-def test_one_mean_for_each_image(error: PointwiseLoss) -> None:
+def test_the_loss_is_a_mean_for_each_image(error: PointwiseLoss) -> None:
     a, b = torch.randn(2, 3, 2, 4, 4)
     got = error(a, b)
     assert got.shape == (3,)
@@ -45,7 +45,7 @@ def test_one_mean_for_each_image(error: PointwiseLoss) -> None:
     assert (error(a, a) == 0).all()
 
 
-def test_huber_refuses_a_delta_of_nought() -> None:
+def test_huber_refuses_a_delta_of_0() -> None:
     with pytest.raises(ValueError, match="delta > 0"):
         Huber(0)
 
@@ -69,15 +69,15 @@ def test_one_step_is_ho_algorithm_1() -> None:
         return x.tanh() * (1 + c[:, None, None, None] / 1000)
 
     step = diffusion_loss(Denoiser(network, Linear(), PredNoise()), Native(), L2(), x0, noise, i.double() / 1000)
-    guess = network(bar.sqrt() * x0 + (1 - bar).sqrt() * noise, i.double() - 1)
-    want = (guess - noise).square().flatten(1).mean(1)
+    noise_hat = network(bar.sqrt() * x0 + (1 - bar).sqrt() * noise, i.double() - 1)
+    want = (noise_hat - noise).square().flatten(1).mean(1)
     torch.testing.assert_close(step.weighted, want, rtol=1e-9, atol=1e-12)
     assert torch.equal(step.weight, torch.ones(3, dtype=D))
 
 
 @pytest.mark.parametrize("weighting", [Eps(), MinSNR(), VLB()])
 def test_the_weighted_loss_does_not_depend_on_the_objective(weighting: object) -> None:
-    """One oracle network in every coordinate of one schedule: the same number, 1e-6 relative."""
+    """The optimal network has the same weighted loss for every objective, to a relative 1e-6."""
     data = Gaussian(torch.full((1, 2, 2), 0.2), 0.5)
     for schedule in SCHEDULES:
         s, losses = SCHEDULES[schedule], []
@@ -91,8 +91,8 @@ def test_the_weighted_loss_does_not_depend_on_the_objective(weighting: object) -
             torch.testing.assert_close(other, losses[0], rtol=1e-6, atol=0)
 
 
-def test_the_oracle_has_the_least_loss() -> None:
-    """E[(ε − ε̂)²] of the best denoiser of N(m, s²) is α²s²/(α²s² + σ²): 4 standard errors with 40,000 elements."""
+def test_the_loss_of_the_optimal_denoiser() -> None:
+    """E[(ε − ε̂)²] of the optimal denoiser of N(m, s²) is α²s²/(α²s² + σ²): 40,000 elements, to 4 standard errors."""
     data, s = Gaussian(torch.full((1, 1, 1), 0.2), 0.5), Cosine()
     x0, noise = 0.2 + 0.5 * torch.randn(40000, 1, 1, 1, dtype=D), torch.randn(40000, 1, 1, 1, dtype=D)
     t = torch.full((40000,), 0.4, dtype=D)
@@ -103,7 +103,7 @@ def test_the_oracle_has_the_least_loss() -> None:
 
 
 def test_gradient() -> None:
-    """∂/∂θ of w ‖y − θ x_t‖² is −2w mean((y − θ x_t) x_t): nothing is detached, nothing is added."""
+    """∂/∂θ of w ‖y − θ x_t‖² is −2w mean((y − θ x_t) x_t)."""
     theta = torch.tensor(0.3, dtype=D, requires_grad=True)
     x0, noise = torch.randn(2, 5, 1, 3, 3, dtype=D)
     t = torch.tensor([0.001, 0.2, 0.5, 0.9, 1.0], dtype=D)
@@ -117,15 +117,15 @@ def test_gradient() -> None:
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 
 
-def test_clipping_and_extra_channels_play_no_part() -> None:
+def test_clipping_and_extra_channels_do_not_change_the_loss() -> None:
     x0, noise = torch.randn(2, 2, 1, 2, 2)
     t = torch.tensor([0.5, 0.9])
 
-    def wide(x: Tensor, c: Tensor) -> Tensor:
+    def twice_the_channels(x: Tensor, c: Tensor) -> Tensor:
         return torch.cat([x, x], 1)
 
     bare = diffusion_loss(Denoiser(lambda x, c: x, Cosine(), PredV()), Native(), L2(), x0, noise, t)
-    clipped = diffusion_loss(Denoiser(wide, Cosine(), PredV(), clip=0.1), Native(), L2(), x0, noise, t)
+    clipped = diffusion_loss(Denoiser(twice_the_channels, Cosine(), PredV(), clip=0.1), Native(), L2(), x0, noise, t)
     assert torch.equal(bare.weighted, clipped.weighted)
 
 
@@ -141,66 +141,66 @@ def test_float32_images_give_a_float32_loss() -> None:
     torch.testing.assert_close(step.error, want.flatten(1).mean(1))
 
 
-# ------------------------------------------------------------------------------------------------ a variance that is trained
+# ------------------------------------------------------------------------------------------------ losses of a variance
 
 BETA = np.linspace(1e-4 * 25, 0.02 * 25, 40)
 BAR = np.cumprod(1 - BETA)
 
 
 def levels(batch: int, seed: int = 0) -> Tensor:
-    """Images on the grid k/127.5 − 1, black and white among them."""
+    """Return images on the grid k/127.5 − 1 that contain both ends."""
     k = torch.randint(0, 256, (batch, 1, 3, 3), generator=torch.Generator().manual_seed(seed))
     k[:, 0, 0, :2] = torch.tensor([0, 255])
     return (2 * k.double() - 255) / 255
 
 
-def two(x: Tensor, c: Tensor) -> Tensor:
-    """ε̂ and v."""
+def noise_and_v(x: Tensor, c: Tensor) -> Tensor:
+    """A network whose output is ε̂ and v."""
     time = c[:, None, None, None] / 40
     return torch.cat([(x * (1 + time)).tanh(), 1.3 * (3 * x - time).sin()], dim=1)
 
 
 def term_in_numpy(x0: np.ndarray, x_t: np.ndarray, out: np.ndarray, i: int) -> float:
-    """L_t in bits/dim of improved DDPM for node i, from β alone: means c_1 x_t + c_0 x̂_0, log variances, SciPy's Gaussian; at
-    i = 1 the 256-level likelihood around x̂_0 with σ̃² of the step before as lower bound."""
+    """Return L_t of improved DDPM at node i in bits/dim, from β: means c_1 x_t + c_0 x̂_0, log variances, SciPy's Gaussian; at
+    i = 1 the 256-level likelihood around x̂_0 with σ̃² of the pair (2, 1) as lower bound."""
     before = BAR[i - 2] if i > 1 else 1.0
     small = BETA[i - 1] * (1 - before) / (1 - BAR[i - 1]) if i > 1 else BETA[1] * (1 - BAR[0]) / (1 - BAR[1])
     f = (out[1] + 1) / 2
     log = f * np.log(BETA[i - 1]) + (1 - f) * np.log(small)
-    guess = (x_t - np.sqrt(1 - BAR[i - 1]) * out[0]) / np.sqrt(BAR[i - 1])
+    x0_hat = (x_t - np.sqrt(1 - BAR[i - 1]) * out[0]) / np.sqrt(BAR[i - 1])
     if i > 1:
         c0, c1 = (
             np.sqrt(before) * BETA[i - 1] / (1 - BAR[i - 1]),
             np.sqrt(1 - BETA[i - 1]) * (1 - before) / (1 - BAR[i - 1]),
         )
-        gap = (c1 * x_t + c0 * x0) - (c1 * x_t + c0 * guess)
+        gap = (c1 * x_t + c0 * x0) - (c1 * x_t + c0 * x0_hat)
         nats = 0.5 * (log - np.log(small) - 1 + (small + gap**2) / np.exp(log))
     else:
         std = np.exp(0.5 * log)
-        high = np.where(x0 > 0.999, np.inf, (x0 - guess + 1 / 255) / std)
-        low = np.where(x0 < -0.999, -np.inf, (x0 - guess - 1 / 255) / std)
+        high = np.where(x0 > 0.999, np.inf, (x0 - x0_hat + 1 / 255) / std)
+        low = np.where(x0 < -0.999, -np.inf, (x0 - x0_hat - 1 / 255) / std)
         nats = -np.log(np.maximum(scipy.stats.norm.cdf(high) - scipy.stats.norm.cdf(low), 1e-12))
     return float(nats.mean() / np.log(2))
 
 
 @pytest.mark.parametrize("objective", [PredNoise(), PredX0(), PredV()])
 def test_hybrid_and_vlb_losses_against_numpy(objective: Objective) -> None:
-    """mean (ε − ε̂)² + (T/1000) L_t, and T L_t, in float64 from β alone, at every kind of node; the network in every coordinate,
-    whose weighted error is then that of ε with weighting=eps."""
+    """mean (ε − ε̂)² + (T/1000) L_t, and T L_t, in float64 from β, at the first, inner and last nodes; with weighting=eps, under
+    which the weighted error of every objective is that of ε."""
     node = torch.tensor([1, 2, 3, 17, 40])
     x0, noise, t = levels(5), torch.randn(5, 1, 3, 3, dtype=D), node.double() / 40
     schedule = Linear(40)
 
     def network(scaled: Tensor, c: Tensor) -> Tensor:
-        out = two(scaled, c)
+        out = noise_and_v(scaled, c)
         at = (c + 1) / 40
         alpha, sigma = (v[:, None, None, None] for v in schedule.alpha_sigma(at))
-        guess = (scaled - sigma * out[:, :1]) / alpha
-        return torch.cat([objective.target(schedule, at, guess, out[:, :1]), out[:, 1:]], dim=1)
+        x0_hat = (scaled - sigma * out[:, :1]) / alpha
+        return torch.cat([objective.target(schedule, at, x0_hat, out[:, :1]), out[:, 1:]], dim=1)
 
-    den = Denoiser(network, schedule, objective, clip=0.1)  # clipping plays no part
+    den = Denoiser(network, schedule, objective, clip=0.1)  # the loss ignores clipping
     x_t = den.schedule.corrupt(x0, noise, t)
-    out = two(x_t, node.double() - 1)
+    out = noise_and_v(x_t, node.double() - 1)
     want = [term_in_numpy(*(v[k, 0].numpy() for v in (x0, x_t)), out[k].numpy(), int(i)) for k, i in enumerate(node)]
     simple = (out[:, :1] - noise).square().flatten(1).mean(1)
     both = diffusion_loss(den, Eps(), L2(), x0, noise, t, learned=Learned())
@@ -213,8 +213,8 @@ def test_hybrid_and_vlb_losses_against_numpy(objective: Objective) -> None:
     torch.testing.assert_close(single.weighted.double(), alone.weighted, rtol=2e-4, atol=1e-4)
 
 
-def test_the_hybrid_loss_moves_the_mean_by_the_error_alone_and_v_by_the_bound_alone() -> None:
-    """The gradients of the two halves of the output, each against its own loss; with `vlb` the mean has the bound's as well."""
+def test_gradients_of_the_hybrid_and_vlb_losses() -> None:
+    """hybrid: the mean has the gradient of the error alone, v that of the bound alone. vlb: both have the bound's."""
     t = torch.tensor([1, 2, 20, 40], dtype=D) / 40
     x0, noise, s = levels(4), torch.randn(4, 1, 3, 3, dtype=D), Linear(40)
     mean = torch.randn(4, 1, 3, 3, dtype=D, requires_grad=True)
@@ -232,7 +232,7 @@ def test_the_hybrid_loss_moves_the_mean_by_the_error_alone_and_v_by_the_bound_al
     assert (hybrid[1] != 0).any(dim=(1, 2, 3)).all()
     torch.testing.assert_close(hybrid[1], alone[1] / 1000, rtol=1e-12, atol=0)
     assert (alone[0] != 0).any(dim=(1, 2, 3)).all()
-    with torch.no_grad():  # the bound's gradient by differences, of one element of each image
+    with torch.no_grad():  # central differences of the bound, for one element of each image
         for half, got in ((mean, alone[0]), (v, alone[1])):
             sides = []
             for step in (1e-5, -1e-5):
@@ -242,9 +242,9 @@ def test_the_hybrid_loss_moves_the_mean_by_the_error_alone_and_v_by_the_bound_al
             torch.testing.assert_close((sides[0] - sides[1]) / 2e-5, got[:, 0, 1, 1], rtol=1e-4, atol=1e-6)
 
 
-def test_the_expected_term_is_least_at_the_optimal_variance() -> None:
-    """For N(0.2, 0.25) and the best mean, E L_t over v is least where σ² is the covariance of the step (theorem 1 of
-    Analytic-DPM); there it is ½ log₂(σ²/σ̃²). 60,000 elements: 4 standard errors."""
+def test_the_expected_term_is_minimal_at_the_optimal_variance() -> None:
+    """For N(0.2, 0.25) and the optimal mean, E L_t is minimal where σ² is the covariance of the step (theorem 1 of
+    Analytic-DPM), with the value ½ log₂(σ²/σ̃²): 60,000 elements, to 4 standard errors."""
     s, t = Linear(40), torch.full((60000,), 0.5, dtype=D)
     x0, noise = 0.2 + 0.5 * torch.randn(60000, 1, 1, 1, dtype=D), torch.randn(60000, 1, 1, 1, dtype=D)
     q, (alpha, sigma) = posterior(s, t[0], t[0] - 1 / 40), s.alpha_sigma(t[0])
@@ -258,31 +258,33 @@ def test_the_expected_term_is_least_at_the_optimal_variance() -> None:
     def term(at: float) -> Tensor:
         return bound_term(den, Learned(), x0, x_t, t, output, torch.full_like(x0, at))
 
-    here = term(v)
+    minimum = term(v)
     want = 0.5 * math.log2(float(best / q.variance))
-    assert float(here.mean()) == pytest.approx(want, abs=4 * float(here.std()) / 60000**0.5)
+    assert float(minimum.mean()) == pytest.approx(want, abs=4 * float(minimum.std()) / 60000**0.5)
     for step in (-0.3, 0.3):
-        assert float(term(v + step).mean()) > float(here.mean())
+        assert float(term(v + step).mean()) > float(minimum.mean())
 
 
 def test_learned_variance_is_refused_without_steps_or_channels() -> None:
     x0, noise, t = torch.zeros(2, 1, 2, 2), torch.zeros(2, 1, 2, 2), torch.tensor([0.5, 0.9])
     with pytest.raises(ValueError, match="continuous curve without steps: write schedule=cosine"):
-        diffusion_loss(Denoiser(two, SCHEDULES["VP"], PredNoise()), Eps(), L2(), x0, noise, t, learned=Learned())
+        diffusion_loss(
+            Denoiser(noise_and_v, SCHEDULES["VP"], PredNoise()), Eps(), L2(), x0, noise, t, learned=Learned()
+        )
     with pytest.raises(ValueError, match="train with variance=learned"):
         diffusion_loss(Denoiser(lambda x, c: x, Linear(), PredNoise()), Eps(), L2(), x0, noise, t, learned=Learned())
 
 
 @pytest.mark.parametrize("kind", ["sn", "npr"])
-def test_what_a_second_head_learns(kind: str) -> None:
-    """(g − ε²)², (h − (ε − ε̂)²)²; nothing of it reaches ε̂."""
+def test_the_loss_of_a_second_head(kind: str) -> None:
+    """(g − ε²)² and (h − (ε − ε̂)²)², without a gradient with respect to ε̂."""
     x0, noise = torch.randn(2, 3, 1, 2, 2, dtype=D)
     t = torch.tensor([0.1, 0.5, 1.0], dtype=D)
-    guess, own = (torch.randn(3, 1, 2, 2, dtype=D, requires_grad=True) for _ in range(2))
-    den = Denoiser(lambda x, c: torch.cat([guess, own], 1), Linear(), PredNoise())
+    noise_hat, head = (torch.randn(3, 1, 2, 2, dtype=D, requires_grad=True) for _ in range(2))
+    den = Denoiser(lambda x, c: torch.cat([noise_hat, head], 1), Linear(), PredNoise())
     got = head_loss(den, kind, x0, noise, t)
-    target = noise**2 if kind == "sn" else (noise - guess) ** 2
-    torch.testing.assert_close(got, (own - target).square().flatten(1).mean(1))
-    of_guess, of_own = torch.autograd.grad(got.sum(), [guess, own], allow_unused=True)
-    assert of_guess is None or (of_guess == 0).all()
-    torch.testing.assert_close(of_own, 2 * (own - target) / 4)
+    target = noise**2 if kind == "sn" else (noise - noise_hat) ** 2
+    torch.testing.assert_close(got, (head - target).square().flatten(1).mean(1))
+    noise_grad, head_grad = torch.autograd.grad(got.sum(), [noise_hat, head], allow_unused=True)
+    assert noise_grad is None or (noise_grad == 0).all()
+    torch.testing.assert_close(head_grad, 2 * (head - target) / 4)

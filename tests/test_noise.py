@@ -1,4 +1,4 @@
-"""Philox against its authors' vectors; keys that never collide; statistics at fixed seeds, margins in standard errors."""
+"""Philox against the published test vectors; distinct keys; statistics at fixed seeds with margins in standard errors."""
 
 import math
 
@@ -56,8 +56,8 @@ def test_words_lie_in_32_bits_and_follow_the_layout(seed: int, index: int, draw:
 
 @pytest.mark.parametrize("dtype", [torch.float32, D])
 @pytest.mark.parametrize("shape", [(), (1,), (3, 5, 5), (1, 8, 8)])
-def test_noise_of_an_image_knows_nothing_of_its_batch(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Bit for bit: alone, in any batch, in any order, twice, behind others."""
+def test_noise_of_an_image_is_independent_of_its_batch(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Bit for bit equal alone, in any batch, in any order and repeated."""
     index = torch.arange(33)
     want = normal(shape, seed=7, index=index, draw=3, dtype=dtype)
     order = torch.randperm(33)
@@ -70,16 +70,16 @@ def test_noise_of_an_image_knows_nothing_of_its_batch(shape: tuple[int, ...], dt
 
 
 def test_no_two_keys_share_noise() -> None:
-    """Seeds, images, draws and streams: 4·4·4·9 keys, all 64-bit prefixes different; also beyond 2³²."""
+    """Keys of different seeds, images (also beyond 2³²), draws and streams: all 64-bit prefixes differ."""
     index = torch.tensor([0, 1, 2**32, 2**32 + 1, 2**40, 2**56 - 1])
-    seen = [
+    prefixes = [
         tuple(row)
         for seed in (0, 1, 2**32, 2**63)
         for draw in (0, 1, 2**31)
         for stream in Stream
         for row in words(2, seed=seed, index=index, draw=draw, stream=stream).tolist()
     ]
-    assert len(set(seen)) == len(seen) == 4 * 3 * len(Stream) * 6
+    assert len(set(prefixes)) == len(prefixes) == 4 * 3 * len(Stream) * 6
 
 
 def test_more_words_extend_fewer() -> None:
@@ -113,7 +113,7 @@ def test_uniform_is_uniform() -> None:
 
 
 def test_uniform_is_the_middle_of_each_of_2_to_the_32_cells() -> None:
-    """(word + ½)/2³², exact in float64: neither 0, whose logarithm is infinite, nor 1 can come."""
+    """(word + ½)/2³², exact in float64, so neither 0, whose logarithm is infinite, nor 1 occurs."""
     key = {"seed": 6, "index": torch.arange(5)}
     got, bits = uniform((7,), **key), words(7, **key)  # type: ignore[arg-type]
     assert [[v * 2**32 - 0.5 for v in row] for row in got.tolist()] == bits.tolist()
@@ -121,7 +121,7 @@ def test_uniform_is_the_middle_of_each_of_2_to_the_32_cells() -> None:
 
 @pytest.mark.parametrize("axis", ["index", "draw", "seed", "stream", "element"])
 def test_normal_along_every_part_of_the_key(axis: str) -> None:
-    """40,000 numbers that differ in one part of the key only: moments to 4 standard errors, KS, and no serial correlation."""
+    """40,000 numbers that differ in one part of the key: moments to 4 standard errors, KS test, no serial correlation."""
     n = 40000
     if axis == "element":
         z = normal((n,), seed=5, index=torch.tensor([3]), dtype=D).flatten()
@@ -134,7 +134,7 @@ def test_normal_along_every_part_of_the_key(axis: str) -> None:
             normal((each,), index=torch.tensor([3]), dtype=D, **{"seed": 5, axis: Stream(k) if axis == "stream" else k})  # type: ignore[arg-type]
             for k in range(vary)
         ]
-        z = torch.cat(rows).T.flatten()  # neighbours differ in `axis`
+        z = torch.cat(rows).T.flatten()  # neighbors differ in `axis`
     n = len(z)
     for power, moment, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
         assert abs(float(z.pow(power).mean()) - moment) < 4 * math.sqrt(variance / n), f"moment {power}"
@@ -156,7 +156,7 @@ def test_the_bound_of_the_docstring() -> None:
 
 @settings(deadline=None, max_examples=40)
 @given(n=st.integers(0, 300), seed=st.integers(0, 2**64 - 1), draw=st.integers(0, 100))
-def test_permutation_is_one(n: int, seed: int, draw: int) -> None:
+def test_permutation_is_a_permutation(n: int, seed: int, draw: int) -> None:
     order = permutation(n, seed=seed, draw=draw)
     assert order.dtype == torch.int64
     assert torch.equal(order.sort().values, torch.arange(n))
@@ -180,13 +180,13 @@ def test_epochs_and_seeds_have_different_orders() -> None:
 
 
 @pytest.mark.parametrize("key", [{"seed": -1}, {"seed": 2**64}, {"seed": 0, "draw": -1}, {"seed": 0, "draw": 2**32}])
-def test_refusals(key: dict[str, int]) -> None:
+def test_seeds_and_draws_out_of_range_are_refused(key: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="outside"):
         words(1, index=torch.arange(1), **key)  # type: ignore[arg-type]
 
 
-def test_draws_are_those_of_their_steps_and_choices_are_even() -> None:
-    """A choice among n: χ² of 20,000 within 5 deviations, each image its own."""
+def test_draws_of_a_step_and_uniform_choices() -> None:
+    """χ² of 20,000 choices is within 5 standard deviations; choices of an image are independent of its batch."""
     index = torch.tensor([4, 0, 9])
     noise = Draws((1, 3, 5), seed=7, index=index, dtype=D, first=11)
     assert torch.equal(noise(6), normal((1, 3, 5), seed=7, index=index, draw=17, dtype=D))
@@ -198,7 +198,7 @@ def test_draws_are_those_of_their_steps_and_choices_are_even() -> None:
 
 
 def test_streams_keep_their_numbers() -> None:
-    """They are part of every key: changing one changes published samples and runs. A new stream takes a new number."""
+    """Stream numbers are part of every key: changing one changes published samples and runs."""
     first = ["SAMPLE", "NOISE", "TIME", "LABEL", "FLIP", "SHUFFLE", "SPLIT", "SELF"]
     assert [Stream(i).name for i in range(8)] == first
     assert len({int(s) for s in Stream}) == len(Stream)
@@ -206,7 +206,7 @@ def test_streams_keep_their_numbers() -> None:
 
 
 def test_one_word_is_the_first_of_many() -> None:
-    """Python's integers and tensors run the same generator, high bits of the index included."""
+    """`word` and `words` agree, also for the high bits of the index."""
     for index in (0, 5, 2**33 + 7):
         many = words(4, seed=2**40 + 3, index=torch.tensor([index]), draw=9, stream=Stream.DROPOUT)
         assert word(seed=2**40 + 3, index=index, draw=9, stream=Stream.DROPOUT) == int(many[0, 0])

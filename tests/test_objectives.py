@@ -1,4 +1,4 @@
-"""Every objective is the same knowledge in other coordinates: fed by one oracle, all give the same x̂_0, ε̂ and loss."""
+"""Objectives are coordinates of one prediction: with a common oracle all give the same x̂_0, ε̂ and loss."""
 
 import math
 from collections.abc import Callable
@@ -21,7 +21,7 @@ every = pytest.mark.parametrize(("schedule", "objective"), PAIRS)
 
 
 def times(schedule: Schedule, most: int = 60) -> torch.Tensor:
-    """First and last node, nodes between, and times off the nodes."""
+    """Return the first and last nodes, nodes between them, and times off the nodes."""
     steps = schedule.steps or 1000
     i = torch.cat([torch.tensor([1, 2, steps - 1, steps]), torch.linspace(3, steps - 2, most).round().long()])
     off = torch.tensor([1.5, steps / 2 + 0.25, steps - 0.4], dtype=D)
@@ -29,24 +29,24 @@ def times(schedule: Schedule, most: int = 60) -> torch.Tensor:
 
 
 def example(schedule: Schedule, t: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """x_t with its truth (x_0, ε), and an imperfect pair (x̂_0, ε̂) with the same x_t."""
+    """Return x_t, its true pair (x_0, ε), and an imperfect pair (x̂_0, ε̂) with the same x_t."""
     alpha, sigma = (v[:, None, None, None] for v in schedule.alpha_sigma(t))
     x0 = torch.rand(len(t), 2, 3, 3, dtype=D) * 2 - 1
     noise = torch.randn_like(x0)
     x_t = alpha * x0 + sigma * noise
-    guess = x0 + 0.3 * torch.randn_like(x0)
-    return x_t, x0, noise, guess, (x_t - alpha * guess) / sigma
+    x0_hat = x0 + 0.3 * torch.randn_like(x0)
+    return x_t, x0, noise, x0_hat, (x_t - alpha * x0_hat) / sigma
 
 
 @every
-def test_an_oracle_gives_back_its_pair(schedule: str, objective: str) -> None:
-    """The network says y of an imperfect (x̂_0, ε̂); the denoiser must return that pair, whatever y is."""
+def test_the_denoiser_returns_the_predicted_pair(schedule: str, objective: str) -> None:
+    """For the output y of an imperfect pair (x̂_0, ε̂) the denoiser returns that pair, for every objective."""
     s, o = SCHEDULES[schedule], OBJECTIVES[objective]
     t = times(s)
     x_t, _, _, x0, noise = example(s, t)
     a, b = (v[:, None, None, None] for v in o.coefficients(s, t))
     got = Denoiser(lambda scaled, c: a * x0 + b * noise, s, o)(x_t, t)
-    # a relative 1e-6 of the size of what enters the solve: conversions amplify by σ/α (ε) or 1/c_0 (mean) at most
+    # conversions amplify rounding errors by at most σ/α (noise) or 1/c_0 (mean)
     torch.testing.assert_close(got.x0, x0, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(got.noise, noise, rtol=1e-6, atol=1e-6)
 
@@ -56,10 +56,10 @@ def test_the_loss_on_noise_is_the_same(schedule: str, objective: str) -> None:
     """w_y (y − ŷ)² = (ε − ε̂)² for the weighting eps."""
     s, o = SCHEDULES[schedule], OBJECTIVES[objective]
     t = times(s)
-    _, x0, noise, guess, guess_noise = example(s, t)
-    error = o.target(s, t, x0, noise) - o.target(s, t, guess, guess_noise)
+    _, x0, noise, x0_hat, noise_hat = example(s, t)
+    error = o.target(s, t, x0, noise) - o.target(s, t, x0_hat, noise_hat)
     got = Eps()(s, o, t)[:, None, None, None] * error.square()
-    torch.testing.assert_close(got, (noise - guess_noise).square(), rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(got, (noise - noise_hat).square(), rtol=1e-6, atol=1e-12)
 
 
 @every
@@ -76,20 +76,20 @@ def test_the_solve_inverts_the_coefficients(schedule: str, objective: str, fract
 
 
 @every
-def test_errors_move_as_the_determinant_says(schedule: str, objective: str) -> None:
+def test_errors_scale_with_the_determinant(schedule: str, objective: str) -> None:
     """Δε = (α/D) Δy and Δx_0 = −(σ/D) Δy, D = αb − σa."""
     s, o = SCHEDULES[schedule], OBJECTIVES[objective]
     t = times(s)
     x_t, x0, noise, *_ = example(s, t)
     y = o.target(s, t, x0, noise)
-    there, here = o.solve(s, t, x_t, y + 1), o.solve(s, t, x_t, y)
+    shifted, exact = o.solve(s, t, x_t, y + 1), o.solve(s, t, x_t, y)
     alpha, sigma = s.alpha_sigma(t)
     a, b = o.coefficients(s, t)
     d = o.determinant(s, t)
     assert (d != 0).all()
     size = (alpha * b).abs() + (sigma * a).abs()
     assert ((alpha * b - sigma * a - d).abs() <= 1e-14 * size).all()
-    for got, want in ((there[1] - here[1], alpha / d), (there[0] - here[0], -sigma / d)):
+    for got, want in ((shifted[1] - exact[1], alpha / d), (shifted[0] - exact[0], -sigma / d)):
         torch.testing.assert_close(got[:, 0, 0, 0], want, rtol=1e-6, atol=1e-6)
 
 
@@ -97,28 +97,28 @@ def test_errors_move_as_the_determinant_says(schedule: str, objective: str) -> N
 def test_dtypes_and_shapes(schedule: str, objective: str) -> None:
     s, o = SCHEDULES[schedule], OBJECTIVES[objective]
     for t in (torch.tensor(0.5), torch.full((2, 3), 0.5, dtype=D), torch.full((1,), 0.5, dtype=torch.float16)):
-        wide = torch.promote_types(t.dtype, torch.float32)
+        result_dtype = torch.promote_types(t.dtype, torch.float32)
         outs = (*o.coefficients(s, t), o.determinant(s, t), o.input_scale(s, t), o.conditioning(s, t))
-        assert all(v.shape == t.shape and v.dtype == wide and v.isfinite().all() for v in outs)
+        assert all(v.shape == t.shape and v.dtype == result_dtype and v.isfinite().all() for v in outs)
 
 
-REFUSED_IN_NOISE = {"PredNoise", "EDM"}
+REFUSED_AT_ALPHA_0 = {"PredNoise", "EDM"}
 
 
-def test_refusals() -> None:
-    """ε and EDM where α(1) = 0, the mean where there are no steps; everything else works."""
+def test_refused_pairs() -> None:
+    """pred_noise and edm are refused where α(1) = 0, pred_mean on continuous curves; every other pair works."""
     want = {
         (s, o)
         for s, curve in SCHEDULES.items()
         for o in OBJECTIVES
-        if (o in REFUSED_IN_NOISE and curve.zero_terminal_snr) or (o == "PredMean" and curve.steps is None)
+        if (o in REFUSED_AT_ALPHA_0 and curve.zero_terminal_snr) or (o == "PredMean" and curve.steps is None)
     }
     assert {(s, o) for s in SCHEDULES for o in OBJECTIVES} - set(PAIRS) == want
     assert len(PAIRS) > len(want)
 
 
 @pytest.mark.parametrize(("schedule", "objective"), [(Linear(zero_terminal_snr=True), PredNoise()), (Flow(), EDM())])
-def test_a_refusal_names_the_remedy(schedule: Schedule, objective: Objective) -> None:
+def test_the_error_names_the_remedy(schedule: Schedule, objective: Objective) -> None:
     with pytest.raises(ValueError, match=r"objective=pred_v or objective=pred_flow"):
         Denoiser(lambda x, c: x, schedule, objective)
 
@@ -126,15 +126,15 @@ def test_a_refusal_names_the_remedy(schedule: Schedule, objective: Objective) ->
 @pytest.mark.parametrize(
     "make", [lambda: EDM(0.0), lambda: PredV(sigma_data=-1.0), lambda: PredX0(sigma_data=math.inf)]
 )
-def test_the_deviation_of_data_is_positive(make: Callable[[], object]) -> None:
+def test_sigma_data_must_be_positive(make: Callable[[], object]) -> None:
     with pytest.raises(ValueError, match="sigma_data"):
         make()
 
 
-# ------------------------------------------------------------------------------------ the textbook's coefficients
+# --------------------------------------------------------------------------------------- published coefficients
 
 
-def test_coefficients_of_the_simple_ones() -> None:
+def test_coefficients_of_noise_x0_and_v() -> None:
     t = times(Cosine())
     alpha, sigma = Cosine().alpha_sigma(t)
     zero, one = torch.zeros_like(t), torch.ones_like(t)
@@ -158,14 +158,14 @@ def test_mean_is_the_posterior_mean_of_ho_eq_7(zero: bool) -> None:
 
 
 def test_mean_amplifies_as_published() -> None:
-    """REFERENCE 2: 1/c_0 = 7,800 at t = 1 on linear."""
+    """1/c_0 = 7,800 at t = 1 on the linear schedule."""
     d = PredMean().determinant(Linear(), torch.ones((), dtype=D))
     sigma = Linear().alpha_sigma(torch.ones((), dtype=D))[1]
     assert float(-sigma / d) == pytest.approx(7800, rel=2e-3)
 
 
 def test_mean_in_float32_times() -> None:
-    """s = t − 1/T from a float32 t is the node below, not a point beside it."""
+    """s = t − 1/T of a float32 t is exactly the next node below."""
     i = torch.arange(1, 1001)
     for got, want in zip(
         PredMean().coefficients(Linear(), i / 1000), PredMean().coefficients(Linear(), i.double() / 1000), strict=True
@@ -174,7 +174,7 @@ def test_mean_in_float32_times() -> None:
 
 
 def test_float32_states_keep_float32_precision() -> None:
-    """The solve takes its coefficients from float64: v in float32 errs by a few roundings of the sizes that enter."""
+    """The coefficients of the solve are float64, so the float32 error is a few rounding errors of the inputs."""
     s, t = Cosine(), times(Cosine())
     x_t, x0, noise, *_ = example(s, t)
     got = PredV().solve(s, t.float(), x_t.float(), PredV().target(s, t, x0, noise).float())
@@ -183,7 +183,7 @@ def test_float32_states_keep_float32_precision() -> None:
         assert (g.double() - w).abs().max() < 1e-6
 
 
-# ------------------------------------------------------------------------------- those that may exist beside the four
+# ------------------------------------------------------------------------------------------- EDM and flow matching
 
 
 @pytest.mark.parametrize("schedule", [s for s, o in PAIRS if o == "EDM"])
@@ -217,7 +217,7 @@ def test_flow_is_noise_minus_data(schedule: str) -> None:
 
 
 def test_all_published_objectives_are_covered() -> None:
-    """Fails when an objective appears that the table of SURFACE.md does not name: give it its own formula test above."""
+    """Fails for a new objective until it is listed here; add a test of its formula above."""
     assert {type(o).__name__ for o in OBJECTIVES.values()} == {
         "PredNoise",
         "PredX0",
@@ -230,8 +230,8 @@ def test_all_published_objectives_are_covered() -> None:
 
 @pytest.mark.parametrize("schedule", [s for s, o in PAIRS if o == "EDM"])
 def test_edm_has_input_and_target_of_variance_1(schedule: str) -> None:
-    """Karras et al. 2022, appendix B.6: E y² = a²σ_d² + b² = 1 and E (scale · x_t)² = 1 at every t, 0+ included. With σ_d = 1
-    y is −v/√(α² + σ²); its weighting weighs it by 1."""
+    """Karras et al. 2022, appendix B.6: E y² = a²σ_d² + b² = 1 and E (scale · x_t)² = 1 at every t, also at 0+. For
+    σ_d = 1 y is −v/√(α² + σ²). The weighting EDM is 1 on y."""
     s = SCHEDULES[schedule]
     t = torch.cat([torch.tensor([s.t_eps], dtype=D), times(s)])
     one = torch.ones_like(t)
@@ -265,7 +265,7 @@ def test_edm_is_that_of_diffusers() -> None:
 @pytest.mark.parametrize("name", [o for o in OBJECTIVES if o != "EDM"])
 @pytest.mark.parametrize("schedule", [VE(), Cosine(), Flow()])
 def test_any_objective_may_scale_its_input(name: str, schedule: Schedule) -> None:
-    """1/√(α²σ_d² + σ²), the network's input alone: coefficients, and what the network is told, stay."""
+    """The network's input is scaled by 1/√(α²σ_d² + σ²); coefficients and conditioning are unchanged."""
     cls, t = type(OBJECTIVES[name]), times(schedule)
     plain, scaled = cls(), cls(scale_input=True, sigma_data=0.3)
     if name == "PredMean" and schedule.steps is None:
@@ -278,16 +278,16 @@ def test_any_objective_may_scale_its_input(name: str, schedule: Schedule) -> Non
     for a, b in zip(plain.coefficients(schedule, t), scaled.coefficients(schedule, t), strict=True):
         assert torch.equal(a, b)
     if not schedule.zero_terminal_snr:
-        seen: list[torch.Tensor] = []
+        inputs: list[torch.Tensor] = []
         x_t = torch.ones(len(t), 1, 1, 1, dtype=D)
-        Denoiser(lambda x, c: seen.append(x) or x, schedule, scaled)(x_t, t)
-        torch.testing.assert_close(seen[0].flatten(), want, rtol=1e-14, atol=0)
+        Denoiser(lambda x, c: inputs.append(x) or x, schedule, scaled)(x_t, t)
+        torch.testing.assert_close(inputs[0].flatten(), want, rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("name", [n for n, s in SCHEDULES.items() if s.steps is None])
-def test_near_data_and_at_noise(name: str) -> None:
-    """t = 1e-12 … 1 in float64: coefficients, determinants and conversions are finite, and the solve inverts them to 1e-6 of
-    x_0; ε̂ at t → 0 is Δx_0 α/σ, so it is asked for its share of x_t only."""
+def test_from_t_eps_to_1(name: str) -> None:
+    """For t = 1e-12 … 1 in float64 all coefficients are finite, and the solve recovers x_0 and σε to 1e-6. (An error of x̂_0 is
+    amplified by α/σ in ε̂, which diverges for t → 0.)"""
     s = SCHEDULES[name]
     t = torch.tensor([s.t_eps, 1e-9, 1e-5, 1e-3, 1.0], dtype=D)
     alpha, sigma = (v[:, None, None, None] for v in s.alpha_sigma(t))
@@ -300,8 +300,8 @@ def test_near_data_and_at_noise(name: str) -> None:
         torch.testing.assert_close(sigma * got_noise, sigma * noise, rtol=0, atol=1e-6)
 
 
-def test_the_target_is_what_the_network_is_asked() -> None:
-    """target = a x_0 + b ε with (B,) times against an explicit loop."""
+def test_target_with_a_time_for_each_image() -> None:
+    """target = a x_0 + b ε with (B,) times, against an explicit loop."""
     s, o = Cosine(), PredV()
     t = torch.tensor([0.1, 0.9], dtype=D)
     x0, noise = torch.randn(2, 2, 1, 2, 2, dtype=D)

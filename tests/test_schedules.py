@@ -1,4 +1,4 @@
-"""Every curve through one suite; then tables and continuous curves against their formulas, computed here in another way."""
+"""One contract for all curves; tables and continuous curves against independent implementations of their formulas."""
 
 import math
 from decimal import Decimal, localcontext
@@ -40,17 +40,17 @@ def nodes(schedule: Table) -> torch.Tensor:
 
 
 def inside_cells(schedule: Schedule, fraction: float, count: int = 1000) -> torch.Tensor:
-    """One time in every cell, away from the nodes by more than they snap."""
+    """Return one time in every cell, outside the tolerance of the nodes."""
     cells = schedule.steps or count
     return (torch.arange(cells, dtype=D) + fraction) / cells
 
 
-def test_every_concrete_curve_is_found() -> None:
+def test_every_concrete_curve_is_covered() -> None:
     assert {type(s) for s in SCHEDULES.values()} == set(members(Schedule, "schedules"))
     assert {Table} == NEEDS_A_TABLE
 
 
-# ---------------------------------------------------------------------------------------------- contract of every curve
+# ---------------------------------------------------------------------------------------------- contract of all curves
 
 
 @every
@@ -66,7 +66,7 @@ def test_variance_preserving(name: str) -> None:
     alpha, sigma = TABLES[name].alpha_sigma(t)
     torch.testing.assert_close(
         alpha.square() + sigma.square(), torch.ones_like(t), rtol=0, atol=1e-15
-    )  # a few roundings
+    )  # a few rounding errors
 
 
 @every
@@ -116,8 +116,8 @@ def test_derivatives_are_those_of_the_curve(name: str, fraction: float) -> None:
 
 
 @every
-def test_derivative_of_lambda_at_the_ends(name: str) -> None:
-    """α̇ and σ̇ are finite at t = 1, also where α(1) = 0, and give back dλ/dt just below where λ is finite."""
+def test_derivatives_at_t_1(name: str) -> None:
+    """α̇ ≤ 0 and σ̇ ≥ 0 are finite at t = 1, also where α(1) = 0."""
     s = SCHEDULES[name]
     d_alpha, d_sigma = s.derivatives(f64(1.0))
     assert d_alpha.isfinite().all()
@@ -133,12 +133,12 @@ def test_derivative_of_lambda_at_the_ends(name: str) -> None:
 def test_dtypes(name: str, dtype: torch.dtype) -> None:
     s = SCHEDULES[name]
     t = torch.tensor([[0.5], [1.0]], dtype=dtype)
-    wide = torch.promote_types(dtype, torch.float32)
+    result_dtype = torch.promote_types(dtype, torch.float32)
     outs = (*s.alpha_sigma(t), *s.derivatives(t), s.conditioning(t), s.lam(t), s.time(t))
-    assert all(o.dtype == wide and o.shape == t.shape for o in outs)
-    # the arithmetic is float64 whatever t is: the result is the float64 one, rounded once
+    assert all(o.dtype == result_dtype and o.shape == t.shape for o in outs)
+    # the arithmetic is float64 for every dtype of t: the result is the float64 one, rounded once
     for got, want in zip(s.alpha_sigma(t), s.alpha_sigma(t.double()), strict=True):
-        assert torch.equal(got, want.to(wide))
+        assert torch.equal(got, want.to(result_dtype))
 
 
 @every
@@ -153,16 +153,18 @@ def test_shapes(name: str, shape: tuple[int, ...]) -> None:
 
 
 @every
-def test_ends_in_noise_says_what_alpha_is(name: str) -> None:
+def test_zero_terminal_snr_is_alpha_0_at_1(name: str) -> None:
     s = SCHEDULES[name]
     assert s.zero_terminal_snr == (float(s.alpha_sigma(f64(1.0))[0]) == 0)
     assert (s.lam(f64(1.0)) == -math.inf) == s.zero_terminal_snr
 
 
 @every
-def test_drift_and_diffusion_give_back_the_curve(name: str) -> None:
-    """What the forward SDE does to x_t = α x_0 + σ ε between two times: the mean is multiplied by exp ∫f, and the variance
-    gains ∫g² exp(2∫f). Gauss–Legendre quadrature of 20 points over each of eight pieces, none of which crosses a node."""
+def test_drift_and_diffusion_integrate_to_the_curve(name: str) -> None:
+    """Between two times the forward SDE multiplies the mean by exp ∫f and adds ∫g² exp(2∫f) to the variance.
+
+    By Gauss–Legendre quadrature with 20 points over intervals that contain no node.
+    """
     s = SCHEDULES[name]
     points, weights = (torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(20))
     cell = 1 / (s.steps or 10)
@@ -180,7 +182,7 @@ def test_drift_and_diffusion_give_back_the_curve(name: str) -> None:
 
 @every
 def test_drift_and_diffusion_are_finite_where_they_can_be(name: str) -> None:
-    """At t = 0 the limit from above, in every dtype; infinite at α = 0 alone."""
+    """At t = 0 they are the limit from above, in every dtype; they are infinite at α = 0 only."""
     s = SCHEDULES[name]
     for dtype in (torch.float16, torch.float32, D):
         t = torch.tensor([0.0, 0.25, 1.0], dtype=dtype)
@@ -197,7 +199,7 @@ def test_drift_and_diffusion_are_finite_where_they_can_be(name: str) -> None:
 
 
 @every
-def test_the_least_time_and_the_limit_towards_data(name: str) -> None:
+def test_t_min_and_t_eps(name: str) -> None:
     s = SCHEDULES[name]
     assert 0 < s.t_eps <= s.t_min <= 0.5
     assert (s.alpha_sigma(f64(s.t_min))[1] > 0).all()
@@ -302,7 +304,7 @@ def test_scaled_linear(steps: int) -> None:
 
 @pytest.mark.parametrize("steps", [2, 10, 1000])
 def test_cosine(steps: int) -> None:
-    """Eq. 17: below the last step nothing is clipped, so ᾱ is f(t)/f(0) itself; the last β is 0.999."""
+    """Eq. 17: nothing is clipped before the last step, so ᾱ = f(t)/f(0) there; the last β is 0.999."""
 
     def f(t: float) -> float:
         return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -333,7 +335,7 @@ def test_published_values() -> None:
 
 
 def test_other_step_counts_keep_the_linear_curve() -> None:
-    """Both ends scale by 1000/T, so ln ᾱ(t) agrees to the discretisation, O(1/T): 5 % at T = 100, 0.5 % at T = 4000."""
+    """Both ends scale by 1000/T, so ln ᾱ(t) agrees up to the discretization, O(1/T): 5 % at T = 100, 0.5 % at T = 4000."""
     t = f64(0.25, 0.5, 0.75, 1.0)
     want = Linear().alpha_sigma(t)[0].log()
     for steps, margin in ((100, 0.12), (4000, 0.01)):
@@ -341,12 +343,12 @@ def test_other_step_counts_keep_the_linear_curve() -> None:
         assert ((got / want - 1).abs() < margin).all()
 
 
-def test_sigma_survives_where_a_rounded_alpha_bar_loses_it() -> None:
-    """REFERENCE 1: σ recomputed from a bfloat16 ᾱ vanishes for 10 (linear) and 21 (cosine) steps; the table's does not."""
-    for schedule, lost in ((Linear(), 10), (Cosine(), 21)):
+def test_sigma_is_not_recomputed_from_a_rounded_alpha_bar() -> None:
+    """σ recomputed from a bfloat16 ᾱ vanishes for 10 (linear) and 21 (cosine) steps; the table's does not."""
+    for schedule, vanishing in ((Linear(), 10), (Cosine(), 21)):
         i = torch.arange(1, 1001) / 1000
         alpha, sigma = schedule.alpha_sigma(i)
-        assert int((1 - alpha.square().bfloat16() == 0).sum()) == lost
+        assert int((1 - alpha.square().bfloat16() == 0).sum()) == vanishing
         assert (sigma > 0).all()
         exact = schedule.alpha_sigma(i.double())[1]
         torch.testing.assert_close(sigma.double(), exact, rtol=6e-8, atol=0)
@@ -354,7 +356,7 @@ def test_sigma_survives_where_a_rounded_alpha_bar_loses_it() -> None:
 
 @pytest.mark.parametrize("cls", [Linear, ScaledLinear, Cosine, Sigmoid])
 def test_zero_terminal_snr_is_algorithm_1(cls: type[Table]) -> None:
-    """Lin et al. 2023: shift √ᾱ so that the last is 0, scale so that the first stays."""
+    """Lin et al. 2023: shift √ᾱ so that the last value is 0, then scale so that the first is unchanged."""
     plain, zero = cls(steps=1000), cls(steps=1000, zero_terminal_snr=True)  # type: ignore[call-arg]
     root = np.sqrt(bar(plain).astype(np.longdouble))
     want = (root - root[-1]) * root[0] / (root[0] - root[-1])
@@ -449,8 +451,8 @@ def test_derivatives_in_fifty_digits(name: str) -> None:
 
 def test_drift_and_diffusion_are_those_of_the_papers() -> None:
     """Song et al. 2021, eq. 11 (vp), eq. 10 with σ geometric (ve), eq. 12 (sub_vp); f = −1/(1 − t), g² = 2t/(1 − t) for flow."""
-    asked = f64(0.0, *TIMES)
-    t = asked.clamp(min=1e-12)  # what stands for 0+
+    times = f64(0.0, *TIMES)
+    t = times.clamp(min=1e-12)  # t = 0 is evaluated at 0+
     beta = 0.1 + 19.9 * t
     m = -(t.square() * 19.9 / 4 + t * 0.1 / 2)
     sigma = EDM().alpha_sigma(t)[1]
@@ -463,14 +465,14 @@ def test_drift_and_diffusion_are_those_of_the_papers() -> None:
         (EDM(), torch.zeros_like(t), 14 * (high - low) * sigma ** (13 / 7)),
         (Flow(), -1 / (1 - t), 2 * t / (1 - t)),
     ):
-        got = schedule.drift_diffusion(asked)
+        got = schedule.drift_diffusion(times)
         torch.testing.assert_close(got[0], f, rtol=1e-11, atol=0)
         torch.testing.assert_close(got[1], g2, rtol=1e-11, atol=1e-10)
 
 
 @pytest.mark.parametrize(("schedule", "sigma_min"), [(VE(), 0.01), (EDM(), 0.002)])
 def test_exploding_curves_jump_at_data(schedule: Schedule, sigma_min: float) -> None:
-    """σ(0) = 0 and σ(0+) = σ_min; a λ between the two, that of no time, means 0+, and +∞ alone data."""
+    """σ(0) = 0 and σ(0+) = σ_min. A λ above that of σ_min, which no time has, maps to 0+, and only +∞ maps to data."""
     near = schedule.alpha_sigma(f64(1e-300, schedule.t_eps, 1e-9))[1]
     np.testing.assert_allclose(near.numpy(), sigma_min, rtol=1e-7)
     lam = -math.log(sigma_min)
@@ -493,7 +495,7 @@ def test_other_curves_reach_data(schedule: Schedule) -> None:
 
 
 @continuous
-def test_what_continuous_networks_are_told(name: str) -> None:
+def test_conditioning_of_continuous_curves(name: str) -> None:
     s, t = SCHEDULES[name], f64(0.0, *TIMES)
     if name in ("VE", "EDM"):
         want = s.alpha_sigma(t.clamp(min=1e-12))[1].log() / 4
@@ -510,9 +512,9 @@ def test_vp_is_the_limit_of_ddpms_chain() -> None:
     assert (gaps[1] < 0.01).all()
 
 
-def test_a_network_of_one_works_on_the_other() -> None:
-    """DDPM's 1000 steps and the continuous curve: at one t σ/α differs by less than 4 %, and what the network is
-    told by at most one of 1000 steps. So a network trained on either is sampled on the other by schedule=."""
+def test_a_network_of_linear_works_on_vp_and_back() -> None:
+    """At equal t, σ/α of DDPM's 1000 steps and of the continuous curve differ by less than 4 %, and the conditioning by at most
+    one of 1000 steps, so that a network trained on one can be sampled on the other with schedule=."""
     t = torch.arange(10, 1001, dtype=D) / 1000
     assert ((Linear().lam(t) - VP().lam(t)).abs() < 0.04).all()
     assert ((Linear().conditioning(t) - VP().conditioning(t)).abs() <= 1).all()
@@ -523,7 +525,7 @@ def test_a_network_of_one_works_on_the_other() -> None:
 
 @pytest.mark.parametrize("cls", [c for c in members(Schedule, "schedules") if takes(c, "shift")])
 def test_shift_is_a_factor_on_sigma_over_alpha(cls: type[Schedule]) -> None:
-    """λ' = λ − ln s at every time of the curve, α² + σ² = 1 where it was; a shift of 1 changes no bit."""
+    """λ' = λ − ln s at every time and α² + σ² = 1 is preserved; a shift of 1 changes no bit."""
     plain, same, moved = cls(), cls(shift=1.0), cls(shift=2.5)  # type: ignore[call-arg]
     t = torch.arange(1, 1000, dtype=D) / 1000
     torch.testing.assert_close(moved.lam(t), plain.lam(t) - math.log(2.5), rtol=0, atol=1e-11)
@@ -536,8 +538,8 @@ def test_shift_is_a_factor_on_sigma_over_alpha(cls: type[Schedule]) -> None:
         torch.testing.assert_close(alpha.square() + sigma.square(), torch.ones_like(t), rtol=0, atol=1e-15)
 
 
-def test_shift_of_a_table_that_ends_in_noise() -> None:
-    """Only the finite part moves: α(1) = 0, σ(1) = 1 stay."""
+def test_shift_with_zero_terminal_snr() -> None:
+    """α(1) = 0 and σ(1) = 1 are unchanged; λ shifts at all other times."""
     s = Cosine(zero_terminal_snr=True, shift=4.0)
     assert s.zero_terminal_snr
     assert [float(v) for v in s.alpha_sigma(f64(1.0))] == [0, 1]
@@ -559,7 +561,7 @@ def test_shift_is_hoogebooms_on_the_cosine() -> None:
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_flow_has_the_sigmas_of_diffusers(shift: float) -> None:
-    """And tells the network nearly what their networks are told: 1000·σ there, 999·σ here as on the score SDE's curves."""
+    """Their networks are conditioned on 1000·σ, ours on 999·σ, as on the score SDE's curves."""
     peer = pytest.importorskip("diffusers").FlowMatchEulerDiscreteScheduler(shift=shift)
     t = torch.arange(1000, 0, -1, dtype=D) / 1000
     ours = Flow(shift)
@@ -586,7 +588,7 @@ def test_ve_has_the_sigmas_of_diffusers() -> None:
     torch.testing.assert_close(VE().alpha_sigma(peer.timesteps.double())[1].float(), peer.sigmas, rtol=1e-5, atol=0)
 
 
-# ------------------------------------------------------------------------------------------------------ refusals, helpers
+# -------------------------------------------------------------------------------------------------------- errors, helpers
 
 
 @pytest.mark.parametrize(
@@ -615,18 +617,18 @@ def test_ve_has_the_sigmas_of_diffusers() -> None:
         (lambda: Table(torch.tensor([-0.3])), "at least 2"),
     ],
 )
-def test_refusals_name_the_remedy(make: object, remedy: str) -> None:
+def test_errors_name_the_remedy(make: object, remedy: str) -> None:
     with pytest.raises(ValueError, match=remedy):
         make()  # type: ignore[operator]
 
 
-def test_the_least_number_of_linear_steps_works() -> None:
+def test_the_smallest_number_of_linear_steps() -> None:
     assert Linear(21).steps == 21
     assert ScaledLinear(13).steps == 13
 
 
 def test_two_steps_with_zero_terminal_snr() -> None:
-    """The smallest table: its two cells are the first and the last, with no finite cell between."""
+    """The smallest table has a first and a last cell and no cell with a finite λ at both ends."""
     s = Cosine(2, zero_terminal_snr=True)
     t = f64(0.1, 0.5, 0.6, 0.9, 1.0)
     torch.testing.assert_close(s.time(s.lam(t)), t, rtol=0, atol=1e-9)
@@ -634,7 +636,7 @@ def test_two_steps_with_zero_terminal_snr() -> None:
     assert all(x.isfinite().all() for x in (*s.alpha_sigma(t), *s.derivatives(t)))
 
 
-def test_match_shapes_a_time_to_an_image() -> None:
+def test_append_dims_like() -> None:
     x = torch.zeros(2, 3, 4, 5)
     assert append_dims_like(torch.tensor(0.5, dtype=D), x).shape == ()
     assert append_dims_like(torch.tensor([0.5, 1.0], dtype=D), x).shape == (2, 1, 1, 1)

@@ -1,5 +1,4 @@
-"""How training draws t: coverage, densities, strata, what importance sampling learns, and independence of how ranks share
-the batch."""
+"""Time samplers: coverage, densities, strata, importance sampling, and independence of the split of a batch over ranks."""
 
 import math
 from collections import deque
@@ -14,10 +13,10 @@ from diffusion_lab.schedules import EDM, VP, Cosine, Flow, Linear, Schedule
 from diffusion_lab.time_samplers import Importance, LogitNormal, LogNormal, Stratified, TimeSampler, Uniform
 
 D = torch.float64
-SAMPLERS: dict[str, TimeSampler] = {c.__name__: c() for c in members(TimeSampler, "times")}
+SAMPLERS: dict[str, TimeSampler] = {c.__name__: c() for c in members(TimeSampler, "time_samplers")}
 SAMPLERS |= {
     f"{c.__name__}-independent": c(stratified=False)  # type: ignore[call-arg]
-    for c in members(TimeSampler, "times")
+    for c in members(TimeSampler, "time_samplers")
     if takes(c, "stratified")
 }
 every = pytest.mark.parametrize("name", SAMPLERS)
@@ -26,11 +25,11 @@ every = pytest.mark.parametrize("name", SAMPLERS)
 @every
 @pytest.mark.parametrize("schedule", list(SCHEDULES))
 def test_contract(name: str, schedule: str) -> None:
-    """t in (0, 1], nodes on a table, float64, the shape of `position`, and the same again; without losses the weight is 1."""
+    """t in (0, 1], nodes on a table, float64, of the shape of `position`, reproducible; without losses the weight is 1."""
     s = SCHEDULES[schedule]
     position = torch.arange(500)
     sampler = SAMPLERS[name]
-    sampler.load(type(sampler)().state())  # what it knows of another schedule, forgotten
+    sampler.load(type(sampler)().state())  # reset the history of another schedule
     t = sampler(s, position, 500, seed=3, step=9)
     torch.testing.assert_close(sampler.weight(s, t), torch.ones_like(t), rtol=1e-12, atol=0)
     assert bool(sampler.learns) == bool(sampler.state())
@@ -58,8 +57,8 @@ def test_any_split_over_ranks_gives_the_same_times(name: str, ranks: int) -> Non
 
 @pytest.mark.parametrize("name", ["Uniform", "Stratified", "Importance", "Importance-independent"])
 def test_every_node_is_equally_likely(name: str) -> None:
-    """40 nodes, 400 steps of a batch of 100: chi-square over 39 degrees of freedom. Stratified times spread more evenly than
-    chance, so only the upper tail is a fault; p above 1e-3 at this seed."""
+    """40 nodes, 400 steps with a batch of 100: chi-square with 39 degrees of freedom, p above 1e-3 at this seed. Only the upper
+    tail is tested, because stratified times are more even than independent ones."""
     s = Linear(40)
     SAMPLERS[name].load(type(SAMPLERS[name])().state())
     t = torch.cat([SAMPLERS[name](s, torch.arange(100), 100, seed=1, step=k) for k in range(400)])
@@ -77,11 +76,11 @@ def test_uniform_on_a_curve_without_steps_is_uniform() -> None:
 
 @pytest.mark.parametrize("batch", [1, 7, 40, 1000])
 def test_stratified_has_exactly_one_in_each_part(batch: int) -> None:
-    u = Stratified().place(torch.rand(batch, dtype=torch.float64), torch.arange(batch), batch)
+    u = Stratified().stratify(torch.rand(batch, dtype=torch.float64), torch.arange(batch), batch)
     assert torch.equal((u * batch).floor().long(), torch.arange(batch))
     for step in range(20):
         t = Stratified()(Linear(1000), torch.arange(batch), batch, seed=0, step=step)
-        # a node i/T stands for u in ((i−1)/T, i/T], so its part is off by less than one node
+        # times are rounded up to a node, by less than 1/T
         low, high = torch.arange(batch) / batch, (torch.arange(batch) + 1) / batch
         assert (t >= low).all()
         assert (t <= high + 1 / 1000).all()
@@ -93,7 +92,7 @@ def test_stratified_with_a_batch_of_all_nodes_is_a_permutation_of_them() -> None
 
 
 def test_stratified_lowers_the_variance_of_a_mean() -> None:
-    """Of the mean of f(t) = t over batches of 32: 1/(12·32³) against 1/(12·32), a factor 1,024; a tenth is required."""
+    """The variance of the mean of f(t) = t over a batch of 32 is 1/(12·32³) instead of 1/(12·32); a factor 10 is required."""
     means = {
         type(s).__name__: torch.stack([s(Cosine(), torch.arange(32), 32, seed=2, step=k).mean() for k in range(200)])
         for s in (Uniform(), Stratified())
@@ -110,8 +109,8 @@ def draws(sampler: TimeSampler, schedule: Schedule, count: int = 4000) -> torch.
 
 @pytest.mark.parametrize("schedule", ["EDM", "VP", "SubVP", "VE", "Flow-shift"])
 def test_log_normal_is_normal_in_the_logarithm_of_sigma_over_alpha(schedule: str) -> None:
-    """4,000 draws against N(−1.2, 1.2²) where the curve goes on, Kolmogorov–Smirnov, p above 1e-3 at this seed; stratified
-    draws are within 2/4000 of the distribution function everywhere. Beyond the curve's ends the end."""
+    """4,000 draws inside the curve's range of λ against N(−1.2, 1.2²), Kolmogorov–Smirnov, p above 1e-3 at this seed; stratified
+    draws are within 2/4000 of the distribution function. Draws outside the range are clipped to its ends."""
     s = SCHEDULES[schedule]
     ends = -s.lam(torch.tensor([s.t_eps, 1.0], dtype=D))
     for stratified in (False, True):
@@ -128,13 +127,13 @@ def test_log_normal_is_normal_in_the_logarithm_of_sigma_over_alpha(schedule: str
 
 
 def test_log_normal_has_the_median_of_edm() -> None:
-    """u = ½ is s = e^−1.2; on the curve EDM t is where σ is that."""
+    """u = ½ gives the t at which σ = e^−1.2 on the curve EDM."""
     t = LogNormal().times(EDM(), torch.tensor([0.5, stats.norm.cdf(1.0)], dtype=D))
     torch.testing.assert_close(EDM().alpha_sigma(t)[1], torch.tensor([-1.2, 0.0], dtype=D).exp(), rtol=1e-9, atol=0)
 
 
 def test_logit_normal_is_that_of_esser() -> None:
-    """Density eq. 19 integrates to the distribution function of u; t itself, whatever the curve's shift."""
+    """The density of eq. 19 integrates to u up to t(u), independently of the curve's shift."""
     sampler = LogitNormal(mean=0.4, std=0.7)
     u = torch.tensor([0.02, 0.5, 0.9], dtype=D)
     t = sampler.times(Flow(), u)
@@ -147,7 +146,7 @@ def test_logit_normal_is_that_of_esser() -> None:
 
 
 def test_extreme_draws_stay_on_the_curve() -> None:
-    """The smallest and the largest u there are, with a spread that no one would choose."""
+    """The smallest and largest possible u, with extreme means and deviations."""
     for sampler in (LogNormal(std=50.0), LogitNormal(std=500.0), LogNormal(mean=100.0), LogitNormal(mean=-1e4)):
         for schedule in SCHEDULES.values():
             t = sampler.times(schedule, torch.tensor([2.0**-33, 1 - 2.0**-33], dtype=D))
@@ -160,25 +159,25 @@ def test_extreme_draws_stay_on_the_curve() -> None:
 
 
 class Published:
-    """What the authors' class does, one loss after the other: the last ten of every t; p ∝ √mean(L²), 0.001 of it uniform."""
+    """The authors' algorithm, one loss at a time: the last ten losses of every t; p ∝ √mean(L²), with 0.001 uniform."""
 
     def __init__(self, steps: int) -> None:
-        self.seen: list[deque[float]] = [deque(maxlen=10) for _ in range(steps)]
+        self.losses: list[deque[float]] = [deque(maxlen=10) for _ in range(steps)]
 
     def update(self, index: list[int], loss: list[float]) -> None:
         for i, value in zip(index, loss, strict=True):
-            self.seen[i].append(value)
+            self.losses[i].append(value)
 
     def probabilities(self) -> list[float]:
-        n = len(self.seen)
-        if any(len(q) < 10 for q in self.seen):
+        n = len(self.losses)
+        if any(len(q) < 10 for q in self.losses):
             return [1 / n] * n
-        root = [math.sqrt(sum(v * v for v in q) / len(q)) for q in self.seen]
+        root = [math.sqrt(sum(v * v for v in q) / len(q)) for q in self.losses]
         return [0.999 * r / sum(root) + 0.001 / n for r in root]
 
 
 def test_importance_is_the_published_sampler() -> None:
-    """Batches with many, few and no losses of a time, more than ten of one among them."""
+    """Batches with many (more than ten), few and no losses of a time."""
     s, ours, theirs = Linear(21), Importance(), Published(21)
     generator = torch.Generator().manual_seed(0)
     for step in range(60):
@@ -188,13 +187,13 @@ def test_importance_is_the_published_sampler() -> None:
         theirs.update(index.tolist(), loss.tolist())
         torch.testing.assert_close(ours.probabilities(s), torch.tensor(theirs.probabilities(), dtype=D))
     p = ours.probabilities(s)
-    assert p.max() > 2 * p.min(), "the loop ends where the history is full"
+    assert p.max() > 2 * p.min(), "the history is full at the end of the loop"
     t = torch.arange(1, 22, dtype=D) / 21
     torch.testing.assert_close(ours.weight(s, t), 1 / (21 * p))
 
 
-def learned(schedule: Schedule, loss: Callable[[torch.Tensor], torch.Tensor], **options: float) -> Importance:
-    """A sampler with a full history of `loss`."""
+def with_history(schedule: Schedule, loss: Callable[[torch.Tensor], torch.Tensor], **options: float) -> Importance:
+    """Return a sampler with a full history of `loss`."""
     sampler = Importance(**options)  # type: ignore[arg-type]
     bins = schedule.steps or sampler.bins
     t = ((torch.arange(bins, dtype=D) + (1 if schedule.steps else 0.5)) / bins).repeat(10)
@@ -204,9 +203,9 @@ def learned(schedule: Schedule, loss: Callable[[torch.Tensor], torch.Tensor], **
 
 @pytest.mark.parametrize("schedule", [Linear(40), VP()])
 @pytest.mark.parametrize("stratified", [False, True])
-def test_importance_draws_what_it_says(schedule: Schedule, stratified: bool) -> None:
-    """40 bins, 40,000 draws, chi-square against p above 1e-3 at this seed; and uniform inside a bin of a curve."""
-    sampler = learned(schedule, lambda t: t**3 + 0.01, bins=40, stratified=stratified)
+def test_importance_draws_follow_its_probabilities(schedule: Schedule, stratified: bool) -> None:
+    """40,000 draws in 40 bins against p, chi-square, p-value above 1e-3 at this seed; uniform inside a bin of a curve."""
+    sampler = with_history(schedule, lambda t: t**3 + 0.01, bins=40, stratified=stratified)
     p = sampler.probabilities(schedule)
     assert float(p.sum()) == pytest.approx(1)
     assert p[-1] > 50 * p[0]
@@ -222,13 +221,13 @@ def test_importance_draws_what_it_says(schedule: Schedule, stratified: bool) -> 
 
 @pytest.mark.parametrize("schedule", [Linear(40), VP()])
 def test_the_weighted_loss_has_the_uniform_mean_and_less_variance(schedule: Schedule) -> None:
-    """L = t⁴: E over uniform t is known; the weighted mean of 40,000 independent draws is within four standard errors of it,
-    and its variance below a fifth of uniform sampling's. With p ∝ L exactly it would be 0."""
+    """For L = t⁴ the weighted mean of 40,000 independent draws is within 4 standard errors of the exact mean over uniform t, and
+    the variance is below a fifth of that of uniform sampling. (With p ∝ L exactly it would be 0.)"""
 
     def loss(t: torch.Tensor) -> torch.Tensor:
         return t**4
 
-    sampler = learned(schedule, loss, bins=40, stratified=False)
+    sampler = with_history(schedule, loss, bins=40, stratified=False)
     t = draws(sampler, schedule, 40_000)
     weighted = sampler.weight(schedule, t) * loss(t)
     nodes = torch.arange(1, 41, dtype=D) / 40
@@ -237,12 +236,12 @@ def test_the_weighted_loss_has_the_uniform_mean_and_less_variance(schedule: Sche
     assert weighted.var() < 0.2 * loss(draws(Uniform(), schedule, 40_000)).var()
 
 
-def test_importance_at_the_edges() -> None:
-    """Losses of 0 throughout and NaN: uniform, and NaN is not remembered; a time on the edge of two bins is of the lower."""
+def test_importance_edge_cases() -> None:
+    """Losses of 0 give uniform times; NaN and Inf are ignored; a time on the edge of two bins belongs to the lower one."""
     s = VP()
-    zeros = learned(s, torch.zeros_like, bins=5)
+    zeros = with_history(s, torch.zeros_like, bins=5)
     torch.testing.assert_close(zeros.probabilities(s), torch.full((5,), 0.2, dtype=D))
-    sampler = learned(s, torch.ones_like, bins=5)
+    sampler = with_history(s, torch.ones_like, bins=5)
     before = sampler.state()
     sampler.update(s, torch.tensor([0.1, 0.9], dtype=D), torch.tensor([math.nan, math.inf]))
     assert all(torch.equal(before[k], v) for k, v in sampler.state().items())
@@ -250,10 +249,10 @@ def test_importance_at_the_edges() -> None:
     assert (sampler.state()["counts"] - before["counts"]).tolist() == [2, 1, 0, 0, 1]
 
 
-def test_a_restored_importance_sampler_goes_on_as_the_one_that_was_stored() -> None:
-    """Its state is a copy: what is learned later is not in it."""
+def test_a_restored_importance_sampler_continues_identically() -> None:
+    """The state is a copy, which later updates do not change."""
     s = Linear(40)
-    one = learned(s, lambda t: t)
+    one = with_history(s, lambda t: t)
     state = one.state()
     other = Importance()
     other.load(state)
@@ -271,18 +270,18 @@ def test_a_restored_importance_sampler_goes_on_as_the_one_that_was_stored() -> N
     ("make", "remedy"),
     [
         (lambda: LogNormal(std=0.0), "std > 0"),
-        (lambda: LogitNormal(mean=math.nan), "a number mean"),
+        (lambda: LogitNormal(mean=math.nan), "a finite mean"),
         (lambda: Importance(history=0), "history >= 1"),
         (lambda: Importance(bins=0), "bins >= 1"),
         (lambda: Importance(uniform_prob=1.5), r"uniform_prob in \[0, 1\]"),
     ],
 )
-def test_refusals(make: Callable[[], object], remedy: str) -> None:
+def test_errors_name_the_remedy(make: Callable[[], object], remedy: str) -> None:
     with pytest.raises(ValueError, match=remedy):
         make()
 
 
 def test_a_history_of_another_schedule_is_refused() -> None:
-    sampler = learned(Linear(40), torch.ones_like)
+    sampler = with_history(Linear(40), torch.ones_like)
     with pytest.raises(ValueError, match="time_sampler=stratified"):
         sampler.weight(Linear(50), torch.ones(1, dtype=D))

@@ -1,4 +1,4 @@
-"""Reverse variances: closed forms, strided pairs, shapes; the learned range; the optimal ones; the optimal trajectory."""
+"""Reverse variances: closed forms, strided pairs and shapes; learned, analytic and second heads; the optimal trajectory."""
 
 import itertools
 import math
@@ -27,7 +27,7 @@ def prediction(batch: int = 2, dtype: torch.dtype = D) -> Prediction:
     return Prediction(x, x, x)
 
 
-def test_the_fixed_ones_are_found() -> None:
+def test_fixed_variances() -> None:
     assert {"FixedSmall", "FixedLarge"} <= set(VARIANCES)
     assert VARIANCES["FixedLarge"].ancestral_only
     assert not VARIANCES["FixedSmall"].ancestral_only
@@ -37,7 +37,7 @@ def test_the_fixed_ones_are_found() -> None:
 @pytest.mark.parametrize("shape", [(), (2,)])
 @pytest.mark.parametrize("dtype", [torch.float32, D])
 def test_broadcastable_to_the_state(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """One time for all, or one for each image: the result multiplies x_t as it is, in its dtype."""
+    """With one time for all images or one for each, the result is broadcastable to x_t, in its dtype."""
     p = prediction(dtype=dtype)
     t, s = torch.full(shape, 0.5, dtype=D), torch.full(shape, 0.25, dtype=D)
     got = VARIANCES[name]()(Linear(), t, s, p, floor=posterior(Linear(), t, s).variance)
@@ -46,7 +46,7 @@ def test_broadcastable_to_the_state(name: str, shape: tuple[int, ...], dtype: to
     assert (torch.as_tensor(got) > 0).all()
 
 
-def test_a_number_for_floor() -> None:
+def test_floor_as_a_number() -> None:
     p, t, s = prediction(), torch.tensor(0.5), torch.tensor(0.25)
     assert float(FixedSmall()(Linear(), t, s, p)) == 0
     assert float(FixedSmall()(Linear(), t, s, p, floor=0.25)) == 0.25
@@ -66,7 +66,7 @@ def test_fixed_large_is_the_forward_variance_of_the_pair(schedule: str, stride: 
 
 @pytest.mark.parametrize("n", [10, 25, 50, 100])
 def test_strided_pairs_are_those_of_the_respaced_chain(n: int) -> None:
-    """Nichol & Dhariwal: β' = 1 − ᾱ_t/ᾱ_s of the kept times; a chain built from β' has these variances."""
+    """The variances are those of the chain built from β' = 1 − ᾱ_t/ᾱ_s of the kept times (Nichol & Dhariwal 2021)."""
     kept = torch.linspace(1, 1000, n).round().long()
     bar = torch.cat([torch.ones(1, dtype=D), (1 - torch.linspace(1e-4, 0.02, 1000, dtype=D)).cumprod(0)[kept - 1]])
     beta = 1 - bar[1:] / bar[:-1]
@@ -82,7 +82,7 @@ def test_strided_pairs_are_those_of_the_respaced_chain(n: int) -> None:
     torch.testing.assert_close(flat(FixedSmall()(Linear(), t, s, p, floor=floor)), small, rtol=1e-9, atol=0)
 
 
-def test_bounds_of_the_right_variance_for_gaussian_data() -> None:
+def test_fixed_variances_are_exact_for_constant_and_standard_normal_data() -> None:
     """x_0 ~ N(0, v): Var[x_s|x_t] = σ̃² + c_0² v σ_t²/(α_t²v + σ_t²) is σ̃² at v = 0 and σ²_{t|s} at v = 1 (Ho 2020, 3.2)."""
     t, s = torch.tensor(0.6, dtype=D), torch.tensor(0.5, dtype=D)
     (alpha, sigma), q, p = Cosine().alpha_sigma(t), posterior(Cosine(), t, s), prediction()
@@ -91,20 +91,20 @@ def test_bounds_of_the_right_variance_for_gaussian_data() -> None:
         assert float(variance(Cosine(), t, s, p, floor=q.variance)) == pytest.approx(float(right), rel=1e-10)
 
 
-# ------------------------------------------------------------------------------------------------ learned range
+# ------------------------------------------------------------------------------------------------ learned
 
 
 def learned(v: Any, dtype: torch.dtype = D) -> Prediction:
-    """A prediction whose network says v everywhere, or v itself."""
+    """Return a prediction with the extra channels v, a tensor or a constant."""
     v = v if isinstance(v, torch.Tensor) else torch.full((2, 3, 4, 5), float(v), dtype=dtype)
     return Prediction(torch.zeros_like(v), torch.zeros_like(v), torch.zeros_like(v), v)
 
 
 @pytest.mark.parametrize("pair", [(1000, 999), (1000, 900), (500, 499), (40, 1), (3, 2), (2, 1)])
 @pytest.mark.parametrize("v", [-3.0, -1.0, 0.0, 0.3, 1.0, 2.0])
-def test_learned_range_against_the_published_formula(pair: tuple[int, int], v: float) -> None:
-    """Nichol & Dhariwal 2021, eq. 15, from β alone, in numpy: exp(f log β' + (1 − f) log β̃'), f = (v + 1)/2 unbounded, of the
-    respaced chain for strided pairs."""
+def test_learned_against_the_published_formula(pair: tuple[int, int], v: float) -> None:
+    """exp(f log β' + (1 − f) log β̃') with f = (v + 1)/2 in NumPy from β (Nichol & Dhariwal 2021, eq. 15); for strided pairs from
+    the respaced chain."""
     beta = np.linspace(1e-4, 0.02, 1000)
     bar = np.cumprod(1 - beta)
     i, j = pair
@@ -122,7 +122,7 @@ def test_learned_range_against_the_published_formula(pair: tuple[int, int], v: f
     assert single.flatten()[0].item() == pytest.approx(want, rel=2e-6)
 
 
-def test_learned_range_ends_at_the_two_fixed_ones() -> None:
+def test_learned_bounds_are_the_fixed_variances() -> None:
     t, s = torch.tensor([0.4, 0.9], dtype=D), torch.tensor([0.3, 0.5], dtype=D)  # one pair for each image
     for curve in SCHEDULES.values():
         floor, p = posterior(curve, t, s).variance, prediction()
@@ -131,21 +131,21 @@ def test_learned_range_ends_at_the_two_fixed_ones() -> None:
         torch.testing.assert_close(high, FixedLarge()(curve, t, s, p, floor).expand_as(high), rtol=1e-9, atol=0)
 
 
-def test_learned_into_data_keeps_its_upper_bound_and_takes_the_next_pair_s_lower() -> None:
-    """At s = 0: between σ̃² of the pair (2, 1) and σ²_{1|0} = 1 − ᾱ_1; FixedLarge and the optimal ones are the floor itself."""
-    one, two, nought = (torch.tensor(k / 1000, dtype=D) for k in (1, 2, 0))
+def test_the_step_into_data() -> None:
+    """At s = 0 the learned variance lies between σ̃² of the pair (2, 1) and σ²_{1|0} = 1 − ᾱ_1; all others equal the floor."""
+    one, two, zero = (torch.tensor(k / 1000, dtype=D) for k in (1, 2, 0))
     floor = posterior(Linear(), two, one).variance
-    assert float(Learned()(Linear(), one, nought, learned(1.0), floor).max()) == pytest.approx(1e-4, rel=1e-9)
-    assert float(Learned()(Linear(), one, nought, learned(-1.0), floor).max()) == pytest.approx(float(floor), rel=1e-12)
+    assert float(Learned()(Linear(), one, zero, learned(1.0), floor).max()) == pytest.approx(1e-4, rel=1e-9)
+    assert float(Learned()(Linear(), one, zero, learned(-1.0), floor).max()) == pytest.approx(float(floor), rel=1e-12)
     for variance, p in (
         (FixedLarge(), prediction()), (Analytic([1.0], [0.3]), prediction()), (SN(), learned(0.9)), (NPR(), learned(0.9)),
     ):  # fmt: skip
-        got = variance(Linear(), one, nought, p, floor)
+        got = variance(Linear(), one, zero, p, floor)
         torch.testing.assert_close(got, floor.expand_as(got), rtol=1e-12, atol=0)
 
 
-def test_the_logarithm_is_exact_where_the_variance_is_too_small() -> None:
-    """Float32 has no 1e-60; its logarithm it has, to its 7 digits."""
+def test_the_log_variance_is_exact_where_the_variance_underflows() -> None:
+    """1e-60 underflows in float32; its logarithm is exact to 7 digits."""
     t, s = torch.tensor(0.002, dtype=D), torch.tensor(0.001, dtype=D)
     tiny, p = torch.tensor(1e-60, dtype=D), learned(-1.0, torch.float32)
     assert float(Learned().log(Linear(), t, s, p, tiny).mean()) == pytest.approx(-60 * math.log(10), rel=1e-6)
@@ -155,7 +155,7 @@ def test_the_logarithm_is_exact_where_the_variance_is_too_small() -> None:
     torch.testing.assert_close(log.exp(), value, rtol=2e-6, atol=0)
 
 
-def test_v_moves_the_learned_variance_and_nothing_else_does() -> None:
+def test_gradient_of_the_learned_log_variance() -> None:
     """∂ ln σ²/∂v = ½ ln(σ²_{t|s}/σ̃²)."""
     t, s = torch.tensor(0.5, dtype=D), torch.tensor(0.4, dtype=D)
     v = torch.zeros(1, 1, 2, 2, dtype=D, requires_grad=True)
@@ -165,7 +165,7 @@ def test_v_moves_the_learned_variance_and_nothing_else_does() -> None:
     torch.testing.assert_close(slope, (0.5 * (large / floor).log()).expand_as(slope), rtol=1e-9, atol=0)
 
 
-def test_learned_refusals() -> None:
+def test_learned_errors() -> None:
     t, s = torch.tensor(0.5, dtype=D), torch.tensor(0.4, dtype=D)
     with pytest.raises(ValueError, match="train with variance=learned"):
         Learned()(Linear(), t, s, prediction(), 0.1)
@@ -180,20 +180,20 @@ def test_learned_refusals() -> None:
         (SN(), ("npr", "learned", None)),
         (NPR(), ("sn", "learned", None)),
     ):
-        variance.check(object())  # of a stranger's network nothing is known yet
+        variance.check(object())  # without the attribute `extra` the check is left to the first call
         variance.check(type("Net", (), {"extra": variance.kind}))
         for kind in kinds:
             with pytest.raises(ValueError, match=f"variance={variance.kind} needs extra channels"):
                 variance.check(type("Net", (), {"extra": kind}))
 
 
-# ------------------------------------------------------------------------------------------------ optimal
+# ------------------------------------------------------------------------------------------------ analytic and second heads
 
 MIXTURE = Mixture(torch.tensor([-0.6, 0.5]).reshape(2, 1, 1, 1), torch.tensor([0.1, 0.3]), torch.tensor([0.3, 0.7]))
 
 
 def gaussian_moment(curve: Schedule, t: torch.Tensor, var: float) -> torch.Tensor:
-    """E ε̂² of the best network for N(m, var): σ²/(α² var + σ²)."""
+    """Return E ε̂² of the optimal network for N(m, var): σ²/(α² var + σ²)."""
     alpha, sigma = curve.alpha_sigma(t)
     return sigma**2 / (alpha**2 * var + sigma**2)
 
@@ -201,8 +201,8 @@ def gaussian_moment(curve: Schedule, t: torch.Tensor, var: float) -> torch.Tenso
 @pytest.mark.parametrize("schedule", list(SCHEDULES))
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_analytic_is_the_covariance_of_the_step_for_gaussian_data(schedule: str, eta: float) -> None:
-    """x_s given x_t by regression: Var[x_s | x_t] with x_s = α_s x_0 + √(σ_s² − η²σ̃²) (x_t − α_t x_0)/σ_t + noise, from the
-    joint second moments of (x_0, x_t) alone, not through the formula for c."""
+    """Var[x_s | x_t] for x_s = α_s x_0 + √(σ_s² − η²σ̃²) (x_t − α_t x_0)/σ_t + noise by regression, from the joint second moments
+    of (x_0, x_t), independently of the formula for c."""
     curve, var = SCHEDULES[schedule], 0.3
     fit = torch.arange(1, 41, dtype=D) / 40
     analytic = Analytic(fit, gaussian_moment(curve, fit, var))
@@ -213,17 +213,17 @@ def test_analytic_is_the_covariance_of_the_step_for_gaussian_data(schedule: str,
         slope = alpha_s - (sigma_s**2 - floor).sqrt() * alpha / sigma
         residual = var - (alpha * var) ** 2 / (alpha**2 * var + sigma**2)
         got = analytic(curve, t, s, prediction(), floor)
-        end = curve.zero_terminal_snr and a == 1  # where ε̂ says nothing c is that of the next time
+        end = curve.zero_terminal_snr and a == 1  # at α = 0 c is that of the previous fitted time
         assert float(got) == pytest.approx(float(floor + slope**2 * residual), rel=0.06 if end else 1e-7)
         if eta == 1:
-            total = alpha**2 * var + sigma**2  # the same for all of x_s: it then has its right marginal
+            total = alpha**2 * var + sigma**2  # at η = 1 also from the marginal of x_s
             cross = alpha_s * alpha * var + alpha / alpha_s * sigma_s**2
             want = alpha_s**2 * var + sigma_s**2 - cross**2 / total
             assert float(got) == pytest.approx(float(want), rel=0.06 if end else 1e-6)
 
 
 def test_analytic_between_and_beyond_its_times() -> None:
-    """At the fitted times exact; between them linear in c; below the first by the same moment; above the last by the same c."""
+    """c is exact at the fitted times and linear between them; below the first the moment is constant, above the last c is."""
     curve, fit = Cosine(), torch.tensor([0.2, 0.4, 0.8], dtype=D)
     moments = gaussian_moment(curve, fit, 0.3)
     analytic = Analytic(fit, moments)
@@ -244,17 +244,17 @@ def test_analytic_between_and_beyond_its_times() -> None:
 
 
 @pytest.mark.parametrize("moments", [[2.0, 2.0], [-5.0, -5.0]])
-def test_analytic_clips_to_what_data_in_the_unit_range_can_have(moments: list[float]) -> None:
+def test_analytic_clips_c_to_0_and_1(moments: list[float]) -> None:
     c = Analytic([0.5, 1.0], moments).covariance(Linear(), torch.tensor([0.5, 0.7, 1.0], dtype=D))
     assert (c == (0 if moments[0] > 1 else 1)).all()
 
 
-def test_analytic_refusals() -> None:
-    for times, moments, said in (
+def test_analytic_errors() -> None:
+    for times, moments, remedy in (
         (None, None, "fit_variance.py"), ([0.5], [0.1, 0.2], "as many"), ([], [], "at least one"), ([0.0], [1.0], "increase"),
         ([0.5, 0.4], [1.0, 1.0], "increase"), ([0.5, 1.2], [1.0, 1.0], "increase"), ([0.5], [math.nan], "finite"),
     ):  # fmt: skip
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=remedy):
             Analytic(times, moments)
 
 
@@ -262,8 +262,8 @@ def test_analytic_refusals() -> None:
 @pytest.mark.parametrize("kind", ["sn", "npr"])
 @pytest.mark.parametrize("clip", [None, 0.2])
 def test_second_heads_recover_the_true_covariance(objective: Objective, kind: str, clip: float | None) -> None:
-    """A closed-form head on mixture data: σ² = floor + (…)² Var[x_0 | x_t] elementwise, 1e-9, in every coordinate, and whatever
-    the denoiser clips, because ε̂ of SN is that of the network itself."""
+    """With a closed-form head on mixture data σ² = floor + (…)² Var[x_0 | x_t] of each element, to 1e-9, for every objective, and
+    with clipping too, because SN uses the unclipped ε̂."""
     curve, variance = Cosine(), {"sn": SN(), "npr": NPR()}[kind]
     den = Denoiser(WithHead(MIXTURE, curve, objective, kind), curve, objective, clip=clip)
     x = torch.linspace(-2, 2, 9, dtype=D).reshape(-1, 1, 1, 1)
@@ -279,7 +279,7 @@ def test_second_heads_recover_the_true_covariance(objective: Objective, kind: st
 
 
 def test_second_heads_clip_each_element() -> None:
-    """c in [0, 1]: a head that says too much or too little leaves floor + gain or the floor."""
+    """c is clipped to [0, 1]: a head out of range gives the floor, or floor + gain."""
     t, s = torch.tensor(0.6, dtype=D), torch.tensor(0.5, dtype=D)
     v = torch.tensor([-1.0, 0.0, 0.01, 50.0], dtype=D).reshape(1, 4, 1, 1)
     (alpha, sigma), floor = Linear().alpha_sigma(t), posterior(Linear(), t, s).variance
@@ -291,10 +291,10 @@ def test_second_heads_clip_each_element() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, D])
 @pytest.mark.parametrize("name", sorted(VARIANCES))
-def test_every_variance_is_finite_where_alpha_is_nought_and_at_the_first_node(name: str, dtype: torch.dtype) -> None:
-    """α(1) = 0 with a head that says 0: no NaN, and at least the floor."""
-    given = {"Analytic": ([0.001, 0.5, 1.0], [0.999, 0.5, 1.0])}.get(name, ())
-    variance, zero = VARIANCES[name](*given), torch.zeros(2, 3, 4, 5, dtype=dtype)
+def test_every_variance_is_finite_at_alpha_0_and_at_the_first_node(name: str, dtype: torch.dtype) -> None:
+    """At α(1) = 0 and with a head of 0 the variance is finite and at least the floor."""
+    arguments = {"Analytic": ([0.001, 0.5, 1.0], [0.999, 0.5, 1.0])}.get(name, ())
+    variance, zero = VARIANCES[name](*arguments), torch.zeros(2, 3, 4, 5, dtype=dtype)
     for curve in SCHEDULES.values():
         for a, b in ((1.0, 0.975), (1.0, 0.025), (0.05, 0.025)):
             t, s = torch.tensor(a, dtype=D), torch.tensor(b, dtype=D)
@@ -314,8 +314,8 @@ def fitted(curve: Schedule, var: float = 0.3, count: int = 20) -> Analytic:
     return Analytic(fit, gaussian_moment(curve, fit, var))
 
 
-def test_the_shortest_path_is_the_best_of_all() -> None:
-    """Brute force over every subset of 9 nodes, on costs of a fit and on random ones."""
+def test_the_shortest_path_against_brute_force() -> None:
+    """Over every subset of 9 nodes, with the costs of a fit and with random costs."""
     nodes = torch.arange(1, 10, dtype=D) / 9
     random = torch.rand(9, 9, dtype=D, generator=torch.Generator().manual_seed(1)).triu(1)
     random = random.masked_fill(~torch.ones(9, 9).triu(1).bool(), torch.inf)
@@ -330,8 +330,8 @@ def test_the_shortest_path_is_the_best_of_all() -> None:
 
 
 def test_the_cost_of_a_step_is_its_term_of_the_bound() -> None:
-    """½ ln(σ²/σ̃²) is E KL(q(x_s|x_t,x_0) ‖ p) for the best network and variance. For N(0, v) in closed form: the expected
-    squared distance of the means is c_0² v σ²/(α²v + σ²)."""
+    """½ ln(σ²/σ̃²) is E KL(q(x_s|x_t,x_0) ‖ p) for the optimal network and variance. For N(0, v) the expected squared distance of
+    the means is c_0² v σ²/(α²v + σ²)."""
     curve, nodes, var = Linear(40), torch.arange(1, 41, dtype=D) / 40, 0.3
     table = costs(fitted(curve, var, 40), curve, nodes)
     assert table.isinf().sum() == 40 * 41 / 2
@@ -349,8 +349,8 @@ def test_the_cost_of_a_step_is_its_term_of_the_bound() -> None:
 
 
 def test_costs_against_the_published_form() -> None:
-    """The authors sum ln(1 − (1 − ᾱ_t/ᾱ_s) m_t/(1 − ᾱ_t)) over a path. It differs from 2·½ ln(σ²/σ̃²) by terms of the two ends
-    of the path only, so two paths between the same ends differ by the same."""
+    """The authors sum ln(1 − (1 − ᾱ_t/ᾱ_s) m_t/(1 − ᾱ_t)) over a path. This differs from the sum of ln(σ²/σ̃²) by terms of the two
+    ends only, so differences between paths with the same ends agree."""
     curve, fit = Linear(40), fitted(Linear(40), 0.3, 40)
     table = costs(fit, curve, fit.times)
     bar = curve.alpha_sigma(fit.times)[0] ** 2
@@ -369,8 +369,8 @@ def test_costs_against_the_published_form() -> None:
         assert ours(path) - ours(base) == pytest.approx(theirs(path) - theirs(base), abs=1e-8)
 
 
-def test_a_thousand_nodes_take_a_second_or_two() -> None:
-    """50 of 1,000; it is a matter of a fraction of a second, and 60 would mean that something is not vectorised."""
+def test_the_trajectory_of_1000_nodes_is_fast() -> None:
+    """50 of 1,000 nodes take a fraction of a second; 60 s would mean that the search is not vectorized."""
     curve, begin = Linear(), time.process_time()
     fit = fitted(curve, count=1000)
     path = shortest(costs(fit, curve, fit.times), 49)

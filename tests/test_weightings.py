@@ -1,4 +1,4 @@
-"""Weights from the textbook's formulas in SNR, the KL that the VLB weight stands for, and finiteness at α = 0."""
+"""Weights against the published formulas in SNR, the VLB weight against the KL, and finiteness at α = 0."""
 
 import math
 from collections.abc import Callable
@@ -22,7 +22,7 @@ def times(schedule: Schedule) -> torch.Tensor:
 
 
 def vlb_noise(s: Schedule, t: torch.Tensor) -> torch.Tensor:
-    """½ (SNR_s − SNR_t)/SNR_t at s = t − 1/T; where s = 0 that of the next step; −dλ/dt without steps."""
+    """Return ½ (SNR_s − SNR_t)/SNR_t at s = t − 1/T, at s = 0 that of the next step; −dλ/dt on continuous curves."""
     if s.steps is None:
         d_alpha, d_sigma = s.derivatives(t)
         alpha, sigma = s.alpha_sigma(t)
@@ -32,7 +32,7 @@ def vlb_noise(s: Schedule, t: torch.Tensor) -> torch.Tensor:
 
 
 # w on the error of ε, as functions of (schedule, t, SNR)
-TEXTBOOK: dict[str, Callable[[Schedule, torch.Tensor, torch.Tensor], torch.Tensor]] = {
+PUBLISHED: dict[str, Callable[[Schedule, torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "Eps": lambda s, t, snr: torch.ones_like(snr),
     "X0": lambda s, t, snr: 1 / snr,
     "TruncatedSNR": lambda s, t, snr: snr.clamp(min=1) / snr,
@@ -40,14 +40,14 @@ TEXTBOOK: dict[str, Callable[[Schedule, torch.Tensor, torch.Tensor], torch.Tenso
     "SoftMinSNR": lambda s, t, snr: 5 / (snr + 5),
     "P2": lambda s, t, snr: 1 / (1 + snr),
     "VLB": lambda s, t, snr: vlb_noise(s, t),
-    # (s² + σ_d²)/(s σ_d)² on x_0, divided by SNR to stand on ε; s = 1/√SNR, σ_d = ½
+    # (s² + σ_d²)/(s σ_d)² on x_0, divided by SNR for the error of ε; s = 1/√SNR, σ_d = ½
     "EDM": lambda s, t, snr: (1 / snr + 0.25) / (0.25 / snr) / snr,
     "Sigmoid": lambda s, t, snr: 1 / (1 + snr),
 }
 
 
 @pytest.mark.parametrize(("schedule", "objective"), PAIRS)
-def test_the_textbook_weight_times_alpha_over_d_squared(schedule: str, objective: str) -> None:
+def test_the_published_weight_times_alpha_over_d_squared(schedule: str, objective: str) -> None:
     s, o = SCHEDULES[schedule], OBJECTIVES[objective]
     t = times(s)
     weights = {name: weighting(s, o, t) for name, weighting in WEIGHTINGS.items()}
@@ -66,29 +66,29 @@ def test_the_textbook_weight_times_alpha_over_d_squared(schedule: str, objective
         before = s.alpha_sigma((t - 1 / (s.steps or 1)).clamp(min=0))
         d = -sigma * before[0] * (1 - (alpha / before[0] * before[1] / sigma).square())
     for name, got in weights.items():
-        want = TEXTBOOK[name](s, t, (alpha / sigma).square()) * (alpha / d).square()
+        want = PUBLISHED[name](s, t, (alpha / sigma).square()) * (alpha / d).square()
         torch.testing.assert_close(got[finite], want, rtol=1e-7, atol=0, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("weighting", [w for w in WEIGHTINGS if w not in {"Native", "VLB"}])
 def test_where_alpha_vanishes_the_weight_is_the_limit(weighting: str) -> None:
-    """Zero terminal SNR, t → 1: the value at α = 0 continues those just before it. α is linear there, so w moves by O(1 − t).
+    """With zero terminal SNR the value at α = 0 is the limit for t → 1. α is linear there, so w changes by O(1 − t).
 
-    Not VLB's, whose s = t − 1/T crosses a kink of the curve there; its values at the nodes are tested above and below.
+    VLB is excluded: its s = t − 1/T crosses a kink of the curve. Its values at the nodes are tested separately.
     """
     s = Cosine(zero_terminal_snr=True)
     w = WEIGHTINGS[weighting](s, PredV(), torch.tensor([1 - 4e-6, 1.0], dtype=D))
     assert float(w[0]) == pytest.approx(float(w[1]), rel=1e-3, abs=1e-6)
 
 
-def test_every_weighting_has_its_textbook_formula() -> None:
-    """A new weighting needs a line in TEXTBOOK: fails until it has one."""
-    assert set(WEIGHTINGS) <= {*TEXTBOOK, "Native"}
+def test_every_weighting_has_a_published_formula() -> None:
+    """Fails for a new weighting until it has a line in PUBLISHED."""
+    assert set(WEIGHTINGS) <= {*PUBLISHED, "Native"}
 
 
 @pytest.mark.parametrize(("schedule", "objective"), [(s, o) for s, o in PAIRS if SCHEDULES[s].steps is None])
 def test_finite_down_to_data(schedule: str, objective: str) -> None:
-    """On continuous curves, whose SNR reaches 1e12 and more, from 0+ on."""
+    """On continuous curves weights are finite from t = 0+ on, where SNR exceeds 1e12."""
     s = SCHEDULES[schedule]
     t = torch.tensor([s.t_eps, 1e-9, 1e-5, 1e-3, 0.999, 1.0], dtype=D)
     for name, weighting in WEIGHTINGS.items():
@@ -110,7 +110,7 @@ def test_vlb_on_a_curve_is_the_limit_of_fine_steps(schedule: str) -> None:
 @settings(deadline=None, max_examples=50)
 @given(t=st.floats(0.002, 1.0), gamma=st.floats(0.1, 50))
 def test_min_snr_on_v_and_x0(t: float, gamma: float) -> None:
-    """min(SNR, γ)/(SNR + 1) on v and min(SNR, γ) on x_0 (Hang et al. 2023), not the min(SNR+1, γ)/(SNR+1) of one library."""
+    """min(SNR, γ)/(SNR + 1) on v and min(SNR, γ) on x_0 (Hang et al. 2023), not min(SNR+1, γ)/(SNR+1)."""
     s, at = Cosine(), torch.tensor(t, dtype=D)
     snr = math.exp(2 * float(s.lam(at)))
     assert float(MinSNR(gamma)(s, PredV(), at)) == pytest.approx(min(snr, gamma) / (snr + 1), rel=1e-9)
@@ -151,7 +151,7 @@ def test_vlb_at_the_first_step_is_the_next_one() -> None:
 
 
 def test_monotone_in_time_and_limits() -> None:
-    """On ε all of these grow towards noise as SNR falls, and tend to their stated limits as SNR → 0 or ∞."""
+    """On ε these weights increase with t and tend to their limits for SNR → 0 and ∞."""
     s, t = Cosine(), torch.arange(1, 1001, dtype=D) / 1000
     for w in (MinSNR(), SoftMinSNR(), P2(), Sigmoid(), TruncatedSNR()):
         assert (w(s, PredNoise(), t).diff() >= -1e-15).all(), type(w).__name__
@@ -188,6 +188,6 @@ def test_native_ignores_the_objective() -> None:
         (lambda: EDM(0), "sigma_data > 0"),
     ],
 )
-def test_refusals(make: Callable[[], object], remedy: str) -> None:
+def test_errors_name_the_remedy(make: Callable[[], object], remedy: str) -> None:
     with pytest.raises(ValueError, match=remedy):
         make()

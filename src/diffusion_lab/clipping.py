@@ -1,5 +1,6 @@
-"""Thresholds for x̂_0: the option `clip` of a denoiser, applied once, after guidance and before known pixels."""
+"""Thresholds for x̂_0, the option `clip` of a denoiser: applied once, after guidance and before `on_x0`."""
 
+from jaxtyping import Float
 from torch import Tensor
 
 from diffusion_lab.errors import ConfigError
@@ -7,7 +8,7 @@ from diffusion_lab.schedules import append_dims_like, cast_like
 
 
 class NoThreshold:
-    """Return x̂_0 unchanged. A `Denoiser` replaces it by None, so that ε̂ is not derived a second time.
+    """Return x̂_0 unchanged. A `Denoiser` replaces it by None, so that ε̂ is not recomputed.
 
     Attributes:
         identity: marks a threshold that changes nothing.
@@ -15,7 +16,7 @@ class NoThreshold:
 
     identity = True
 
-    def __call__(self, x0: Tensor) -> Tensor:
+    def __call__(self, x0: Float[Tensor, "b *chw"]) -> Float[Tensor, "b *chw"]:
         return x0
 
 
@@ -23,7 +24,7 @@ class StaticThreshold:
     """Clamp x̂_0 to [−limit, limit] (Ho et al. 2020, the published sampler).
 
     Args:
-        limit: > 0; 1 is the range of the images.
+        limit: above 0; images lie in [−1, 1].
 
     Raises:
         ConfigError: limit ≤ 0.
@@ -31,32 +32,34 @@ class StaticThreshold:
 
     def __init__(self, limit: float = 1.0) -> None:
         if limit <= 0:
-            raise ConfigError(f"clip static needs limit > 0, not limit={limit}")
+            raise ConfigError(f"clip=static needs limit > 0, not limit={limit}: images lie in [-1, 1]")
         self.limit = limit
 
-    def __call__(self, x0: Tensor) -> Tensor:
+    def __call__(self, x0: Float[Tensor, "b *chw"]) -> Float[Tensor, "b *chw"]:
         return x0.clamp(-self.limit, self.limit)
 
 
 class DynamicThreshold:
-    """Clamp each image to its own quantile s of |x̂_0|, s ≥ 1, and divide by s (Saharia et al. 2022, section 2.3).
+    """Clamp each image to ±s, s ≥ 1 its quantile of |x̂_0|, and divide it by s (Saharia et al. 2022, section 2.3).
 
     Args:
         quantile: in (0, 1]; the published value is 0.995.
-        maximum: an upper bound of s, at least 1, or None.
+        maximum: upper bound of s, at least 1; None for no bound.
 
     Raises:
-        ConfigError: an argument out of range.
+        ConfigError: an argument is out of range.
     """
 
     def __init__(self, quantile: float = 0.995, maximum: float | None = None) -> None:
         if not 0 < quantile <= 1:
-            raise ConfigError(f"clip dynamic needs a quantile in (0, 1], not {quantile}: the published value is 0.995")
+            raise ConfigError(
+                f"clip=dynamic needs quantile in (0, 1], not quantile={quantile}: the published value is 0.995"
+            )
         if maximum is not None and maximum < 1:
-            raise ConfigError(f"clip dynamic needs maximum >= 1, not {maximum}: images lie in [-1, 1]")
+            raise ConfigError(f"clip=dynamic needs maximum >= 1, not maximum={maximum}: images lie in [-1, 1]")
         self.quantile, self.maximum = quantile, maximum
 
-    def __call__(self, x0: Tensor) -> Tensor:
-        size = cast_like(x0.abs().flatten(1), x0)  # float32 at least: torch has no quantile of half precision
+    def __call__(self, x0: Float[Tensor, "b *chw"]) -> Float[Tensor, "b *chw"]:
+        size = cast_like(x0.abs().flatten(1), x0)  # float32 at least: torch.quantile does not support half precision
         s = append_dims_like(size.quantile(self.quantile, dim=1).clamp(1, self.maximum), x0)
         return x0.clamp(-s, s) / s

@@ -2,9 +2,9 @@
 
     network → y → on_output (guidance) → solve for (x̂_0, ε̂) → clip → on_x0 (known pixels) → Prediction
 
-A denoiser is a value: frozen, with its transforms in two tuples, so that `dataclasses.replace(denoiser, clip=None)` keeps the
-guidance, and one transform on top of another applies both. Samplers, losses and likelihoods depend on a denoiser alone, and
-no module below this one depends on a network.
+A denoiser is a frozen value with its transforms in two tuples: `dataclasses.replace(denoiser, clip=None)` keeps the guidance,
+and appending a second transform applies both. Samplers, losses and likelihoods depend on a denoiser alone; no module below
+this one depends on a network.
 """
 
 from collections.abc import Callable
@@ -12,36 +12,41 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from diffusion_lab.objectives import Objective, Prediction
-from diffusion_lab.schedules import Schedule, append_dims_like, to_device
+from diffusion_lab.schedules import PerExample, Schedule, append_dims_like, to_device
 
 __all__ = ["Clip", "Denoiser", "Evaluate", "OnOutput", "OnX0", "Output", "Prediction"]
 
 
 class Output(NamedTuple):
-    """The network's output at x_t, or that of a transform of it."""
+    """The network's output at x_t, or the output of a transform of it."""
 
-    y: Tensor  # (B, C, H, W) in x_t's dtype; what the objective solves for x_0 and ε
-    extra: Tensor | None = None  # the network's channels beyond C: a learned variance, a second head
-    own: Tensor | None = None  # the conditional, unguided y, which `extra` belongs to; None: y itself
-    gradient: Tensor | None = None  # s ∇ log p(y | x_t), which ancestral steps multiply by their variance and add
+    y: Float[Tensor, "b c h w"]  # in x_t's dtype; the objective solves it for x_0 and ε
+    extra: Float[Tensor, "b extra h w"] | None = None  # channels beyond C: a learned variance or a second head
+    own: Float[Tensor, "b c h w"] | None = None  # the conditional, unguided y, which `extra` refers to; None: y itself
+    gradient: Float[Tensor, "b c h w"] | None = None  # s ∇ log p(y | x_t); ancestral steps add Σ times it to the mean
 
 
 @runtime_checkable  # for the type checker of the tests
 class Evaluate(Protocol):
-    """The network and the transforms before this one, on any number of rows."""
+    """Evaluate the network and the transforms before the current one, for any number of rows."""
 
     def __call__(
-        self, x_t: Tensor, t: Tensor | float, previous: Tensor | None = None, **condition: Tensor
+        self,
+        x_t: Float[Tensor, "b c h w"],
+        t: PerExample | float,
+        previous: Float[Tensor, "b c h w"] | None = None,
+        **condition: Tensor,
     ) -> Output: ...
 
 
 Clip = float | Callable[[Tensor], Tensor] | None
-# f(evaluate, x_t, t, previous, condition): `evaluate` may be called on other rows, several times, or not at all
+# f(evaluate, x_t, t, previous, condition) → Output; `evaluate` may be called any number of times, on any rows
 OnOutput = Callable[[Evaluate, Tensor, Tensor, Tensor | None, dict[str, Tensor]], Output]
-# f(x0, x_t, t)
+# f(x0, x_t, t) → x0
 OnX0 = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -50,16 +55,17 @@ class Denoiser:
     """Evaluate the network and solve its output for (x̂_0, ε̂).
 
     Args:
-        network: called as network(scale · x_t, c, **condition) with c float (B,); returns (B, C or more, H, W).
+        network: called as network(scale · x_t, c, **condition) with c float (B,), the time-conditioning input; returns
+            (B, C or more, H, W).
         schedule: the curve (α, σ).
-        objective: what the network's output means.
+        objective: the quantity that the network predicts.
         clip: None, a limit for |x̂_0|, or a function of x̂_0 (see clipping.py). A function whose attribute `identity` is true
-            counts as None.
-        on_output: transforms of the output y in order, each f(evaluate, x_t, t, previous, condition) → Output. An attribute
-            `moves_mean` that is true marks its `gradient` as one for the mean of ancestral steps; other samplers refuse it.
-        on_x0: transforms of x̂_0 after clipping, in order, each f(x0, x_t, t) → x0. Where one changes x̂_0, ε̂ is derived
-            again and `gradient` is 0. An attribute `fixed`, bool and broadcastable to x̂_0, marks the pixels that it sets
-            whatever x̂_0 is: they count as changed also where the two are equal (both −1 after clipping).
+            is replaced by None.
+        on_output: transforms of the output y in order, each f(evaluate, x_t, t, previous, condition) → Output. A true
+            attribute `moves_mean` marks its `gradient` as a shift of the mean of ancestral steps; other samplers refuse it.
+        on_x0: transforms of x̂_0 after clipping, in order, each f(x0, x_t, t) → x0. Where one changes x̂_0, ε̂ is
+            recomputed and `gradient` is 0. An attribute `fixed`, bool and broadcastable to x̂_0, marks pixels whose result
+            does not depend on x̂_0: they count as changed even where the values are equal (both −1 after clipping).
 
     Raises:
         ConfigError: the objective cannot be used with the schedule.
@@ -75,40 +81,50 @@ class Denoiser:
     def __post_init__(self) -> None:
         self.objective.check(self.schedule)
         if getattr(self.clip, "identity", False):
-            object.__setattr__(self, "clip", None)  # the fast path, where ε̂ is not derived a second time
+            object.__setattr__(self, "clip", None)  # the fast path, in which ε̂ is not recomputed
         object.__setattr__(self, "on_output", tuple(self.on_output))
         object.__setattr__(self, "on_x0", tuple(self.on_x0))
 
     @property
     def self_conditioning(self) -> bool:
-        """Whether the network reads x̂_0 of the step before, the argument `previous`. Samplers pass it always."""
+        """Whether the network reads the argument `previous`, x̂_0 of the previous step, which samplers always pass."""
         return bool(getattr(self.network, "self_conditioning", False))
 
     @property
     def moves_mean(self) -> bool:
-        """Whether guidance moves the mean of ancestral steps, which the other samplers do not have."""
+        """Whether guidance shifts the mean of ancestral steps, so that no other sampler applies."""
         return any(getattr(transform, "moves_mean", False) for transform in self.on_output)
 
     def __call__(
-        self, x_t: Tensor, t: Tensor | float, previous: Tensor | None = None, **condition: Tensor
+        self,
+        x_t: Float[Tensor, "b c h w"],
+        t: PerExample | float,
+        previous: Float[Tensor, "b c h w"] | None = None,
+        **condition: Tensor,
     ) -> Prediction:
-        """Predict x_0 and ε at state x_t (B, C, H, W) and times t ∈ (0, 1], a number or a float tensor, 0-d or (B,).
+        """Predict x_0 and ε at the state x_t and times t.
 
         Args:
             x_t: the noisy images.
-            t: the time, one for all or one for each image.
-            previous: x̂_0 of the step before, for a self-conditioning network; None is zeros.
+            t: time in (0, 1], one for the batch or one for each image.
+            previous: x̂_0 of the previous step, for a self-conditioning network; None means zeros.
             condition: keyword arguments for the network, e.g. label int64 (B,).
         """
         t = as_time(t)
         return self.solve(x_t, t, self.output(x_t, t, previous, **condition))
 
-    def output(self, x_t: Tensor, t: Tensor | float, previous: Tensor | None = None, **condition: Tensor) -> Output:
-        """Return the network's output after all transforms of it. Arguments as for a call."""
+    def output(
+        self,
+        x_t: Float[Tensor, "b c h w"],
+        t: PerExample | float,
+        previous: Float[Tensor, "b c h w"] | None = None,
+        **condition: Tensor,
+    ) -> Output:
+        """Return the network's output after all transforms `on_output`. Arguments as for a call."""
         return self._evaluate(len(self.on_output))(x_t, as_time(t), previous, **condition)
 
-    def solve(self, x_t: Tensor, t: Tensor, output: Output) -> Prediction:
-        """Solve an output at x_t and times t, 0-d or (B,), for x_0 and ε; then clip, and apply `on_x0`."""
+    def solve(self, x_t: Float[Tensor, "b c h w"], t: PerExample, output: Output) -> Prediction:
+        """Solve an output at x_t and times t for x_0 and ε; then clip x̂_0 and apply `on_x0`."""
         x0, noise = self.objective.solve(self.schedule, t, x_t, output.y)
         changes = self.clip is not None or bool(self.on_x0)
         unclipped = noise if changes else None
@@ -131,23 +147,38 @@ class Denoiser:
         return Prediction(x0, noise, output.y, output.extra, unclipped, gradient)
 
     def _evaluate(self, count: int) -> Evaluate:
-        """The network and the first `count` transforms of its output."""
+        """Return the function that evaluates the network and the first `count` transforms of its output."""
         if count == 0:
             return self._network
         transform, before = self.on_output[count - 1], self._evaluate(count - 1)
 
-        def evaluate(x_t: Tensor, t: Tensor | float, previous: Tensor | None = None, **condition: Tensor) -> Output:
+        def evaluate(
+            x_t: Float[Tensor, "b c h w"],
+            t: PerExample | float,
+            previous: Float[Tensor, "b c h w"] | None = None,
+            **condition: Tensor,
+        ) -> Output:
             return transform(before, x_t, as_time(t), previous, condition)
 
         return evaluate
 
-    def _network(self, x_t: Tensor, t: Tensor | float, previous: Tensor | None = None, **condition: Tensor) -> Output:
-        """The network's y in x_t's dtype and its channels beyond C."""
+    def _network(
+        self,
+        x_t: Float[Tensor, "b c h w"],
+        t: PerExample | float,
+        previous: Float[Tensor, "b c h w"] | None = None,
+        **condition: Tensor,
+    ) -> Output:
+        """Call the network; return y and the channels beyond C in x_t's dtype."""
         t = as_time(t)
         dtype = _dtype(self.network, x_t)
         scale = self.objective.input_scale(self.schedule, t)
         c = self.objective.conditioning(self.schedule, t).to(dtype)
-        c = torch.full((len(x_t),), float(c), dtype=dtype, device=x_t.device) if _host(c) else to_device(c, x_t.device)
+        c = (
+            torch.full((len(x_t),), float(c), dtype=dtype, device=x_t.device)
+            if _is_cpu_scalar(c)
+            else to_device(c, x_t.device)
+        )
         inputs: dict[str, Tensor | None] = {**condition}
         if self.self_conditioning:
             inputs["previous"] = None if previous is None else previous.to(dtype)
@@ -156,17 +187,17 @@ class Denoiser:
         return Output(y) if y.shape[1] == channels else Output(y[:, :channels], y[:, channels:])
 
 
-def as_time(t: Tensor | float) -> Tensor:
-    """Return a time as a tensor; a number in float64."""
+def as_time(t: PerExample | float) -> PerExample:
+    """Return a time as a tensor; a Python number becomes float64."""
     return torch.as_tensor(t, dtype=None if isinstance(t, Tensor) else torch.float64)
 
 
-def _host(c: Tensor) -> bool:
-    """Whether reading c as a number costs no device synchronization."""
+def _is_cpu_scalar(c: Tensor) -> bool:
+    """Return whether `float(c)` works without a device synchronization."""
     return c.ndim == 0 and c.device.type == "cpu"
 
 
 def _dtype(network: Callable[..., Tensor], x: Tensor) -> torch.dtype:
-    """The dtype of the network's weights; x's where it has none."""
+    """Return the dtype of the network's weights, or that of x for a network without parameters."""
     parameter = next(network.parameters(), None) if isinstance(network, nn.Module) else None
     return x.dtype if parameter is None else parameter.dtype

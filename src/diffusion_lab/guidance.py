@@ -1,8 +1,8 @@
-"""Guidance towards a class: transforms of the network's output y, which a denoiser carries in `on_output`.
+"""Guidance towards a class: transforms of the network's output y in a denoiser's `on_output`.
 
-y is affine in ε̂ at a given (x_t, t), so a mean of outputs with weights that sum to 1 is that mean of ε̂. Outputs are combined
-before the objective is solved and x̂_0 clipped, once, so that every sampler, objective and variance works with them, and one
-guidance may stand on another: each evaluates what the denoiser has before it.
+y is affine in ε̂ at a fixed (x_t, t), so a combination of outputs whose weights sum to 1 combines ε̂ with the same weights.
+Outputs are combined once, before the objective is solved and x̂_0 is clipped. Guidance therefore works with every sampler,
+objective and variance, and composes: each transform evaluates those before it.
 """
 
 import math
@@ -10,12 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from diffusion_lab.denoiser import Denoiser, Evaluate, Output
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.objectives import Objective
-from diffusion_lab.schedules import Schedule, append_dims_like, to_device
+from diffusion_lab.schedules import PerExample, Scalars, Schedule, append_dims_like, to_device
 
 
 def Unguided(denoiser: Denoiser) -> Denoiser:
@@ -30,30 +31,30 @@ def ClassifierFree(
     interval: Sequence[float] = (0.0, 1.0),
     num_classes: int | None = None,
 ) -> Denoiser:
-    """Append y = y_u + s (y_c − y_u), of one network with and without its label (Ho & Salimans 2022, whose w is s − 1).
+    """Append y = y_u + s (y_c − y_u), one network with and without its label (Ho & Salimans 2022, where w = s − 1).
 
-    Both come from one call on twice the batch. Scale 1 is the conditional network itself, bit for bit and at no cost, and so is
-    any scale outside the interval. Channels beyond C (a learned variance, a second head) stay those of the conditional half:
-    only the mean is guided.
+    Both outputs come from one call on twice the batch. At scale 1, and outside the interval, the result is that of the
+    conditional network, bit for bit, without the second half. Channels beyond C (a learned variance, a second head) are those
+    of the conditional half: only the mean is guided.
 
     Args:
-        denoiser: of a network that takes `label`, int64 (B,) with a null label or float (B, K) where zeros are no label.
+        denoiser: its network takes `label`, int64 (B,) with a null label or float (B, K) where zeros mean no label.
         scale: s ≥ 0; 0 is the unconditional model.
-        rescale: φ in [0, 1]; φ of the guided output is scaled to the standard deviation, image by image, of the conditional one
-            (Lin et al. 2024, eq. 15 and 16, who publish 0.7).
-        interval: guide at times t in (low, high] of [0, 1] only (Kynkäänniemi et al. 2024, who state it in σ).
-        num_classes: K, which is also the null label; None reads the network's attribute.
+        rescale: φ in [0, 1]; the guided output is interpolated with weight φ to its rescaling to the standard deviation of the
+            conditional one, for each image (Lin et al. 2024, eq. 15 and 16, who publish 0.7).
+        interval: (low, high) in [0, 1]; guide at times t in (low, high] only (Kynkäänniemi et al. 2024, who state it in σ).
+        num_classes: K, which is also the null label; None reads the network's attribute `num_classes`.
 
     Returns:
         The denoiser with this transform appended to `on_output`.
 
     Raises:
-        ConfigError: a network without a null label, a scale, rescale or interval out of range; in a call, no label.
+        ConfigError: the network has no null label, or an argument is out of range; in a call, the label is missing.
     """
     classes = getattr(denoiser.network, "num_classes", None) if num_classes is None else num_classes
     if classes is None:
         raise ConfigError(
-            "guidance=cfg needs a network with a null label, and this one takes no labels: train with condition=label, or "
+            "guidance=cfg needs a network with a null label, and this network takes no label: train with condition=label, or "
             "write guidance=classifier"
         )
     low, high = _interval(interval)
@@ -68,35 +69,36 @@ def ClassifierGuidance(
     scale: float = 1.0,
     interval: Sequence[float] = (0.0, 1.0),
     form: str = "exact",
-    labelled: bool | None = None,
+    labeled: bool | None = None,
 ) -> Denoiser:
     """Append ε̂ − s σ_t ∇ log p(y | x_t) with the gradient of a classifier of noisy images (Dhariwal & Nichol 2021).
 
-    The `exact` form moves ε̂, which moves x̂_0 by s (σ²/α) ∇ and serves every sampler (their algorithm 2). The `published` form
-    moves the mean of ancestral steps by s Σ ∇ (their algorithm 1), Σ the variance of the step: the same in the limit of
-    small steps, weaker at few. The gradient is zero at α = 0, where x_t is independent of the class, and for the null label.
+    The `exact` form shifts ε̂ and thereby x̂_0, by s (σ²/α) ∇, and works with every sampler (their algorithm 2). The `published`
+    form shifts the mean of ancestral steps by s Σ ∇, Σ the variance of the step (their algorithm 1). The two agree in the limit
+    of small steps; with few steps the published form is weaker. The gradient is 0 at α = 0, where x_t is independent of the
+    class, and for the null label.
 
     Args:
-        denoiser: what is guided; a network that takes labels gets them too.
+        denoiser: the denoiser to guide; a network that takes labels gets them too.
         classifier: (x_t (B, C, H, W), t 0-d or (B,)) → logits (B, K), differentiable.
-        num_classes: K, from which on a label is the null label; None takes the number of logits.
+        num_classes: K; labels ≥ K are null labels. None uses the number of logits.
         scale: s ≥ 0.
-        interval: guide at times t in (low, high] of [0, 1] only.
+        interval: (low, high) in [0, 1]; guide at times t in (low, high] only.
         form: "exact" or "published".
-        labelled: whether the network takes labels itself; None: if it has `num_classes`. The label is removed if not, unless
-            a guidance before this one in `on_output` reads it, which then decides.
+        labeled: whether the network itself takes labels; None means that it has the attribute `num_classes`. Otherwise this
+            transform removes the label, unless an earlier guidance in `on_output` reads it, which then removes it itself.
 
     Returns:
         The denoiser with this transform appended to `on_output`.
 
     Raises:
-        ConfigError: an unknown form, a scale or interval out of range; in a call, no int64 label.
+        ConfigError: an unknown form, or an argument is out of range; in a call, the label is missing or not int64.
     """
     if form not in ("exact", "published"):
         raise ConfigError(f"guidance.form={form} is unknown: write exact or published")
-    if labelled is None:
-        labelled = getattr(denoiser.network, "num_classes", None) is not None
-    read_before = any(isinstance(f, ClassifierFreeTransform | ClassifierTransform) for f in denoiser.on_output)
+    if labeled is None:
+        labeled = getattr(denoiser.network, "num_classes", None) is not None
+    read_earlier = any(isinstance(f, ClassifierFreeTransform | ClassifierTransform) for f in denoiser.on_output)
     transform = ClassifierTransform(
         denoiser.schedule,
         denoiser.objective,
@@ -105,14 +107,14 @@ def ClassifierGuidance(
         _scale(scale),
         _interval(interval),
         form,
-        passes_label=labelled or read_before,
+        passes_label=labeled or read_earlier,
     )
     return replace(denoiser, on_output=(*denoiser.on_output, transform))
 
 
 @dataclass(frozen=True, eq=False)
 class ClassifierFreeTransform:
-    """The transform of `ClassifierFree`, whose arguments are its attributes."""
+    """The transform that `ClassifierFree` appends; attributes as its arguments."""
 
     scale: float
     rescale: float
@@ -124,12 +126,19 @@ class ClassifierFreeTransform:
             raise ConfigError(f"guidance.rescale={self.rescale} is outside [0, 1]: the published value is 0.7")
 
     def __call__(
-        self, evaluate: Evaluate, x_t: Tensor, t: Tensor, previous: Tensor | None, condition: dict[str, Tensor]
+        self,
+        evaluate: Evaluate,
+        x_t: Float[Tensor, "b c h w"],
+        t: PerExample,
+        previous: Float[Tensor, "b c h w"] | None,
+        condition: dict[str, Tensor],
     ) -> Output:
         """Combine the conditional and the unconditional output, and their gradients, with the weights s and 1 − s."""
         label, inside = condition.get("label"), _inside(self.interval, t)
         if label is None:
-            raise ConfigError("guidance=cfg was given no labels to guide towards: pass condition={'label': …}")
+            raise ConfigError(
+                "guidance=cfg needs a label to guide towards, and the condition has none: pass condition={'label': …}"
+            )
         if self.scale == 1 or not bool(inside.any()):
             return evaluate(x_t, t, previous, **condition)
         null = torch.zeros_like(label) if label.is_floating_point() else torch.full_like(label, self.num_classes)
@@ -143,8 +152,8 @@ class ClassifierFreeTransform:
         )
         conditional, y = self._combine(both.y, inside)
         if self.rescale:
-            own, target = (v.flatten(1).std(1, correction=0) for v in (y, conditional))
-            rescaled = y * append_dims_like(1 + self.rescale * (target / own - 1), y)
+            std, target_std = (v.flatten(1).std(1, correction=0) for v in (y, conditional))
+            rescaled = y * append_dims_like(1 + self.rescale * (target_std / std - 1), y)
             y = rescaled if t.ndim == 0 else torch.where(append_dims_like(inside, y) > 0, rescaled, conditional)
         return Output(
             y,
@@ -153,8 +162,10 @@ class ClassifierFreeTransform:
             None if both.gradient is None else self._combine(both.gradient, inside)[1],
         )
 
-    def _combine(self, both: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
-        """The conditional half, and u + s (c − u), which outside the interval is the conditional half."""
+    def _combine(
+        self, both: Float[Tensor, "b2 c h w"], inside: Bool[Tensor, ""] | Bool[Tensor, " b"]
+    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
+        """Return the conditional half c, and u + s (c − u) inside the interval, c outside it."""
         conditional, unconditional = both.chunk(2)
         value = unconditional + self.scale * (conditional - unconditional)
         return conditional, value if inside.ndim == 0 else torch.where(
@@ -164,7 +175,7 @@ class ClassifierFreeTransform:
 
 @dataclass(frozen=True, eq=False)
 class ClassifierTransform:
-    """The transform of `ClassifierGuidance`, whose arguments are its attributes."""
+    """The transform that `ClassifierGuidance` appends; attributes as its arguments."""
 
     schedule: Schedule
     objective: Objective
@@ -177,13 +188,18 @@ class ClassifierTransform:
 
     @property
     def moves_mean(self) -> bool:
-        """Whether the gradient is for the mean of ancestral steps."""
+        """Whether the gradient shifts the mean of ancestral steps instead of ε̂."""
         return self.form == "published"
 
     def __call__(
-        self, evaluate: Evaluate, x_t: Tensor, t: Tensor, previous: Tensor | None, condition: dict[str, Tensor]
+        self,
+        evaluate: Evaluate,
+        x_t: Float[Tensor, "b c h w"],
+        t: PerExample,
+        previous: Float[Tensor, "b c h w"] | None,
+        condition: dict[str, Tensor],
     ) -> Output:
-        """Shift y, or add to the gradient of the output."""
+        """Shift y (exact form), or add to the gradient of the output (published form)."""
         gradient = self.gradient(x_t, t, condition)
         if not self.passes_label:
             condition = {name: v for name, v in condition.items() if name != "label"}
@@ -196,19 +212,24 @@ class ClassifierTransform:
             y=self.shifted(output.y, t, gradient), own=output.y if output.own is None else output.own
         )
 
-    def shifted(self, y: Tensor, t: Tensor, gradient: Tensor) -> Tensor:
-        """Return y after ε̂ ← ε̂ − σ gradient at the same x_t: Δy = (D/α) Δε. 0-d or (B,) t, y and gradient (B, …)."""
+    def shifted(
+        self, y: Float[Tensor, "b *chw"], t: PerExample, gradient: Float[Tensor, "b *chw"]
+    ) -> Float[Tensor, "b *chw"]:
+        """Return y after ε̂ ← ε̂ − σ · gradient at the same x_t: Δy = (D/α) Δε."""
         t = t.double()
         alpha, sigma = self.schedule.alpha_sigma(t)
         slope = torch.where(alpha > 0, self.objective.determinant(self.schedule, t) * sigma / alpha, 0.0)
         return y - append_dims_like(slope, y) * gradient
 
-    def gradient(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor | None:
-        """Return s ∇ log p(y | x_t), (B, C, H, W); None where no image is guided."""
+    def gradient(
+        self, x_t: Float[Tensor, "b c h w"], t: PerExample, condition: dict[str, Tensor]
+    ) -> Float[Tensor, "b c h w"] | None:
+        """Return s ∇ log p(y | x_t); None if no image is guided."""
         label = condition.get("label")
         if label is None or label.is_floating_point():
             raise ConfigError(
-                "guidance=classifier was given no classes to guide towards: pass condition={'label': int64 (B,)}"
+                "guidance=classifier needs an int64 label to guide towards, and the condition has none: pass "
+                "condition={'label': …}, int64 (B,)"
             )
         inside = _inside(self.interval, t) & (self.schedule.alpha_sigma(t.double())[0] > 0)
         if self.scale == 0 or not bool(inside.any()):
@@ -225,42 +246,44 @@ class ClassifierTransform:
 
 
 def _scale(scale: float) -> float:
+    """Return `scale`; ConfigError where it is negative or not finite."""
     if not 0 <= scale < math.inf:
-        raise ConfigError(f"guidance.scale={scale}: write a number from 0 on")
+        raise ConfigError(f"guidance.scale={scale}: write a finite number >= 0")
     return float(scale)
 
 
 def _interval(interval: Sequence[float]) -> tuple[float, float]:
+    """Return (low, high); ConfigError unless 0 ≤ low < high ≤ 1."""
     if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
         raise ConfigError(f"guidance.interval={list(interval)}: write two times [low,high] with 0 <= low < high <= 1")
     return float(interval[0]), float(interval[1])
 
 
-def _inside(interval: tuple[float, float], t: Tensor) -> Tensor:
-    """Whether times t lie in (low, high]: bool, of t's shape."""
+def _inside(interval: tuple[float, float], t: Scalars) -> Bool[Tensor, "*shape"]:
+    """Return whether times t lie in (low, high]."""
     return (t > interval[0]) & (t <= interval[1])
 
 
 class NoisyClassifier:
-    """(x_t, t) → logits along any curve, by a classifier that was trained on x_t along another.
+    """(x_t, t) → logits on any curve, from a classifier of noisy images trained on another curve.
 
-    p(y | x_t) does not depend on the scale of x_t, so the classifier is evaluated at its own time of equal ln(α/σ), with x_t
-    scaled to that time's α.
+    p(y | x_t) does not depend on the scale of x_t. The classifier is therefore evaluated at the time of its own curve with equal
+    ln(α/σ), on x_t scaled to α of that time.
 
     Args:
-        network: called as network(x, c), c = own.conditioning(t) (B,).
-        own: the curve that it was trained along.
+        network: called as network(x, c) with c = trained_along.conditioning(t), (B,).
+        trained_along: the curve of the classifier's training.
         schedule: the curve of x_t.
     """
 
-    def __init__(self, network: nn.Module, own: Schedule, schedule: Schedule) -> None:
-        self.network, self.own, self.schedule = network, own, schedule
+    def __init__(self, network: nn.Module, trained_along: Schedule, schedule: Schedule) -> None:
+        self.network, self.trained_along, self.schedule = network, trained_along, schedule
 
-    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Logits (B, K) of x_t (B, C, H, W) at times t in (0, 1], 0-d or (B,)."""
-        t = t.double()
-        time = t if self.own is self.schedule else self.own.time(self.schedule.lam(t)).clamp(self.own.t_min, 1)
-        ratio = self.own.alpha_sigma(time)[0] / self.schedule.alpha_sigma(t)[0]
-        c = to_device(self.own.conditioning(time).float().expand(len(x_t)), x_t.device)
+    def __call__(self, x_t: Float[Tensor, "b c h w"], t: PerExample) -> Float[Tensor, "b k"]:
+        """Return logits of x_t at times t in (0, 1]."""
+        t, curve = t.double(), self.trained_along
+        time = t if curve is self.schedule else curve.time(self.schedule.lam(t)).clamp(curve.t_min, 1)
+        ratio = curve.alpha_sigma(time)[0] / self.schedule.alpha_sigma(t)[0]
+        c = to_device(curve.conditioning(time).float().expand(len(x_t)), x_t.device)
         logits: Tensor = self.network((append_dims_like(ratio, x_t) * x_t).float(), c)
         return logits.to(x_t.dtype)

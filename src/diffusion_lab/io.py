@@ -1,31 +1,124 @@
-"""Writing files whole or not at all."""
+"""Files and progress bars, each operation once: write and rename, claim, disk space, .npz, progress."""
 
 import os
-from collections.abc import Iterator
+import shutil
+import sys
+import zipfile
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from diffusion_lab.errors import ConfigError
 
+SPARE = 64 << 20  # bytes of a disk that stay free
+
+T = TypeVar("T")
+
+
+# writing --------------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path in the folder of `path`, which is made; sync the file and rename it when the body succeeds.
+
+    A body that fails leaves the file of before.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write a whole file or nothing. OSError: as the file system reports it."""
+    with replacing(path) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[BinaryIO | None]:
+    """Yield an empty file that becomes `path` if the body succeeds and vanishes if it fails; None where `path` exists by then.
+
+    Processes that make the same file wait for each other. The temporary file is its own lock, which the kernel releases when
+    a process dies: a killed build blocks nobody, and the next one overwrites its remains.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    while True:
+        with open(part, "a+b") as file:
+            _lock(file)
+            if path.exists():
+                # Another process finished first. `part` was renamed to `path` then, unless this open made a new one.
+                if _same(file, part):
+                    part.unlink()
+                yield None
+                return
+            if not _same(file, part):  # the process that made it failed and removed it: start again
+                continue
+            file.truncate(0)
+            try:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(part, path)
+            except BaseException:
+                part.unlink(missing_ok=True)
+                raise
+            return
+
+
+def _lock(file: BinaryIO) -> None:
+    if sys.platform != "win32":
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def _same(file: BinaryIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+# refusals -------------------------------------------------------------------------------------------------------------------
+
 
 def refuse_filled(folder: Path, key: str, overwrite: bool) -> None:
-    """Raise ValueError where `folder`, named by the option `key`, is a file or holds something, unless it may be written over."""
+    """Raise ConfigError where `folder`, the value of the option `key`, is a file, or holds files and `overwrite` is false."""
     if folder.is_file():
         raise ConfigError(f"{folder} is a file: name a folder for the output")
     if not overwrite and folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(f"the output folder {folder} is not empty: write overwrite=true, or another {key}=")
 
 
-def write(path: Path, content: str | bytes) -> None:
-    """Writes under a temporary name and renames; makes the folder. OSError: as the file system says, nothing is left."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
+def require_space(folder: Path, need: int, what: str, remedy: str) -> None:
+    """Raise ConfigError where the disk of `folder`, which need not exist, has no room for `need` bytes and 64 MiB more.
+
+    Args:
+        folder: the place to write to.
+        need: bytes.
+        what: a plural noun for the message, e.g. "the decoded images".
+        remedy: an imperative for the message, e.g. "write cache=FOLDER on another disk".
+    """
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < need + SPARE:
+        raise ConfigError(
+            f"not enough disk at {folder.absolute()}: {what} take {need / 2**20:,.0f} MiB, and {free / 2**20:,.0f} MiB are "
+            f"free: make room, or {remedy}"
+        )
 
 
 @contextmanager
@@ -35,3 +128,46 @@ def os_errors() -> Iterator[None]:
         yield
     except OSError as error:
         raise ConfigError(str(error)) from error
+
+
+# reading --------------------------------------------------------------------------------------------------------------------
+
+
+def read_npz(path: Path, where: str = "", names: Collection[str] | None = None) -> dict[str, NDArray[Any]]:
+    """Return the arrays of an .npz file by name. Nothing in it is unpickled.
+
+    Args:
+        path: the file.
+        where: the option that named it, for the message.
+        names: read these alone, as far as the file has them; None reads all.
+
+    Raises:
+        ConfigError: no such file, or no .npz of plain arrays.
+    """
+    try:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files if names is None or name in names}
+    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+        reason = " ".join(str(error).split())
+        source = f"{where}={path}" if where else str(path.absolute())
+        raise ConfigError(f"{source} cannot be read as an .npz of plain arrays ({reason}): name another file") from None
+
+
+# progress -------------------------------------------------------------------------------------------------------------------
+
+
+def progress(items: Iterable[T], desc: str, unit: str, show: bool = True) -> Iterable[T]:
+    """Return the items, with a progress bar on stderr if `show`."""
+    if not show:
+        return items
+    from tqdm import tqdm
+
+    bar: Iterable[T] = tqdm(items, desc=desc, unit=unit, leave=False)
+    return bar
+
+
+def progress_bar(total: int | None, desc: str, unit: str, show: bool = True, **options: Any) -> Any:
+    """Return a progress bar for `update(n)`, a context manager; `options` are tqdm's."""
+    from tqdm import tqdm
+
+    return tqdm(**{"total": total, "desc": desc, "unit": unit, "leave": False, "disable": not show, **options})

@@ -1,10 +1,11 @@
-"""What one training step computes: x_0 → x_t → network output → weighted error; and the terms that train a variance."""
+"""Training losses: x_0 → x_t → network output → weighted error, and the terms that train a variance."""
 
 import math
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,27 +18,28 @@ from diffusion_lab.weightings import Weighting
 
 
 class PointwiseLoss(ABC):
-    """error(output, target) → the mean error of each image, both (B, …), result float (B,)."""
+    """loss(output, target) → the mean error of each image."""
 
     @abstractmethod
-    def elementwise(self, output: Tensor, target: Tensor) -> Tensor:
-        """The error of each element."""
+    def elementwise(self, output: Float[Tensor, "b *chw"], target: Float[Tensor, "b *chw"]) -> Float[Tensor, "b *chw"]:
+        """Return the error of each element."""
 
-    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+    def __call__(self, output: Float[Tensor, "b *chw"], target: Float[Tensor, "b *chw"]) -> Float[Tensor, " b"]:
+        """Return the mean error of each image."""
         return self.elementwise(output, target).flatten(1).mean(1)
 
 
 class L2(PointwiseLoss):
-    """The squared error, the one that the weightings are derived for."""
+    """The squared error, for which the weightings are derived."""
 
-    def elementwise(self, output: Tensor, target: Tensor) -> Tensor:
+    def elementwise(self, output: Float[Tensor, "b *chw"], target: Float[Tensor, "b *chw"]) -> Float[Tensor, "b *chw"]:
         return (output - target).square()
 
 
 class L1(PointwiseLoss):
     """The absolute error."""
 
-    def elementwise(self, output: Tensor, target: Tensor) -> Tensor:
+    def elementwise(self, output: Float[Tensor, "b *chw"], target: Float[Tensor, "b *chw"]) -> Float[Tensor, "b *chw"]:
         return (output - target).abs()
 
 
@@ -46,67 +48,77 @@ class Huber(PointwiseLoss):
 
     Args:
         delta: δ > 0.
+
+    Raises:
+        ConfigError: delta ≤ 0.
     """
 
     def __init__(self, delta: float = 1.0) -> None:
         if delta <= 0:
-            raise ConfigError(f"loss huber needs delta > 0, not delta={delta}")
+            raise ConfigError(f"loss=huber needs delta > 0, not delta={delta}")
         self.delta = delta
 
-    def elementwise(self, output: Tensor, target: Tensor) -> Tensor:
+    def elementwise(self, output: Float[Tensor, "b *chw"], target: Float[Tensor, "b *chw"]) -> Float[Tensor, "b *chw"]:
         return F.huber_loss(output, target, reduction="none", delta=self.delta)
 
 
 class StepLoss(NamedTuple):
-    """The loss of each image of a batch, float (B,)."""
+    """Training loss of each image of a batch."""
 
-    weighted: Tensor  # what is minimised: w_y(t) · error, with a learned variance and its term
-    error: Tensor  # the bare error of y
-    weight: Tensor  # w_y(t)
+    weighted: Float[Tensor, " b"]  # the quantity to minimize: w_y(t) · error, plus the term of a learned variance
+    error: Float[Tensor, " b"]  # the unweighted error of y
+    weight: Float[Tensor, " b"]  # w_y(t)
 
 
 def diffusion_loss(
     denoiser: Denoiser,
     weighting: Weighting,
     error: PointwiseLoss,
-    x0: Tensor,
-    noise: Tensor,
-    t: Tensor,
-    previous: Tensor | None = None,
+    x0: Float[Tensor, "b c h w"],
+    noise: Float[Tensor, "b c h w"],
+    t: Float[Tensor, " b"],
+    previous: Float[Tensor, "b c h w"] | None = None,
     learned: Learned | None = None,
     **condition: Tensor,
 ) -> StepLoss:
-    """E over (x_0, ε, t) of w_t ‖y − ŷ‖²: one batch of it.
+    """Return w_t ‖y − ŷ‖² of each image, whose mean over (x_0, ε, t) is the training loss.
 
-    A learned variance adds (T/1000) L_t, which is 0.001 of the whole bound L_vlb = E[T L_t], and moves nothing but itself; or,
-    where its loss is `vlb`, T L_t is all that is minimised (Nichol & Dhariwal 2021, section 3.1).
+    A learned variance adds (T/1000) L_t, which is 0.001 of the bound L_vlb = E[T L_t] and has a gradient with respect to the
+    variance only. With `learned.loss="vlb"` the loss is T L_t alone (Nichol & Dhariwal 2021, section 3.1).
 
     Args:
-        denoiser: network, schedule and objective; its clipping plays no part.
-        weighting: the weight on the error of y.
-        error: what stands for ‖·‖²; a mean over the elements of an image.
-        x0: images (B, C, H, W) in [−1, 1].
-        noise: ε, the same shape.
-        t: times (B,) in (0, 1].
+        denoiser: network, schedule and objective; its clipping is not used.
+        weighting: weight on the error of y.
+        error: error in place of ‖·‖², a mean over the elements of an image.
+        x0: images in [−1, 1].
+        noise: ε.
+        t: times in (0, 1].
         previous: x̂_0 for a self-conditioning network.
-        learned: the variance that is trained as well.
+        learned: a variance to train with the mean.
         condition: keyword arguments for the network.
+
+    Raises:
+        ConfigError: `learned` with a continuous curve or a network without extra channels.
     """
     schedule, objective = denoiser.schedule, denoiser.objective
     x_t = denoiser.schedule.corrupt(x0, noise, t)
     output, extra, *_ = denoiser.output(x_t, t, previous, **condition)
-    each = error(output, objective.target(schedule, t, x0, noise))
-    weight = to_device(weighting(schedule, objective, t).to(each.dtype), each.device)
-    weighted = weight * each
+    errors = error(output, objective.target(schedule, t, x0, noise))
+    weight = to_device(weighting(schedule, objective, t).to(errors.dtype), errors.device)
+    weighted = weight * errors
     if learned is not None:
-        alone, steps = learned.loss == "vlb", chain_steps(denoiser)
-        term = bound_term(denoiser, learned, x0, x_t, t, output if alone else output.detach(), extra)
-        weighted = steps * term if alone else weighted + steps / 1000 * term
-    return StepLoss(weighted, each, weight)
+        bound_only, steps = learned.loss == "vlb", chain_steps(denoiser)
+        term = bound_term(denoiser, learned, x0, x_t, t, output if bound_only else output.detach(), extra)
+        weighted = steps * term if bound_only else weighted + steps / 1000 * term
+    return StepLoss(weighted, errors, weight)
 
 
 def chain_steps(denoiser: Denoiser) -> int:
-    """T, each of whose steps is one term of the bound; ConfigError on a curve that has none."""
+    """Return T, the number of steps of the schedule and of terms of the bound.
+
+    Raises:
+        ConfigError: the schedule is a continuous curve.
+    """
     if denoiser.schedule.steps is None:
         raise ConfigError(
             "variance=learned is trained on the terms of a chain, and this schedule is a continuous curve without steps: write "
@@ -116,18 +128,26 @@ def chain_steps(denoiser: Denoiser) -> int:
 
 
 def bound_term(
-    denoiser: Denoiser, learned: Learned, x0: Tensor, x_t: Tensor, t: Tensor, output: Tensor, extra: Tensor | None
-) -> Tensor:
-    """L_t of the variational bound in bits per dimension, float (B,): the KL of the step from t to s = t − 1/T, or at s = 0 the
-    decoder's discretized likelihood, whose least variance is that of the step before (Nichol & Dhariwal 2021, their code).
+    denoiser: Denoiser,
+    learned: Learned,
+    x0: Float[Tensor, "b c h w"],
+    x_t: Float[Tensor, "b c h w"],
+    t: Float[Tensor, " b"],
+    output: Float[Tensor, "b c h w"],
+    extra: Float[Tensor, "b extra h w"] | None,
+) -> Float[Tensor, " b"]:
+    """Return L_t of the variational bound for each image, in bits per dimension.
+
+    L_t is the KL of the step from t to s = t − 1/T. At s = 0 it is the decoder's negative discretized log-likelihood, with σ̃²
+    of the pair (2/T, 1/T) as lower bound of its variance (Nichol & Dhariwal 2021, their code).
 
     Args:
-        denoiser: its clipping plays no part.
+        denoiser: its clipping is not used.
         learned: the variance.
-        x0: images (B, C, H, W) in [−1, 1], for the decoder on the grid k/127.5 − 1.
+        x0: images in [−1, 1], on the grid k/127.5 − 1 for the decoder.
         x_t: the noisy images.
-        t: times (B,) on the table.
-        output: the network's y, and what gradient reaches the mean through it.
+        t: times on the table.
+        output: the network's y; detached, the mean gets no gradient.
         extra: the network's v.
     """
     schedule, step, t = denoiser.schedule, 1 / chain_steps(denoiser), t.double()
@@ -135,13 +155,15 @@ def bound_term(
     s = torch.where(into_data, 0.0, t - step)
     q = posterior(schedule, t, s)
     floor = posterior(schedule, torch.where(into_data, 2 * step, t), torch.where(into_data, step, s)).variance
-    guess, noise = denoiser.objective.solve(schedule, t, x_t, output)
-    log_variance = learned.log(schedule, t, s, Prediction(guess, noise, output, extra), floor)
-    gap = append_dims_like(q.c0, x0) * (x0 - guess)  # μ̃ − μ̂: what the two have in common is left out
+    x0_hat, noise_hat = denoiser.objective.solve(schedule, t, x_t, output)
+    log_variance = learned.log(schedule, t, s, Prediction(x0_hat, noise_hat, output, extra), floor)
+    gap = append_dims_like(q.c0, x0) * (x0 - x0_hat)  # μ̃ − μ̂; the term c_1 x_t, common to both, cancels
     nats = kl(gap, append_dims_like(floor.log(), x0), torch.zeros_like(gap), log_variance).flatten(1).mean(1)
-    rows = to_device(into_data.nonzero()[:, 0], x0.device)  # few steps have any, and a decoder costs more than a KL
+    rows = to_device(
+        into_data.nonzero()[:, 0], x0.device
+    )  # few batches have any, and the decoder costs more than the KL
     if len(rows):
-        decoder = -discretized_log_likelihood(x0[rows], guess[rows], log_variance[rows]).flatten(1).mean(1)
+        decoder = -discretized_log_likelihood(x0[rows], x0_hat[rows], log_variance[rows]).flatten(1).mean(1)
         nats = nats.index_copy(0, rows, decoder)
     return nats / math.log(2)
 
@@ -149,17 +171,19 @@ def bound_term(
 def head_loss(
     denoiser: Denoiser,
     kind: str,
-    x0: Tensor,
-    noise: Tensor,
-    t: Tensor,
-    previous: Tensor | None = None,
+    x0: Float[Tensor, "b c h w"],
+    noise: Float[Tensor, "b c h w"],
+    t: Float[Tensor, " b"],
+    previous: Float[Tensor, "b c h w"] | None = None,
     **condition: Tensor,
-) -> Tensor:
-    """The squared error of a second head, float (B,): sn learns ε², npr the (ε − ε̂)² of the frozen network, whose gradient goes
-    nowhere (Bao et al. 2022, "Estimating the optimal covariance with imperfect mean in diffusion probabilistic models").
+) -> Float[Tensor, " b"]:
+    """Return the squared error of a second head for each image.
+
+    The target of sn is ε², that of npr (ε − ε̂)² with ε̂ detached (Bao et al. 2022, "Estimating the optimal covariance with
+    imperfect mean in diffusion probabilistic models").
 
     Args:
-        denoiser: without clipping, its network one whose channels beyond C are the head's.
+        denoiser: without clipping; the channels beyond C of its network are the head's output.
         kind: "sn" or "npr".
         x0, noise, t, previous, condition: as for `diffusion_loss`.
     """

@@ -1,8 +1,8 @@
-"""Keyed noise: every random number of training and sampling is a function of a key, not of a stream.
+"""Keyed noise: every random number of training and sampling is a function of its key, without generator state.
 
-The number that image i gets in its k-th draw depends on (seed, stream, i, k) alone: not on the batch size, not on how many
-processes share the work, not on what was drawn before. A counter-based generator does this: Philox4x32-10 (Salmon et al.,
-"Parallel random numbers: as easy as 1, 2, 3", SC 2011), here as vectorised integer operations that run on any device.
+Draw k of image i depends on (seed, stream, i, k) alone: not on the batch size, the number of processes or earlier draws. The
+generator is the counter-based Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), written
+as vectorized integer operations that run on any device.
 
 Layout: the 128-bit counter is (block, draw, index, stream | high bits of index), the 64-bit key is the seed. One block is
 four words of 32 bits.
@@ -14,6 +14,7 @@ from enum import IntEnum
 from typing import TypeVar
 
 import torch
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from diffusion_lab.errors import ConfigError
@@ -24,7 +25,7 @@ _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 
 
 class Stream(IntEnum):
-    """What a number is for. Two streams never share a number."""
+    """Purpose of a random number. Two streams never share a number."""
 
     SAMPLE = 0  # sampling: x_T is draw 0, the noise of step i is draw i + 1
     NOISE = 1  # training: ε
@@ -35,19 +36,19 @@ class Stream(IntEnum):
     SPLIT = 6  # data: train/val/test
     SELF = 7  # training: self-conditioning on or off
     DROPOUT = 8  # training: the seed of dropout's generator
-    LIKELIHOOD = 9  # dequantisation is draw 0, the probe of the divergence draw 1, ε of the k-th time draw k + 2
+    LIKELIHOOD = 9  # dequantization is draw 0, the probe of the divergence draw 1, ε of the k-th time draw k + 2
     VARIANCE = 10  # fitting a variance: ε of the k-th evaluation, index k
     CODEBOOK = 11  # DDCM: x_T is draw 0, vector k of step i draw i + 1, index k
 
 
-Word = TypeVar("Word", int, Tensor)  # philox runs on Python's integers as it does on tensors
+Word = TypeVar("Word", int, Tensor)  # philox accepts Python integers and tensors alike
 
 
 def philox(counter: tuple[Word, Word, Word, Word], key: tuple[int, int]) -> tuple[Word, Word, Word, Word]:
-    """Philox4x32-10: four 32-bit words, numbers or int64 tensors → four such words (Salmon et al. 2011, section 3.3).
+    """Map four 32-bit words to four, Python integers or int64 tensors, by Philox4x32-10 (Salmon et al. 2011, section 3.3).
 
-    The odd words carry the whole product of the round before, not its low half alone: they enter by xor, so that one mask
-    serves both. Where a product leaves int64 it wraps, which keeps its 64 bits.
+    Between rounds the odd words hold the full product instead of its low half; they enter the next round by xor, where one mask
+    truncates both operands. A product beyond int64 wraps, which preserves its 64 bits.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -59,42 +60,49 @@ def philox(counter: tuple[Word, Word, Word, Word], key: tuple[int, int]) -> tupl
     return c0, c1 & _MASK, c2, c3 & _MASK
 
 
-def words(count: int, *, seed: int, index: Tensor, draw: int = 0, stream: Stream = Stream.SAMPLE) -> Tensor:
-    """32-bit words for each key.
+def words(
+    count: int, *, seed: int, index: Int64[Tensor, " b"], draw: int = 0, stream: Stream = Stream.SAMPLE
+) -> Int64[Tensor, "b {count}"]:
+    """Return `count` 32-bit words for each key.
 
     Args:
-        count: words for each index.
-        seed: any integer in [0, 2⁶⁴).
-        index: int64 (B,), each in [0, 2⁵⁶): the image, or the position in the global batch.
-        draw: in [0, 2³²): which draw of that image, or the training step.
-        stream: what the numbers are for.
+        count: number of words for each index.
+        seed: in [0, 2⁶⁴).
+        index: (B,), each in [0, 2⁵⁶): the image, or the position in the global batch.
+        draw: in [0, 2³²): number of the draw for that image, or the training step.
+        stream: purpose of the numbers.
 
     Returns:
-        int64 (B, count) in [0, 2³²), on the device of `index`.
+        (B, count) in [0, 2³²), on the device of `index`.
 
     Raises:
-        ValueError: `seed` or `draw` out of range.
+        ConfigError: `seed` or `draw` is out of range.
     """
     if not 0 <= seed < 2**64:
-        raise ConfigError(f"seed={seed} is outside [0, 2^64): give a non-negative integer")
+        raise ConfigError(f"seed={seed} is outside [0, 2^64): write a non-negative integer")
     if not 0 <= draw < 2**32:
-        raise ConfigError(f"draw={draw} is outside [0, 2^32)")
+        raise ConfigError(f"draw={draw} is outside [0, 2^32): draws and training steps are 32-bit integers")
     blocks = torch.arange(-(-count // 4), device=index.device)[None, :]
     high = ((index >> 32 << 8 | int(stream)) & _MASK)[:, None]
-    counter = (blocks, torch.full_like(high, draw), (index & _MASK)[:, None], high)  # of one shape after two rounds
+    counter = (
+        blocks,
+        torch.full_like(high, draw),
+        (index & _MASK)[:, None],
+        high,
+    )  # broadcast to one shape within two rounds
     return torch.stack(philox(counter, (seed & _MASK, seed >> 32)), dim=-1).flatten(1)[:, :count]
 
 
 def word(*, seed: int, index: int, draw: int, stream: Stream) -> int:
-    """One 32-bit word for one key as a Python number, without a tensor: to seed another generator. Arguments as in `words`."""
+    """Return one 32-bit word as a Python integer, computed without tensors, e.g. to seed a generator. Arguments as in `words`."""
     counter = (0, draw, index & _MASK, index >> 32 << 8 | int(stream))
     return philox(counter, (seed & _MASK, seed >> 32))[0]
 
 
 def uniform(
-    shape: tuple[int, ...], *, seed: int, index: Tensor, draw: int = 0, stream: Stream = Stream.SAMPLE
-) -> Tensor:
-    """Uniform numbers in the open interval (0, 1), float64 (B, *shape). Arguments as in `words`."""
+    shape: tuple[int, ...], *, seed: int, index: Int64[Tensor, " b"], draw: int = 0, stream: Stream = Stream.SAMPLE
+) -> Float64[Tensor, "b *shape"]:
+    """Return uniform numbers in the open interval (0, 1), float64 (B, *shape). Arguments as in `words`."""
     bits = words(math.prod(shape), seed=seed, index=index, draw=draw, stream=stream)
     return ((bits.double() + 0.5) * 2.0**-32).reshape(len(index), *shape)
 
@@ -103,15 +111,15 @@ def normal(
     shape: tuple[int, ...],
     *,
     seed: int,
-    index: Tensor,
+    index: Int64[Tensor, " b"],
     draw: int = 0,
     stream: Stream = Stream.SAMPLE,
     dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Standard normal numbers (B, *shape) by Box and Muller's transform of pairs of words; |z| < 6.77.
+) -> Float[Tensor, "b *shape"]:
+    """Return standard normal numbers (B, *shape), by the Box–Muller transform of pairs of words; |z| < 6.77.
 
-    The transform runs in float64 and is rounded once, so that float32 results do not depend on how a kernel was vectorised,
-    that is on the batch size. Arguments as in `words`; `dtype` is that of the result.
+    The transform runs in float64 and is rounded once to `dtype`, so that float32 results do not depend on the vectorization of
+    a kernel, which varies with the batch size. Other arguments as in `words`.
     """
     count = math.prod(shape)
     u = uniform((-(-count // 2) * 2,), seed=seed, index=index, draw=draw, stream=stream)
@@ -122,24 +130,24 @@ def normal(
 
 @dataclass(frozen=True)
 class Draws:
-    """The noise of the steps of a sampler: step i has the draw `first + i` of the key. Attributes as in `normal`."""
+    """Noise of a sampler's steps: step i is draw `first + i` of the key. Attributes as the arguments of `normal`."""
 
-    shape: tuple[int, ...]  # of an image
+    shape: tuple[int, ...]  # of one image
     seed: int
-    index: Tensor
+    index: Int64[Tensor, " b"]
     dtype: torch.dtype = torch.float32
     first: int = 1  # draw 0 is x_T
 
-    def __call__(self, i: int) -> Tensor:
-        """z of step i, standard normal (B, *shape)."""
+    def __call__(self, i: int) -> Float[Tensor, "b *shape"]:
+        """Return z of step i, standard normal (B, *shape)."""
         return normal(self.shape, seed=self.seed, index=self.index, draw=self.first + i, dtype=self.dtype)
 
-    def choices(self, steps: int, n: int) -> Tensor:
-        """Instead of z, one of n for each of so many steps, all as likely: int64 (B, steps) in [0, n)."""
+    def choices(self, steps: int, n: int) -> Int64[Tensor, "b {steps}"]:
+        """Return uniform integers in [0, n) for each of `steps` steps, int64 (B, steps), in place of z."""
         return (uniform((steps,), seed=self.seed, index=self.index, draw=self.first) * n).long()
 
 
-def permutation(n: int, *, seed: int, draw: int = 0, stream: Stream = Stream.SHUFFLE) -> Tensor:
-    """A random order of 0 … n − 1 that depends on (seed, draw) alone, int64 (n,): the indices sorted by 62 random bits each."""
+def permutation(n: int, *, seed: int, draw: int = 0, stream: Stream = Stream.SHUFFLE) -> Int64[Tensor, "{n}"]:
+    """Return a random order of 0 … n − 1, int64 (n,): the indices sorted by 62 random bits each, keyed by (seed, draw)."""
     bits = words(2, seed=seed, index=torch.arange(n), draw=draw, stream=stream)
     return torch.argsort((bits[:, 0] << 30) | (bits[:, 1] >> 2), stable=True)

@@ -1,10 +1,11 @@
-"""Objectives: which linear combination y = a_t x_0 + b_t ε the network outputs, and the 2×2 solve that inverts it.
+"""Objectives: the linear combination y = a_t x_0 + b_t ε that the network outputs, and the 2×2 solve that inverts it.
 
 With x_t = α x_0 + σ ε and D = αb − σa,
 
     x̂_0 = (b x_t − σ y)/D,    ε̂ = (α y − a x_t)/D,
 
-so an error Δy is Δε = (α/D) Δy on the noise and Δx_0 = −(σ/D) Δy on the data: every weighting can be stated once, on ε.
+so an error Δy of the output is Δε = (α/D) Δy on the noise and Δx_0 = −(σ/D) Δy on the data. Every weighting is therefore
+stated once, on ε.
 """
 
 import math
@@ -12,78 +13,82 @@ from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from diffusion_lab.errors import ConfigError
-from diffusion_lab.schedules import Scalars, Schedule, append_dims_like, cast_like, noise_level
+from diffusion_lab.schedules import PerExample, Scalars, Schedule, append_dims_like, cast_like, noise_level
 
 
 class Prediction(NamedTuple):
-    """What the network says of x_t once its output is solved for x_0 and ε, each (B, C, H, W) in x_t's dtype."""
+    """Predicted x_0 and ε at x_t, in x_t's dtype."""
 
-    x0: Tensor  # x̂_0, clipped if the denoiser clips
-    noise: Tensor  # ε̂, derived again from the clipped x̂_0
-    output: Tensor  # y, before any clipping
-    extra: Tensor | None = None  # the network's channels beyond C: a learned variance, a second head
-    unclipped: Tensor | None = None  # ε̂ as `extra` belongs to it: unclipped, unguided; None where `noise` is that
-    gradient: Tensor | None = None  # s ∇ log p(y | x_t), which ancestral steps add Σ times; None without such guidance
+    x0: Float[Tensor, "b c h w"]  # x̂_0, after clipping and `on_x0`
+    noise: Float[Tensor, "b c h w"]  # ε̂, recomputed from x̂_0 where that was changed
+    output: Float[Tensor, "b c h w"]  # y, before clipping
+    extra: Float[Tensor, "b extra h w"] | None = None  # channels beyond C: a learned variance or a second head
+    unclipped: Float[Tensor, "b c h w"] | None = None  # ε̂ that `extra` refers to, unclipped and unguided; None: `noise`
+    gradient: Float[Tensor, "b c h w"] | None = None  # s ∇ log p(y | x_t); ancestral steps add Σ times it to the mean
 
 
 class Objective(ABC):
-    """A pair of coefficients (a_t, b_t). A new objective gives `coefficients`, and `check` if a curve breaks it.
+    """A pair of coefficients (a_t, b_t). A subclass implements `coefficients`, and `check` if it does not work on every curve.
 
     Args:
-        scale_input: divide x_t by its standard deviation √(α²σ_d² + σ²) before the network sees it. Curves with α = 1, whose
-            x_t reaches σ_max, want it; where α² + σ² = 1 it does little.
-        sigma_data: σ_d > 0, the standard deviation of the data; 0.5 is EDM's for images in [−1, 1].
+        scale_input: divide the network's input x_t by its standard deviation √(α²σ_d² + σ²). Recommended on curves with α = 1,
+            where x_t reaches the size of σ_max; where α² + σ² = 1 it has little effect.
+        sigma_data: σ_d > 0, the standard deviation of the data; EDM uses 0.5 for images in [−1, 1].
 
     Raises:
-        ValueError: σ_d that is not positive.
+        ConfigError: σ_d is not a finite number above 0.
     """
 
     def __init__(self, scale_input: bool = False, sigma_data: float = 0.5) -> None:
         if not 0 < sigma_data < math.inf:
             raise ConfigError(
-                f"objective.sigma_data={sigma_data}: write the data's standard deviation, above 0 (EDM: 0.5)"
+                f"objective.sigma_data={sigma_data}: write the standard deviation of the data, finite and above 0 (EDM: 0.5)"
             )
         self.scale_input, self.sigma_data = scale_input, sigma_data
 
     @abstractmethod
     def coefficients(self, schedule: Schedule, t: Scalars) -> tuple[Scalars, Scalars]:
-        """(a, b) of y = a x_0 + b ε at times t of any shape, in t's dtype or float32, whichever is wider."""
+        """Return (a, b) of y = a x_0 + b ε at times t of any shape, in t's dtype, float32 at least."""
 
     def input_scale(self, schedule: Schedule, t: Scalars) -> Scalars:
-        """What x_t is multiplied by before the network sees it: 1, or 1/√(α²σ_d² + σ²)."""
+        """Return the factor on x_t at the network's input: 1, or 1/√(α²σ_d² + σ²)."""
         return cast_like(1 / self._deviation(schedule, t) if self.scale_input else torch.ones_like(t), t)
 
     def _deviation(self, schedule: Schedule, t: Scalars) -> Scalars:
-        """√(α²σ_d² + σ²), the standard deviation of x_t, in float64."""
+        """Return √(α²σ_d² + σ²), the standard deviation of x_t, in float64."""
         alpha, sigma = schedule.alpha_sigma(t.double())
         return ((self.sigma_data * alpha).square() + sigma.square()).sqrt()
 
     def conditioning(self, schedule: Schedule, t: Scalars) -> Scalars:
-        """What the network is told of the time."""
+        """Return the time-conditioning input of the network at times t."""
         return schedule.conditioning(t)
 
     def determinant(self, schedule: Schedule, t: Scalars) -> Scalars:
-        """D = αb − σa."""
+        """Return D = αb − σa."""
         alpha, sigma = schedule.alpha_sigma(t)
         a, b = self.coefficients(schedule, t)
         return alpha * b - sigma * a
 
     def check(self, schedule: Schedule) -> None:  # noqa: B027 most objectives work on every curve
-        """Raise ValueError, with the remedy, where this objective cannot work on that curve."""
+        """Raise ConfigError if this objective does not work on `schedule`."""
 
-    def target(self, schedule: Schedule, t: Scalars, x0: Tensor, noise: Tensor) -> Tensor:
-        """y = a x_0 + b ε, the regression target; x0 and noise (B, …), t 0-d or (B,)."""
+    def target(
+        self, schedule: Schedule, t: PerExample, x0: Float[Tensor, "b *chw"], noise: Float[Tensor, "b *chw"]
+    ) -> Float[Tensor, "b *chw"]:
+        """Return y = a x_0 + b ε, the regression target."""
         a, b = self.coefficients(schedule, t.double())
         return append_dims_like(a, x0) * x0 + append_dims_like(b, x0) * noise
 
-    def solve(self, schedule: Schedule, t: Scalars, x_t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """(x̂_0, ε̂) from the state and the network's output, both (B, …); t 0-d or (B,), t > 0."""
-        t = (
-            t.double()
-        )  # coefficients in float64, then rounded once: D of pred_mean is a difference of nearly equal numbers
+    def solve(
+        self, schedule: Schedule, t: PerExample, x_t: Float[Tensor, "b *chw"], y: Float[Tensor, "b *chw"]
+    ) -> tuple[Float[Tensor, "b *chw"], Float[Tensor, "b *chw"]]:
+        """Return (x̂_0, ε̂) from the state x_t and the network's output y at times t > 0."""
+        # coefficients in float64, rounded once: D of pred_mean is a difference of nearly equal numbers
+        t = t.double()
         alpha, sigma = schedule.alpha_sigma(t)
         a, b = self.coefficients(schedule, t)
         d = self.determinant(schedule, t)
@@ -102,8 +107,8 @@ class PredNoise(Objective):
     def check(self, schedule: Schedule) -> None:
         if schedule.zero_terminal_snr:
             raise ConfigError(
-                "objective=pred_noise cannot start from a schedule that ends in alpha = 0 (flow, zero terminal SNR): x_t is the "
-                "noise there and says nothing of x_0; write objective=pred_v or objective=pred_flow"
+                "objective=pred_noise does not work on a schedule that ends in alpha = 0 (flow, zero terminal SNR), where x_t is "
+                "pure noise and epsilon does not determine x_0: write objective=pred_v or objective=pred_flow"
             )
 
 
@@ -126,7 +131,7 @@ class PredV(Objective):
 class PredFlow(Objective):
     """y = ε − x_0, the velocity of the straight line from data to noise (Liu et al. 2022; Lipman et al. 2022); D = α + σ.
 
-    Papers that run t from noise to data have the other sign. On the curve `flow` it is dx/dt; on others a mixture as any.
+    Papers with t from noise to data use the opposite sign. On the curve `flow` y is dx/dt.
     """
 
     def coefficients(self, schedule: Schedule, t: Scalars) -> tuple[Scalars, Scalars]:
@@ -137,15 +142,15 @@ class PredFlow(Objective):
 class EDM(Objective):
     """The preconditioning of Karras et al. 2022, table 1, as a linear map: y = (x_0 − c_skip x_t)/c_out on any curve.
 
-    With s = σ/α, c_skip = σ_d²/(s² + σ_d²) and c_out = sσ_d/√(s² + σ_d²), x_t/α for their state; hence, n = √(α²σ_d² + σ²),
-    a = σ/(σ_d n), b = −ασ_d/n, D = −n/σ_d. Input and target have variance 1 at every t. With σ_d = 1 y is −v/√(α² + σ²).
-    The input is always scaled by 1/n, and the network is told ln(s)/4.
+    With s = σ/α, c_skip = σ_d²/(s² + σ_d²) and c_out = sσ_d/√(s² + σ_d²), and x_t/α as their state. With n = √(α²σ_d² + σ²)
+    this gives a = σ/(σ_d n), b = −ασ_d/n, D = −n/σ_d. Input and target have variance 1 at every t; for σ_d = 1 y is
+    −v/√(α² + σ²). The input is always scaled by 1/n, and the time-conditioning input is ln(s)/4.
 
     Args:
         sigma_data: σ_d > 0, the standard deviation of the data.
 
     Raises:
-        ValueError: σ_d that is not positive.
+        ConfigError: σ_d is not a finite number above 0.
     """
 
     def __init__(self, sigma_data: float = 0.5) -> None:
@@ -165,42 +170,44 @@ class EDM(Objective):
     def check(self, schedule: Schedule) -> None:
         if schedule.zero_terminal_snr:
             raise ConfigError(
-                "objective=edm tells the network ln(sigma/alpha), which is infinite where a schedule ends in alpha = 0 (flow, "
-                "zero terminal SNR); write objective=pred_v or objective=pred_flow"
+                "objective=edm conditions the network on ln(sigma/alpha), which is infinite on a schedule that ends in alpha = 0 "
+                "(flow, zero terminal SNR): write objective=pred_v or objective=pred_flow"
             )
 
 
 class PredMean(Objective):
-    """y = μ̃, the mean of q(x_s | x_t, x_0) one training step below: s = t − 1/T (Ho et al. 2020, eq. 7, their first option).
+    """y = μ̃, the mean of q(x_s | x_t, x_0) at s = t − 1/T, one training step below (Ho et al. 2020, eq. 7, their first option).
 
-    The pair (t, s) is the training pair also when sampling is strided. μ̃ = c_1 x_t + c_0 x_0, hence a = c_0 + c_1 α and
-    b = c_1 σ, D = −σ c_0. 1/c_0 reaches thousands at t = 1, which amplifies the network's error as much.
+    Strided sampling uses the same pair (t, s). μ̃ = c_1 x_t + c_0 x_0 gives a = c_0 + c_1 α, b = c_1 σ, D = −σ c_0. 1/c_0 is in
+    the thousands near t = 1 and amplifies the network's error by that factor.
     """
 
     def coefficients(self, schedule: Schedule, t: Scalars) -> tuple[Scalars, Scalars]:
-        wide = t.double()
-        c1, c0 = self._mean(schedule, wide)
-        alpha, sigma = schedule.alpha_sigma(wide)
+        t64 = t.double()
+        c1, c0 = self._mean(schedule, t64)
+        alpha, sigma = schedule.alpha_sigma(t64)
         return cast_like(c0 + c1 * alpha, t), cast_like(c1 * sigma, t)
 
     def determinant(self, schedule: Schedule, t: Scalars) -> Scalars:
-        wide = t.double()
-        _, c0 = self._mean(schedule, wide)
-        return cast_like(-schedule.alpha_sigma(wide)[1] * c0, t)
+        t64 = t.double()
+        _, c0 = self._mean(schedule, t64)
+        return cast_like(-schedule.alpha_sigma(t64)[1] * c0, t)
 
     def check(self, schedule: Schedule) -> None:
         self._step(schedule)
 
     @staticmethod
     def _step(schedule: Schedule) -> float:
+        """Return 1/T."""
         if schedule.steps is None:
             raise ConfigError(
-                "objective=pred_mean needs a schedule with steps (linear, cosine, …); write objective=pred_v"
+                "objective=pred_mean needs a discrete schedule (linear, cosine, …), and this one is continuous: write "
+                "objective=pred_v"
             )
         return 1 / schedule.steps
 
     def _mean(self, schedule: Schedule, t: Scalars) -> tuple[Scalars, Scalars]:
-        """(c_1, c_0) of the training pair, t in float64: c_1 = α_{t|s} σ_s²/σ_t², c_0 = α_s σ²_{t|s}/σ_t² (see gaussian.py)."""
+        """Return (c_1, c_0) of the training pair for t in float64: c_1 = α_{t|s} σ_s²/σ_t², c_0 = α_s σ²_{t|s}/σ_t²."""
         alpha_t, sigma_t = schedule.alpha_sigma(t)
         alpha_s, sigma_s = schedule.alpha_sigma((t - self._step(schedule)).clamp(min=0))
         ratio, shrink = alpha_t / alpha_s, (sigma_s / sigma_t).square()

@@ -1,6 +1,7 @@
-"""How training draws t. Keyed as all noise is: the time of an example depends on (seed, step, its position) alone.
+"""Time samplers: the distribution of t in training.
 
-Importance sampling alone also depends on the losses before, whose history is therefore part of a checkpoint.
+Times are keyed like all noise: that of an example depends on (seed, step, position in the global batch) alone. Importance
+sampling also depends on earlier losses, whose history is therefore part of a checkpoint.
 """
 
 import math
@@ -8,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 import torch
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from diffusion_lab.errors import ConfigError
@@ -16,17 +18,17 @@ from diffusion_lab.schedules import Schedule
 
 
 class TimeSampler(ABC):
-    """times(schedule, position, batch_size, seed=…, step=…) → t in (0, 1], float64, the shape of `position`.
+    """time_sampler(schedule, position, batch_size, seed=…, step=…) → t in (0, 1], float64, of the shape of `position`.
 
-    A new one gives the map from u ∈ (0, 1) to t: the inverse of its distribution function. On a table t is then a node, the
-    upper end of the cell that it falls in.
+    A subclass implements `times`, the inverse of its distribution function. On a table t is rounded up to the next node.
 
     Args:
-        stratified: one u in each of B equal parts of (0, 1], B the global batch, so that the loss of a step has less variance
-            at no cost: the low-variance sampler of Kingma et al. 2021 (VDM, appendix I.1), with an own offset in each part.
+        stratified: draw one u in each of B equal parts of (0, 1], B the size of the global batch, which lowers the variance of
+            the loss at no cost (the low-variance sampler of Kingma et al. 2021, VDM, appendix I.1, with an independent offset
+            in each part).
 
     Attributes:
-        learns: whether `update` wants the losses.
+        learns: whether `update` uses the losses.
     """
 
     learns = False
@@ -35,35 +37,55 @@ class TimeSampler(ABC):
         self.stratified = stratified
 
     @abstractmethod
-    def times(self, schedule: Schedule, u: Tensor) -> Tensor:
-        """t ∈ [0, 1] for u ∈ (0, 1), both float64 (B,); increasing."""
+    def times(self, schedule: Schedule, u: Float64[Tensor, " b"]) -> Float64[Tensor, " b"]:
+        """Return t ∈ [0, 1] for u ∈ (0, 1); increasing in u."""
 
-    def place(self, u: Tensor, position: Tensor, batch_size: int) -> Tensor:
-        """u ∈ (0, 1) of each example from its own uniform number, its position in the global batch and that batch's size."""
+    def stratify(
+        self, u: Float64[Tensor, " b"], position: Int64[Tensor, " b"], batch_size: int
+    ) -> Float64[Tensor, " b"]:
+        """Return u ∈ (0, 1) of each example, moved into the part of (0, 1] of its position if stratified.
+
+        Args:
+            u: independent uniform numbers in (0, 1).
+            position: position of each example in the global batch.
+            batch_size: size of the global batch.
+        """
         return (position + u) / batch_size if self.stratified else u
 
-    def __call__(self, schedule: Schedule, position: Tensor, batch_size: int, *, seed: int, step: int) -> Tensor:
-        """Times for the examples at `position`, int64 (B,), each in [0, batch_size), of the global batch of `step`."""
-        own = uniform((), seed=seed, index=position, draw=step, stream=Stream.TIME)
-        t = self.times(schedule, self.place(own, position, batch_size)).clamp(schedule.t_eps, 1)
+    def __call__(
+        self, schedule: Schedule, position: Int64[Tensor, " b"], batch_size: int, *, seed: int, step: int
+    ) -> Float64[Tensor, " b"]:
+        """Return the times of the examples at `position`, each in [0, batch_size), in the global batch of `step`."""
+        u = uniform((), seed=seed, index=position, draw=step, stream=Stream.TIME)
+        t = self.times(schedule, self.stratify(u, position, batch_size)).clamp(schedule.t_eps, 1)
         if schedule.steps is None:
             return t
         return ((t * schedule.steps).floor() + 1).clamp(max=schedule.steps) / schedule.steps
 
-    def weight(self, schedule: Schedule, t: Tensor) -> Tensor:
-        """What the loss at times t (B,) is multiplied by, float64 (B,), so that its mean is that over the times it is meant
-        for. The distributions that are part of a method (log-normal, logit-normal) are what it is meant for: 1."""
+    def weight(self, schedule: Schedule, t: Float[Tensor, " b"]) -> Float64[Tensor, " b"]:
+        """Return the importance weight of the loss at times t.
+
+        It is 1 where the distribution of t is part of the training method (uniform, log-normal, logit-normal).
+        """
         return torch.ones_like(t, dtype=torch.float64)
 
-    def update(self, schedule: Schedule, t: Tensor, loss: Tensor) -> None:  # noqa: B027 most have nothing to learn
-        """Learn from the losses (B,) at times t (B,), without `weight`, of one global batch in the order of its positions."""
+    def update(  # noqa: B027 most distributions are fixed
+        self, schedule: Schedule, t: Float[Tensor, " b"], loss: Float[Tensor, " b"]
+    ) -> None:
+        """Adapt the distribution to the losses of one global batch.
+
+        Args:
+            schedule: the curve.
+            t: times in the order of their positions.
+            loss: loss of each example, without `weight`.
+        """
 
     def state(self) -> dict[str, Tensor]:
-        """What was learned, for a checkpoint."""
+        """Return the state that `update` changes, for a checkpoint."""
         return {}
 
-    def load(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027
-        """Continue from what `state` gave."""
+    def load(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027 most distributions are fixed
+        """Restore a state returned by `state`."""
 
 
 class Uniform(TimeSampler):
@@ -72,17 +94,17 @@ class Uniform(TimeSampler):
     def __init__(self) -> None:
         super().__init__(stratified=False)
 
-    def times(self, schedule: Schedule, u: Tensor) -> Tensor:
+    def times(self, schedule: Schedule, u: Float64[Tensor, " b"]) -> Float64[Tensor, " b"]:
         return u
 
 
 class Stratified(TimeSampler):
-    """Uniform times, one in each of B equal parts of (0, 1], B the global batch."""
+    """Uniform times, one in each of B equal parts of (0, 1], B the size of the global batch."""
 
     def __init__(self) -> None:
         super().__init__(stratified=True)
 
-    def times(self, schedule: Schedule, u: Tensor) -> Tensor:
+    def times(self, schedule: Schedule, u: Float64[Tensor, " b"]) -> Float64[Tensor, " b"]:
         return u
 
 
@@ -90,58 +112,58 @@ class LogNormal(TimeSampler):
     """ln(σ/α) ~ N(mean, std²), clipped to the curve (Karras et al. 2022, table 1, "noise distribution").
 
     Args:
-        mean: of ln(σ/α).
-        std: of ln(σ/α), above 0.
+        mean: mean of ln(σ/α).
+        std: standard deviation of ln(σ/α), above 0.
         stratified: see `TimeSampler`.
 
     Raises:
-        ValueError: `std` not positive, or `mean` no number.
+        ConfigError: `mean` is not finite, or `std` is not finite and above 0.
     """
 
     def __init__(self, mean: float = -1.2, std: float = 1.2, stratified: bool = True) -> None:
         super().__init__(stratified)
         self.mean, self.std = _normal("log_normal", mean, std)
 
-    def times(self, schedule: Schedule, u: Tensor) -> Tensor:
+    def times(self, schedule: Schedule, u: Float64[Tensor, " b"]) -> Float64[Tensor, " b"]:
         return schedule.time(-(self.mean + self.std * torch.special.ndtri(u)))
 
 
 class LogitNormal(TimeSampler):
-    """ln(t/(1 − t)) ~ N(mean, std²), for the curve `flow` (Esser et al. 2024, eq. 19).
+    """ln(t/(1 − t)) ~ N(mean, std²), designed for the curve `flow` (Esser et al. 2024, eq. 19).
 
     Args:
-        mean: of the logit of t; above 0 more noise.
-        std: of the logit of t, above 0.
+        mean: mean of the logit of t; above 0 it favors noise.
+        std: standard deviation of the logit of t, above 0.
         stratified: see `TimeSampler`.
 
     Raises:
-        ValueError: `std` not positive, or `mean` no number.
+        ConfigError: `mean` is not finite, or `std` is not finite and above 0.
     """
 
     def __init__(self, mean: float = 0.0, std: float = 1.0, stratified: bool = True) -> None:
         super().__init__(stratified)
         self.mean, self.std = _normal("logit_normal", mean, std)
 
-    def times(self, schedule: Schedule, u: Tensor) -> Tensor:
+    def times(self, schedule: Schedule, u: Float64[Tensor, " b"]) -> Float64[Tensor, " b"]:
         return torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
 
 
 class Importance(TimeSampler):
-    """p(t) ∝ √E[L_t²], L_t the loss at t, and the weight 1/p(t) beside it (Nichol & Dhariwal 2021, section 3.3).
+    """p(t) ∝ √E[L_t²] with the loss weight 1/p(t), L_t the loss at t (Nichol & Dhariwal 2021, section 3.3).
 
-    (0, 1] is divided into bins: on a table one for each of its T nodes, on a continuous curve `bins` equal ones with a uniform
-    density inside. E[L²] is that of the last `history` losses of a bin, of all processes; p is uniform until every bin has as
-    many. The history is float64, 8 · history bytes a bin (320 kB for T = 4000), and part of every checkpoint.
+    (0, 1] is divided into bins: one for each of the T nodes of a table, or `bins` equal ones on a continuous curve, with a
+    uniform density inside each. E[L²] is the mean over the last `history` losses of a bin, of all processes. p is uniform until
+    every bin has that many. The history takes 8 · history bytes a bin (320 kB for T = 4000) in every checkpoint.
 
     Args:
-        history: losses remembered for each bin; 10 published.
-        uniform_prob: the share of uniform times, in [0, 1], which keeps every weight below 1/uniform_prob; 0.001 in the
-            published code.
-        bins: on a continuous curve.
+        history: number of losses kept for each bin; the published value is 10.
+        uniform_prob: fraction of uniform times, in [0, 1], which bounds every weight by 1/uniform_prob; the published value is
+            0.001.
+        bins: number of bins on a continuous curve.
         stratified: see `TimeSampler`.
 
     Raises:
-        ValueError: an argument outside its range.
+        ConfigError: an argument is out of range.
     """
 
     learns = True
@@ -152,28 +174,33 @@ class Importance(TimeSampler):
         super().__init__(stratified)
         if history < 1 or bins < 1 or not 0 <= uniform_prob <= 1:
             raise ConfigError(
-                f"times importance needs history >= 1, bins >= 1 and uniform_prob in [0, 1] (published: 10 and 0.001), not "
-                f"history={history}, bins={bins}, uniform_prob={uniform_prob}"
+                f"time_sampler=importance needs history >= 1, bins >= 1 and uniform_prob in [0, 1] (published: history=10, "
+                f"uniform_prob=0.001), not history={history}, bins={bins}, uniform_prob={uniform_prob}"
             )
         self.history, self.uniform_prob, self.bins = history, uniform_prob, bins
-        self._losses = torch.zeros(0, history, dtype=torch.float64)  # the last ones of each bin, a ring
-        self._counts = torch.zeros(0, dtype=torch.int64)  # how many each bin has had
+        self._losses = torch.zeros(0, history, dtype=torch.float64)  # ring buffer of the last losses of each bin
+        self._counts = torch.zeros(0, dtype=torch.int64)  # number of losses that each bin has received
 
     def _bins(self, schedule: Schedule) -> int:
-        """How many bins there are, with the memory for them."""
+        """Return the number of bins; allocate the history on the first call.
+
+        Raises:
+            ConfigError: a history loaded from a checkpoint has another shape.
+        """
         n = schedule.steps or self.bins
         if len(self._counts) == 0:
             self._losses = torch.zeros(n, self.history, dtype=torch.float64)
             self._counts = torch.zeros(n, dtype=torch.int64)
         if self._losses.shape != (n, self.history):
             raise ConfigError(
-                f"the checkpoint's history of losses is {tuple(self._losses.shape)} (bins, history) and this run's is "
-                f"({n}, {self.history}): keep schedule.steps, times.bins and times.history, or write time_sampler=stratified"
+                f"the checkpoint's loss history has the shape {tuple(self._losses.shape)} (bins, history), and this run needs "
+                f"({n}, {self.history}): keep schedule.steps, time_sampler.bins and time_sampler.history, or write "
+                "time_sampler=stratified"
             )
         return n
 
-    def probabilities(self, schedule: Schedule) -> Tensor:
-        """p of each bin, float64, sum 1."""
+    def probabilities(self, schedule: Schedule) -> Float64[Tensor, " bins"]:
+        """Return p of each bin, with sum 1."""
         n = self._bins(schedule)
         root = self._losses.square().mean(1).sqrt()
         total = root.sum()
@@ -181,34 +208,36 @@ class Importance(TimeSampler):
             return torch.full((n,), 1 / n, dtype=torch.float64)
         return (1 - self.uniform_prob) * root / total + self.uniform_prob / n
 
-    def times(self, schedule: Schedule, u: Tensor) -> Tensor:
+    def times(self, schedule: Schedule, u: Float64[Tensor, " b"]) -> Float64[Tensor, " b"]:
         p = self.probabilities(schedule)
         upper = p.cumsum(0)
-        found = torch.searchsorted(upper, u).clamp(max=len(p) - 1)
-        # strictly inside the bin, so that rounding moves no time to its neighbour
-        inside = ((u - (upper - p)[found]) / p[found]).clamp(1e-9, 1 - 1e-9)
-        return (found + inside) / len(p)
+        i = torch.searchsorted(upper, u).clamp(max=len(p) - 1)
+        # strictly inside the bin, so that rounding moves no time into the neighboring one
+        fraction = ((u - (upper - p)[i]) / p[i]).clamp(1e-9, 1 - 1e-9)
+        return (i + fraction) / len(p)
 
-    def weight(self, schedule: Schedule, t: Tensor) -> Tensor:
-        """1/(n p), n the number of bins: the mean of the weighted loss is that over uniform times."""
+    def weight(self, schedule: Schedule, t: Float[Tensor, " b"]) -> Float64[Tensor, " b"]:
+        """Return 1/(n p), n the number of bins: the mean of the weighted loss is the mean over uniform times."""
         p = self.probabilities(schedule)
         return 1 / (len(p) * p[self._bin(schedule, t)])
 
-    def _bin(self, schedule: Schedule, t: Tensor) -> Tensor:
+    def _bin(self, schedule: Schedule, t: Float[Tensor, " b"]) -> Int64[Tensor, " b"]:
+        """Return the bin of each time; a time on the edge of two bins belongs to the lower one."""
         n = self._bins(schedule)
-        at = t.double() * n
-        return (at.round() if schedule.steps else at.ceil()).long().clamp(1, n) - 1
+        position = t.double() * n
+        return (position.round() if schedule.steps else position.ceil()).long().clamp(1, n) - 1
 
-    def update(self, schedule: Schedule, t: Tensor, loss: Tensor) -> None:
+    def update(self, schedule: Schedule, t: Float[Tensor, " b"], loss: Float[Tensor, " b"]) -> None:
+        """Append the finite losses to the histories of their bins. Arguments as in `TimeSampler.update`."""
         finite = loss.isfinite()
-        at, loss = self._bin(schedule, t[finite]), loss[finite].double()
-        order = at.argsort(stable=True)
-        at, loss = at[order], loss[order]
-        here = at.bincount(minlength=len(self._counts))
-        rank = torch.arange(len(at)) - (here.cumsum(0) - here)[at]  # among those of its bin in this batch
-        kept = rank >= here[at] - self.history  # no two of these share a place in the ring
-        self._losses[at[kept], (self._counts[at] + rank)[kept] % self.history] = loss[kept]
-        self._counts += here
+        bins, loss = self._bin(schedule, t[finite]), loss[finite].double()
+        order = bins.argsort(stable=True)
+        bins, loss = bins[order], loss[order]
+        counts = bins.bincount(minlength=len(self._counts))
+        rank = torch.arange(len(bins)) - (counts.cumsum(0) - counts)[bins]  # within its bin in this batch
+        kept = rank >= counts[bins] - self.history  # no two of these have the same slot of the ring buffer
+        self._losses[bins[kept], (self._counts[bins] + rank)[kept] % self.history] = loss[kept]
+        self._counts += counts
 
     def state(self) -> dict[str, Tensor]:
         return {"losses": self._losses.clone(), "counts": self._counts.clone()}
@@ -218,6 +247,7 @@ class Importance(TimeSampler):
 
 
 def _normal(name: str, mean: float, std: float) -> tuple[float, float]:
+    """Return (mean, std) of a normal distribution; ConfigError where they are not finite or std ≤ 0."""
     if not (math.isfinite(mean) and 0 < std < math.inf):
-        raise ConfigError(f"times {name} needs a number mean and std > 0, not mean={mean}, std={std}")
+        raise ConfigError(f"time_sampler={name} needs a finite mean and a finite std > 0, not mean={mean}, std={std}")
     return mean, std

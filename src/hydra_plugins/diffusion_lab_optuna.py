@@ -1,7 +1,7 @@
-"""hydra/sweeper=optuna: the values of a sweep chosen by Optuna (Akiba et al. 2019), bad trials ended early.
+"""hydra/sweeper=optuna: sample the values of a sweep with Optuna (Akiba et al. 2019) and prune trials.
 
-Hydra's published plugin holds Optuna below 3, which the current SQLAlchemy breaks; this is the same idea on the current one.
-Hydra looks for plugins in packages of this name and imports this file at every start: Optuna is imported when a study begins.
+The published plugin hydra-optuna-sweeper requires optuna < 3; this one supports current versions. Hydra imports every module of
+the package `hydra_plugins` at startup, so Optuna is imported only when a study starts.
 """
 
 import os
@@ -24,25 +24,23 @@ from diffusion_lab.errors import ConfigError
 if TYPE_CHECKING:
     import optuna
 
-TRIAL_ENV = "DIFFUSION_LAB_TRIAL"  # in a job: the number of its trial
+TRIAL_ENV = "DIFFUSION_LAB_TRIAL"  # environment variable of a job: the number of its trial
 
-_in_memory: dict[str, "optuna.Study"] = {}  # what jobs in this process report to where there is no file
+_in_memory: dict[str, "optuna.Study"] = {}  # studies without storage, by name: jobs in this process report to them
 
 
 @dataclass
 class OptunaConf:
-    """hydra.sweeper.KEY=VALUE; what is searched stands in the sweep's keys: lr_scheduler.warmup=range(0,400,100),
+    """Options hydra.sweeper.KEY=VALUE. The search space is given by sweep overrides: lr_scheduler.warmup=range(0,400,100),
     'optimizer.lr=tag(log,interval(1e-4,1e-2))', schedule=linear,cosine."""
 
     _target_: str = "hydra_plugins.diffusion_lab_optuna.OptunaSweeper"
     trials: int = 20
-    parallel: int = 1  # trials given to the launcher at a time
+    parallel: int = 1  # trials per call of the launcher
     sampler: str = "tpe"  # tpe, random
-    pruner: str = "median"  # median, hyperband, none: what ends a trial whose figure is behind
+    pruner: str = "median"  # median, hyperband, none
     seed: int = 0  # of the sampler
-    storage: str | None = (
-        None  # a file, which further processes share and an interrupted study goes on from; null: memory
-    )
+    storage: str | None = None  # journal file, shared by processes and continued after an interruption; null: memory
     study: str = "diffusion-lab"
     params: dict[str, str] = field(default_factory=dict)
 
@@ -51,9 +49,9 @@ ConfigStore.instance().store(group="hydra/sweeper", name="optuna", node=OptunaCo
 
 
 class OptunaSweeper(Sweeper):
-    """Asks Optuna for values, launches them, tells it what came out.
+    """Run a study: ask Optuna for trials, launch their jobs, report the outcomes.
 
-    A job returns a cli.sweeps.Outcome: its `value` is minimised, "pruned" and failed ones count as such.
+    A job returns a `cli.sweeps.Outcome`, whose `value` is minimized; pruned and failed jobs are reported as such.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -71,13 +69,13 @@ class OptunaSweeper(Sweeper):
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        given = OverridesParser.create().parse_overrides(arguments)
-        named = {override.key_or_group for override in given}
+        overrides = OverridesParser.create().parse_overrides(arguments)
+        named = {override.key_or_group for override in overrides}
         params = OverridesParser.create().parse_overrides(
             [f"{key}={value}" for key, value in self.options.params.items() if key not in named]
         )
-        fixed = [str(o.input_line) for o in [*given, *params] if not o.is_sweep_override()]
-        space = {o.get_key_element(): _distribution(o) for o in [*given, *params] if o.is_sweep_override()}
+        fixed = [str(o.input_line) for o in [*overrides, *params] if not o.is_sweep_override()]
+        space = {o.get_key_element(): _distribution(o) for o in [*overrides, *params] if o.is_sweep_override()}
         folder = Path(self.config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.config, folder / "multirun.yaml")
@@ -88,7 +86,7 @@ class OptunaSweeper(Sweeper):
             while (done := sum(t.state.is_finished() for t in study.trials)) < self.options.trials:
                 try:
                     trials = [study.ask(space) for _ in range(min(self.options.parallel, self.options.trials - done))]
-                except ValueError as error:  # the values of a choice are others than when the study began
+                except ValueError as error:  # the choices differ from those of the stored study
                     raise ConfigError(f"{error}: write another hydra.sweeper.study=") from error
                 jobs = [
                     [*fixed, *(f"{k}={v}" for k, v in t.params.items()), f"+hydra.job.env_set.{TRIAL_ENV}='{t.number}'"]
@@ -110,8 +108,10 @@ class OptunaSweeper(Sweeper):
 
 
 def reporter() -> Callable[[float, int], bool] | None:
-    """In a job of such a sweep: (value, step) → whether the trial should end. None elsewhere, and where the study lies in the
-    memory of another process."""
+    """Return a function (value, step) → whether to prune this job's trial.
+
+    None outside such a sweep, and if the study is in the memory of another process.
+    """
     from hydra.core.hydra_config import HydraConfig
 
     if TRIAL_ENV not in os.environ or not HydraConfig.initialized():
@@ -134,7 +134,11 @@ def reporter() -> Callable[[float, int], bool] | None:
 
 
 def _study(options: OptunaConf) -> "optuna.Study":
-    """The study, begun or continued. Raises ValueError: an unknown sampler or pruner."""
+    """Create or load the study.
+
+    Raises:
+        ConfigError: an unknown sampler or pruner.
+    """
     import optuna
 
     samplers = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
@@ -150,11 +154,11 @@ def _study(options: OptunaConf) -> "optuna.Study":
     if options.storage:
         Path(options.storage).parent.mkdir(parents=True, exist_ok=True)
         storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(options.storage))
-    held = [] if storage is None else [s for s in storage.get_all_studies() if s.study_name == options.study]
-    begun = sum(len(storage.get_all_trials(s._study_id, deepcopy=False)) for s in held) if storage else 0
+    stored = [] if storage is None else [s for s in storage.get_all_studies() if s.study_name == options.study]
+    trials = sum(len(storage.get_all_trials(s._study_id, deepcopy=False)) for s in stored) if storage else 0
     return optuna.create_study(
         storage=storage,
-        sampler=samplers[options.sampler](seed=options.seed + begun),  # one that goes on must not draw the same again
+        sampler=samplers[options.sampler](seed=options.seed + trials),  # a continued study must not repeat its draws
         pruner=pruners[options.pruner](),
         study_name=options.study,
         direction="minimize",
@@ -163,7 +167,7 @@ def _study(options: OptunaConf) -> "optuna.Study":
 
 
 def _distribution(override: Override) -> "optuna.distributions.BaseDistribution":
-    """What Optuna draws from for a sweep a,b, choice(a,b), range(a,b,step) or interval(a,b), which a tag makes log-uniform."""
+    """Return the distribution of a sweep a,b, choice(a,b), range(a,b,step) or interval(a,b); the tag `log` is log-uniform."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     value = override.value()

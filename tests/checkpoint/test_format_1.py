@@ -77,11 +77,10 @@ def test_it_is_evaluated_by_its_fit_and_reported(tmp_path, capfd):
     assert outcome.code == 0, outcome.err
     (row,) = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert np.isfinite(row["metrics"]["nll"])
-    from diffusion_lab.reporting import main
-
     shutil.copytree(OLD, tmp_path / "runs")
-    assert main([str(tmp_path / "runs"), "--out", str(tmp_path / "report.html")]) == 0
-    assert "2 runs" in capfd.readouterr().out
+    outcome = command("report", [str(tmp_path / "runs"), f"out={tmp_path / 'report.html'}"], capfd)
+    assert outcome.code == 0, outcome.err
+    assert "2 runs" in outcome.out
 
 
 def test_a_variance_is_fitted_to_it(tmp_path, capfd):

@@ -9,7 +9,7 @@ from command import TINY, code, command, train
 
 from diffusion_lab.checkpoint import load_checkpoint
 from diffusion_lab.checkpoint.guidance import guided
-from diffusion_lab.commands import conditions
+from diffusion_lab.conditions import requested_condition
 from diffusion_lab.guidance import ClassifierFreeTransform, ClassifierTransform
 from diffusion_lab.instantiation import instantiate_untrusted
 from diffusion_lab.metrics.classifier import Noise, Recipe, load_or_train
@@ -186,9 +186,9 @@ def test_attributes_by_their_names(tmp_path, capfd, monkeypatch):
     assert outcome.code == 0, outcome.err
     loaded = load_checkpoint(run)
     assert loaded.config["condition"]["names"] == ["big", "odd"]
-    asked = conditions.asked({"labels": ["odd", "-big"]}, loaded, 3)["label"]
+    asked = requested_condition(loaded.condition, None, 3, ["odd", "-big"])["label"]
     assert asked.tolist() == [[-1.0, 1.0]] * 3
-    assert conditions.asked({"labels": "cycle"}, loaded, 2)["label"].tolist() == [[0.0, 0.0]] * 2
+    assert requested_condition(loaded.condition, None, 2, "cycle")["label"].tolist() == [[0.0, 0.0]] * 2
     common = [*QUICK, f"ckpt={run}", "n=4", "guidance=cfg"]
     outcome = command("sample", [*common, "labels=[odd,-big]", f"out={tmp_path / 'a'}"], capfd)
     assert outcome.code == 0, outcome.err
@@ -203,7 +203,7 @@ def test_attributes_by_their_names(tmp_path, capfd, monkeypatch):
         ("run", ["labels=[3,10]"], "0 … 9"),
         ("run", ["labels=[three]"], "cycle or a list"),
         ("run", ["condition_data=somewhere"], "leave it out"),
-        ("run", ["guidance=cfg", "guidance.scale=-1"], "from 0 on"),
+        ("run", ["guidance=cfg", "guidance.scale=-1"], "finite number >= 0"),
         ("run", ["guidance=cfg", "guidance.interval=[0.5,0.1]"], "low < high"),
         ("run", ["guidance.scale=2"], "guidance"),
         ("run", ["guidance=classifier"], "train_classifier.py data=digits noisy=true schedule=cosine"),

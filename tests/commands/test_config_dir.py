@@ -140,7 +140,7 @@ def test_a_glob_sweeps_over_the_options_and_a_custom_without_class_is_one_line(t
     outcome = command("train", arguments, capfd)
     assert outcome.code == 1
     assert "4 jobs in" in outcome.out
-    assert "loss needs the class that it stands for: write loss._target_=my_package.MyClass" in outcome.out
+    assert "loss needs a class: write loss._target_=my_package.MyClass" in outcome.out
 
 
 def test_help_lists_options_from_outside(capfd):

@@ -13,9 +13,10 @@ from PIL import Image
 from diffusion_lab import composition
 from diffusion_lab.checkpoint import load_checkpoint
 from diffusion_lab.commands.evaluate import samplers
-from diffusion_lab.commands.evaluate.prepare import prepare
-from diffusion_lab.commands.evaluate.work import rows
-from diffusion_lab.commands.sample import write
+from diffusion_lab.commands.evaluate.measure import rows
+from diffusion_lab.commands.evaluate.prepare import check_settings
+from diffusion_lab.commands.evaluate.prepare import prepare as build_and_check
+from diffusion_lab.commands.sample.context import write_samples
 from diffusion_lab.commands.train import build
 from diffusion_lab.data.pictures import to_uint8
 from diffusion_lab.metrics import extractors
@@ -24,6 +25,12 @@ from diffusion_lab.metrics.frechet import frechet_distance, moments
 from diffusion_lab.samplers import DDIM
 
 QUICK = ("batch_size=16", "device=cpu", "n=70", "steps=[2]")
+
+
+def prepare(settings):
+    """What the command checks and builds before it samples."""
+    check_settings(settings)
+    return build_and_check(settings)
 
 
 @pytest.fixture
@@ -71,7 +78,7 @@ def made(run, tmp_path_factory):
     out = tmp_path_factory.mktemp("made")
     labels = torch.arange(70) % 10
     images = load_checkpoint(run).sample(70, DDIM(2), batch_size=16, condition={"label": labels})
-    write(out, images, labels, save_images=True)
+    write_samples(out, images, labels, save_images=True)
     return out
 
 
@@ -213,7 +220,7 @@ def test_references_are_exported_imported_and_not_mixed_up(measured, settings, t
     np.savez(tmp_path / "inception.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     for values, said in (
         ({"reference": kept, "split": "val"}, "is the reference of split=all, and wanted is split=val"),
-        ({"save_reference": kept}, "is there already"),
+        ({"save_reference": kept}, "exists: name another file"),
         ({"reference": kept, "split": "all", "metrics": ["prdc"], "extractor": "classifier"}, "leave them out"),
         ({"reference": str(tmp_path / "inception.npz")}, "of 2048 features"),
     ):
@@ -334,7 +341,7 @@ def test_another_data_set_than_the_checkpoint_s(measured, settings, tmp_path):
     (row,) = measured(*mine(8), **own)
     assert row["data"]["name"] == "ImageFolder"
     assert row["references"]["flatten"]["n"] == 90
-    with pytest.raises(ValueError, match="makes images 8×8×1, and the data set's are 9×9×1"):
+    with pytest.raises(ValueError, match="images are 8×8×1, and the data set's are 9×9×1"):
         prepare(settings(*mine(9), **own))
     with pytest.raises(ValueError, match="no labels: write extractor=inception"):
         prepare(settings(*mine(8)))

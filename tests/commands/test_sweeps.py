@@ -61,7 +61,7 @@ def test_a_sweep_goes_on_after_jobs_that_fail_and_lists_them(tmp_path, capfd, mo
 def test_a_job_that_was_killed_is_listed(tmp_path, capsys):
     (tmp_path / "0" / ".hydra").mkdir(parents=True)
     (tmp_path / "0" / ".hydra" / "overrides.yaml").write_text("[seed=1]")
-    assert sweeps.summarise(tmp_path) == 1
+    assert sweeps.summarize(tmp_path) == 1
     assert "failed  0  seed=1: no result recorded" in capsys.readouterr().out
 
 
@@ -198,7 +198,7 @@ def test_a_trial_behind_the_others_is_told_to_end(monkeypatch):
 def test_a_pruned_run_stops_at_the_figure_that_was_behind(tmp_path, capfd, monkeypatch):
     from diffusion_lab.commands import train
 
-    monkeypatch.setattr(train, "_hooks", lambda settings: [Pruning(lambda value, step: value > 0)])
+    monkeypatch.setattr(train, "added_callbacks", lambda settings: [Pruning(lambda value, step: value > 0)])
     code, out, _ = command("train", [*SHORT, "--multirun", "seed=3", f"hydra.sweep.dir={tmp_path}"], capfd)
     assert code == 0
     assert outcome(tmp_path, 0)["status"] == "pruned"

@@ -95,7 +95,7 @@ def test_a_grid_of_classes_of_unequal_size():
 def test_interpolation_ends_are_the_decoded_latents(sample, given, tmp_path):
     images = f"images=[{given / 'a.png'},{given / 'b.png'}]"
     said, path, labels = sample("path", "task=interpolate", "n=5", images, "labels=[3]")
-    assert "both ends among them" in said
+    assert "including both" in said
     assert set(labels.tolist()) == {3}
     _, again, _ = sample("again", "task=decode", f"latents={tmp_path / 'path' / 'latents.npz'}")
     assert np.array_equal(path, again)
@@ -129,7 +129,7 @@ def test_the_round_trip_is_reported_and_falls_with_the_steps(sample, given, tmp_
     for steps in (4, 16, 64):
         said, back, _ = sample(f"to{steps}", "task=encode", f"image={given / 'folder'}", steps=steps)
         report = json.loads((tmp_path / f"to{steps}" / "error.json").read_text())
-        assert f"off by {report['rmse']:.2f} levels" in said
+        assert f"root mean square error {report['rmse']:.2f} levels" in said
         assert report["steps"] == steps
         assert report["nfe"] == 2 * steps
         assert len(report["each"]) == 2
@@ -154,7 +154,7 @@ def test_known_pixels_come_back_exactly(sampler, sample, given, tmp_path):
     assert all(np.array_equal(image[:, :4], original[:, :4]) for image in images)
     assert not np.array_equal(images[0][:, 4:], images[1][:, 4:])
     assert "50% of the pixels generated" in said
-    assert ("0 times back up" in said) == (steps is None)
+    assert (" 0 resampled segments" in said) == (steps is None)
     assert (tmp_path / "filled" / "sheet.png").is_file()
 
 
@@ -172,7 +172,7 @@ def test_little_noise_keeps_an_image_and_much_does_not(sample, given, tmp_path):
 
 def test_a_trajectory_is_filmed(sample, tmp_path):
     said, images, _ = sample("film", "task=trajectory", "n=5", "batch_size=3", steps=7)
-    assert "5 images on their way" in said
+    assert "5 images with their trajectories" in said
     with Image.open(tmp_path / "film" / "trajectory.gif") as film:
         assert film.n_frames == 7 + 1
         film.seek(7)

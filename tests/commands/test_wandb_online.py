@@ -76,7 +76,7 @@ def test_a_server_that_goes_away_costs_nothing_but_a_warning(tmp_path, capfd, mo
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setattr(loggers, "FINISH_SECONDS", 1.0)
-    monkeypatch.setattr(train, "_hooks", lambda settings: [GoesAway(server)])
+    monkeypatch.setattr(train, "added_callbacks", lambda settings: [GoesAway(server)])
     run = tmp_path / "run"
     arguments = [
         *(a for a in TINY if a != "logger=csv"),

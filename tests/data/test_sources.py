@@ -303,7 +303,7 @@ def test_arrays_that_are_not_images_are_refused(tmp_path):
     with pytest.raises(ValueError, match="holds latents: name the images arr_0"):
         load(ImageFolder(), path)
     path.write_bytes(b"half")
-    with pytest.raises(ValueError, match=r"cannot be read as \.npz"):
+    with pytest.raises(ValueError, match=r"cannot be read as an \.npz"):
         load(ImageFolder(), path)
 
 

@@ -13,7 +13,8 @@ from torch import distributed, multiprocessing, nn
 
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.errors import ConfigError
-from diffusion_lab.metrics.collect import Processes, blocks, collect, sampled
+from diffusion_lab.generation import batch_of, generate
+from diffusion_lab.metrics.collect import Processes, blocks, collect
 from diffusion_lab.metrics.extractors import Extractor, Features
 from diffusion_lab.metrics.frechet import frechet_distance, moments
 from diffusion_lab.metrics.measure import label, measure, plan
@@ -45,6 +46,11 @@ def metrics_of(*names):
     """The options of these names with their defaults, by name."""
     options = (FD, FID, FDClassifier, KID, InceptionScore, PRDC)
     return {name: next(option for option in options if option.key == name)() for name in names}
+
+
+def sampled(denoiser, sampler, shape, seed=0, condition=None):
+    """A function that samples a block of images."""
+    return lambda block: generate(denoiser, sampler, shape, batch_of(block, condition, "cpu"), seed=seed)
 
 
 class Small(nn.Module):

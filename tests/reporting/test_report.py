@@ -1,4 +1,4 @@
-"""src/report.py: what the page says is what the files say, hostile names are text, and a real browser shows it."""
+"""src/report.py: the page shows the values of the files, escapes hostile names, and works in a real browser."""
 
 import base64
 import csv
@@ -13,13 +13,26 @@ import sys
 
 import pytest
 import yaml
-from command import ROOT, composed
+from command import ROOT, TINY, code, composed
 from PIL import Image
-from reported import Page, chromium, evaluation, framed, losses, made, opened, png, said, table, write
+from reported import (
+    Page,
+    chromium,
+    csv_text,
+    frame_page,
+    losses,
+    make_evaluation,
+    make_run,
+    open_page,
+    png,
+    script_result,
+    write,
+)
 
-from diffusion_lab.reporting import charts, grids, main
+from diffusion_lab.errors import ConfigError
+from diffusion_lab.reporting import charts, grids, print_report, write_report
 
-OBJECTIVES = {  # of the sweep: job → its overrides, best val/loss, figure of quality
+OBJECTIVES = {  # job of the sweep → its overrides, best val/loss, fd_classifier_1k
     "0": (["schedule=linear", "objective=pred_noise", "trainer.max_steps=100"], 0.30, 12.5),
     "1": (["schedule=linear", "objective=pred_v", "trainer.max_steps=100"], 0.20, 4.25),
     "2": (["schedule=cosine", "objective=pred_noise", "trainer.max_steps=100"], 0.40, 9.75),
@@ -29,7 +42,7 @@ OBJECTIVES = {  # of the sweep: job → its overrides, best val/loss, figure of 
 
 @pytest.fixture
 def sweep(tmp_path):
-    """Four runs of two schedules and two objectives; the lowest loss and the best samples are not of one run."""
+    """Four runs of two schedules and two objectives; the run with the lowest loss is not the one with the best samples."""
     folder = tmp_path / "sweep"
     write(folder / "multirun.yaml", "hydra: {}\n")
     for job, (overrides, best, quality) in OBJECTIVES.items():
@@ -38,29 +51,42 @@ def sweep(tmp_path):
             {"step": 50, "fd_classifier_1k": quality + 1},
             {"step": 100, "fd_classifier_1k": quality},
         ]
-        made(folder / job, overrides, rows, png(40, 40))
+        make_run(folder / job, overrides, rows, png(40, 40))
     return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The run folder of a real training of four steps."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    assert code("train", [*TINY, "trainer.max_steps=4", "condition=label", f"hydra.run.dir={folder}"]) == 0
+    return folder
+
+
+def quoted(text):
+    """A text as a value on Hydra's command line."""
+    return "'" + text.replace("'", "\\'") + "'"
 
 
 @pytest.fixture
 def report(tmp_path, capsys):
-    """report(*arguments) → the page; also prints what was said, and leaves the file at report.html."""
+    """report(*arguments) writes report.html and returns the page."""
 
     def call(*arguments, out="report.html"):
-        assert main([*(str(a) for a in arguments), "--out", str(tmp_path / out)]) == 0
+        assert code("report", [*(str(a) for a in arguments), f"out={tmp_path / out}"]) == 0
         return Page((tmp_path / out).read_text(encoding="utf-8"))
 
     return call
 
 
 def columns(folder):
-    """metrics.csv, read apart from the package: column → [(step, value)]."""
-    found = {}
+    """Read metrics.csv independently of the package: column → [(step, value)]."""
+    values = {}
     for row in csv.DictReader(io.StringIO((folder / "metrics.csv").read_text())):
         for name, value in row.items():
             if value and name != "step":
-                found.setdefault(name, []).append((int(row["step"]), float(value)))
-    return found
+                values.setdefault(name, []).append((int(row["step"]), float(value)))
+    return values
 
 
 def names(page, section="runs"):
@@ -70,20 +96,20 @@ def names(page, section="runs"):
 # the table ----------------------------------------------------------------------------------------------------------------
 
 
-def test_the_table_says_what_metrics_csv_says(sweep, report):
+def test_table_matches_metrics_csv(sweep, report):
     page = report(sweep)
     for job, (overrides, _, quality) in OBJECTIVES.items():
-        found = columns(sweep / job)
-        step, least = min(found["val/loss"], key=lambda point: point[1])
-        rates = sorted(v for _, v in found["speed/images_per_s"])
+        logged = columns(sweep / job)
+        step, lowest = min(logged["val/loss"], key=lambda point: point[1])
+        rates = sorted(v for _, v in logged["speed/images_per_s"])
         rate = (rates[4] + rates[5]) / 2
         expected = {
             "schedule": overrides[0].split("=")[1],
             "objective": overrides[1].split("=")[1],
             "fd_classifier_1k": f"{quality:.4g}",
-            "min val/loss": f"{least:.4f}",
+            "min val/loss": f"{lowest:.4f}",
             "at step": str(step),
-            "last val/loss": f"{found['val/loss'][-1][1]:.4f}",
+            "last val/loss": f"{logged['val/loss'][-1][1]:.4f}",
             "images/s": f"{rate:.0f}",
             "steps": "100",
             "seconds": f"≈ {100 * 128 / rate:.0f}",
@@ -94,26 +120,26 @@ def test_the_table_says_what_metrics_csv_says(sweep, report):
         assert shown == expected
 
 
-def test_runs_are_sorted_by_quality_and_the_best_is_named_first(sweep, report):
+def test_runs_are_sorted_by_quality_and_the_summary_names_the_best(sweep, report):
     page = report(sweep)
     assert names(page) == ["1", "10", "2", "0"]
     assert "4 runs. Lowest fd_classifier_1k: 4.250, run 1: linear · pred_v." in page.words
-    assert "Losses do not compare across these runs, since the schedule and objective differ." in page.words
+    assert "Losses are not comparable across these runs, since the schedule and objective differ." in page.words
 
 
-def test_without_quality_the_loss_ranks_and_the_page_says_what_it_is_worth(tmp_path, report):
+def test_without_quality_the_loss_ranks_with_a_caveat(tmp_path, report):
     for job, (overrides, best, _) in OBJECTIVES.items():
-        made(tmp_path / "sweep" / job, overrides, losses(best))
+        make_run(tmp_path / "sweep" / job, overrides, losses(best))
     page = report(tmp_path / "sweep")
     assert names(page) == ["10", "1", "0", "2"]
     assert "Lowest val/loss: 0.1000, run 10: cosine · pred_v" in page.words
-    assert "not of one thing" in page.words
-    assert [a for _, a in page.elements if a.get("class") == "number best"] == []  # nor is any loss marked as best
+    assert "The losses of these runs are not comparable" in page.words
+    assert [a for _, a in page.elements if a.get("class") == "number best"] == []  # no loss is marked as best
 
 
-def test_losses_of_one_thing_compare(tmp_path, report):
+def test_losses_of_the_same_choices_are_comparable(tmp_path, report):
     for job, rate in enumerate((0.001, 0.002, 0.004)):
-        made(
+        make_run(
             tmp_path / "sweep" / str(job),
             [f"optimizer.lr={rate}", f"seed={job}", "trainer.max_steps=100"],
             losses(0.3 - rate),
@@ -121,16 +147,15 @@ def test_losses_of_one_thing_compare(tmp_path, report):
     page = report(tmp_path / "sweep")
     assert page.tables["runs"][0][:4] == ["run", "optimizer.lr", "seed", "min val/loss"]
     assert [row[1] for row in page.tables["runs"][1:]] == ["0.004", "0.002", "0.001"]
-    assert "compare across" not in page.words
-    assert "not of one thing" not in page.words
+    assert "not comparable" not in page.words
     assert len([a for _, a in page.elements if a.get("class") == "number best"]) == 2
 
 
-def test_seeds_are_averaged(tmp_path, report):
-    """A seed alone may be lucky: the best single run is of one choice, the best mean of the other."""
+def test_results_are_averaged_over_seeds(tmp_path, report):
+    """The best single run has another schedule than the best mean."""
     lowest = {"cosine": [0.10, 0.40], "linear": [0.20, 0.21]}
     for i, (schedule, best) in enumerate((s, b) for s, both in lowest.items() for b in both):
-        made(tmp_path / "sweep" / str(i), [f"schedule={schedule}", f"seed={i % 2}"], losses(best))
+        make_run(tmp_path / "sweep" / str(i), [f"schedule={schedule}", f"seed={i % 2}"], losses(best))
     page = report(tmp_path / "sweep")
     assert page.tables["runs / more"][1:] == [
         ["linear", "2", "0.2050", "0.007071"],
@@ -138,29 +163,28 @@ def test_seeds_are_averaged(tmp_path, report):
     ]
     assert (
         "Lowest val/loss: 0.1000, run 0" in page.words
-    )  # losses along two curves do not compare, which the page says, too
+    )  # with the caveat that losses of two schedules are not comparable
     assert "Over seeds, the lowest mean val/loss is 0.2050 ± 0.007071 (2 runs): linear." in page.words
 
 
-def test_one_run(run, report):
-    """A real one, as src/train.py leaves it."""
-    page = report(run)
-    found = columns(run)
+def test_one_run(trained, report):
+    page = report(trained)
+    logged = columns(trained)
     assert page.column("steps") == {"run run": "4"}
-    assert page.column("last train/loss")["run run"] == f"{found['train/loss'][-1][1]:.4g}"
+    assert page.column("last train/loss")["run run"] == f"{logged['train/loss'][-1][1]:.4g}"
     assert page.column("objective")["run run"] == "pred_v"
-    overrides = yaml.safe_load((run / ".hydra" / "overrides.yaml").read_text())
+    overrides = yaml.safe_load((trained / ".hydra" / "overrides.yaml").read_text())
     assert shlex.split(page.commands[0]) == ["python", "src/train.py", *overrides]
     series = page.data["charts"]["curves"][0]["series"][0]
-    assert series["x"] == [step for step, _ in found["train/loss"]]
-    assert series["y"] == [float(f"{v:.5g}") for _, v in found["train/loss"]]
-    assert "There is one run only" in page.words
+    assert series["x"] == [step for step, _ in logged["train/loss"]]
+    assert series["y"] == [float(f"{v:.5g}") for _, v in logged["train/loss"]]
+    assert "There is only one run" in page.words
 
 
 # curves -------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_curves_are_those_of_metrics_csv(sweep, report):
+def test_charts_contain_the_columns_of_metrics_csv(sweep, report):
     page = report(sweep)
     drawn = {chart["name"]: chart for chart in page.data["charts"]["curves"]}
     assert list(drawn) == ["val/loss", "train/loss", "fd_classifier_1k"]
@@ -172,7 +196,7 @@ def test_the_curves_are_those_of_metrics_csv(sweep, report):
             assert series["y"] == [float(f"{value:.5g}") for _, value in points]
 
 
-def test_a_long_curve_keeps_its_ends_its_spikes_and_its_gaps():
+def test_thinned_curve_keeps_ends_spikes_and_gaps():
     curve = [(step, math.sin(step / 300)) for step in range(5000)]
     curve[1234], curve[4321] = (1234, 9.0), (4321, -9.0)
     curve[2000:2100] = [(step, math.nan) for step in range(2000, 2100)]
@@ -185,14 +209,14 @@ def test_a_long_curve_keeps_its_ends_its_spikes_and_its_gaps():
     assert charts.thinned(curve[:300]) == curve[:300]
 
 
-def test_quality_against_evaluations(sweep, tmp_path, report):
-    """Evaluations find their run by the checkpoint's path, by where they lie, and by the name of a folder that was copied."""
-    evaluation(
+def test_evaluations_are_assigned_to_runs_and_drawn_over_nfe(sweep, tmp_path, report):
+    """By the path of the checkpoint, by the folder of the evaluation, and by the folder names of copied runs."""
+    make_evaluation(
         tmp_path / "eval" / "a", str(sweep / "0" / "checkpoints" / "best.ckpt"), {("ddim", 20): 3.0, ("ddim", 5): 8.0}
     )
-    evaluation(sweep / "1" / "evaluate", "latest", {("ddim", 10): 5.0, ("heun", 10): 4.0})
-    evaluation(tmp_path / "eval" / "b", "/elsewhere/sweep/2/checkpoints/last.ckpt", {("ddim", 10): 6.0})
-    evaluation(tmp_path / "eval" / "c", "/elsewhere/other/run", {("ddim", 10): 7.0})
+    make_evaluation(sweep / "1" / "evaluate", "latest", {("ddim", 10): 5.0, ("heun", 10): 4.0})
+    make_evaluation(tmp_path / "eval" / "b", "/elsewhere/sweep/2/checkpoints/last.ckpt", {("ddim", 10): 6.0})
+    make_evaluation(tmp_path / "eval" / "c", "/elsewhere/other/run", {("ddim", 10): 7.0})
     page = report(sweep, tmp_path / "eval")
     chart = page.data["charts"]["nfe"][0]
     assert chart["name"] == "fd_classifier"
@@ -213,34 +237,34 @@ def test_quality_against_evaluations(sweep, tmp_path, report):
         "run 2": "6.000ddim, 10 NFE",
         "run 10": "–",
     }
-    assert names(page) == ["0", "1", "2", "10"]  # an evaluation outranks the figures of training
+    assert names(page) == ["0", "1", "2", "10"]  # evaluations rank before values of the training
     assert len(page.tables["evaluations"]) == 1 + 6
 
 
-def test_evaluations_of_different_protocols_stand_apart(sweep, tmp_path, report):
-    evaluation(tmp_path / "eval" / "a", str(sweep / "0"), {("ddim", 20): 3.0})
-    evaluation(tmp_path / "eval" / "b", str(sweep / "1"), {("ddim", 20): 2.0}, n=100)
+def test_evaluations_of_different_protocols_have_separate_columns(sweep, tmp_path, report):
+    make_evaluation(tmp_path / "eval" / "a", str(sweep / "0"), {("ddim", 20): 3.0})
+    make_evaluation(tmp_path / "eval" / "b", str(sweep / "1"), {("ddim", 20): 2.0}, n=100)
     head = report(sweep, tmp_path / "eval").tables["runs"][0]
     assert {"fd_classifier (n=500)", "fd_classifier (n=100)"} <= set(head)
 
 
-def test_an_evaluation_alone(tmp_path, report):
-    page = report(evaluation(tmp_path / "eval", "/elsewhere/run/checkpoints/last.ckpt", {("ddim", 20): 3.0}))
+def test_evaluation_without_a_run(tmp_path, report):
+    page = report(make_evaluation(tmp_path / "eval", "/elsewhere/run/checkpoints/last.ckpt", {("ddim", 20): 3.0}))
     assert "Evaluations only." in page.words
     assert page.column("fd_classifier", "evaluations") == {"/elsewhere/run/checkpoints/last.ckpt": "3.000"}
 
 
-# what differs, and the command ----------------------------------------------------------------------------------------------
+# what differs, and the command --------------------------------------------------------------------------------------------
 
 
-def test_what_differs_is_what_the_configurations_say(tmp_path, report):
-    """Against the files compared leaf by leaf. A class stands for its arguments, copies of a value for one difference."""
+def test_differences_match_the_configurations(tmp_path, report):
+    """Compared with the leaves of the files; a differing class replaces its arguments, copies of a value are merged."""
     variants = (
         ["seed=1", "schedule=linear"],
         ["seed=2", "schedule=cosine"],
         ["seed=3", "schedule=cosine", "schedule.shift=2"],
     )
-    folders = [made(tmp_path / "sweep" / str(i), line, losses(0.3)) for i, line in enumerate(variants)]
+    folders = [make_run(tmp_path / "sweep" / str(i), line, losses(0.3)) for i, line in enumerate(variants)]
     page = report(tmp_path / "sweep")
     rows = {row[0]: row[1] for row in page.tables["what-differs"][1:] if "\n" not in row[0]}
     assert {"seed": "1run 02run 13run 2", "schedule": "Linearrun 0Cosine2 runs: 1, 2"}.items() <= rows.items()
@@ -257,13 +281,13 @@ def _leaves(node, path=""):
     return {k: v for key, value in node.items() for k, v in _leaves(value, f"{path}.{key}" if path else key).items()}
 
 
-def test_the_command_begins_the_same_run(tmp_path, report):
+def test_command_composes_the_same_configuration(tmp_path, report):
     lines = [
         ["schedule=linear", "model.multipliers=[1,2]", "callbacks.samples=null", "data.root='my data; $HOME'"],
         ["experiment=edm_digits", "seed=7"],
     ]
     for i, line in enumerate(lines):
-        made(tmp_path / "sweep" / str(i), line, losses(0.3 + i))
+        make_run(tmp_path / "sweep" / str(i), line, losses(0.3 + i))
     page = report(tmp_path / "sweep")
     assert len(page.commands) == 2
     for i, typed in enumerate(page.commands):
@@ -274,8 +298,8 @@ def test_the_command_begins_the_same_run(tmp_path, report):
         assert composed("train", *overrides, run_dir=kept["run_dir"]) == kept
 
 
-def test_a_resumed_run_names_the_file_that_it_resumed(tmp_path, report):
-    made(
+def test_command_of_a_resumed_run_names_the_checkpoint_file(tmp_path, report):
+    make_run(
         tmp_path / "run",
         ["ckpt=latest", "trainer.max_steps=200"],
         losses(0.3),
@@ -286,13 +310,29 @@ def test_a_resumed_run_names_the_file_that_it_resumed(tmp_path, report):
     assert "unfinished: 100 of 200 steps" in page.words
 
 
-# what is left out -----------------------------------------------------------------------------------------------------------
+def test_metrics_of_older_runs_have_their_current_names(sweep, tmp_path, report):
+    folder = make_evaluation(tmp_path / "eval", str(sweep / "0"), {("ddim", 20): 3.0}, spread={"recognised": 0.01})
+    rows = json.loads((folder / "metrics.json").read_text())
+    rows[0]["metrics"] = {"fd_classifier": 3.0, "recognised": 0.75, "as_asked": 0.5}
+    write(folder / "metrics.json", json.dumps(rows))
+    for job in OBJECTIVES:
+        file = sweep / job / "metrics.csv"
+        write(file, file.read_text().replace("fd_classifier_1k", "recognised_1k"))
+    page = report(sweep, tmp_path / "eval")
+    assert page.column("confident_fraction", "evaluations") == {"run 0": "0.7500 ± 0.01000"}
+    assert page.column("label_accuracy", "evaluations") == {"run 0": "0.5000"}
+    assert {"confident_fraction", "label_accuracy", "confident_fraction_1k"} <= set(page.tables["runs"][0])
+    assert "recognised" not in page.text
+    assert "as_asked" not in page.text
 
 
-def test_what_cannot_be_shown_is_listed_with_the_reason(sweep, tmp_path, report, capsys):
-    whole = table(losses(0.3))
+# folders that are left out, and status ------------------------------------------------------------------------------------
+
+
+def test_unreadable_folders_are_listed_with_reasons(sweep, tmp_path, report, capsys):
+    whole = csv_text(losses(0.3))
     (sweep / "11").mkdir()
-    broken = {name: made(sweep / name, [], losses(0.3)) for name in ("12", "13", "14", "15", "16", "17", "18")}
+    broken = {name: make_run(sweep / name, [], losses(0.3)) for name in ("12", "13", "14", "15", "16", "17", "18")}
     (broken["12"] / "config.yaml").unlink()
     write(broken["13"] / "config.yaml", "")
     write(broken["14"] / "config.yaml", "seed: [1")
@@ -307,15 +347,15 @@ def test_what_cannot_be_shown_is_listed_with_the_reason(sweep, tmp_path, report,
     page = report(sweep)
     reasons = {
         "11": "the folder is empty",
-        "12": "no config.yaml: it was refused, or stopped before training began",
+        "12": "no config.yaml: the run was refused, or stopped before training began",
         "13": "config.yaml is empty",
         "14": "config.yaml cannot be read: while parsing a flow sequence",
-        "15": "no metrics.csv: it stopped before its first row was logged",
+        "15": "no metrics.csv: the run stopped before its first row was logged",
         "16": "metrics.csv has no columns step and val/loss or train/loss",
         "17": "metrics.csv is empty",
         "18": "failed: out of memory",
         "19": "refused: a < b",
-        "20": "metrics.json is cut or no JSON",
+        "20": "metrics.json is truncated or not JSON",
     }
     printed = capsys.readouterr().err
     for name, reason in reasons.items():
@@ -326,41 +366,41 @@ def test_what_cannot_be_shown_is_listed_with_the_reason(sweep, tmp_path, report,
     assert "python src/train.py model=x" in page.commands
 
 
-def test_an_empty_folder_is_a_page_that_says_so(tmp_path, report, capsys):
+def test_empty_folder_produces_a_page(tmp_path, report, capsys):
     (tmp_path / "empty").mkdir()
     page = report(tmp_path / "empty")
-    assert "No run to show." in page.words
+    assert "No runs to show." in page.words
     assert f"{tmp_path / 'empty'}: the folder is empty" in page.words
     write(tmp_path / "other" / "notes.txt", "nothing")
-    assert "holds no run" in report(tmp_path / "other").words
-    assert "holds no run" in capsys.readouterr().err
+    assert "contains no run" in report(tmp_path / "other").words
+    assert "contains no run" in capsys.readouterr().err
 
 
-def test_a_cut_line_is_left_out_and_the_run_is_not(sweep, report):
+def test_truncated_lines_are_skipped(sweep, report):
     file = sweep / "0" / "metrics.csv"
-    write(file, table(list(csv.DictReader(io.StringIO(file.read_text()))))[:-3])
+    write(file, csv_text(list(csv.DictReader(io.StringIO(file.read_text()))))[:-3])
     lines = (sweep / "1" / "metrics.csv").read_text().splitlines()
     write(sweep / "1" / "metrics.csv", "\r\n".join([*lines[:4], lines[4] + ",9,9", "1,x", *lines[5:]]) + "\r\n")
     write(sweep / "2" / "outcome.json", '{"status": "do')
     page = report(sweep)
-    assert "run 0: the last line of metrics.csv is cut, and left out" in page.words
-    assert "run 1: 2 lines of metrics.csv cannot be read, and are left out" in page.words
+    assert "run 0: the last line of metrics.csv is truncated and was skipped" in page.words
+    assert "run 1: 2 lines of metrics.csv cannot be read and were skipped" in page.words
     assert "run 2: outcome.json cannot be read" in page.words
-    assert page.column("fd_classifier_1k")["run 0"] == "13.50"  # the last line was the better one
+    assert page.column("fd_classifier_1k")["run 0"] == "13.50"  # the skipped last line has the better value
 
 
-def test_a_diverged_run_is_shown_as_such(tmp_path, report):
+def test_diverged_runs_are_marked(tmp_path, report):
     fine, broken = losses(0.3), losses(0.1)
     for row in broken:
         if row["step"] > 50:
             row |= {name: math.nan for name in ("train/loss", "val/loss") if name in row}
     none = [{**row, "val/loss": math.nan} if "val/loss" in row else row for row in broken]
     for job, rows in enumerate((fine, none, broken)):
-        made(tmp_path / "sweep" / str(job), [f"seed={job}", "trainer.max_steps=100"], rows)
+        make_run(tmp_path / "sweep" / str(job), [f"seed={job}", "trainer.max_steps=100"], rows)
     page = report(tmp_path / "sweep")
     assert page.column("state") == {"run 0": "done", "run 2": "diverged", "run 1": "diverged"}
     assert page.column("last val/loss") == {"run 0": "0.5000", "run 2": "nan", "run 1": "nan"}
-    assert "run 2: diverged: val/loss is no number from step 60 on" in page.words
+    assert "run 2: diverged: val/loss is NaN or Inf since step 60" in page.words
     assert "Lowest val/loss: 0.3000, run 0" in page.words
     chart = page.data["charts"]["curves"][0]
     by_name = {page.data["runs"][s["run"]]["name"]: s["y"] for s in chart["series"]}
@@ -368,17 +408,17 @@ def test_a_diverged_run_is_shown_as_such(tmp_path, report):
     assert [y is None for y in by_name["2"]] == [False] * 5 + [True] * 5
 
 
-def test_outcomes_of_a_sweep(sweep, report):
+def test_status_is_read_from_outcome_json(sweep, report):
     for job, status in (("0", "done"), ("1", "pruned"), ("2", "interrupted")):
-        said_ = {"status": status, "code": 0, "reason": None, "value": 0.1, "overrides": [], "seconds": 61.5}
-        write(sweep / job / "outcome.json", json.dumps(said_))
+        outcome = {"status": status, "code": 0, "reason": None, "value": 0.1, "overrides": [], "seconds": 61.5}
+        write(sweep / job / "outcome.json", json.dumps(outcome))
     page = report(sweep)
     assert page.column("state") == {"run 0": "done", "run 1": "pruned", "run 2": "interrupted", "run 10": "done"}
     assert page.column("seconds")["run 0"] == "62"
 
 
-def test_files_of_odd_shapes_are_no_crash(sweep, report):
-    """Whatever a hand or another program put where a mapping, a list or a number is expected."""
+def test_files_of_unexpected_types_do_not_crash(sweep, report):
+    """Other types where mappings, lists or numbers are expected."""
     odd = {"data": "digits", "trainer": [1], "schedule": None, "variance": 3, "callbacks": {1: [{"a": "b"}]}}
     config = yaml.safe_load((sweep / "0" / "config.yaml").read_text())
     write(sweep / "0" / "config.yaml", yaml.safe_dump({**config, **odd}))
@@ -391,37 +431,36 @@ def test_files_of_odd_shapes_are_no_crash(sweep, report):
     write(sweep / "1" / "evaluate" / "metrics.json", json.dumps(rows))
     page = report(sweep)
     assert set(names(page)) == set(OBJECTIVES)
-    assert "its command line is not known" in page.words
+    assert "the command line is unknown" in page.words
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
-        ([], "the following arguments are required: PATH"),
+        ([], "name a run, a sweep, an evaluation"),
         (["{place}/none"], "there is no folder {place}/none: name a run"),
         (["{place}/file"], "{place}/file is a file: name the folder"),
-        (["{place}", "--title"], "argument --title: expected one argument"),
+        (["{place}", "titel=x"], "there is no folder titel=x"),
         (["{place}", "--sort", "x"], "unrecognized arguments: --sort"),
-        (["{place}", "--out", "{place}/file"], "{place}/file is there and no report: name another file"),
-        (["{place}", "--out", "{place}"], "--out {place} is a folder: name a file"),
-        (["{place}", "--out", "{place}/file/report.html"], "{place}/file"),
+        (["{place}", "out={place}/file"], "the output {place}/file exists and is not a report: name another file"),
+        (["{place}", "out={place}"], "the output {place} is a folder: name a file"),
+        (["{place}", "out={place}/file/report.html"], "{place}/file"),
+        (["{place}", "--out", "{place}/page.html"], "--out was renamed: write out="),
     ],
 )
-def test_refusals_are_one_line(arguments, told, tmp_path, capsys):
+def test_errors_are_one_line(arguments, message, tmp_path, capsys):
     write(tmp_path / "file", "text")
-    with pytest.raises(SystemExit) as stopped:
-        main([argument.format(place=tmp_path) for argument in arguments])
+    assert code("report", [argument.format(place=tmp_path) for argument in arguments]) == 2
     err = capsys.readouterr().err
-    assert stopped.value.code == 2
     assert err.startswith("error: ")
     assert err.count("\n") == 1
-    assert told.format(place=tmp_path) in err
+    assert message.format(place=tmp_path) in err
     assert (tmp_path / "file").read_text() == "text"
 
 
-def test_the_command_itself_and_that_it_loads_no_torch(sweep):
-    """In a process of its own; a second report is written over the first."""
-    code = f"""
+def test_command_does_not_import_torch(sweep):
+    """Run in a new process; then a second report replaces the first."""
+    script = f"""
 import runpy, sys
 sys.argv = ["src/report.py", {str(sweep)!r}]
 try:
@@ -429,21 +468,50 @@ try:
 except SystemExit as end:
     print("code", end.code, "torch" in sys.modules)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "code 0 False"
-    assert main([str(sweep)]) == 0
+    assert code("report", [str(sweep)]) == 0
     assert Page((sweep / "report.html").read_text(encoding="utf-8")).tables["runs"]
 
 
-# size -----------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["a=b", "it's", "1,2", "[x]", "sampler-steps=5", "run#1", "${x}", "数据", "-1"])
+def test_any_folder_name_is_a_path(sweep, name, tmp_path, monkeypatch, capsys):
+    """Words that set no key of the command are paths, whatever characters they hold."""
+    sweep.rename(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    assert code("report", [f"./{name}" if name.startswith("-") else name, "title=T"]) == 0
+    assert (tmp_path / name / "report.html").is_file()
+    assert not (tmp_path / "outputs").exists() or not any((tmp_path / "outputs").rglob("*.yaml"))
 
 
-def test_a_hundred_runs_are_under_ten_megabytes(tmp_path, report):
-    """With grids as large as they may be, and curves that have to be thinned."""
+def test_write_report_returns_what_the_command_prints(sweep, tmp_path, capsys):
+    make_evaluation(sweep / "1" / "evaluate", "latest", {("ddim", 10): 5.0, ("heun", 20): 4.0})
+    (sweep / "11").mkdir()
+    written = write_report([sweep])
+    assert written.path == sweep / "report.html"
+    assert written.size == written.path.stat().st_size
+    assert (written.runs, written.evaluations) == (4, 2)
+    assert [(folder.folder, folder.reason) for folder in written.left_out] == [(sweep / "11", "the folder is empty")]
+    assert capsys.readouterr() == ("", "")
+    print_report(written)
+    printed = capsys.readouterr()
+    assert printed.out == f"4 runs, 2 evaluations, 1 left out\nopen  {written.path}  ({written.size / 1e6:.1f} MB)\n"
+    assert printed.err == f"left out  {sweep / '11'}: the folder is empty\n"
+    page = Page(write_report([sweep], tmp_path / "page.html", "A title").path.read_text(encoding="utf-8"))
+    assert "A title" in page.words
+    with pytest.raises(ConfigError, match="there is no folder"):
+        write_report([tmp_path / "none"])
+
+
+# size ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_page_of_a_hundred_runs_is_under_ten_megabytes(tmp_path, report):
+    """With grids of the maximum size, and curves that are thinned."""
     grid = png(128, 128)
     assert 0.9 * grids.limit(100) < len(grid) <= grids.limit(100)
     rows = losses(0.2, steps=4000)
-    first = made(
+    first = make_run(
         tmp_path / "sweep" / "0", ["seed=0", "trainer.max_steps=100"], [*rows, {"step": 4000, "fid_10k": 3.0}], grid
     )
     text = (first / "config.yaml").read_text()
@@ -460,16 +528,16 @@ def test_a_hundred_runs_are_under_ten_megabytes(tmp_path, report):
     assert 5_000_000 < (tmp_path / "report.html").stat().st_size < 10_000_000
 
 
-def test_a_large_grid_is_made_small_and_a_small_one_is_left(tmp_path):
+def test_large_grids_are_reduced_and_small_ones_unchanged(tmp_path):
     small, large = png(60, 50), png(900, 700)
     for name, content in (("small", small), ("large", large), ("cut", small[:100])):
         (tmp_path / f"{name}.png").write_bytes(content)
     kept = grids.picture(tmp_path / "small.png", grids.LARGEST)
     assert base64.b64decode(kept.address.split(",")[1]) == small
-    made = grids.picture(tmp_path / "large.png", 20_000)
-    content = base64.b64decode(made.address.split(",")[1])
+    reduced = grids.picture(tmp_path / "large.png", 20_000)
+    content = base64.b64decode(reduced.address.split(",")[1])
     with Image.open(io.BytesIO(content)) as image:
-        assert image.size == (made.width, made.height)
+        assert image.size == (reduced.width, reduced.height)
         assert image.width / image.height == pytest.approx(9 / 7, rel=0.02)
     assert len(content) <= 20_000
     with pytest.raises(ValueError, match=r"cut\.png cannot be read"):
@@ -483,74 +551,74 @@ HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=do
 
 @pytest.fixture
 def hostile(tmp_path):
-    """Runs whose names, options, reasons and metrics are HTML."""
+    """Runs whose names, options, error messages and metrics contain HTML."""
     place = tmp_path / "sweep" / HOSTILE.replace("/", "∕")
     overrides = ["seed=0"]
     for i in range(2):
-        folder = made(
+        folder = make_run(
             place / f"<b>{i}", overrides, [*losses(0.3 + i), {"step": 100, f"<i>{HOSTILE}": 1.0}], png(20, 20)
         )
         write(folder / ".hydra" / "overrides.yaml", yaml.safe_dump([f"data.root={HOSTILE}{i}"]))
         config = yaml.safe_load((folder / "config.yaml").read_text())
         config["data"]["root"] = f"{HOSTILE}{i}"
         write(folder / "config.yaml", yaml.safe_dump(config))
-        evaluation(folder / "evaluate", HOSTILE, {(HOSTILE, 5): 1.0 + i}, split=HOSTILE)
+        make_evaluation(folder / "evaluate", HOSTILE, {(HOSTILE, 5): 1.0 + i}, split=HOSTILE)
     write(place / "bad" / "outcome.json", json.dumps({"status": "failed", "reason": HOSTILE, "overrides": [HOSTILE]}))
-    evaluation(tmp_path / "sweep" / "alone", HOSTILE, {(HOSTILE, 5): 1.0})
+    make_evaluation(tmp_path / "sweep" / "alone", HOSTILE, {(HOSTILE, 5): 1.0})
     return tmp_path / "sweep"
 
 
-def test_hostile_names_are_text(hostile, report):
-    page = report(hostile, "--title", HOSTILE)
+def test_hostile_names_are_escaped(hostile, report):
+    page = report(hostile, f"title={quoted(HOSTILE)}")
     assert page.words.count("document.title='owned'") > 10
     assert [a.get("type") for tag, a in page.elements if tag == "script"] == ["application/json", None]
     assert not [a for _, a in page.elements if any(name.startswith("on") for name in a)]
     assert {tag for tag, _ in page.elements} & {"i", "iframe", "object", "embed", "base"} == set()
 
 
-def test_nothing_comes_from_outside(sweep, report):
+def test_page_has_no_external_resources(sweep, report):
     page = report(sweep)
     for tag, attributes in page.elements:
         for name in ("src", "href", "action", "srcset", "poster", "data"):
             value = attributes.get(name)
             assert value is None or value.startswith(("#", "data:")), (tag, value)
     assert not re.search(
-        r"https?:|@import|url\(|fetch\(|XMLHttpRequest|WebSocket|sendBeacon|import\(", _without_names(page)
+        r"https?:|@import|url\(|fetch\(|XMLHttpRequest|WebSocket|sendBeacon|import\(", _without_namespace(page)
     )
     policy = next(a["content"] for _, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none'; img-src data:;")
 
 
-def _without_names(page):
-    """The page without SVG's namespace, which is a name and no address."""
+def _without_namespace(page):
+    """Return the page without the SVG namespace, which is never fetched."""
     return page.text.replace("http://www.w3.org/2000/svg", "")
 
 
-# a browser ------------------------------------------------------------------------------------------------------------------
+# a browser ----------------------------------------------------------------------------------------------------------------
 
 
-def rows_of(dumped):
-    body = dumped.split('<section id="runs"')[1].split("</tbody>")[0].split("<tbody>")[1]
+def rows_of(document):
+    body = document.split('<section id="runs"')[1].split("</tbody>")[0].split("<tbody>")[1]
     return [re.search(r'data-v="([^"]*)"', row).group(1) for row in body.split("</tr>")[:-1]]
 
 
-def test_the_browser_sorts_as_addressed_and_runs_no_hostile_script(hostile, sweep, tmp_path, report):
-    report(hostile, sweep, "--title", HOSTILE)
-    dumped, console = opened(tmp_path / "report.html", tmp_path, "#sort=-min%20val%2Floss")
+def test_browser_sorts_by_fragment_and_runs_no_hostile_script(hostile, sweep, tmp_path, report):
+    report(hostile, sweep, f"title={quoted(HOSTILE)}")
+    document, console = open_page(tmp_path / "report.html", tmp_path, "#sort=-min%20val%2Floss")
     assert console == ""
-    assert "<title>&lt;/script&gt;" in dumped
-    assert "owned</title>" not in dumped
-    order = [name.split("/")[-1] for name in rows_of(dumped)]
-    assert order == ["&lt;b&gt;1", "2", "0", "&lt;b&gt;0", "1", "10"]  # the sweep's four lie between
-    assert re.search(r'data-key="min val/loss"[^>]*aria-sort="descending"', dumped)
-    assert dumped.count('aria-sort="') == 1
+    assert "<title>&lt;/script&gt;" in document
+    assert "owned</title>" not in document
+    order = [name.split("/")[-1] for name in rows_of(document)]
+    assert order == ["&lt;b&gt;1", "2", "0", "&lt;b&gt;0", "1", "10"]  # the four runs of the sweep are between
+    assert re.search(r'data-key="min val/loss"[^>]*aria-sort="descending"', document)
+    assert document.count('aria-sort="') == 1
 
 
-def test_the_browser_shows_it_on_a_phone(sweep, tmp_path, report):
-    """360 pixels wide: nothing is wider than the page but what scrolls in a box of its own. Curves are drawn and answer the
-    pointer, a click on a heading sorts, one on a grid enlarges it, one on the legend hides a line."""
-    evaluation(sweep / "1" / "evaluate", "latest", {("ddim", 10): 5.0, ("heun", 20): 4.0})
-    report(sweep, "--title", "a-title-without-a-place-to-break-" * 4)
+def test_browser_at_phone_width(sweep, tmp_path, report):
+    """At 360 pixels, only boxes that scroll are wider than the page. Charts show the value under the pointer; a click on a
+    heading sorts, on a grid enlarges it, on the legend hides a line."""
+    make_evaluation(sweep / "1" / "evaluate", "latest", {("ddim", 10): 5.0, ("heun", 20): 4.0})
+    report(sweep, "title=" + "a-title-without-a-place-to-break-" * 4)
     script = """
       const d = page.document, all = s => [...d.querySelectorAll(s)];
       await new Promise(done => setTimeout(done, 100));
@@ -577,33 +645,33 @@ def test_the_browser_shows_it_on_a_phone(sweep, tmp_path, report):
       out.large = [d.getElementById('large').open, d.querySelector('#large img').src.slice(0, 15)];
       out.style = page.getComputedStyle(d.body).backgroundColor;
       return out;"""
-    dumped, console = opened(framed(tmp_path / "report.html", 360, script), tmp_path)
+    document, console = open_page(frame_page(tmp_path / "report.html", 360, script), tmp_path)
     assert console == ""
-    found = said(dumped)
-    assert found["width"] == [360, 360]
-    assert found["wide"] == []
-    assert found["table"] == [True]
-    assert found["drawn"] == [4, 4, 4, 2, 2]
-    assert found["first"] == ["1", "10", "2", "0"]
-    assert found["once"] == ["2", "0", "1", "10"]  # pred_noise before pred_v, otherwise as before
-    assert found["twice"] == ["1", "10", "2", "0"]
-    assert found["cards"] == found["twice"]
-    assert found["tip"] == "run 1 · linear · pred_v: 0.9 at step 10"
-    assert found["hidden"] == ["false", 3]
-    assert found["large"] == [True, "data:image/png;"]
+    outcome = script_result(document)
+    assert outcome["width"] == [360, 360]
+    assert outcome["wide"] == []
+    assert outcome["table"] == [True]
+    assert outcome["drawn"] == [4, 4, 4, 2, 2]
+    assert outcome["first"] == ["1", "10", "2", "0"]
+    assert outcome["once"] == ["2", "0", "1", "10"]  # pred_noise before pred_v; the sort is stable
+    assert outcome["twice"] == ["1", "10", "2", "0"]
+    assert outcome["cards"] == outcome["twice"]
+    assert outcome["tip"] == "run 1 · linear · pred_v: 0.9 at step 10"
+    assert outcome["hidden"] == ["false", 3]
+    assert outcome["large"] == [True, "data:image/png;"]
 
 
-def test_the_browser_refuses_a_script_that_is_not_the_page_s_own(sweep, tmp_path, report):
-    """Behind the escaping stands a policy; and a fault on the console would be seen by the tests above."""
+def test_browser_blocks_an_injected_script(sweep, tmp_path, report):
+    """The content security policy blocks it; this also shows that the tests above detect console errors."""
     page = report(sweep)
     broken = tmp_path / "broken.html"
     broken.write_text(page.text.replace("<body>", "<body><script>document.title = 'owned'</script>"), encoding="utf-8")
-    dumped, console = opened(broken, tmp_path)
-    assert "<title>sweep</title>" in dumped
+    document, console = open_page(broken, tmp_path)
+    assert "<title>sweep</title>" in document
     assert "Content Security Policy" in console
 
 
-def test_in_ci_a_missing_browser_fails(monkeypatch):
+def test_missing_browser_fails_in_ci(monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("CI", "1")
     with pytest.raises(pytest.fail.Exception, match="no browser opens the report"):

@@ -171,7 +171,7 @@ def test_a_trained_head_recovers_the_covariance(kind: str, off: float) -> None:
     again = data.x0.repeat(10, 1, 1, 1)
     x = alpha * again + sigma * torch.randn(again.shape, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
-        w = {"sn": SN(), "npr": NPR()}[kind].second(den(x, t))
+        w = {"sn": SN(), "npr": NPR()}[kind].scaled_covariance(den(x, t))
     c = float(w.mean()) * (sigma / alpha) ** 2
     want = VAR * sigma**2 / (alpha**2 * VAR + sigma**2) + (off * sigma / alpha) ** 2
     if kind == "npr" or off == 0:

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffusion_lab import io as files
 from diffusion_lab.checkpoint import Run
 from diffusion_lab.checkpoint.upgrade import condition_of_format_1
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.instantiation import instantiate, instantiate_untrusted, locate
+from diffusion_lab.io import write_file
 from diffusion_lab.models import VarianceHead
 from diffusion_lab.samplers import Sampler
 from diffusion_lab.variances import Analytic, FixedSmall, Variance
@@ -120,7 +120,7 @@ def write(run: Run, kind: str, fit: Mapping[str, Any]) -> Path:
     """Stores a fit whole or not at all, readable with weights_only=True; returns where."""
     path, packed = place(run, kind), io.BytesIO()
     torch.save({"format": FORMAT, "kind": kind, "weights": fingerprint(run), "of": run.weights, **fit}, packed)
-    files.write(path, packed.getvalue())
+    write_file(path, packed.getvalue())
     return path
 
 

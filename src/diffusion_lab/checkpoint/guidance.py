@@ -27,7 +27,7 @@ def guided(node: Node | None, run: Run) -> Run:
     """Return the run with its denoiser guided as a node of `conf/guidance` describes.
 
     Call it last: after clipping and a fitted variance have given the run its denoiser. The file key `ckpt` of a node becomes
-    the arguments `classifier`, `num_classes` and `labelled`.
+    the arguments `classifier`, `num_classes` and `labeled`.
 
     Raises:
         ConfigError: a network without a null label, a classifier that is missing or of other data, numbers out of range.
@@ -60,7 +60,7 @@ def _by_classifier(path: str | None, run: Run) -> dict[str, Any]:
     return {
         "classifier": NoisyClassifier(judge.network.to(run.device), trained_along, schedule),
         "num_classes": int(judge.config["data"]["classes"]),
-        "labelled": isinstance(run.condition, Label),
+        "labeled": isinstance(run.condition, Label),
     }
 
 

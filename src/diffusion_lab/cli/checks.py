@@ -24,34 +24,36 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from diffusion_lab import composition, launchers
-from diffusion_lab import io as files
+from diffusion_lab import composition, processes
 from diffusion_lab.cli import sweeps
-from diffusion_lab.cli.schema import COMMANDS, Node
+from diffusion_lab.cli.schema import COMMANDS, OUT_FILE, Node
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.instantiation import coerce
+from diffusion_lab.io import refuse_filled
 from diffusion_lab.processes import one_line
 
 
 class Checks(Callback):
     """Refuses a configuration that the command would not read as written, and an output folder that is not empty."""
 
-    def on_run_start(self, config: DictConfig, **given: Any) -> None:
-        with _heard():
-            check_configuration(config, given["config_name"])
-            _refuse_filled(config, "hydra.run.dir", config.hydra.run)
+    def on_run_start(self, config: DictConfig, config_name: str | None = None, **kwargs: Any) -> None:
+        name = str(config_name)
+        with _ending_the_command():
+            check_configuration(config, name)
+            _refuse_filled(config, name, "hydra.run.dir", config.hydra.run)
 
-    def on_multirun_start(self, config: DictConfig, **given: Any) -> None:
-        with _heard():
-            check_configuration(config, given["config_name"])
-            if given["config_name"] == "train":
-                launchers.check_sweep(OmegaConf.to_container(config.trainer))  # type: ignore[arg-type]
-            sweeps.begin(_refuse_filled(config, "hydra.sweep.dir", config.hydra.sweep))
+    def on_multirun_start(self, config: DictConfig, config_name: str | None = None, **kwargs: Any) -> None:
+        name = str(config_name)
+        with _ending_the_command():
+            check_configuration(config, name)
+            if name == "train":
+                processes.check_sweep(OmegaConf.to_container(config.trainer))  # type: ignore[arg-type]
+            sweeps.begin(_refuse_filled(config, name, "hydra.sweep.dir", config.hydra.sweep))
 
 
 @contextmanager
-def _heard() -> Iterator[None]:
-    """Hydra turns an exception of a callback into a warning and goes on: a defect ends the command here."""
+def _ending_the_command() -> Iterator[None]:
+    """End the command on an error, which Hydra would turn into a warning in a callback."""
     try:
         with one_line():
             yield
@@ -181,14 +183,14 @@ def _plain(value: Any) -> Any:
     return value.text if isinstance(value, QuotedString) else value
 
 
-def _refuse_filled(config: DictConfig, key: str, node: DictConfig) -> Path:
-    """The output folder. Refuses one that was named and is not empty, before Hydra writes into it."""
+def _refuse_filled(config: DictConfig, name: str, key: str, node: DictConfig) -> Path:
+    """Return the output folder, refused where it is not empty, before Hydra writes into it."""
     overwrite = bool(config.get("overwrite"))
     try:
         folder = Path(str(node.dir))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{key} cannot be resolved: {composition.first_line(error)}") from None
-    files.refuse_filled(folder, key, overwrite)
-    if config.get("out") and not str(config.out).endswith(".safetensors"):  # the one output that is a file
-        files.refuse_filled(Path(str(config.out)), "out", overwrite)
+    refuse_filled(folder, key, overwrite)
+    if config.get("out") and name not in OUT_FILE:
+        refuse_filled(Path(str(config.out)), "out", overwrite)
     return folder

@@ -1,7 +1,8 @@
-"""`python src/NAME.py …`: flags, Hydra, the command; a mistake of the user's is one line on stderr and exit code 2."""
+"""`python src/NAME.py …`: flags, Hydra, the command. A ConfigError is one line on stderr and exit code 2."""
 
 import importlib
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,50 +16,62 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from diffusion_lab import composition, launchers
-from diffusion_lab import io as files
+from diffusion_lab import composition, processes
 from diffusion_lab.cli import sweeps
+from diffusion_lab.cli.schema import COMMANDS, POSITIONAL
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.instantiation import CONF
+from diffusion_lab.io import write_file
 from diffusion_lab.processes import CONFIG_ENV, Result, one_line
 
 
 def main(name: str) -> int:
-    """Run the command `name`, whose configuration is conf/NAME.yaml and whose work is `run(config)` of its module.
+    """Run the command `name`: conf/NAME.yaml is its configuration, `run(config)` of commands/NAME its function.
 
     Returns:
         The exit code: 0, 2 for a refusal, 128 + a signal's number, 1 for a sweep with a failed job.
     """
-    if os.getcwd() not in sys.path:  # classes of the user's own lie there, or on PYTHONPATH
+    if os.getcwd() not in sys.path:  # for classes of the user, also found on PYTHONPATH
         sys.path.append(os.getcwd())
     with one_line():
         if int(os.environ.get("LOCAL_RANK", "0")) > 0 and CONFIG_ENV in os.environ:  # started by Lightning
             return _command(name, OmegaConf.load(os.environ[CONFIG_ENV])).code
-        arguments = _arguments(sys.argv[1:])
+        arguments, written = _arguments(name, sys.argv[1:])
         if arguments.help:
             from diffusion_lab.cli.help import show
 
             show(name, arguments.overrides, arguments.config_dir)
             return 0
+        flags = [word for word in sys.argv[1:] if word not in written]
         arguments.overrides = composition.accepted(arguments.overrides)
-        sys.argv[1:] = [composition.added(word) for word in sys.argv[1:]]
-        started = launchers.launched()
+        started = processes.launched()
         if started and not (arguments.cfg or arguments.info or arguments.hydra_help):
             folder = [o for o in arguments.overrides if o.startswith("hydra.run.dir=")]
-            launchers.check(started, name, arguments.multirun, bool(folder), "overwrite=true" in arguments.overrides)
+            processes.check_launch(
+                started, name, arguments.multirun, bool(folder), "overwrite=true" in arguments.overrides
+            )
             if started.rank > 0:
                 config = composition.composed(name, arguments.overrides, arguments.config_dir)
                 return _command(
-                    name, OmegaConf.load(launchers.wait_for(Path(str(config.hydra.run.dir)) / "config.yaml"))
+                    name, OmegaConf.load(processes.wait_for(Path(str(config.hydra.run.dir)) / "config.yaml"))
                 ).code
-        return _under_hydra(name, arguments.overrides, arguments.config_dir)
+        return _under_hydra(name, flags, arguments.overrides, arguments.config_dir)
 
 
-def _arguments(argv: Sequence[str]) -> Any:
-    """Hydra's flags and the overrides. ConfigError: an unknown flag, or a word that is neither."""
+def _arguments(name: str, argv: Sequence[str]) -> tuple[Any, list[str]]:
+    """Return Hydra's flags with the overrides, and the words that they were written as.
+
+    Words that are no overrides become one, of the command's key for paths.
+
+    Raises:
+        ConfigError: an unknown flag, or a word that is neither, of a command without such a key.
+    """
     parser = get_args_parser()
 
     def refuse(message: str) -> Any:
+        for old in ("out", "title"):  # flags of report.py before it was a Hydra command
+            if name == "report" and f"--{old}" in message:
+                raise ConfigError(f"--{old} was renamed: write {old}=VALUE")
         raise ConfigError(f"{message}; --help lists what can be written")
 
     parser.error = refuse  # type: ignore[method-assign]
@@ -66,13 +79,32 @@ def _arguments(argv: Sequence[str]) -> Any:
     modes = [flag for flag in ("run", "multirun", "cfg", "info", "shell_completion") if getattr(arguments, flag)]
     if len(modes) > 1:
         raise ConfigError(f"--{modes[0]} and --{modes[1]} do not go together: write one of them")
-    for word in arguments.overrides:
-        if "=" not in word and not word.startswith("~"):
-            raise ConfigError(f"{word!r} is neither KEY=VALUE nor a flag; --help lists what can be written")
-    return arguments
+    written = list(arguments.overrides)
+    words = [word for word in written if not _is_override(name, word)]
+    if words and name not in POSITIONAL:
+        raise ConfigError(f"{words[0]!r} is neither KEY=VALUE nor a flag; --help lists what can be written")
+    if words:
+        quoted = ",".join(map(_quoted, words))
+        arguments.overrides = [*(word for word in written if word not in words), f"{POSITIONAL[name]}=[{quoted}]"]
+    return arguments, written
 
 
-def _under_hydra(name: str, overrides: list[str], config_dir: str | None) -> int:
+def _quoted(word: str) -> str:
+    """A word as a quoted string of Hydra's grammar, in which OmegaConf interpolates nothing."""
+    escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", word).replace("'", "\\'").replace("${", "\\${")
+    return f"'{escaped}'"
+
+
+def _is_override(name: str, word: str) -> bool:
+    """Whether a word sets a key. Of a command that takes paths, only a known key or group makes it one: a=b/run is a path."""
+    key, equals, _ = word.partition("=")
+    if word.startswith(("+", "~")) or name not in POSITIONAL:
+        return bool(equals) or word.startswith("~")
+    root = key.partition(".")[0]
+    return bool(equals) and (root in COMMANDS[name].__annotations__ or root == "hydra" or composition.is_group(key))
+
+
+def _under_hydra(name: str, flags: list[str], overrides: list[str], config_dir: str | None) -> int:
     codes: list[int] = []
     entered = False
     first_process = os.getpid()
@@ -94,7 +126,6 @@ def _under_hydra(name: str, overrides: list[str], config_dir: str | None) -> int
             _tidy(folder)
         return None
 
-    flags = [word for word in sys.argv[1:] if word not in overrides]
     sys.argv = [sys.argv[0], *flags, *overrides]  # Hydra reads flags first
     command = hydra.main(str(CONF), name, version_base="1.3")(task)
     sweeps.begin(None)
@@ -110,20 +141,20 @@ def _under_hydra(name: str, overrides: list[str], config_dir: str | None) -> int
             raise
         # a signal, or a process of the sweep that died: the summary is still printed
         code = 130 if isinstance(end, KeyboardInterrupt) else end.code if isinstance(end.code, int) else 1
-        return max(code, sweeps.summarise(folder))
+        return max(code, sweeps.summarize(folder))
     if (folder := sweeps.folder()) is not None:
-        return sweeps.summarise(folder)
+        return sweeps.summarize(folder)
     return max(codes, default=0)
 
 
 def _command(name: str, config: Any) -> Result:
-    """Run a command; what it wrote keeps its configuration beside it."""
-    done = importlib.import_module(f"diffusion_lab.commands.{name}").run(config)
+    """Run a command, and store its configuration in the folder that it wrote to."""
+    result = importlib.import_module(f"diffusion_lab.commands.{name}").run(config)
     if name != "train":  # which writes its own before the first step
         folder = Path(str(config.get("out") or config.run_dir))
-        if folder.is_dir() and not (folder / "config.yaml").exists():
-            files.write(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
-    return done if isinstance(done, Result) else Result(done)
+        if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.yaml").exists():
+            write_file(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+    return result if isinstance(result, Result) else Result(result)
 
 
 @contextmanager

@@ -161,6 +161,14 @@ class Export:
 
 
 @dataclass
+class Report:
+    paths: list[str]
+    out: str | None
+    title: str | None
+    run_dir: str
+
+
+@dataclass
 class Dashboard:
     entity: str | None
     project: str
@@ -176,5 +184,8 @@ COMMANDS: dict[str, type] = {
     "fit_variance": FitVariance,
     "train_classifier": TrainClassifier,
     "export": Export,
+    "report": Report,
     "dashboard": Dashboard,
 }
+POSITIONAL = {"report": "paths"}  # the key of the words on a command line that are no overrides
+OUT_FILE = ("export", "report")  # commands whose `out` is a file

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusion_lab import io as files
+from diffusion_lab.io import write_file
 from diffusion_lab.processes import Refusal, Result, one_line
 
 FILE = "outcome.json"
@@ -59,11 +59,11 @@ def job(call: Callable[[], Result], folder: Path, overrides: Sequence[str]) -> O
         "overrides": list(overrides),
         "seconds": round(time.perf_counter() - begin, 1),
     }
-    files.write(folder / FILE, json.dumps(outcome, indent=2, ensure_ascii=False))
+    write_file(folder / FILE, json.dumps(outcome, indent=2, ensure_ascii=False))
     return outcome
 
 
-def summarise(folder: Path) -> int:
+def summarize(folder: Path) -> int:
     """Says what the jobs below `folder` came to, the best first and those that failed last; the exit code of the sweep.
 
     Args:

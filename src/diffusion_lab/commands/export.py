@@ -8,16 +8,16 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save
 
 from diffusion_lab import checkpoint as checkpoints
-from diffusion_lab import io as files
 from diffusion_lab.checkpoint import EXPORTED
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.interop.diffusers import to_diffusers
+from diffusion_lab.io import os_errors, write_file
 from diffusion_lab.models.unet import UNet
 
 
 def run(config: DictConfig) -> int:
     """Writes the file; returns the exit code."""
-    with files.os_errors():
+    with os_errors():
         settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
         out = Path(settings["out"])
         if out.suffix != ".safetensors":
@@ -41,7 +41,7 @@ def run(config: DictConfig) -> int:
             tensors = network.state_dict()  # type: ignore[attr-defined]
             told = {EXPORTED: json.dumps({**kept, "weights": loaded.weights})}
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}  # channels_last is not
-        files.write(out, save(tensors, metadata=told or None))
+        write_file(out, save(tensors, metadata=told or None))
     count = sum(tensor.numel() for tensor in tensors.values())
     print(f"{found} ({loaded.weights}, step {loaded.step:,}): {count:,} numbers, {out.stat().st_size / 2**20:.1f} MiB")
     print(f"written to {out}")

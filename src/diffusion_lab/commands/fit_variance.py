@@ -10,15 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from diffusion_lab import io as files
-from diffusion_lab.checkpoint import Run, load_checkpoint
-from diffusion_lab.checkpoint import fits as variances
-from diffusion_lab.commands.evaluate.processes import shared
+from diffusion_lab.checkpoint import Run, fits, load_checkpoint
 from diffusion_lab.data.datamodule import DataModule
 from diffusion_lab.device import device
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.instantiation import instantiate_untrusted
+from diffusion_lab.io import os_errors, write_file
 from diffusion_lab.metrics.collect import Processes
+from diffusion_lab.metrics.worker_group import run_in_group
 from diffusion_lab.models import VarianceHead
 from diffusion_lab.time_samplers import Stratified
 from diffusion_lab.training.variance_fit import fit_times, moments, second_moments, train_head
@@ -27,7 +26,7 @@ from diffusion_lab.variances import Analytic
 
 @dataclass
 class Prepared:
-    """A run, what is fitted to it, and the data set that it was trained on."""
+    """A run, the kind of variance, and the data set of its training."""
 
     settings: dict[str, Any]
     run: Run
@@ -36,7 +35,7 @@ class Prepared:
 
 
 class Fit(NamedTuple):
-    """What is stored, and the table for the run folder."""
+    """The content of the fit's file, and the table for the run folder."""
 
     stored: dict[str, Any]
     header: list[str]
@@ -44,29 +43,36 @@ class Fit(NamedTuple):
 
 
 def run(config: DictConfig) -> int:
-    """Fits as configured; leaves the fit beside the checkpoint and a table in the run folder; returns the exit code."""
-    with files.os_errors():
-        settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-        prepared = prepare(settings)
-        with shared(settings, prepare, fit) as processes:
-            found = fit(prepared, processes)
-        path = variances.write(prepared.run, prepared.kind, found.stored)
-        table = Path(settings["run_dir"]) / f"{prepared.kind}.csv"
-        files.write(table, _csv(found))
-    print(
-        f"variance={prepared.kind} for weights {prepared.run.weights}, step {prepared.run.step:,}: {path}\n"
-        f"look at  {table}\n"
-        f"sample   python src/sample.py ckpt={shlex.quote(str(settings['ckpt']))} variance={prepared.kind} sampler=ddpm "
-        "sampler.steps=50 n=64"
-    )
+    """Fit as configured; write the fit beside the checkpoint and a table into the run folder; return the exit code."""
+    settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    with os_errors():
+        _check(settings)
+        place = device(settings["device"], settings["devices"]).partition(":")[0]
+        run_in_group(fit, settings, settings["devices"], place)
     return 0
 
 
-def prepare(settings: dict[str, Any], rank: int = 0) -> Prepared:
-    """Builds and checks all that a fit needs. ValueError: anything that cannot be, in one line; nothing is written then."""
+def fit(settings: dict[str, Any], processes: Processes) -> None:
+    """Fit in this process, together with the others; rank 0 writes and prints."""
+    prepared = processes.build(lambda: prepare(settings, processes.rank))
+    result = (_analytic if prepared.kind == "analytic" else _head)(prepared, processes)
+    if processes.rank == 0:
+        path = fits.write(prepared.run, prepared.kind, result.stored)
+        table = Path(settings["run_dir"]) / f"{prepared.kind}.csv"
+        write_file(table, _csv(result))
+        print(
+            f"variance={prepared.kind} for weights {prepared.run.weights}, step {prepared.run.step:,}: {path}\n"
+            f"look at  {table}\n"
+            f"sample   python src/sample.py ckpt={shlex.quote(str(settings['ckpt']))} variance={prepared.kind} sampler=ddpm "
+            "sampler.steps=50 n=64"
+        )
+
+
+def _check(settings: dict[str, Any]) -> str:
+    """The kind of the variance. Raises ConfigError for settings that are wrong whatever the checkpoint."""
     if not settings["ckpt"]:
         raise ConfigError("name what to fit to: ckpt=PATH of a checkpoint or a run folder, or ckpt=latest")
-    kind = variances.FITTED.get((settings["variance"] or {}).get("_target_", ""))
+    kind = fits.FITTED.get((settings["variance"] or {}).get("_target_", ""))
     if kind is None:
         raise ConfigError("this variance is not fitted: write variance=analytic, variance=sn or variance=npr")
     for key in ("n", "steps", "batch_size", "devices"):
@@ -74,13 +80,17 @@ def prepare(settings: dict[str, Any], rank: int = 0) -> Prepared:
             raise ConfigError(f"{key}={settings[key]}: write at least 1")
     if kind != "analytic" and settings["devices"] > 1:
         raise ConfigError(f"variance={kind} trains a small head in one process: write devices=1")
-    on = device(settings["device"], settings["devices"], rank)
+    return kind
+
+
+def prepare(settings: dict[str, Any], rank: int = 0) -> Prepared:
+    """Build and check all that a fit needs. Raises ConfigError; nothing is written then."""
+    kind = _check(settings)
+    place = device(settings["device"], settings["devices"], rank)
     loaded = load_checkpoint(settings["ckpt"], settings["weights"], settings["trust"])
-    path = variances.place(loaded, kind)
+    path = fits.place(loaded, kind)
     if path.exists() and not settings["overwrite"] and rank == 0:
-        raise ConfigError(
-            f"{path} is there already, fitted to these weights: use it, or write overwrite=true to fit anew"
-        )
+        raise ConfigError(f"{path} exists, fitted to these weights: use it, or write overwrite=true to fit again")
     if kind == "analytic":
         fit_times(loaded.denoiser.schedule, settings["nodes"])
     else:
@@ -90,16 +100,11 @@ def prepare(settings: dict[str, Any], rank: int = 0) -> Prepared:
     data: DataModule = instantiate_untrusted(node, settings["trust"], "data", seed=settings["seed"])
     data.prepare_data()
     data.setup()
-    return Prepared(settings, loaded.to(on), kind, data)
-
-
-def fit(prepared: Prepared, processes: Processes) -> Fit:
-    """The fit, in every process the same."""
-    return (_analytic if prepared.kind == "analytic" else _head)(prepared, processes)
+    return Prepared(settings, loaded.to(place), kind, data)
 
 
 def _analytic(p: Prepared, processes: Processes) -> Fit:
-    """E mean(ε̂²) at every time, on the training images, each process its share."""
+    """E mean(ε̂²) at every time over the training images; each process takes a share."""
     schedule, settings = p.run.denoiser.schedule, p.settings
     times = fit_times(schedule, settings["nodes"])
     error: Exception | None = None
@@ -117,17 +122,17 @@ def _analytic(p: Prepared, processes: Processes) -> Fit:
             world=processes.world,
             progress=processes.rank == 0,
         )
-    except Exception as met:  # a defect too: or the other processes would wait for this one
-        error = met
+    except Exception as raised:  # a defect too: or the other processes would wait for this one
+        error = raised
     processes.agree(error)
-    found = moments(processes.sum(sums))
-    c = Analytic(times, found).covariance(schedule, times)
-    stored = {"times": times, "moments": found, "n": settings["n"], "seed": settings["seed"]}
-    return Fit(stored, ["t", "moment", "covariance"], torch.stack([times, found, c], dim=1).tolist())
+    values = moments(processes.sum(sums))
+    c = Analytic(times, values).covariance(schedule, times)
+    stored = {"times": times, "moments": values, "n": settings["n"], "seed": settings["seed"]}
+    return Fit(stored, ["t", "moment", "covariance"], torch.stack([times, values, c], dim=1).tolist())
 
 
 def _head(p: Prepared, processes: Processes) -> Fit:
-    """A second head, trained on the training images."""
+    """A variance head, trained on the training images."""
     d, settings = p.run.denoiser, p.settings
     torch.manual_seed(settings["seed"])
     network = VarianceHead(d.network, p.kind).to(p.run.device)  # type: ignore[arg-type]
@@ -136,7 +141,7 @@ def _head(p: Prepared, processes: Processes) -> Fit:
         replace(d, network=network, clip=None),
         p.kind,
         p.data.train_dataloader(),
-        Stratified() if times.learns else times,  # importance sampling knows the losses of the network, not of the head
+        Stratified() if times.learns else times,  # importance sampling is by the losses of the network, not of the head
         p.run.condition,
         steps=settings["steps"],
         lr=settings["lr"],
@@ -149,9 +154,9 @@ def _head(p: Prepared, processes: Processes) -> Fit:
     return Fit(stored, ["step", "loss"], [list(row) for row in rows])
 
 
-def _csv(found: Fit) -> str:
+def _csv(result: Fit) -> str:
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(found.header)
-    writer.writerows(found.rows)
+    writer.writerow(result.header)
+    writer.writerows(result.rows)
     return text.getvalue()

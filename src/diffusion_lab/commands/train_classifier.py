@@ -6,22 +6,22 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from diffusion_lab import io as files
 from diffusion_lab.checkpoint.classifiers import TrainedClassifier
 from diffusion_lab.data.datamodule import DataModule
 from diffusion_lab.device import device
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.instantiation import check, instantiate
+from diffusion_lab.io import os_errors, refuse_filled, write_file
 from diffusion_lab.metrics import classifier
 from diffusion_lab.metrics.classifier import Noise
 
 
 def run(config: DictConfig) -> int:
     """Trains as configured, or takes what the cache has; writes classifier.pt and accuracy.json; returns the exit code."""
-    with files.os_errors():
+    with os_errors():
         settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
         out = Path(settings["out"] or settings["run_dir"])
-        files.refuse_filled(out, "out", settings["overwrite"])
+        refuse_filled(out, "out", settings["overwrite"])
         if settings["steps"] is not None and not (isinstance(settings["steps"], int) and settings["steps"] >= 1):
             raise ConfigError(f"steps={settings['steps']}: write at least 1, or null for the recipe's number")
         check(settings["data"], "data")
@@ -34,14 +34,14 @@ def run(config: DictConfig) -> int:
         trained = classifier.for_dataset(
             data, Path(settings["cache"]), device(settings["device"]), noise, settings["steps"]
         )
-        files.write(out / "classifier.pt", trained.path.read_bytes())
+        write_file(out / "classifier.pt", trained.path.read_bytes())
         report = {
             "accuracy": trained.accuracy,
             "accuracy_by_ln_snr": trained.by_noise,
             "held_out": data.size("test") or data.size("val"),
             **trained.config,
         }
-        files.write(out / "accuracy.json", json.dumps(report, indent=2, ensure_ascii=False))
+        write_file(out / "accuracy.json", json.dumps(report, indent=2, ensure_ascii=False))
     _show(trained, report["held_out"], out)
     return 0
 

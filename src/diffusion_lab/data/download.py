@@ -1,16 +1,14 @@
 """Files from the network: verified by checksum, written to a temporary name, renamed."""
 
 import hashlib
-import os
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 
-from tqdm import tqdm
-
 from diffusion_lab.errors import ConfigError
+from diffusion_lab.io import progress_bar, replacing
 
 TIMEOUT = 30  # seconds without a byte
 CHUNK = 1 << 20
@@ -49,19 +47,14 @@ def fetch(folder: Path, missing: Sequence[Remote], *, download: bool) -> None:
 
 
 def _retrieve(url: str, path: Path, checksum: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     digest = hashlib.new("sha256" if len(checksum) == 64 else "md5", usedforsecurity=False)
-    try:
+    with replacing(path) as part:
         with urllib.request.urlopen(url, timeout=TIMEOUT) as response, open(part, "wb") as file:
             total = int(response.headers.get("Content-Length") or 0) or None
-            with tqdm(total=total, unit="B", unit_scale=True, desc=path.name) as bar:
+            with progress_bar(total, path.name, "B", unit_scale=True, leave=True) as bar:
                 while chunk := response.read(CHUNK):
                     file.write(chunk)
                     digest.update(chunk)
                     bar.update(len(chunk))
         if digest.hexdigest() != checksum:
             raise OSError(f"checksum {digest.hexdigest()}, expected {checksum}")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

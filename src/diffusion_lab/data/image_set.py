@@ -10,8 +10,8 @@ from torch import Tensor
 
 from diffusion_lab.data.decode import Decoder, Files
 from diffusion_lab.data.images import refuse_nan
-from diffusion_lab.data.inputs import arrays
 from diffusion_lab.errors import ConfigError
+from diffusion_lab.io import read_npz
 
 
 class ImageSet:
@@ -62,7 +62,7 @@ class ImageSet:
         return self._decoder(data, name)
 
     def _read(self) -> tuple[np.ndarray, Tensor | None]:
-        found = arrays("images", self.path)
+        found = read_npz(self.path, "images")
         if "arr_0" not in found:
             raise ConfigError(f"{self.path.absolute()} holds {', '.join(found)}: name the images arr_0, uint8 N×H×W×C")
         images = found["arr_0"]

@@ -1,17 +1,19 @@
-"""Images that a task is given: a file that Pillow reads, a folder of them, or an .npz; of the checkpoint's shape, unchanged."""
+"""Images that an option names: a file that Pillow reads, a folder of them, or an .npz; of the checkpoint's shape, unchanged."""
 
 import io
-import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from diffusion_lab.conditions import Condition, LowResolution, option_name
 from diffusion_lab.data.decode import Decoder, Files
 from diffusion_lab.data.images import to_float
 from diffusion_lab.errors import ConfigError
+from diffusion_lab.io import read_npz
 
 
 def read(key: str, path: Path, shape: tuple[int, int, int]) -> tuple[Tensor, list[int] | None]:
@@ -46,16 +48,46 @@ def read_one(key: str, path: Path, shape: tuple[int, int, int]) -> Tensor:
     return images
 
 
-def arrays(key: str, path: Path) -> dict[str, np.ndarray]:
-    """The plain arrays of an .npz by name. ValueError: it is none."""
-    try:
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        reason = " ".join(str(error).split())
+def read_condition(stated: str | None, shape: tuple[int, int, int], condition: Condition) -> dict[str, Any] | None:
+    """Read `condition_data=` as the batch that the condition is made of: "image", and the further arrays of an .npz by name.
+
+    Args:
+        stated: an image file, a folder or .zip of them, or an .npz of images (arr_0) and further arrays; None returns None.
+        shape: (C, H, W) of the checkpoint's images. For `LowResolution` images of the lower resolution are accepted as well.
+        condition: the checkpoint's.
+
+    Raises:
+        ConfigError: a condition that is not made of data, no such path, or as `read`.
+    """
+    if stated is None:
+        return None
+    if not condition.of_data:
         raise ConfigError(
-            f"{key}={path} cannot be read as an .npz of plain arrays ({reason}): name another file"
-        ) from None
+            "condition_data= is for conditions made of data, and this checkpoint has "
+            f"condition={option_name(condition)}: leave it out"
+        )
+    path = Path(stated)
+    if not path.exists():
+        raise ConfigError(f"condition_data={path}: there is no such file or folder")
+    arrays = read_npz(path, "condition_data") if path.suffix == ".npz" else {}
+    batch = {name: torch.from_numpy(array) for name, array in arrays.items() if name not in ("arr_0", "arr_1")}
+    if "arr_0" in arrays or path.suffix != ".npz":
+        batch["image"] = _images_or_smaller(path, shape, condition)
+    return batch
+
+
+def _images_or_smaller(path: Path, shape: tuple[int, int, int], condition: Condition) -> Tensor:
+    try:
+        return read("condition_data", path, shape)[0]
+    except ConfigError as error:
+        if not isinstance(condition, LowResolution):
+            raise
+        factor = condition.factor
+        try:
+            small, _ = read("condition_data", path, (shape[0], shape[1] // factor, shape[2] // factor))
+        except ConfigError:
+            raise error from None
+        return small.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
 
 
 def _decode(key: str, name: str, data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
@@ -75,7 +107,7 @@ def _decode(key: str, name: str, data: bytes, shape: tuple[int, int, int]) -> np
 
 
 def _read_npz(key: str, path: Path, shape: tuple[int, int, int]) -> tuple[Tensor, list[int] | None]:
-    found = arrays(key, path)
+    found = read_npz(path, key)
     images, labels = found.get("arr_0", np.zeros(0)), found.get("arr_1")
     images = images[..., None] if images.ndim == 3 else images
     if images.ndim != 4 or not len(images) or not (images.dtype == np.uint8 or images.dtype.kind == "f"):

@@ -1,7 +1,6 @@
 """From tensors to PNG: the one conversion to bytes, and sheets of captioned grids."""
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +10,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from diffusion_lab.io import replacing
+
 
 def to_uint8(images: Tensor) -> Tensor:
     """Float images in [−1, 1] → uint8 of the same shape: x·127.5 + 128 truncated, which rounds k/127.5 − 1 to k exactly."""
@@ -19,11 +20,9 @@ def to_uint8(images: Tensor) -> Tensor:
 
 def save_png(path: Path, pixels: np.ndarray) -> None:
     """Writes uint8 (H, W), (H, W, 1) or (H, W, 3) under a temporary name and renames it; makes the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
     squeezed = pixels[..., 0] if pixels.ndim == 3 and pixels.shape[-1] == 1 else pixels
-    Image.fromarray(squeezed).save(partial, format="PNG")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        Image.fromarray(squeezed).save(partial, format="PNG")
 
 
 class Panel(NamedTuple):
@@ -76,12 +75,10 @@ def class_grid(images: Tensor, labels: Tensor, shown: int) -> np.ndarray:
 
 def save_animation(path: Path, frames: Sequence[np.ndarray], milliseconds: int = 80, last: int = 1500) -> None:
     """An animated GIF of uint8 frames (H, W, 3), written under a temporary name and renamed; the last is held for `last` ms."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
     first, *others = [Image.fromarray(frame) for frame in frames]
     durations = [milliseconds] * len(others) + [last]
-    first.save(partial, format="GIF", save_all=True, append_images=others, duration=durations, loop=0)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        first.save(partial, format="GIF", save_all=True, append_images=others, duration=durations, loop=0)
 
 
 def save_sheet(path: Path, panels: Sequence[Panel]) -> None:

@@ -1,4 +1,4 @@
-"""Likelihood in bits per dimension: the variational bound of the chain, term by term, and the density of the ODE."""
+"""Likelihood in bits per dimension: the variational bound of the chain and its terms, and the density of the ODE."""
 
 from diffusion_lab.likelihood.base import average
 from diffusion_lab.likelihood.bound import Bound, vlb

@@ -1,49 +1,52 @@
-"""Shared by the bound and the density: units, means, and the preparation of the arguments."""
+"""Units, means and argument checks shared by the bound and the density."""
 
 import math
 from dataclasses import replace
 
 import torch
+from jaxtyping import Float, Float64, Int64, Shaped
 from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.errors import ConfigError
 
 
-def bits(nats: Tensor) -> Tensor:
-    """Nats of each element (B, …) → bits per dimension of each image, float64 (B,)."""
+def bits(nats: Float[Tensor, "b *chw"]) -> Float64[Tensor, " b"]:
+    """Return bits per dimension of each image from nats of each element."""
     return nats.double().flatten(1).mean(1) / math.log(2)
 
 
-def average(values: Tensor) -> tuple[float, float | None]:
-    """(mean, its standard error) of independent values (N,); the error is None for a single one."""
-    wide = values.double()
-    return float(wide.mean()), float(wide.std() / math.sqrt(len(wide))) if len(wide) > 1 else None
+def average(values: Float[Tensor, " n"]) -> tuple[float, float | None]:
+    """Return (mean, standard error of the mean) of independent values; the error is None for a single value."""
+    values64 = values.double()
+    error = float(values64.std() / math.sqrt(len(values64))) if len(values64) > 1 else None
+    return float(values64.mean()), error
 
 
-def ready(denoiser: Denoiser, x0: Tensor, clip: bool = False) -> tuple[Denoiser, Tensor]:
-    """Return the denoiser without its clipping, unless `clip`, and x_0 in float32 or wider. Guidance is kept.
+def ready(
+    denoiser: Denoiser, x0: Shaped[Tensor, "b c h w"], clip: bool = False
+) -> tuple[Denoiser, Float[Tensor, "b c h w"]]:
+    """Return the denoiser without its clipping unless `clip`, its guidance kept, and x_0 in float32 at least.
 
     Raises:
-        ConfigError: a self-conditioning network, known pixels (`on_x0`), or x_0 that is not floating point.
+        ConfigError: a self-conditioning network, transforms `on_x0` (known pixels), or x_0 is not floating point.
     """
     if denoiser.self_conditioning:
         raise ConfigError(
-            "a likelihood cannot carry the previous estimate that this self-conditioning network takes: train with "
-            "model.self_conditioning=false"
+            "a likelihood has no previous estimate for this self-conditioning network: train with model.self_conditioning=false"
         )
     if denoiser.on_x0:
         raise ConfigError(
-            f"this denoiser has {len(denoiser.on_x0)} transforms on_x0 (known pixels), under which no density is defined: "
-            "write dataclasses.replace(denoiser, on_x0=())"
+            f"this denoiser has {len(denoiser.on_x0)} transforms on_x0 (known pixels), for which no density is defined: write "
+            "dataclasses.replace(denoiser, on_x0=())"
         )
     if not x0.is_floating_point():
-        raise ConfigError(f"x0 is {x0.dtype}: give float images in [-1, 1], level k as k/127.5 - 1")
+        raise ConfigError(f"x0 has dtype {x0.dtype}: pass float images in [-1, 1], level k as k/127.5 - 1")
     if not clip:
         denoiser = replace(denoiser, clip=None)
     return denoiser, x0.to(torch.promote_types(x0.dtype, torch.float32))
 
 
-def keys(x0: Tensor, index: Tensor | None) -> Tensor:
-    """Return the index of the image in each row of x0, int64 (B,) on its device."""
+def keys(x0: Float[Tensor, "b c h w"], index: Int64[Tensor, " b"] | None) -> Int64[Tensor, " b"]:
+    """Return the index of the image in each row of x0, on its device; default 0 … B − 1."""
     return torch.arange(len(x0), device=x0.device) if index is None else index.to(x0.device)

@@ -11,12 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from diffusion_lab.checkpoint.classifiers import TrainedClassifier, load_classifier, pack_classifier
-from diffusion_lab.data.cache import claimed
 from diffusion_lab.data.images import Examples, Rows, to_float
 from diffusion_lab.errors import ConfigError
+from diffusion_lab.io import claimed, progress_bar
 from diffusion_lab.metrics.extractors import Extractor, Features, digest
 from diffusion_lab.models.classifier import Classifier
 from diffusion_lab.noise import Stream, normal, permutation, uniform
@@ -120,7 +119,6 @@ def load_or_train(
     recipe = recipe or (Recipe() if noise is None else NOISY)
     path = file_of(train, folder, name, recipe, noise)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         if not path.is_file():
             with claimed(path) as file:
                 if file is not None:
@@ -237,7 +235,7 @@ def _fit(network: Classifier, data: Examples, recipe: Recipe, noise: Noise | Non
     optimizer = torch.optim.AdamW(network.parameters(), lr=recipe.rate, weight_decay=0.05, fused=True)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.rate, total_steps=epochs * per_epoch)
     position = torch.arange(batch)
-    with tqdm(total=epochs * per_epoch, desc="training the classifier", unit="step", leave=False) as bar:
+    with progress_bar(epochs * per_epoch, "training the classifier", "step") as bar:
         for step in range(epochs * per_epoch):
             epoch, i = divmod(step, per_epoch)
             if i == 0:

@@ -1,25 +1,22 @@
 """Every image once, whoever shares the work: blocks of images to processes, running sums, one reduction at the end."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
-from tqdm import tqdm
 
 from diffusion_lab.data.images import refuse_nan
 from diffusion_lab.data.pictures import to_uint8
-from diffusion_lab.denoiser import Denoiser, Prediction
 from diffusion_lab.errors import ConfigError
+from diffusion_lab.io import progress_bar
 from diffusion_lab.metrics.classifier import CONFIDENT
 from diffusion_lab.metrics.extractors import Extractor
 from diffusion_lab.metrics.moments import Sums
 from diffusion_lab.metrics.scores import MOST
-from diffusion_lab.noise import normal
-from diffusion_lab.samplers import Sampler, Samples, prior
-from diffusion_lab.samplers.base import Callback
+
+T = TypeVar("T")
 
 
 class Processes:
@@ -66,6 +63,22 @@ class Processes:
         if outcome[1] is not None:
             raise outcome[1]
         return outcome[0]
+
+    def build(self, make: Callable[[], T]) -> T:
+        """Return make() of every process: on rank 0 first, so that the others find the files that it makes.
+
+        What one process raises is raised in all.
+        """
+        results: list[T] = []
+        for turn in (True, False):
+            error: Exception | None = None
+            if (self.rank == 0) == turn:
+                try:
+                    results.append(make())
+                except Exception as raised:
+                    error = raised
+            self.agree(error)
+        return results[0]
 
     def agree(self, error: Exception | None) -> None:
         """Raises everywhere what one process met, so that none waits for another that is gone."""
@@ -154,7 +167,7 @@ def collect(
         raise ConfigError(f"n={n}: a distance needs at least 2 images")
     tallies = {e.name: _Tally(e, n, min(n, MOST) if e.name in features else 0, e.name in logits) for e in extractors}
     error: Exception | None = None
-    with tqdm(total=n, desc=progress, unit="image", leave=False, disable=not progress or processes.rank > 0) as bar:
+    with progress_bar(n, progress, "image", bool(progress) and processes.rank == 0) as bar:
         for block in rounds(n, size, processes.rank, processes.world):
             made = None
             try:
@@ -185,60 +198,6 @@ def classes(condition: Mapping[str, Tensor]) -> Tensor | None:
     """The classes that a condition asks for, int64 (n,), where it does."""
     label = condition.get("label")
     return None if label is None or label.is_floating_point() else label
-
-
-def sampled(
-    denoiser: Denoiser,
-    sampler: Sampler,
-    shape: tuple[int, int, int],
-    *,
-    seed: int = 0,
-    condition: Mapping[str, Tensor] | None = None,
-    device: torch.device | str = "cpu",
-) -> Callable[[range], Samples]:
-    """Return a function that samples a block, x float32 (b, C, H, W): image i depends on (seed, i) alone.
-
-    Args:
-        denoiser: whose network is on `device`, in eval mode.
-        sampler: any.
-        shape: (C, H, W).
-        seed: of all noise.
-        condition: keyword arguments for the network, each with n rows.
-        device: where it works.
-
-    Raises (when called):
-        ValueError: NaN from the network, with the images that it came from.
-    """
-
-    @torch.no_grad()
-    def block(part: range) -> Samples:
-        index = torch.arange(part.start, part.stop, device=device)
-        given = {name: value[part.start : part.stop].to(device) for name, value in (condition or {}).items()}
-        x_T = prior(denoiser.schedule, normal(shape, seed=seed, index=index))
-
-        def run(callback: Callback | None = None) -> Samples:
-            samples = sampler(denoiser, x_T, seed=seed, index=index, condition=given, callback=callback)
-            return samples._replace(x=samples.x.float())
-
-        try:
-            return run()
-        except ConfigError as error:
-            bad = _not_finite(run, len(part), device)
-            raise ConfigError(f"image {part.start + bad[0]}: {error}" if bad else str(error)) from error
-
-    return block
-
-
-def _not_finite(run: Callable[[Callback], Samples], n: int, device: torch.device | str) -> list[int]:
-    """Which images of a run that was refused had an estimate that is not finite: the run is repeated, watched."""
-    finite = torch.ones(n, dtype=torch.bool, device=device)
-
-    def watch(i: int, t: float, x: Tensor, prediction: Prediction) -> None:
-        finite.logical_and_(prediction.x0.isfinite().flatten(1).all(1))
-
-    with suppress(ConfigError):
-        run(watch)
-    return [int(i) for i in (~finite).nonzero()[:, 0]]
 
 
 class _Tally:

@@ -1,23 +1,20 @@
-"""Figures of quality as people read them: which way is good, and how many digits matter."""
+"""Format metrics: the direction that is better, and significant digits."""
 
 import math
 
 BETTER = {  # by the first part of a metric's name
     **dict.fromkeys(("fid", "fd", "kid", "nll"), "lower is better"),
-    **dict.fromkeys(
-        ("is", "precision", "recall", "density", "coverage", "confident", "label", "recognised", "as"),
-        "higher is better",
-    ),
+    **dict.fromkeys(("is", "precision", "recall", "density", "coverage", "confident", "label"), "higher is better"),
 }
 
 
 def better(name: str) -> str:
-    """Says "lower is better" or "higher is better" of fd_classifier_1k, recognised, …; "" of a name that is not known."""
+    """Return "lower is better" or "higher is better" for a metric such as fd_classifier_1k; "" if the name is unknown."""
     return BETTER.get(name.split("_")[0], "")
 
 
 def number(value: float) -> str:
-    """Four digits that matter."""
+    """Format a number to four significant digits."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     digits = max(0, 3 - math.floor(math.log10(abs(value))))

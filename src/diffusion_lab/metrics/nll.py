@@ -14,12 +14,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffusion_lab import io as files
 from diffusion_lab import likelihood
 from diffusion_lab.checkpoint import Run
 from diffusion_lab.data.images import Rows, to_float
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.errors import ConfigError
+from diffusion_lab.io import progress as show_progress
+from diffusion_lab.io import write_file
 from diffusion_lab.samplers import DDIM, DDPM, Sampler
 from diffusion_lab.variances import FixedSmall, Variance
 
@@ -99,7 +100,7 @@ def measure(
     n, values, evaluations = len(images), [], 0.0
     total = square = torch.zeros(())
     starts = range(0, n, batch_size or n)
-    for start in _bar(starts, progress and len(starts) > 1):
+    for start in show_progress(starts, "likelihood", "batch", progress and len(starts) > 1):
         rows = slice(start, min(start + (batch_size or n), n))
         part = (_bound if kind == "vlb" else _density)(
             run.denoiser,
@@ -186,13 +187,13 @@ def write(out: Path, measured: Mapping[str, Measured]) -> None:
     """
     fields = ["name", "kind", "term", "t", "bpd", "standard_error"]
     rows = [{"name": name, "kind": m["kind"], **term} for name, m in measured.items() for term in m["terms"]]
-    files.write(out / "nll_terms.csv", _table(fields, ([row[field] for field in fields] for row in rows)))
+    write_file(out / "nll_terms.csv", _table(fields, ([row[field] for field in fields] for row in rows)))
     columns = [m["values"].tolist() for m in measured.values()]
     table = ([i, *row] for i, row in enumerate(zip(*columns, strict=True)))
-    files.write(out / "nll_images.csv", _table(["image", *measured], table))
+    write_file(out / "nll_images.csv", _table(["image", *measured], table))
     bounds = {name: m for name, m in measured.items() if m["kind"] == "vlb"}
     if bounds:
-        files.write(out / "nll_terms.png", _plot(bounds))
+        write_file(out / "nll_terms.png", _plot(bounds))
 
 
 def _table(fields: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -246,12 +247,3 @@ def _dress(axes: Any, bounds: Mapping[str, Measured]) -> None:
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color("#999999")
-
-
-def _bar(starts: range, show: bool) -> Iterable[int]:
-    if not show:
-        return starts
-    from tqdm import tqdm
-
-    bar: Iterable[int] = tqdm(starts, desc="likelihood", unit="batch", leave=False)
-    return bar

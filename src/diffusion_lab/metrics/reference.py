@@ -4,8 +4,6 @@ import hashlib
 import io
 import json
 import re
-import shutil
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_lab.data.cache import claimed
 from diffusion_lab.data.images import Rows
 from diffusion_lab.data.sources import Source
 from diffusion_lab.errors import ConfigError
+from diffusion_lab.io import claimed, read_npz, require_space
 from diffusion_lab.metrics.classifier import fingerprint
 from diffusion_lab.metrics.collect import Collected, Processes, collect
 from diffusion_lab.metrics.extractors import Extractor
@@ -26,7 +24,6 @@ from diffusion_lab.metrics.moments import Moments
 from diffusion_lab.metrics.scores import MOST
 
 BATCH = 500  # images at a time
-SPARE = 64 << 20  # bytes of the disk that stay free
 
 Images = np.ndarray | Rows
 
@@ -86,21 +83,20 @@ def reference(images: Images, key: Mapping[str, Any], extractor: Extractor, fold
     """
     stem = file_stem(key)
     path, rows = folder / f"{stem}.npz", folder / f"{stem}-features.npy"
-    need = 8 * extractor.dim * (extractor.dim + 1) + (4 * extractor.dim * min(len(images), MOST) if features else 0)
+    kept = min(len(images), MOST) if features else 0
     made: Collected | None = None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         if features and not rows.is_file():
             with claimed(rows) as file:
                 if file is not None:
-                    refuse_full(folder, need)
+                    require_space_for(extractor.dim, kept, folder)
                     made = _measure(_spaced(images), extractor, keep=True)
                     assert made.features is not None
                     np.lib.format.write_array(file, made.features.numpy(), allow_pickle=False)
         if not path.is_file():
             with claimed(path) as file:
                 if file is not None:
-                    refuse_full(folder, need)
+                    require_space_for(extractor.dim, kept, folder)
                     whole = made if made is not None and len(images) <= MOST else _measure(images, extractor)
                     file.write(_packed(whole.sums.moments(), key))
     except OSError as error:
@@ -131,16 +127,9 @@ def read(path: Path, extractor: Extractor, key: Mapping[str, Any] | None = None)
         raise ConfigError(
             f"there are no reference statistics at {path.absolute()}: name an .npz file with mu and sigma"
         )
-    try:
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            found = {name: file[name] for name in ("mu", "sigma", "n", "key") if name in file.files}
-            names = list(file.files)
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        raise ConfigError(
-            f"{path.absolute()} cannot be read as .npz of plain arrays ({error}): delete it, or name another"
-        ) from None
+    found = read_npz(path)
     if "mu" not in found or "sigma" not in found:
-        raise ConfigError(f"{path.absolute()} holds {', '.join(names)}, and no mu and sigma: name reference statistics")
+        raise ConfigError(f"{path.absolute()} holds {', '.join(found)}, and no mu and sigma: name reference statistics")
     mean, covariance = np.asarray(found["mu"], np.float64).squeeze(), np.asarray(found["sigma"], np.float64)
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise ConfigError(
@@ -162,21 +151,16 @@ def read(path: Path, extractor: Extractor, key: Mapping[str, Any] | None = None)
 
 def write(path: Path, moments: Moments, key: Mapping[str, Any] | None = None) -> None:
     """Moments as an .npz of `mu` and `sigma`, which other tools read; `n` and `key` beside them, which they pass over."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with claimed(path) as file:
         if file is None:
             raise ConfigError(f"{path.absolute()} is there already: name another file")
         file.write(_packed(moments, key))
 
 
-def refuse_full(folder: Path, need: int) -> None:
-    """Raise ValueError where the disk has no room for `need` bytes."""
-    free = shutil.disk_usage(folder).free
-    if free < need + SPARE:
-        raise ConfigError(
-            f"{folder.absolute()} has {free / 2**20:,.0f} MiB free and reference statistics take {need / 2**20:,.0f} MiB: "
-            "make room, or write cache=FOLDER on another disk"
-        )
+def require_space_for(extractor_dim: int, rows: int, folder: Path) -> None:
+    """Raise ConfigError where the disk has no room for moments of so many features, and `rows` rows of features."""
+    need = 8 * extractor_dim * (extractor_dim + 1) + 4 * extractor_dim * rows
+    require_space(folder, need, "reference statistics", "write cache=FOLDER on another disk")
 
 
 def _refuse_other(path: Path, stated: Mapping[str, Any], key: Mapping[str, Any]) -> None:

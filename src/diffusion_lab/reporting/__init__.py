@@ -1,62 +1,80 @@
-"""`src/report.py`: one run or many as one HTML page that needs nothing but itself.
+"""Write training runs and evaluations as one self-contained HTML page.
 
-`read` finds and reads what lies in the folders, `compare` says what differs and which did best, `charts` and `grids` make
-curves and pictures small, `page` writes it all down with `page.css` and `page.js`.
+`read` reads the files of run folders, `compare` compares their configurations and results, `charts` and `grids` prepare curves
+and images, `sections` the content of each section, and `page` renders the templates.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple
 
-from diffusion_lab import io as files
 from diffusion_lab.errors import ConfigError
-from diffusion_lab.processes import one_line
-from diffusion_lab.reporting.page import MARK, page
-from diffusion_lab.reporting.read import find
+from diffusion_lab.io import os_errors, write_file
+from diffusion_lab.reporting.page import MARK, render
+from diffusion_lab.reporting.read import LeftOut, read_records
 
-__all__ = ["main"]
-
-
-class _Parser(argparse.ArgumentParser):
-    """Refuses in one line, as every command here does."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; --help says what can be written")
+__all__ = ["Report", "print_report", "write_report"]
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Writes the report; returns the exit code."""
-    parser = _Parser(prog="python src/report.py", description="One run or a whole sweep as one HTML page.")
-    parser.add_argument(
-        "paths", nargs="+", type=Path, metavar="PATH", help="a run, a sweep, an evaluation, or a folder of them"
-    )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the first PATH")
-    parser.add_argument("--title", help="default: the name of the first PATH")
-    with one_line(), files.os_errors():
-        asked = parser.parse_args(arguments)
-        found = find(asked.paths)
-        out = asked.out or asked.paths[0] / "report.html"
-        _refuse_another(out)
-        files.write(out, page(found, asked.title or asked.paths[0].resolve().name))
-    for left in found.left_out:
-        print(f"left out  {left.folder}: {left.reason}", file=sys.stderr)
-    rows = sum(len(run.evaluations) for run in found.runs) + sum(len(e.rows) for e in found.evaluations)
-    print(f"{_counted(len(found.runs), 'run')}, {_counted(rows, 'evaluation')}, {len(found.left_out)} left out")
-    print(f"open  {out}  ({out.stat().st_size / 1e6:.1f} MB)")
-    return 0
+class Report(NamedTuple):
+    """A written report.
+
+    Attributes:
+        path: the HTML file.
+        size: its size in bytes.
+        runs: number of runs.
+        evaluations: number of rows of metrics.json.
+        left_out: the folders that cannot be shown, with the reasons.
+    """
+
+    path: Path
+    size: int
+    runs: int
+    evaluations: int
+    left_out: list[LeftOut]
 
 
-def _counted(n: int, what: str) -> str:
-    return f"{n:,} {what}{'s' * (n != 1)}"
+def write_report(paths: Sequence[Path], out: Path | None = None, title: str | None = None) -> Report:
+    """Read the runs and evaluations at or below `paths` and write them as one HTML page.
+
+    The page is written to a temporary name and renamed. An existing file is overwritten only if it is a report.
+
+    Args:
+        paths: runs, sweeps, evaluations, or folders of them.
+        out: the HTML file; default report.html in the first path.
+        title: the title of the page; default the name of the first path.
+
+    Raises:
+        ConfigError: a path does not exist, or `out` cannot be written.
+    """
+    out = out or paths[0] / "report.html"
+    with os_errors():
+        records = read_records(paths)
+        _check_output(out)
+        write_file(out, render(records, title or paths[0].resolve().name))
+    rows = sum(len(run.evaluations) for run in records.runs) + sum(len(e.rows) for e in records.evaluations)
+    return Report(out, out.stat().st_size, len(records.runs), rows, records.left_out)
 
 
-def _refuse_another(out: Path) -> None:
-    """A report is written anew, anything else never over."""
+def print_report(report: Report) -> None:
+    """Print what the report contains and its path to stdout, the folders that are left out to stderr."""
+    for folder in report.left_out:
+        print(f"left out  {folder.folder}: {folder.reason}", file=sys.stderr)
+    counts = f"{_count(report.runs, 'run')}, {_count(report.evaluations, 'evaluation')}"
+    print(f"{counts}, {len(report.left_out)} left out")
+    print(f"open  {report.path}  ({report.size / 1e6:.1f} MB)")
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'s' * (n != 1)}"
+
+
+def _check_output(out: Path) -> None:
+    """Refuse a folder, and an existing file that is not a report."""
     if out.is_dir():
-        raise ConfigError(f"--out {out} is a folder: name a file, {out / 'report.html'}")
+        raise ConfigError(f"the output {out} is a folder: name a file, {out / 'report.html'}")
     if out.exists():
         with out.open("rb") as file:
             if MARK.encode() not in file.read(1000):
-                raise ConfigError(f"{out} is there and no report: name another file with --out")
+                raise ConfigError(f"the output {out} exists and is not a report: name another file")

@@ -1,4 +1,4 @@
-"""What differs between runs, what came of it, and which did best."""
+"""Compare runs: which choices differ, their results, and the run with the best result."""
 
 import json
 import math
@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffusion_lab.metrics import figures
-from diffusion_lab.reporting.read import Row, Run, within
+from diffusion_lab.reporting.read import Row, RunRecord, submapping
 
-_IGNORED = {"run_dir", "overwrite", "trust", "logger"}  # where a run writes and to whom it tells, not what it is
+NONE = "–"  # text of a missing value
+_IGNORED = {"run_dir", "overwrite", "trust", "logger"}  # keys of output and logging, which do not change the result
 _COMPARABLE = (
     "data",
     "condition",
@@ -20,24 +21,15 @@ _COMPARABLE = (
     "weighting",
     "loss",
     "variance",
-)  # what val/loss depends on
-_IMAGES = (
-    "source",
-    "image_size",
-    "channels",
-    "val",
-    "test",
-    "split_seed",
-    "limit",
-)  # of data: which images val/loss is of
-_ALONE = ("data", "schedule", "objective", "weighting", "variance", "sampler")  # shown of a single run
-_COLUMNS = 6  # of choices, where no command line says which differences were meant
-NONE = "–"
+)  # val/loss depends on these
+_IMAGE_KEYS = ("source", "image_size", "channels", "val", "test", "split_seed", "limit")  # of data: select the images
+_SINGLE_RUN_GROUPS = ("data", "schedule", "objective", "weighting", "variance", "sampler")  # shown for a single run
+_MAX_CHOICES = 6  # columns of choices if no command line names a key that differs
 
 
 @dataclass
 class Difference:
-    """Keys of the configuration that differ, alike, and their values run by run (None: the run's class has no such key)."""
+    """Keys that have the same differing values, and the value of each run (None: the class of that run has no such key)."""
 
     keys: list[str]
     values: list[str | None]
@@ -45,86 +37,89 @@ class Difference:
 
 @dataclass
 class Column:
-    """One column of the table.
+    """One column of a table of runs.
 
     Attributes:
-        key: its name, also in the page's address, `#sort=KEY`.
-        values: run by run; None where there is none.
-        better: "low", "high", or "" where neither is.
-        about: what it is, in words.
-        texts: how the values read, where not as numbers of four digits.
-        ranks: whether the best value may be called best.
-        details: what stands small beside each value.
+        key: name of the column, used in the address of the page: `#sort=KEY`.
+        values: one value a run; None if it is missing.
+        better: "low", "high", or "" if neither is better.
+        description: tooltip of the heading.
+        texts: formatted values; None formats numbers to four significant digits.
+        ranks: whether the best value may be marked.
+        details: small print below each value.
     """
 
     key: str
     values: list[Any]
     better: str = ""
-    about: str = ""
+    description: str = ""
     texts: list[str] | None = None
     ranks: bool = True
     details: list[str] | None = None
 
     def text(self, i: int) -> str:
+        """Return the formatted value of run `i`."""
         value = self.values[i]
         if self.texts is not None:
             return self.texts[i]
         if value is None:
             return NONE
-        return (
-            figures.number(value)
-            if isinstance(value, float)
-            else f"{value:,}"
-            if isinstance(value, int)
-            else str(value)
-        )
+        if isinstance(value, float):
+            return figures.number(value)
+        return f"{value:,}" if isinstance(value, int) else str(value)
 
     def best(self) -> int | None:
-        """The run with the best value; None where there is no best, or no two values."""
+        """Return the index of the run with the best value; None if fewer than two values differ or neither way is better."""
         finite = [(v, i) for i, v in enumerate(self.values) if isinstance(v, int | float) and math.isfinite(v)]
         if not self.better or len({value for value, _ in finite}) < 2:
             return None
         return min(finite)[1] if self.better == "low" else max(finite, key=lambda pair: (pair[0], -pair[1]))[1]
 
 
-# what differs -------------------------------------------------------------------------------------------------------------
+# differences --------------------------------------------------------------------------------------------------------------
 
 _ABSENT = object()  # the run has no such key
-_OUTSIDE = object()  # the run has another class there: its keys say nothing about this one's
+_OTHER_CLASS = object()  # the run has another class at this node, so its keys are not compared
 
 
 def differences(configs: Sequence[dict[str, Any]]) -> list[Difference]:
-    """Of resolved configurations, in their order. A class that differs stands for its arguments; those are compared among
-    runs of one class. Copies of a value under other keys (`seed`, `data.seed`) are one difference."""
+    """Return the differences of resolved configurations, in the order of their keys.
+
+    If the class of a node differs, the class is the difference; arguments are compared among runs of the same class.
+    Keys with the same values in every run, such as copies by interpolation, are merged into one difference.
+    """
     merged: dict[tuple[str | None, ...], Difference] = {}
-    for key, values in _differ([{k: v for k, v in c.items() if k not in _IGNORED} for c in configs], ""):
+    for key, values in _walk_differences([{k: v for k, v in c.items() if k not in _IGNORED} for c in configs], ""):
         merged.setdefault(tuple(values), Difference([], values)).keys.append(key)
     return list(merged.values())
 
 
 def common(configs: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Key → value of all leaves that the configurations share."""
+    """Return key → value of the leaves that all configurations share."""
     flat = [dict(_leaves(c, "")) for c in configs]
     return {k: v for k, v in flat[0].items() if k.split(".")[0] not in _IGNORED and all(f.get(k) == v for f in flat)}
 
 
-def _differ(nodes: list[Any], path: str) -> Iterator[tuple[str, list[str | None]]]:
-    inside = [node for node in nodes if node is not _OUTSIDE]
-    if not all(isinstance(node, dict) for node in inside):
-        values = [None if node is _OUTSIDE else _text(node) for node in nodes]
+def _walk_differences(nodes: list[Any], path: str) -> Iterator[tuple[str, list[str | None]]]:
+    """Yield (path of a key, its values) for each key whose values differ; `nodes` has one node a run."""
+    compared = [node for node in nodes if node is not _OTHER_CLASS]
+    if not all(isinstance(node, dict) for node in compared):
+        values = [None if node is _OTHER_CLASS else _text(node) for node in nodes]
         if len(set(values) - {None}) > 1:
             yield path, values
         return
-    kinds = list(dict.fromkeys(node.get("_target_") for node in inside))
-    if len(kinds) > 1:
-        yield path, [None if node is _OUTSIDE else _text(node) for node in nodes]
-    for kind in kinds:
-        own = [node if node is not _OUTSIDE and node.get("_target_") == kind else _OUTSIDE for node in nodes]
-        if sum(node is not _OUTSIDE for node in own) < 2:
+    classes = list(dict.fromkeys(node.get("_target_") for node in compared))
+    if len(classes) > 1:
+        yield path, [None if node is _OTHER_CLASS else _text(node) for node in nodes]
+    for target in classes:
+        same_class = [
+            node if node is not _OTHER_CLASS and node.get("_target_") == target else _OTHER_CLASS for node in nodes
+        ]
+        if sum(node is not _OTHER_CLASS for node in same_class) < 2:
             continue
-        for key in dict.fromkeys(key for node in own if isinstance(node, dict) for key in node):
-            parts = [node.get(key, _ABSENT) if isinstance(node, dict) else _OUTSIDE for node in own]
-            yield from _differ(parts, f"{path}.{key}" if path else str(key))
+        for key in dict.fromkeys(key for node in same_class if isinstance(node, dict) for key in node):
+            children = [node.get(key, _ABSENT) if isinstance(node, dict) else _OTHER_CLASS for node in same_class]
+            yield from _walk_differences(children, f"{path}.{key}" if path else str(key))
 
 
 def _leaves(node: Any, path: str) -> Iterator[tuple[str, str]]:
@@ -137,7 +132,7 @@ def _leaves(node: Any, path: str) -> Iterator[tuple[str, str]]:
 
 def _text(node: Any) -> str:
     if node is _ABSENT:
-        return "not there"
+        return "absent"
     if isinstance(node, dict) and "_target_" in node:
         return str(node["_target_"]).rsplit(".", 1)[-1]
     if isinstance(node, str):
@@ -148,34 +143,34 @@ def _text(node: Any) -> str:
 # choices ------------------------------------------------------------------------------------------------------------------
 
 
-def choices(runs: Sequence[Run]) -> list[Column]:
-    """The columns that tell runs apart: what their command lines name and what differs, or else what differs at all."""
+def choices(runs: Sequence[RunRecord]) -> list[Column]:
+    """Return the columns that distinguish the runs: differing keys of their command lines, or else of their configurations."""
     if len(runs) == 1:
-        return [_choice(group, [_value(runs[0], group)]) for group in _ALONE if group in runs[0].config]
-    named = dict.fromkeys(_key(line) for run in runs for line in run.overrides or ())
+        return [_choice(group, [_value(runs[0], group)]) for group in _SINGLE_RUN_GROUPS if group in runs[0].config]
+    keys = dict.fromkeys(_key(override) for run in runs for override in run.overrides or ())
     columns: dict[tuple[Any, ...], Column] = {}
-    for key in named:
+    for key in keys:
         values = [_value(run, key) for run in runs]
         if key and key.split(".")[0] not in _IGNORED and len(set(values)) > 1:
             columns.setdefault(tuple(values), _choice(key, values))
     if not columns:
-        for difference in differences([run.config for run in runs])[:_COLUMNS]:
+        for difference in differences([run.config for run in runs])[:_MAX_CHOICES]:
             values = [NONE if v is None else v for v in difference.values]
             columns[tuple(values)] = _choice(difference.keys[0], values)
     return list(columns.values())
 
 
 def _choice(key: str, values: list[Any]) -> Column:
-    """Numbers read as they were written, not rounded."""
+    """Return a column whose numbers are shown as written, not rounded."""
     return Column(key, values, texts=[f"{v:g}" if isinstance(v, float) else str(v) for v in values])
 
 
-def _key(line: str) -> str:
-    return re.split(r"[=@]", line.lstrip("+~"), maxsplit=1)[0]
+def _key(override: str) -> str:
+    return re.split(r"[=@]", override.lstrip("+~"), maxsplit=1)[0]
 
 
-def _value(run: Run, key: str) -> Any:
-    """The option of a group, else the value of the resolved configuration; numbers stay numbers."""
+def _value(run: RunRecord, key: str) -> Any:
+    """Return the option of a group, else the value in the resolved configuration; numbers stay numbers."""
     if key in run.choices:
         return run.choices[key]
     node: Any = run.config
@@ -193,20 +188,23 @@ def _value(run: Run, key: str) -> Any:
 # results ------------------------------------------------------------------------------------------------------------------
 
 
-def lowest(run: Run, name: str) -> tuple[int, float] | None:
-    """(step, value) of the least finite value of a curve."""
+def lowest(run: RunRecord, name: str) -> tuple[int, float] | None:
+    """Return (step, value) of the smallest finite value of a curve; None if it has none."""
     finite = [point for point in run.curves.get(name, ()) if math.isfinite(point[1])]
     return min(finite, key=lambda point: (point[1], point[0]), default=None)
 
 
-def quality(runs: Sequence[Run]) -> list[str]:
-    """The columns of metrics.csv that measure samples: fd_classifier_1k, fid_10k, confident_fraction_1k, …."""
+def quality(runs: Sequence[RunRecord]) -> list[str]:
+    """Return the columns of metrics.csv that measure sample quality: fd_classifier_1k, fid_10k, confident_fraction_1k, …."""
     names = dict.fromkeys(name for run in runs for name in run.curves)
     return [name for name in names if "/" not in name and figures.better(name)]
 
 
 def protocols(rows: Sequence[Row]) -> dict[tuple[str, ...], str]:
-    """What must agree for two evaluations to compare → how the metric's name says it; "" where all agree."""
+    """Return each protocol of the rows → the text that distinguishes it from the others; "" if there is only one.
+
+    Evaluations are comparable only if their protocols are equal.
+    """
     keys = list(dict.fromkeys(protocol(row) for row in rows))
     if len(keys) == 1:
         return {keys[0]: ""}
@@ -216,175 +214,159 @@ def protocols(rows: Sequence[Row]) -> dict[tuple[str, ...], str]:
 
 
 def protocol(row: Row) -> tuple[str, ...]:
-    """Data set, number of images, split, extractor, number of seeds."""
+    """Return (data set, number of images, split, extractor, number of seeds)."""
     seeds = row.get("seeds")
-    told = (within(row, "data").get("name"), row.get("n"), row.get("split"), row.get("extractor"))
-    return (*map(str, told), str(len(seeds)) if isinstance(seeds, list) else "1")
+    fields = (submapping(row, "data").get("name"), row.get("n"), row.get("split"), row.get("extractor"))
+    return (*map(str, fields), str(len(seeds)) if isinstance(seeds, list) else "1")
 
 
 def scalars(row: Row) -> dict[str, float]:
-    """The metrics that are numbers, without their standard errors."""
-    kept = {}
-    for name, value in row["metrics"].items():
-        if isinstance(value, int | float) and not isinstance(value, bool) and not name.endswith("_std"):
-            kept[name] = float(value)
-    return kept
+    """Return the metrics that are numbers, without their standard errors (`…_std`)."""
+    return {
+        name: float(value)
+        for name, value in row["metrics"].items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and not name.endswith("_std")
+    }
 
 
-def results(runs: Sequence[Run]) -> list[Column]:
-    """What came of the runs, the figure that ranks them first."""
+def results(runs: Sequence[RunRecord]) -> list[Column]:
+    """Return the columns of results. The first one ranks the runs: a quality metric that most runs have, else a loss."""
     evaluated = _evaluated(runs)
-    trained = [_of_curve(runs, name) for name in quality(runs)]
+    trained = [_best_of_curve(runs, name) for name in quality(runs)]
     losses = _losses(runs)
     candidates = [*(c for c in evaluated if c.better == "low"), *(c for c in trained if c.better == "low"), losses[0]]
-    enough = [c for c in candidates if 2 * sum(v is not None for v in c.values) >= len(runs)]
-    first = (enough or candidates)[0]
+    frequent = [c for c in candidates if 2 * sum(v is not None for v in c.values) >= len(runs)]
+    first = (frequent or candidates)[0]
     rest = [c for c in (*evaluated, *trained, *losses) if c is not first]
     return [first, *rest, *_costs(runs)]
 
 
-def _evaluated(runs: Sequence[Run]) -> list[Column]:
-    """The best of each metric over samplers and steps, one column for each protocol."""
+def _evaluated(runs: Sequence[RunRecord]) -> list[Column]:
+    """Return the best value of each metric over samplers and steps, one column for each protocol."""
     rows = [row for run in runs for row in run.evaluations]
     columns = []
-    for key, said in protocols(rows).items() if rows else ():
+    for key, text in protocols(rows).items() if rows else ():
         for name in dict.fromkeys(name for row in rows if protocol(row) == key for name in scalars(row)):
-            low = figures.better(name).startswith("lower")
-            best = []
-            for run in runs:
-                own = [
-                    (scalars(row)[name], row)
-                    for row in run.evaluations
-                    if protocol(row) == key and name in scalars(row)
-                ]
-                own = [pair for pair in own if math.isfinite(pair[0])]
-                best.append((min if low else max)(own, key=lambda pair: pair[0], default=None))
+            best = [_best_row(run, key, name) for run in runs]
             columns.append(
                 Column(
-                    f"{name} ({said})" if said else name,
-                    [None if b is None else b[0] for b in best],
-                    _way(name),
-                    f"evaluation, the best of its samplers and steps; {figures.better(name)}",
-                    details=["" if b is None else _how(b[1]) for b in best],
+                    f"{name} ({text})" if text else name,
+                    [None if row is None else scalars(row)[name] for row in best],
+                    _better(name),
+                    _joined("evaluation: the best value over samplers and steps", figures.better(name)),
+                    details=["" if row is None else _sampler_text(row) for row in best],
                 )
             )
     return columns
 
 
-def _how(row: Row) -> str:
+def _best_row(run: RunRecord, key: tuple[str, ...], name: str) -> Row | None:
+    """Return the evaluation of protocol `key` with the best finite value of a metric."""
+    rows = [row for row in run.evaluations if protocol(row) == key and math.isfinite(scalars(row).get(name, math.nan))]
+    best = min if _better(name) == "low" else max
+    return best(rows, key=lambda row: scalars(row)[name], default=None)
+
+
+def _sampler_text(row: Row) -> str:
     return f"{row['sampler']}, {row['nfe']} NFE" if row.get("sampler") and row.get("nfe") else ""
 
 
-def _way(name: str) -> str:
+def _better(name: str) -> str:
     return {"lower": "low", "higher": "high"}.get(figures.better(name).split(" ")[0], "")
 
 
-def _of_curve(runs: Sequence[Run], name: str) -> Column:
+def _joined(*parts: str) -> str:
+    return "; ".join(filter(None, parts))
+
+
+def _best_of_curve(runs: Sequence[RunRecord], name: str) -> Column:
     values: list[float | None] = []
     for run in runs:
         finite = [value for _, value in run.curves.get(name, ()) if math.isfinite(value)]
-        values.append((min if _way(name) == "low" else max)(finite) if finite else None)
-    return Column(name, values, _way(name), f"best figure while training; {figures.better(name)}")
+        values.append((min if _better(name) == "low" else max)(finite) if finite else None)
+    return Column(name, values, _better(name), _joined("best value during training", figures.better(name)))
 
 
-def _losses(runs: Sequence[Run]) -> list[Column]:
+def _losses(runs: Sequence[RunRecord]) -> list[Column]:
     name = "val/loss" if any("val/loss" in run.curves for run in runs) else "train/loss"
-    least, fair = [lowest(run, name) for run in runs], not incomparable(runs)
+    minima, comparable = [lowest(run, name) for run in runs], not incomparable(runs)
     last = [run.curves[name][-1][1] if name in run.curves else None for run in runs]
     return [
-        Column(f"min {name}", [p and p[1] for p in least], "low", "the lowest of the run", ranks=fair),
-        Column("at step", [p and p[0] for p in least], about=f"where {name} was lowest"),
-        Column(f"last {name}", last, "low", "the run's last", ranks=fair),
+        Column(f"min {name}", [p and p[1] for p in minima], "low", "lowest value of the run", ranks=comparable),
+        Column("at step", [p and p[0] for p in minima], description=f"step of the lowest {name}"),
+        Column(f"last {name}", last, "low", "last value of the run", ranks=comparable),
     ]
 
 
-def _costs(runs: Sequence[Run]) -> list[Column]:
+def _costs(runs: Sequence[RunRecord]) -> list[Column]:
     rates = []
     for run in runs:
         finite = [v for _, v in run.curves.get("speed/images_per_s", ()) if math.isfinite(v)]
         rates.append(statistics.median(finite) if finite else None)
+    rate_texts = [NONE if r is None else f"{r:,.0f}" for r in rates]
     seconds = [_seconds(run, rate) for run, rate in zip(runs, rates, strict=True)]
+    second_texts = [NONE if s is None else f"{'' if s[1] else '≈ '}{s[0]:,.0f}" for s in seconds]
+    second_description = "duration of the job; ≈ marks an estimate, steps × batch size ÷ images/s"
     return [
-        Column(
-            "images/s",
-            rates,
-            "high",
-            "median over the rows of metrics.csv",
-            [NONE if r is None else f"{r:,.0f}" for r in rates],
-        ),
-        Column("steps", [run.steps for run in runs], about="done"),
-        Column(
-            "seconds",
-            [s and s[0] for s in seconds],
-            "",
-            "of the job; with ≈ of its training steps alone, which is steps × batch ÷ images/s",
-            [NONE if s is None else f"{'' if s[1] else '≈ '}{s[0]:,.0f}" for s in seconds],
-        ),
-        Column("state", [run.status.split(":")[0] for run in runs], about="what became of the run"),
+        Column("images/s", rates, "high", "median over the rows of metrics.csv", rate_texts),
+        Column("steps", [run.steps for run in runs], description="last step of metrics.csv"),
+        Column("seconds", [s and s[0] for s in seconds], "", second_description, second_texts),
+        Column("state", [run.status.split(":")[0] for run in runs], description="how the run ended"),
     ]
 
 
-def _seconds(run: Run, rate: float | None) -> tuple[float, bool] | None:
-    """(seconds, whether they were measured)."""
+def _seconds(run: RunRecord, rate: float | None) -> tuple[float, bool] | None:
+    """Return (seconds, whether they were measured)."""
     if run.seconds is not None:
         return run.seconds, True
-    batch = within(run.config, "data").get("batch_size")
-    return (run.steps * batch / rate, False) if rate and isinstance(batch, int) else None
+    batch_size = submapping(run.config, "data").get("batch_size")
+    return (run.steps * batch_size / rate, False) if rate and isinstance(batch_size, int) else None
 
 
-def incomparable(runs: Sequence[Run]) -> list[str]:
-    """The groups that differ and on which val/loss depends, so that its values are not of one thing."""
-    names = [group for group in _COMPARABLE if group in {k.split(".")[0] for d in _main(runs) for k in d.keys}]
-    if any(_learns(run) for run in runs):
-        return names
-    return [name for name in names if name != "variance"]  # any other variance is chosen after training
+def incomparable(runs: Sequence[RunRecord]) -> list[str]:
+    """Return the groups that differ and change the meaning of val/loss; [] if the losses of the runs are comparable."""
+    groups = {key.split(".")[0] for difference in _loss_differences(runs) for key in difference.keys}
+    if not any(str(submapping(run.config, "variance").get("_target_")).endswith(".Learned") for run in runs):
+        groups -= {"variance"}  # only a learned variance is part of the training loss
+    return [group for group in _COMPARABLE if group in groups]
 
 
-def _main(runs: Sequence[Run]) -> list[Difference]:
-    """Differences of the groups themselves; seeds, batches and the like leave the loss what it is."""
-    kept = [{group: run.config.get(group) for group in _COMPARABLE} for run in runs]
-    for of in kept:
-        of["data"] = {key: within(of, "data").get(key) for key in _IMAGES}
-    return differences(kept)
+def _loss_differences(runs: Sequence[RunRecord]) -> list[Difference]:
+    """Return the differences of the groups that val/loss depends on; of data only those that select other images."""
+    configs = [{group: run.config.get(group) for group in _COMPARABLE} for run in runs]
+    for config in configs:
+        config["data"] = {key: submapping(config, "data").get(key) for key in _IMAGE_KEYS}
+    return differences(configs)
 
 
-def _learns(run: Run) -> bool:
-    return str(within(run.config, "variance").get("_target_")).endswith(".Learned")
+def over_seeds(runs: Sequence[RunRecord], chosen: Sequence[Column], metric: Column) -> list[Column]:
+    """Return a table with one row for each set of choices except the seed, the best mean first.
 
-
-def over_seeds(runs: Sequence[Run], chosen: Sequence[Column], figure: Column) -> list[Column]:
-    """Columns of a table with one row for each set of choices but the seed, the best first: choices, number of runs, mean and
-    spread of a figure. Empty unless several runs differ by their seed alone."""
+    Its columns are the choices, the number of runs, the mean and the standard deviation of `metric`. It is empty unless
+    several runs differ in their seed alone.
+    """
     others = [column for column in chosen if column.key != "seed"]
     if len(others) == len(chosen):
         return []
     groups: dict[tuple[str, ...], list[float]] = {}
-    for i, value in enumerate(figure.values):
+    for i, value in enumerate(metric.values):
         if isinstance(value, int | float) and math.isfinite(value):
             groups.setdefault(tuple(column.text(i) for column in others), []).append(value)
     if max(map(len, groups.values()), default=0) < 2:
         return []
-    rows = sorted(groups.items(), key=lambda row: statistics.fmean(row[1]), reverse=figure.better == "high")
+    rows = sorted(groups.items(), key=lambda row: statistics.fmean(row[1]), reverse=metric.better == "high")
+    means = [statistics.fmean(values) for _, values in rows]
+    deviations = [statistics.stdev(values) if len(values) > 1 else None for _, values in rows]
     return [
         *(Column(column.key, [key[k] for key, _ in rows]) for k, column in enumerate(others)),
         Column("runs", [len(values) for _, values in rows]),
-        Column(
-            figure.key,
-            [statistics.fmean(values) for _, values in rows],
-            figure.better,
-            "mean over seeds",
-            ranks=figure.ranks,
-        ),
-        Column(
-            "spread",
-            [statistics.stdev(v) if len(v) > 1 else None for _, v in rows],
-            about="standard deviation over seeds",
-        ),
+        Column(metric.key, means, metric.better, "mean over seeds", ranks=metric.ranks),
+        Column("std", deviations, description="standard deviation over seeds"),
     ]
 
 
-def label(columns: Sequence[Column], i: int, run: Run) -> str:
-    """What tells run i apart, in a few words."""
+def label(columns: Sequence[Column], i: int, run: RunRecord) -> str:
+    """Return the choices of run `i` as a short text, or its name if it has none."""
     return " · ".join(_short(c, c.values[i]) for c in columns if c.values[i] != NONE) or run.name
 
 

@@ -1,4 +1,4 @@
-"""Grids of samples, small enough that a hundred of them fit into one page."""
+"""Encode grids of samples as data: URLs, small enough that a hundred of them fit into one page."""
 
 import base64
 import io
@@ -13,13 +13,13 @@ from PIL import Image
 from diffusion_lab.errors import ConfigError
 
 LARGEST = 60_000  # bytes of one grid
-ALL = 5_000_000  # bytes of all grids
-_DENSE = 0.32  # bytes that a pixel of samples takes as WebP, about
-_SHRINK = 0.8
+TOTAL = 5_000_000  # bytes of all grids
+_BYTES_PER_PIXEL = 0.32  # of samples as WebP, approximately
+_SHRINK = 0.8  # factor of width and height at each further attempt
 
 
 class Picture(NamedTuple):
-    """A data: address and the size to reserve for it."""
+    """A data: URL and the size of the image in pixels."""
 
     address: str
     width: int
@@ -27,48 +27,51 @@ class Picture(NamedTuple):
 
 
 def limit(count: int) -> int:
-    """Bytes that each of `count` grids may take."""
-    return min(LARGEST, ALL // max(count, 1))
+    """Return the maximum bytes of each of `count` grids."""
+    return min(LARGEST, TOTAL // max(count, 1))
 
 
 def picture(path: Path, limit: int) -> Picture:
-    """The file as it is if it is small enough, else as WebP, smaller until it is.
+    """Return the PNG file unchanged if it has at most `limit` bytes, else as WebP, reduced until it fits.
 
     Raises:
-        ValueError: no picture, or a cut one.
+        ConfigError: the file is not an image, or is truncated.
     """
     try:
         raw = path.read_bytes()
         with Image.open(io.BytesIO(raw)) as opened:
             opened.load()
             if opened.format == "PNG" and len(raw) <= limit:
-                return Picture(_address("png", raw), *opened.size)
+                return Picture(_data_url("png", raw), *opened.size)
             image = opened.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ConfigError(f"{path.name} cannot be read: {error}") from None
-    fits = math.sqrt(min(1.0, limit / _DENSE / (image.width * image.height)))
-    image.thumbnail((max(1, round(fits * image.width)), max(1, round(fits * image.height))), reducing_gap=2.0)
+    factor = math.sqrt(min(1.0, limit / _BYTES_PER_PIXEL / (image.width * image.height)))
+    image.thumbnail((max(1, round(factor * image.width)), max(1, round(factor * image.height))), reducing_gap=2.0)
     while True:
         stream = io.BytesIO()
         image.save(stream, "webp", quality=75, method=2)
         if stream.tell() <= limit or max(image.size) <= 64:
-            return Picture(_address("webp", stream.getvalue()), *image.size)
+            return Picture(_data_url("webp", stream.getvalue()), *image.size)
         image = image.resize((max(1, round(image.width * _SHRINK)), max(1, round(image.height * _SHRINK))))
 
 
 def pictures(paths: Sequence[Path | None]) -> list[Picture | str | None]:
-    """Of each path its picture, or why there is none; None of None. On all cores: Pillow works without Python's lock."""
-    each = limit(sum(path is not None for path in paths))
+    """Return for each path its picture, or the error message; None for None.
 
-    def made(path: Path | None) -> Picture | str | None:
+    Files are encoded by several threads, since Pillow releases the global interpreter lock.
+    """
+    bytes_each = limit(sum(path is not None for path in paths))
+
+    def encode(path: Path | None) -> Picture | str | None:
         try:
-            return None if path is None else picture(path, each)
-        except ValueError as error:
+            return None if path is None else picture(path, bytes_each)
+        except ConfigError as error:
             return str(error)
 
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(made, paths))
+        return list(pool.map(encode, paths))
 
 
-def _address(kind: str, content: bytes) -> str:
+def _data_url(kind: str, content: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

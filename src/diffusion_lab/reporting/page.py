@@ -1,160 +1,173 @@
-"""The page: one HTML file without any outside resource."""
+"""Render the page: one HTML file without external resources, from the Jinja2 templates in templates/."""
 
 import base64
+import functools
 import hashlib
-import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from diffusion_lab.reporting import charts, compare, sections
 from diffusion_lab.reporting.compare import NONE, Column
-from diffusion_lab.reporting.html import Html, el, join
-from diffusion_lab.reporting.read import Evaluation, Found, Run
-from diffusion_lab.reporting.sections import link
+from diffusion_lab.reporting.read import Evaluation, Records, RunRecord
 
-MARK = "diffusion-lab report"  # says of a file that it may be written anew
-_HERE = Path(__file__).parent
+MARK = "diffusion-lab report"  # marks a file as a report, which may be overwritten
 
 
-def page(found: Found, title: str) -> str:
-    """The whole file."""
-    runs, chosen, results = _ordered(found.runs)
-    curves, nfe = charts.curves(runs), charts.against_nfe(runs, found.evaluations)
-    made = {
-        "Runs": sections.table(runs, chosen, results),
-        "Curves": sections.plots("curves", "Curves", curves),
-        "NFE": sections.plots("nfe", "Quality against network evaluations", nfe),
-        "Samples": sections.samples(runs, chosen, results),
-        "What differs": sections.differences(runs),
-        "Commands": sections.commands(runs, chosen),
-        "Evaluations": sections.evaluations(runs, found.evaluations),
-        "Left out": sections.left_out(found.left_out),
-    }
-    there = {name: section for name, section in made.items() if section}
-    body = [
-        el("header", el("h1", title), _summary(runs, chosen, results, found)),
-        el("nav", [el("a", name, href=f"#{sections.key(name)}") for name in there], aria_label="Sections"),
-        el("main", *there.values()),
-        el("dialog", el("form", el("button", "Close"), method="dialog"), el("img", alt=""), id="large"),
+class Summary(NamedTuple):
+    """The first paragraphs of the page.
+
+    Attributes:
+        text: the result in words, up to the best value.
+        value: the best value; "" if the runs are not ranked.
+        detail: sampler and number of evaluations of the best value.
+        run: the run with the best value.
+        more: the remaining sentences.
+        incomparable: the choices that make losses incomparable, such as "the schedule and objective differ"; or "".
+        ranked_by_loss: whether those losses rank the runs.
+        left_out: number of folders that are left out.
+    """
+
+    text: str
+    value: str = ""
+    detail: str = ""
+    run: RunRecord | None = None
+    more: str = ""
+    incomparable: str = ""
+    ranked_by_loss: bool = False
+    left_out: int = 0
+
+
+def render(records: Records, title: str) -> str:
+    """Return the HTML of the page."""
+    runs, chosen, results = _ordered(records.runs)
+    curves, against_nfe = charts.curves(runs), charts.against_nfe(runs, records.evaluations)
+    candidates = [
+        sections.runs_section(runs, chosen, results),
+        sections.charts_section("Curves", "Curves", curves),
+        sections.charts_section("NFE", "Quality against network evaluations", against_nfe),
+        sections.samples_section(runs, chosen, results),
+        sections.differences_section(runs),
+        sections.commands_section(runs, chosen),
+        sections.evaluations_section(runs, records.evaluations),
+        sections.left_out_section(records.left_out),
     ]
-    return _document(title, join(body), _data(runs, chosen, found.evaluations, {"curves": curves, "nfe": nfe}))
+    environment = _environment()
+    # The style and the script are files of this package, so they are not escaped. All other text is.
+    style, script = (Markup(_source(environment, name)) for name in ("page.css", "page.js"))
+    html = environment.get_template("page.html").render(
+        title=title,
+        mark=MARK,
+        style=style,
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        summary=_summary(runs, chosen, results, records),
+        sections=[section for section in candidates if section],
+        data={
+            "runs": _run_labels(runs, chosen, records.evaluations),
+            "choices": [column.key for column in chosen] if len(runs) > 1 else [],
+            "charts": {"curves": curves, "nfe": against_nfe},
+        },
+    )
+    return html.encode("utf-8", "replace").decode()  # names of files may contain bytes that are not UTF-8
 
 
-def _ordered(runs: list[Run]) -> tuple[list[Run], list[Column], list[Column]]:
-    """Runs best first, and the columns in that order."""
+@functools.cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("diffusion_lab.reporting"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["anchor"] = sections.anchor
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    return environment
+
+
+def _source(environment: Environment, name: str) -> str:
+    assert environment.loader is not None
+    return environment.loader.get_source(environment, name)[0]
+
+
+def _ordered(runs: list[RunRecord]) -> tuple[list[RunRecord], list[Column], list[Column]]:
+    """Return the runs, the best first, and the columns of choices and results in that order."""
     if not runs:
         return [], [], []
     first = compare.results(runs)[0]
     sign = -1 if first.better == "high" else 1
-    missing = [not (isinstance(v, int | float) and math.isfinite(v)) for v in first.values]
+    missing = [not _is_number(v) for v in first.values]
     order = sorted(range(len(runs)), key=lambda i: (missing[i], 0 if missing[i] else sign * first.values[i]))
     runs = [runs[i] for i in order]
     return runs, compare.choices(runs), compare.results(runs)
 
 
-def _document(title: str, body: Html, data: str) -> str:
-    script = (_HERE / "page.js").read_text(encoding="utf-8")
-    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'"
-    head = [
-        el("meta", charset="utf-8"),
-        el("meta", http_equiv="Content-Security-Policy", content=policy),
-        el("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        el("meta", name="generator", content=MARK),
-        el("meta", name="color-scheme", content="light dark"),
-        el("link", rel="icon", href="data:,"),
-        el("title", title),
-        el("style", Html((_HERE / "page.css").read_text(encoding="utf-8"))),
-    ]
-    tail = [el("script", Html(data), type="application/json", id="data"), el("script", Html(script))]
-    return f'<!doctype html>\n<html lang="en"><head>{join(head)}</head>\n<body>{body}\n{join(tail)}</body></html>\n'
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _data(
-    runs: Sequence[Run], chosen: Sequence[Column], others: Sequence[Evaluation], drawn: dict[str, list[charts.Chart]]
-) -> str:
-    """What the script draws. `<` never stands in it, so that no text ends the element."""
-    named = [
-        {"name": run.name, "label": compare.label(chosen, i, run), "values": [str(c.text(i)) for c in chosen]}
+def _run_labels(
+    runs: Sequence[RunRecord], chosen: Sequence[Column], others: Sequence[Evaluation]
+) -> list[dict[str, Any]]:
+    """Return name, label and choices of the runs and evaluations that the `run` indices of the charts refer to."""
+    labels: list[dict[str, Any]] = [
+        {"name": run.name, "label": compare.label(chosen, i, run), "values": [c.text(i) for c in chosen]}
         for i, run in enumerate(runs)
     ]
-    named += [{"name": e.folder.name, "label": e.of, "values": [NONE] * len(chosen)} for e in others]
-    content = {
-        "runs": named,
-        "choices": [column.key for column in chosen] if len(runs) > 1 else [],
-        "charts": drawn,
-    }
-    return json.dumps(content, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c").replace("&", "\\u0026")
+    return labels + [{"name": e.folder.name, "label": e.source, "values": [NONE] * len(chosen)} for e in others]
 
 
-# what stands first --------------------------------------------------------------------------------------------------------
+# summary ------------------------------------------------------------------------------------------------------------------
 
 
-def _summary(runs: Sequence[Run], chosen: Sequence[Column], results: Sequence[Column], found: Found) -> list[Html]:
+def _summary(
+    runs: Sequence[RunRecord], chosen: Sequence[Column], results: Sequence[Column], records: Records
+) -> Summary:
     if runs:
-        said = [el("p", *_winner(runs, chosen, results[0]), class_="winner"), *_caveat(runs, results[0])]
+        summary = _result(runs, chosen, results[0])
+        groups = compare.incomparable(runs)
+        if groups:
+            summary = summary._replace(incomparable=f"the {_enumeration(groups)} differ{'s' * (len(groups) == 1)}")
+        summary = summary._replace(ranked_by_loss=results[0].key.endswith("/loss"))
     else:
-        said = [el("p", "Evaluations only." if found.evaluations else "No run to show.", class_="winner")]
-    if n := len(found.left_out):
-        link = el("a", f"{n} folder{'s' * (n > 1)} left out", href="#left-out")
-        said.append(el("p", link, ", with the reasons.", class_="note"))
-    return said
+        summary = Summary("Evaluations only." if records.evaluations else "No runs to show.")
+    return summary._replace(left_out=len(records.left_out))
 
 
-def _winner(runs: Sequence[Run], chosen: Sequence[Column], first: Column) -> list[Any]:
-    """Runs are sorted by the first column of results, the best first."""
+def _result(runs: Sequence[RunRecord], chosen: Sequence[Column], first: Column) -> Summary:
+    """Return the best result; runs are sorted by the column `first`, the best first."""
     name = first.key.removeprefix("min ")
+    status = "" if runs[0].status == "done" else f" It is {runs[0].status}."
     if len(runs) == 1:
         value = f": {first.key} {first.text(0)}" if first.values[0] is not None else ""
-        return [f"One run, {runs[0].steps:,} steps{value}.", _state(runs[0])]
-    if sum(isinstance(v, int | float) and math.isfinite(v) for v in first.values) < 2:
-        return [f"{len(runs)} runs, of which fewer than two have a {name} to compare."]
-    extreme = "Lowest" if first.better == "low" else "Highest"
-    said = compare.label(chosen, 0, runs[0])
-    how = f" ({first.details[0]})" if first.details else ""
-    told = f": {said}." if said != runs[0].name else "."
-    mean = _mean(compare.over_seeds(runs, chosen, first), name)
-    return [
-        f"{len(runs)} runs. {extreme} {name}: ",
-        el("strong", first.text(0)),
-        how,
-        ", ",
-        link(runs[0]),
-        told,
-        _state(runs[0]),
-        mean,
-    ]
+        return Summary(f"One run, {runs[0].steps:,} steps{value}.{status}")
+    if sum(map(_is_number, first.values)) < 2:
+        return Summary(f"{len(runs)} runs; fewer than two have a {name} to compare.")
+    label = compare.label(chosen, 0, runs[0])
+    return Summary(
+        f"{len(runs)} runs. {'Lowest' if first.better == 'low' else 'Highest'} {name}:",
+        first.text(0),
+        first.details[0] if first.details else "",
+        runs[0],
+        (f": {label}." if label != runs[0].name else ".") + status + _best_mean(runs, chosen, first, name),
+    )
 
 
-def _mean(columns: Sequence[Column], name: str) -> str:
-    """The best mean over seeds, "" where there is none."""
+def _best_mean(runs: Sequence[RunRecord], chosen: Sequence[Column], first: Column, name: str) -> str:
+    """Return a sentence with the best mean over seeds; "" if no runs differ in their seed alone."""
+    columns = compare.over_seeds(runs, chosen, first)
     if not columns:
         return ""
-    *others, count, mean, spread = columns
-    said = " · ".join(column.text(0) for column in others)
+    *others, count, mean, std = columns
+    label = " · ".join(column.text(0) for column in others)
     extreme = "lowest" if mean.better == "low" else "highest"
-    figure = mean.text(0) if spread.values[0] is None else f"{mean.text(0)} ± {spread.text(0)} ({count.text(0)} runs)"
-    return f" Over seeds, the {extreme} mean {name} is {figure}{f': {said}' if said else ''}."
+    value = mean.text(0) if std.values[0] is None else f"{mean.text(0)} ± {std.text(0)} ({count.text(0)} runs)"
+    return f" Over seeds, the {extreme} mean {name} is {value}{f': {label}' if label else ''}."
 
 
-def _caveat(runs: Sequence[Run], first: Column) -> list[Html]:
-    """Losses of different objectives, schedules, … are different quantities."""
-    unfair = compare.incomparable(runs)
-    if not unfair:
-        return []
-    why = f"the {_listed(unfair)} differ{'s' * (len(unfair) == 1)}"
-    if not first.key.endswith("/loss"):
-        return [el("p", f"Losses do not compare across these runs, since {why}.", class_="note")]
-    remedy = (el("code", "quality=classifier"), " while training, or ", el("code", "python src/evaluate.py ckpt=RUN"))
-    said = f"The losses of these runs are not of one thing, since {why}: a lower one does not mean better samples. "
-    return [el("p", said, *remedy, " for each of them, gives figures that compare.", class_="note")]
-
-
-def _state(run: Run) -> str:
-    return "" if run.status == "done" else f" It is {run.status}."
-
-
-def _listed(names: Sequence[str]) -> str:
+def _enumeration(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -1,4 +1,4 @@
-"""What runs and evaluations leave behind, read from plain files: neither torch nor a checkpoint is opened."""
+"""Read the plain files of training runs and evaluations. Neither torch nor a checkpoint is loaded."""
 
 import csv
 import itertools
@@ -16,37 +16,34 @@ import yaml
 
 from diffusion_lab.errors import ConfigError
 
-Row = dict[str, Any]  # of metrics.json
-Curve = list[tuple[int, float]]  # (step, value) in the order of the file; a value may be NaN
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast where libyaml is there
+Row = dict[str, Any]  # one row of metrics.json
+Curve = list[tuple[int, float]]  # (step, value), sorted by step; a value may be NaN
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast if libyaml is installed
 
-_RUN = {"config.yaml", "metrics.csv", "checkpoints", ".hydra", "outcome.json"}  # any of these makes a folder a run
-_LEAVES = {"checkpoints", "samples", "wandb", "tensorboard", "images", "cache"}  # nothing to look for below
+_RUN_FILES = {"config.yaml", "metrics.csv", "checkpoints", ".hydra", "outcome.json"}  # any of these marks a run folder
+_SKIPPED_FOLDERS = {"checkpoints", "samples", "wandb", "tensorboard", "images", "cache"}  # contain no runs
 _LOSSES = ("val/loss", "train/loss")
-_UNSHOWN = {
-    "step",
-    "epoch",
-    "speed/peak_memory_gib",
-    "speed/hours_to_go",
-}  # of metrics.csv; and the loss by bins of ln SNR
+# Columns of metrics.csv without a chart; the training loss by bins of ln SNR has none either.
+_HIDDEN_COLUMNS = {"step", "epoch", "speed/peak_memory_gib", "speed/hours_to_go"}
+_RENAMED_METRICS = {"recognised": "confident_fraction", "as_asked": "label_accuracy"}  # names written by older versions
 
 
 @dataclass
-class Run:
-    """One training run.
+class RunRecord:
+    """The files of one training run.
 
     Attributes:
-        folder: where it lies.
-        name: short, unique in a report.
+        folder: the run folder.
+        name: short name, unique within a report.
         config: the resolved configuration.
-        overrides: of its command line; None where the file is gone.
-        choices: group → option, of the groups as they were composed; empty for a resumed run, which keeps its checkpoint's.
-        curves: metrics.csv by column, those that a report shows and that are not empty.
-        status: "done", or in words what became of it.
-        notes: what a reader should know of its files.
-        seconds: of the job; None where nothing says.
-        grid: its last grid of samples.
-        evaluations: rows of metrics.json whose checkpoint is this run's.
+        overrides: command-line overrides; None if they were not recorded.
+        choices: Hydra group → selected option. Empty for a resumed run, which uses the configuration of its checkpoint.
+        curves: the non-empty columns of metrics.csv that the report shows.
+        status: "done", or a description such as "pruned", "diverged: …", "unfinished: 100 of 200 steps".
+        notes: problems found in the files.
+        seconds: duration of the job; None if it was not recorded.
+        grid: the last grid of samples.
+        evaluations: rows of metrics.json that evaluate a checkpoint of this run.
     """
 
     folder: Path
@@ -63,13 +60,13 @@ class Run:
 
     @property
     def steps(self) -> int:
-        """The last step that metrics.csv knows."""
+        """The last step in metrics.csv."""
         return max(curve[-1][0] for curve in self.curves.values())
 
 
 @dataclass
 class LeftOut:
-    """A folder that the report cannot show, and why; with the overrides of its command line where they are known."""
+    """A folder that cannot be shown, the reason, and its command-line overrides if they were recorded."""
 
     folder: Path
     reason: str
@@ -78,35 +75,41 @@ class LeftOut:
 
 @dataclass
 class Evaluation:
-    """A metrics.json whose checkpoint belongs to none of the runs."""
+    """A metrics.json that evaluates none of the runs in the report.
+
+    Attributes:
+        folder: the folder of metrics.json.
+        source: the evaluated checkpoint or folder of images.
+        rows: the rows of metrics.json.
+    """
 
     folder: Path
-    of: str
+    source: str
     rows: list[Row]
 
 
 @dataclass
-class Found:
-    """All that lies below the folders that were asked for."""
+class Records:
+    """Runs, evaluations and unreadable folders below the requested paths."""
 
-    runs: list[Run] = field(default_factory=list)
+    runs: list[RunRecord] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
 
 
-def within(mapping: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """The mapping below a key; {} where there is none, or something else."""
-    found = mapping.get(key)
-    return found if isinstance(found, dict) else {}
+def submapping(mapping: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """Return `mapping[key]` if it is a dictionary, else {}."""
+    value = mapping.get(key)
+    return value if isinstance(value, dict) else {}
 
 
-def find(paths: Sequence[Path]) -> Found:
-    """Reads every run and evaluation at or below `paths`, each once.
+def read_records(paths: Sequence[Path]) -> Records:
+    """Read every run and evaluation at or below `paths`, each folder once.
 
     Raises:
-        ValueError: a path that is not there, or is a file.
+        ConfigError: a path does not exist or is a file.
     """
-    found, measured, seen = Found(), list[tuple[Path, list[Row]]](), set[Path]()
+    records, measured, seen = Records(), list[tuple[Path, list[Row]]](), set[Path]()
     for path in paths:
         if not path.exists():
             raise ConfigError(
@@ -114,35 +117,36 @@ def find(paths: Sequence[Path]) -> Found:
             )
         if not path.is_dir():
             raise ConfigError(f"{path} is a file: name the folder of a run, a sweep or an evaluation")
-        before = len(seen)
+        seen_before = len(seen)
         for folder, kind in _walk(path):
             if (real := folder.resolve()) in seen:
                 continue
             seen.add(real)
             try:
                 if kind == "run":
-                    found.runs.append(_run(folder))
+                    records.runs.append(_read_run(folder))
                 elif kind == "evaluation":
-                    measured.append((folder, _rows(folder / "metrics.json")))
+                    measured.append((folder, _read_rows(folder / "metrics.json")))
                 else:
-                    found.left_out.append(LeftOut(folder, "the folder is empty"))
-            except ValueError as error:
-                found.left_out.append(LeftOut(folder, str(error), _overrides(folder)))
-        if len(seen) == before and path.resolve() not in seen:
-            found.left_out.append(LeftOut(path, "holds no run: no config.yaml, metrics.csv or metrics.json below it"))
-    _name(found.runs)
-    _attach(found, measured)
-    return found
+                    records.left_out.append(LeftOut(folder, "the folder is empty"))
+            except ConfigError as error:
+                records.left_out.append(LeftOut(folder, str(error), _read_overrides(folder)))
+        if len(seen) == seen_before and path.resolve() not in seen:
+            reason = "contains no run: no config.yaml, metrics.csv or metrics.json in it or below it"
+            records.left_out.append(LeftOut(path, reason))
+    _set_names(records.runs)
+    _assign_evaluations(records, measured)
+    return records
 
 
 # folders ------------------------------------------------------------------------------------------------------------------
 
 
 def _walk(folder: Path) -> Iterator[tuple[Path, str]]:
-    """(folder, "run" | "evaluation" | "empty") at and below `folder`, in the order of people: 2 before 10."""
+    """Yield (folder, "run" | "evaluation" | "empty") at and below `folder`, in natural order: 2 before 10."""
     entries = list(os.scandir(folder))
     names = {entry.name for entry in entries}
-    is_run = bool(names & _RUN) and "multirun.yaml" not in names
+    is_run = bool(names & _RUN_FILES) and "multirun.yaml" not in names
     if not entries:
         yield folder, "empty"
     elif "metrics.json" in names and not names & {"config.yaml", ".hydra"}:
@@ -150,17 +154,21 @@ def _walk(folder: Path) -> Iterator[tuple[Path, str]]:
         return
     elif is_run:
         yield folder, "run"
-    for entry in sorted(entries, key=lambda e: _natural(e.name)):
-        if entry.is_dir(follow_symlinks=False) and not entry.name.startswith(".") and entry.name not in _LEAVES:
+    for entry in sorted(entries, key=lambda e: _natural_key(e.name)):
+        if (
+            entry.is_dir(follow_symlinks=False)
+            and not entry.name.startswith(".")
+            and entry.name not in _SKIPPED_FOLDERS
+        ):
             yield from (f for f in _walk(Path(entry.path)) if not is_run or f[1] == "evaluation")
 
 
-def _natural(text: str) -> list[tuple[int, str]]:
+def _natural_key(text: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", text)]
 
 
-def _name(runs: list[Run]) -> None:
-    """The path below what all runs have in common."""
+def _set_names(runs: list[RunRecord]) -> None:
+    """Name each run by its path relative to the common parent folder of all runs."""
     if runs:
         common = os.path.commonpath([run.folder.absolute().parent for run in runs])
         for run in runs:
@@ -170,17 +178,21 @@ def _name(runs: list[Run]) -> None:
 # one run ------------------------------------------------------------------------------------------------------------------
 
 
-def _run(folder: Path) -> Run:
-    """ValueError: why it cannot be shown."""
+def _read_run(folder: Path) -> RunRecord:
+    """Read one run folder.
+
+    Raises:
+        ConfigError: the reason why the run cannot be shown.
+    """
     notes: list[str] = []
-    outcome = _outcome(folder, notes)
+    outcome = _read_outcome(folder, notes)
     status, reason = str(outcome.get("status", "")), outcome.get("reason")
     if status in ("failed", "refused"):
         raise ConfigError(f"{status}: {reason or 'no reason is recorded'}")
-    config = _mapping(folder / "config.yaml", "it was refused, or stopped before training began")
-    curves = _curves(folder / "metrics.csv", notes)
-    resumed = bool(config.get("ckpt"))
-    run = Run(folder, folder.name, config, _overrides(folder, config), {} if resumed else _choices(folder), curves)
+    config = _read_mapping(folder / "config.yaml", "the run was refused, or stopped before training began")
+    curves = _read_curves(folder / "metrics.csv", notes)
+    choices = {} if config.get("ckpt") else _read_choices(folder)
+    run = RunRecord(folder, folder.name, config, _read_overrides(folder, config), choices, curves)
     run.notes, run.status = notes, _status(run, status, reason)
     seconds = outcome.get("seconds")
     run.seconds = float(seconds) if isinstance(seconds, int | float) and math.isfinite(seconds) else None
@@ -188,158 +200,173 @@ def _run(folder: Path) -> Run:
     return run
 
 
-def _status(run: Run, outcome: str, reason: object) -> str:
+def _status(run: RunRecord, outcome: str, reason: object) -> str:
     if outcome in ("pruned", "interrupted"):
         return outcome + (f": {reason}" if reason else "")
     for name in _LOSSES:
         if name in run.curves and not math.isfinite(run.curves[name][-1][1]):
             tail = list(itertools.takewhile(lambda point: not math.isfinite(point[1]), reversed(run.curves[name])))
-            first = tail[-1][0]
-            return f"diverged: {name} is no number from step {first:,} on"
-    asked, every = (within(run.config, "trainer").get(key) for key in ("max_steps", "log_every_n_steps"))
-    row = every if isinstance(every, int) else 1  # steps after the last row leave no trace
-    if outcome != "done" and isinstance(asked, int) and run.steps + row <= asked:
-        return f"unfinished: {run.steps:,} of {asked:,} steps"
+            return f"diverged: {name} is NaN or Inf since step {tail[-1][0]:,}"
+    max_steps, log_every = (submapping(run.config, "trainer").get(key) for key in ("max_steps", "log_every_n_steps"))
+    interval = log_every if isinstance(log_every, int) else 1  # steps after the last logged row leave no trace
+    if outcome != "done" and isinstance(max_steps, int) and run.steps + interval <= max_steps:
+        return f"unfinished: {run.steps:,} of {max_steps:,} steps"
     return "done"
 
 
-def _outcome(folder: Path, notes: list[str]) -> dict[str, Any]:
-    """What a sweep says of its job; {} where no sweep does."""
+def _read_outcome(folder: Path, notes: list[str]) -> dict[str, Any]:
+    """Return the outcome.json that a sweep writes for each job; {} if the file is missing or unreadable."""
     path = folder / "outcome.json"
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            return found
+        outcome = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(outcome, dict):
+            return outcome
     except (ValueError, OSError):
         pass
     notes.append("outcome.json cannot be read")
     return {}
 
 
-def _mapping(path: Path, otherwise: str) -> dict[str, Any]:
-    """A YAML file that holds a mapping."""
+def _read_mapping(path: Path, cause: str) -> dict[str, Any]:
+    """Return the mapping in a YAML file; `cause` explains a missing or empty file."""
     if not path.is_file():
-        raise ConfigError(f"no {path.name}: {otherwise}")
+        raise ConfigError(f"no {path.name}: {cause}")
     try:
-        found = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, ValueError, OSError) as error:
         raise ConfigError(f"{path.name} cannot be read: {str(error).splitlines()[0]}") from None
-    if found is None:
-        raise ConfigError(f"{path.name} is empty: {otherwise}")
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path.name} holds no configuration")
-    return found
+    if content is None:
+        raise ConfigError(f"{path.name} is empty: {cause}")
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path.name} contains no mapping")
+    return content
 
 
-def _overrides(folder: Path, config: dict[str, Any] | None = None) -> list[str] | None:
-    """Of the command line. The checkpoint that was resumed is named as a file: `latest` is another one by now."""
+def _read_overrides(folder: Path, config: dict[str, Any] | None = None) -> list[str] | None:
+    """Return the command-line overrides. `ckpt=latest` is replaced by the file that was resumed."""
     try:
-        found = yaml.load((folder / ".hydra" / "overrides.yaml").read_text(encoding="utf-8"), _Loader) or []
+        overrides = yaml.load((folder / ".hydra" / "overrides.yaml").read_text(encoding="utf-8"), _Loader) or []
     except (yaml.YAMLError, ValueError, OSError):
-        found = _outcome(folder, []).get("overrides")
-    if not isinstance(found, list):
+        overrides = _read_outcome(folder, []).get("overrides")
+    if not isinstance(overrides, list):
         return None
     ckpt = (config or {}).get("ckpt")
-    return [f"ckpt={ckpt}" if ckpt and str(line).startswith("ckpt=") else str(line) for line in found]
+    return [f"ckpt={ckpt}" if ckpt and str(line).startswith("ckpt=") else str(line) for line in overrides]
 
 
-def _choices(folder: Path) -> dict[str, str]:
-    """Hydra's own record of which option each group had."""
+def _read_choices(folder: Path) -> dict[str, str]:
+    """Return Hydra's record of the option selected in each group."""
     try:
-        found: Any = _mapping(folder / ".hydra" / "hydra.yaml", "")
-        choices = found["hydra"]["runtime"]["choices"]
+        content: Any = _read_mapping(folder / ".hydra" / "hydra.yaml", "")
+        choices = content["hydra"]["runtime"]["choices"]
         return {str(group): "–" if option is None else str(option) for group, option in choices.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ConfigError, KeyError, TypeError, AttributeError):
         return {}
 
 
-def _curves(path: Path, notes: list[str]) -> dict[str, Curve]:
-    """metrics.csv by column. A line that was cut while it was written is left out, and said so."""
+def _read_curves(path: Path, notes: list[str]) -> dict[str, Curve]:
+    """Return the columns of metrics.csv. A truncated last line is skipped and noted in `notes`."""
     if not path.is_file():
-        raise ConfigError("no metrics.csv: it stopped before its first row was logged")
+        raise ConfigError("no metrics.csv: the run stopped before its first row was logged")
     text = path.read_text(encoding="utf-8", errors="replace")
     if not text.strip():
-        raise ConfigError("metrics.csv is empty: it stopped before its first row was logged")
-    whole = text.endswith(("\n", "\r"))
+        raise ConfigError("metrics.csv is empty: the run stopped before its first row was logged")
+    complete = text.endswith(("\n", "\r"))
     rows = list(csv.reader(text.replace("\0", "").splitlines()))
-    head, body, bad = rows[0], rows[1:], 0
-    if not whole and body:
+    header, body, unreadable = rows[0], rows[1:], 0
+    if not complete and body:
         body.pop()
-        notes.append("the last line of metrics.csv is cut, and left out")
-    if "step" not in head or not set(_LOSSES) & set(head):
+        notes.append("the last line of metrics.csv is truncated and was skipped")
+    if "step" not in header or not set(_LOSSES) & set(header):
         raise ConfigError(
-            "metrics.csv has no columns step and val/loss or train/loss: its first line is cut, or not ours"
+            "metrics.csv has no columns step and val/loss or train/loss: its header is truncated, "
+            "or another program wrote the file"
         )
-    shown = {i: name for i, name in enumerate(head) if name not in _UNSHOWN and not name.startswith("train/loss_snr/")}
+    shown = {
+        i: current_name(name)
+        for i, name in enumerate(header)
+        if name not in _HIDDEN_COLUMNS and not name.startswith("train/loss_snr/")
+    }
     curves: dict[str, Curve] = {name: [] for name in shown.values()}
-    at, width = head.index("step"), len(head)
+    step_column = header.index("step")
     for row in body:
         try:
-            if len(row) != width:
+            if len(row) != len(header):
                 raise ValueError
-            step = int(float(row[at]))
+            step = int(float(row[step_column]))
             values = [(i, float(row[i])) for i in shown if row[i]]
         except (ValueError, OverflowError):
-            bad += 1
+            unreadable += 1
             continue
         for i, value in values:
             curves[shown[i]].append((step, value))
-    if bad:
-        notes.append(
-            f"{bad} line{'s' * (bad > 1)} of metrics.csv cannot be read, and {'are' if bad > 1 else 'is'} left out"
-        )
+    if unreadable:
+        lines, were = ("line", "was") if unreadable == 1 else ("lines", "were")
+        notes.append(f"{unreadable} {lines} of metrics.csv cannot be read and {were} skipped")
     curves = {name: sorted(curve, key=itemgetter(0)) for name, curve in curves.items() if curve}
     if not set(_LOSSES) & set(curves):
-        raise ConfigError("metrics.csv holds no loss: it stopped before its first row was logged, or is cut")
+        raise ConfigError(
+            "metrics.csv contains no loss: the run stopped before its first row was logged, or the file is truncated"
+        )
     return curves
+
+
+def current_name(metric: str) -> str:
+    """Return today's name of a metric that an older version wrote: recognised_1k → confident_fraction_1k."""
+    for old, new in _RENAMED_METRICS.items():
+        if metric == old or metric.startswith(f"{old}_"):
+            return new + metric.removeprefix(old)
+    return metric
 
 
 # evaluations --------------------------------------------------------------------------------------------------------------
 
 
-def _rows(path: Path) -> list[Row]:
+def _read_rows(path: Path) -> list[Row]:
+    """Return the rows of metrics.json, its metrics under their current names."""
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError):
-        raise ConfigError("metrics.json is cut or no JSON") from None
+        raise ConfigError("metrics.json is truncated or not JSON") from None
     if not (
         isinstance(rows, list)
         and rows
-        and all(isinstance(r, dict) and isinstance(r.get("metrics"), dict) for r in rows)
+        and all(isinstance(row, dict) and isinstance(row.get("metrics"), dict) for row in rows)
     ):
-        raise ConfigError("metrics.json holds no rows of metrics")
+        raise ConfigError("metrics.json contains no rows of metrics")
+    for row in rows:
+        for key in {"metrics", "spread"} & set(row):
+            if isinstance(row[key], dict):
+                row[key] = {current_name(name): value for name, value in row[key].items()}
     return rows
 
 
-def _attach(found: Found, measured: list[tuple[Path, list[Row]]]) -> None:
-    """Each evaluation to the run whose checkpoint it judged."""
+def _assign_evaluations(records: Records, measured: list[tuple[Path, list[Row]]]) -> None:
+    """Add each evaluation to the run whose checkpoint it evaluates, or to `records.evaluations`."""
     for folder, rows in measured:
-        of = _judged(rows[0])
-        run = _owner(found.runs, folder, of)
+        source = str(submapping(rows[0], "checkpoint").get("path") or rows[0].get("images") or "")
+        run = _find_run(records.runs, folder, source)
         if run:
             run.evaluations += rows
         else:
-            found.evaluations.append(Evaluation(folder, of or "unknown", rows))
+            records.evaluations.append(Evaluation(folder, source or "unknown", rows))
 
 
-def _judged(row: Row) -> str:
-    return str(within(row, "checkpoint").get("path") or row.get("images") or "")
-
-
-def _owner(runs: list[Run], folder: Path, of: str) -> Run | None:
-    path = Path(of)
+def _find_run(runs: list[RunRecord], folder: Path, source: str) -> RunRecord | None:
+    """Return the run that `source` lies in, else the run that the evaluation `folder` lies in."""
+    path = Path(source)
     if path.suffix == ".ckpt":
         path = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     for run in runs:
-        if of and path.resolve() == run.folder.resolve():
+        if source and path.resolve() == run.folder.resolve():
             return run
     for run in runs:
         if run.folder.resolve() in folder.resolve().parents:
             return run
     if len(path.parts) < 2:
         return None
-    # Folders are copied from where they were made: the run's own name and its parent's then tell, unless two runs share both.
-    same = [run for run in runs if run.folder.absolute().parts[-2:] == path.parts[-2:]]
-    return same[0] if len(same) == 1 else None
+    # The runs may have been copied to another place: compare the last two folder names, unless they are ambiguous.
+    candidates = [run for run in runs if run.folder.absolute().parts[-2:] == path.parts[-2:]]
+    return candidates[0] if len(candidates) == 1 else None

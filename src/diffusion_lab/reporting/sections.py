@@ -1,257 +1,262 @@
-"""The sections of the page, each from what it shows to HTML; "" where there is nothing to show."""
+"""The content of each section of the page, as plain values that the templates of the same name turn into HTML."""
 
 import hashlib
 import math
 import shlex
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from diffusion_lab.metrics import figures
 from diffusion_lab.reporting import compare
 from diffusion_lab.reporting.charts import Chart
 from diffusion_lab.reporting.compare import NONE, Column
 from diffusion_lab.reporting.grids import Picture, pictures
-from diffusion_lab.reporting.html import Html, el, join
-from diffusion_lab.reporting.read import Evaluation, LeftOut, Row, Run, within
+from diffusion_lab.reporting.read import Evaluation, LeftOut, Row, RunRecord, submapping
 
-_NAMED = 12  # runs named beside a value that they share
-
-
-def key(name: str) -> str:
-    """The address within the page of the section that the navigation calls `name`."""
-    return name.lower().replace(" ", "-")
+_MAX_NAMES = 12  # runs listed next to a value that they share
 
 
-def link(run: Run) -> Html:
-    """To the run's card among the samples."""
-    return el("a", f"run {run.name}", href=f"#{_id(run)}")
+@dataclass(frozen=True)
+class Section:
+    """One section of the page.
+
+    Attributes:
+        name: its name in the navigation.
+        title: its heading.
+        template: the file in templates/ that renders it.
+        content: the value that the template reads.
+    """
+
+    name: str
+    title: str
+    template: str
+    content: Any
+
+    @property
+    def id(self) -> str:
+        """The fragment of the section's address."""
+        return self.name.lower().replace(" ", "-")
 
 
-def _id(run: Run) -> str:
-    """Letters and digits, whatever the folder is called."""
+class Heading(NamedTuple):
+    """The heading of a column; `sorted` is the value of aria-sort."""
+
+    text: str
+    description: str = ""
+    numeric: bool = False
+    sorted: str | None = None
+
+
+class Cell(NamedTuple):
+    """A cell of a table.
+
+    Attributes:
+        text: the shown value.
+        sort_key: the value to sort by; None sorts last.
+        numeric: whether to align it like a number.
+        best: whether it is the best of its column.
+        detail: small print below the value.
+        warning: tooltip of a value that is shown as a warning.
+        run: the run to link to.
+    """
+
+    text: Any
+    sort_key: str | None = None
+    numeric: bool = False
+    best: bool = False
+    detail: str = ""
+    warning: str = ""
+    run: RunRecord | None = None
+
+
+class Table(NamedTuple):
+    """A table; the first cell of each row is its heading."""
+
+    label: str
+    headings: list[Heading]
+    rows: list[list[Cell]]
+    sortable: bool = True
+
+
+def anchor(run: RunRecord) -> str:
+    """Return the fragment of the run's card among the samples: letters and digits, whatever the folder's name."""
     return "run-" + hashlib.sha256(str(run.folder.absolute()).encode("utf-8", "replace")).hexdigest()[:8]
 
 
-def _section(name: str, title: str, *children: Any) -> Html:
-    """A section that the navigation calls `name`."""
-    here = key(name)
-    return el("section", el("h2", title, id=f"{here}-title"), *children, id=here, aria_labelledby=f"{here}-title")
+def command(overrides: Sequence[str]) -> str:
+    """Return the shell command that starts a run with these overrides; for a job of a sweep, that run alone."""
+    single_run = ["hydra.mode=RUN"] if any(o.startswith("sweep=") for o in overrides) else []
+    return shlex.join(["python", "src/train.py", *overrides, *single_run])
 
 
-def _scroll(label: str, content: Html) -> Html:
-    """A box that scrolls sideways by itself, also by keyboard."""
-    return el("div", content, class_="scroll", tabindex="0", role="region", aria_label=label)
+# runs ---------------------------------------------------------------------------------------------------------------------
 
 
-def table(runs: Sequence[Run], chosen: Sequence[Column], results: Sequence[Column]) -> Html:
+def runs_section(runs: Sequence[RunRecord], chosen: Sequence[Column], results: Sequence[Column]) -> Section | None:
+    """Return the table of runs, notes about their files, and means over seeds."""
     if not runs:
-        return Html("")
-    columns = [Column("run", [run.name for run in runs]), *chosen, *results]
-    best = {id(c): c.best() for c in results if c.ranks}
-    measured = {id(c) for c in results if c.key != "state"}
-    head = [
-        el(
-            "th",
-            el("button", c.key, title=c.about or None),
-            scope="col",
-            data_key=c.key,
-            class_="number" if id(c) in measured else None,
-            aria_sort=("descending" if c.better == "high" else "ascending") if c is results[0] else None,
-        )
-        for c in columns
-    ]
+        return None
+    headings = [Heading("run"), *(Heading(c.key, c.description) for c in chosen)]
+    for c in results:
+        order = ("descending" if c.better == "high" else "ascending") if c is results[0] else None
+        headings.append(Heading(c.key, c.description, c.key != "state", order))
+    best = [c.best() if c.ranks else None for c in results]
     rows = []
     for i, run in enumerate(runs):
-        cells = [el("th", link(run), scope="row", data_v=run.name)]
-        for c in columns[1:]:
-            top = best.get(id(c)) == i
-            kinds = ["number"] * (id(c) in measured) + ["best"] * top
-            text: Any = c.text(i)
-            if c.key == "state" and run.status != "done":
-                text = el("span", text, title=run.status, class_="warn")
-            detail = el("small", c.details[i]) if c.details and c.details[i] else None
-            cells.append(el("td", text, detail, class_=" ".join(kinds) or None, data_v=_sortable(c.values[i])))
-        rows.append(el("tr", *cells))
-    told = el("p", "A click on a heading sorts; the best value of a column is marked.", class_="note")
-    made = el("table", el("thead", el("tr", *head)), el("tbody", *rows), class_="sortable")
-    notes = [el("li", link(run), ": ", "; ".join(said)) for run in runs if (said := _remarks(run))]
-    listed = el("ul", *notes, class_="note") if notes else None
-    return _section("Runs", "Runs", _scroll("Table of runs", made), told, listed, _over_seeds(runs, chosen, results[0]))
-
-
-def _over_seeds(runs: Sequence[Run], chosen: Sequence[Column], first: Column) -> Html | None:
-    """One seed says little: means and spreads."""
-    columns = compare.over_seeds(runs, chosen, first)
-    if not columns:
-        return None
-    best = columns[-2].best() if first.ranks else None
-    head = [
-        el("th", c.key, scope="col", title=c.about or None, class_="number" if k >= len(columns) - 3 else None)
-        for k, c in enumerate(columns)
-    ]
-    rows = []
-    for i in range(len(columns[0].values)):
-        cells = []
-        for k, c in enumerate(columns):
-            kinds = ["number"] * (k >= len(columns) - 3) + ["best"] * (c is columns[-2] and i == best)
-            cells.append(el("td", c.text(i), class_=" ".join(kinds) or None))
-        rows.append(el("tr", *cells))
-    return join(
-        [el("h3", "Over seeds"), _scroll("Over seeds", el("table", el("thead", el("tr", *head)), el("tbody", *rows)))]
+        cells = [Cell(f"run {run.name}", run.name, run=run)]
+        cells += [Cell(c.text(i), _sort_key(c.values[i])) for c in chosen]
+        for c, best_run in zip(results, best, strict=True):
+            detail = c.details[i] if c.details else ""
+            warning = run.status if c.key == "state" and run.status != "done" else ""
+            cells.append(
+                Cell(c.text(i), _sort_key(c.values[i]), c.key != "state", best_run == i, detail, warning),
+            )
+        rows.append(cells)
+    notes = [(run, _notes(run)) for run in runs if _notes(run)]
+    means = _means_over_seeds(compare.over_seeds(runs, chosen, results[0]))
+    return Section(
+        "Runs", "Runs", "runs.html", {"table": Table("Table of runs", headings, rows), "notes": notes, "means": means}
     )
 
 
-def _remarks(run: Run) -> list[str]:
-    return ([] if run.status == "done" else [run.status]) + run.notes
+def _means_over_seeds(columns: Sequence[Column]) -> Table | None:
+    if not columns:
+        return None
+    mean = columns[-2]
+    best = mean.best() if mean.ranks else None
+    first_number = len(columns) - 3
+    headings = [Heading(c.key, c.description, k >= first_number) for k, c in enumerate(columns)]
+    rows = [
+        [Cell(c.text(i), None, k >= first_number, c is mean and i == best) for k, c in enumerate(columns)]
+        for i in range(len(mean.values))
+    ]
+    return Table("Over seeds", headings, rows, sortable=False)
 
 
-def _sortable(value: Any) -> str | None:
+def _notes(run: RunRecord) -> str:
+    return "; ".join(([] if run.status == "done" else [run.status]) + run.notes)
+
+
+def _sort_key(value: Any) -> str | None:
     if value is None or value == NONE or (isinstance(value, float) and not math.isfinite(value)):
         return None
     return repr(value) if isinstance(value, int | float) else str(value)
 
 
-def plots(name: str, title: str, drawn: Sequence[Chart]) -> Html:
-    """Places that the script fills."""
-    if not drawn:
-        return Html("")
-    figures_ = [
-        el(
-            "figure",
-            el(
-                "figcaption",
-                el("b", chart["name"]),
-                el("small", chart["note"]) if chart["note"] else None,
-                el("label", el("input", type="checkbox"), "log scale"),
-            ),
-            el("div", class_="plot", role="img", aria_label=_said(chart)),
-            data_chart=str(i),
-            data_of=key(name),
-        )
-        for i, chart in enumerate(drawn)
-    ]
-    scriptless = el(
-        "noscript", el("p", "The curves are drawn by this page's script, which is switched off.", class_="note")
-    )
-    tools = el("div", class_="legend", data_of=key(name))
-    return _section(name, title, scriptless, tools, el("div", *figures_, class_="charts"))
+# charts and samples -------------------------------------------------------------------------------------------------------
 
 
-def _said(chart: Chart) -> str:
+def charts_section(name: str, title: str, charts: Sequence[Chart]) -> Section | None:
+    """Return the charts with their text for screen readers; the script of the page draws them."""
+    return Section(name, title, "charts.html", [(chart, _chart_text(chart)) for chart in charts]) if charts else None
+
+
+def _chart_text(chart: Chart) -> str:
     values = [y for series in chart["series"] for y in series["y"] if y is not None]
     n = len(chart["series"])
-    span = f", from {figures.number(min(values))} to {figures.number(max(values))}" if values else ""
-    return f"{chart['name']} over {chart['x']}, {n} line{'s' * (n != 1)}{span}"
+    value_range = f", from {figures.number(min(values))} to {figures.number(max(values))}" if values else ""
+    return f"{chart['name']} over {chart['x']}, {n} line{'s' * (n != 1)}{value_range}"
 
 
-def samples(runs: Sequence[Run], chosen: Sequence[Column], results: Sequence[Column]) -> Html:
+def samples_section(runs: Sequence[RunRecord], chosen: Sequence[Column], results: Sequence[Column]) -> Section | None:
+    """Return a card for each run: its last grid of samples, or why there is none, and its first result."""
     cards = []
-    for i, (run, p) in enumerate(zip(runs, pictures([run.grid for run in runs]), strict=True)):
-        first = results[0]
-        said = [
-            el("b", f"run {run.name}"),
-            el("span", compare.label(chosen, i, run)) if len(runs) > 1 else None,
-            el("span", f"{first.key} {first.text(i)}") if first.values[i] is not None else None,
-        ]
-        if isinstance(p, Picture) and run.grid is not None:
+    for i, (run, image) in enumerate(zip(runs, pictures([run.grid for run in runs]), strict=True)):
+        texts = [compare.label(chosen, i, run)] if len(runs) > 1 else []
+        if results[0].values[i] is not None:
+            texts.append(f"{results[0].key} {results[0].text(i)}")
+        step = ""
+        if isinstance(image, Picture) and run.grid is not None:
             step = run.grid.stem.removeprefix("step_").lstrip("0") or "0"
-            said.append(el("span", f"step {step}"))
-            alt = f"Samples of run {run.name} at step {step}"
-            size = {"width": p.width, "height": p.height}
-            image = el("img", src=p.address, alt=alt, **size, loading="lazy", decoding="async")
-            shown = el("button", image, class_="enlarge", title="larger")
-        else:
-            shown = el("p", p or "no grid of samples", class_="none")
-        cards.append(el("figure", shown, el("figcaption", *said), id=_id(run), data_run=run.name))
-    return _section("Samples", "Samples", el("div", *cards, class_="grids")) if cards else Html("")
+        cards.append(
+            {
+                "run": run,
+                "texts": texts,
+                "step": step,
+                "picture": image if isinstance(image, Picture) else None,
+                "message": image if isinstance(image, str) else "no grid of samples",
+            }
+        )
+    return Section("Samples", "Samples", "samples.html", cards) if cards else None
 
 
-def differences(runs: Sequence[Run]) -> Html:
+# configurations and commands ----------------------------------------------------------------------------------------------
+
+
+def differences_section(runs: Sequence[RunRecord]) -> Section | None:
+    """Return the keys of the configurations that differ, with the runs of each value, and those that all runs share."""
     if not runs:
-        return Html("")
+        return None
     configs = [run.config for run in runs]
-    found, shared = compare.differences(configs), compare.common(configs)
     rows = []
-    for difference in found:
-        holders: dict[str, list[str]] = {}
+    for difference in compare.differences(configs):
+        names_by_value: dict[str, list[str]] = {}
         for run, value in zip(runs, difference.values, strict=True):
             if value is not None:
-                holders.setdefault(value, []).append(run.name)
-        keys = [el("div", el("code", name)) for name in difference.keys]
-        values = [
-            el("div", el("code", v), el("small", _holders(names)), class_="holder") for v, names in holders.items()
-        ]
-        rows.append(el("tr", el("th", *keys, scope="row"), el("td", *values)))
-    if rows:
-        head = el("tr", el("th", "key", scope="col"), el("th", "values", scope="col"))
-        differing = _scroll("What differs", el("table", el("thead", head), el("tbody", *rows)))
-    else:
-        said = "Nothing: the configurations are the same." if len(runs) > 1 else "There is one run only."
-        differing = el("p", said, class_="note")
-    same = [el("tr", el("th", el("code", k), scope="row"), el("td", el("code", v))) for k, v in shared.items()]
-    title = f"{len(same)} keys that {'all runs share' if len(runs) > 1 else 'the run has'}"
-    folded = el("details", el("summary", title), _scroll(title, el("table", el("tbody", *same))))
-    return _section("What differs", "What differs", differing, folded if same else None)
+                names_by_value.setdefault(value, []).append(run.name)
+        rows.append((difference.keys, [(value, _run_names(names)) for value, names in names_by_value.items()]))
+    shared = compare.common(configs)
+    summary = f"{len(shared)} keys that {'all runs share' if len(runs) > 1 else 'the run has'}"
+    message = "The configurations are equal." if len(runs) > 1 else "There is only one run."
+    content = {"rows": rows, "message": message, "shared": shared, "summary": summary}
+    return Section("What differs", "What differs", "differences.html", content)
 
 
-def _holders(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:_NAMED]) + (", …" if len(names) > _NAMED else "")
-    return f"{'run' if len(names) == 1 else f'{len(names)} runs:'} {shown}"
+def _run_names(names: Sequence[str]) -> str:
+    listed = ", ".join(names[:_MAX_NAMES]) + (", …" if len(names) > _MAX_NAMES else "")
+    return f"{'run' if len(names) == 1 else f'{len(names)} runs:'} {listed}"
 
 
-def command(overrides: Sequence[str]) -> str:
-    """The line that starts such a run, quoted for a shell; of a sweep's job this one run, not the sweep."""
-    alone = ["hydra.mode=RUN"] if any(o.startswith("sweep=") for o in overrides) else []
-    return shlex.join(["python", "src/train.py", *overrides, *alone])
+def commands_section(runs: Sequence[RunRecord], chosen: Sequence[Column]) -> Section | None:
+    """Return (run, label, command or None) for each run."""
+    rows = [
+        (
+            run,
+            compare.label(chosen, i, run) if len(runs) > 1 else "",
+            None if run.overrides is None else command(run.overrides),
+        )
+        for i, run in enumerate(runs)
+    ]
+    return Section("Commands", "Commands", "commands.html", rows) if rows else None
 
 
-def commands(runs: Sequence[Run], chosen: Sequence[Column]) -> Html:
+# evaluations and folders that are left out --------------------------------------------------------------------------------
+
+
+def evaluations_section(runs: Sequence[RunRecord], others: Sequence[Evaluation]) -> Section | None:
+    """Return every row of every metrics.json."""
+    sources: list[tuple[Cell, Row]] = [
+        (Cell(f"run {run.name}", run.name, run=run), row) for run in runs for row in run.evaluations
+    ]
+    sources += [(Cell(e.source, e.source), row) for e in others for row in e.rows]
+    if not sources:
+        return None
+    fields = ("sampler", "steps", "nfe", "n", "seed", "split", "weights", "extractor")
+    names = list(dict.fromkeys(name for _, row in sources for name in compare.scalars(row)))
     rows = []
-    for i, run in enumerate(runs):
-        said = el("div", el("b", f"run {run.name}"), " ", compare.label(chosen, i, run) if len(runs) > 1 else "")
-        if run.overrides is None:
-            line = el("p", "its command line is not known: .hydra/overrides.yaml is missing", class_="none")
-        else:
-            line = _line(command(run.overrides))
-        rows.append(el("li", said, line))
-    intro = el("p", "Run from the project's folder, each begins such a run anew.", class_="note")
-    return _section("Commands", "Commands", intro, el("ol", *rows, class_="commands")) if rows else Html("")
+    for source, row in sources:
+        cells = [Cell(NONE if row.get(field) is None else row[field], _sort_key(row.get(field))) for field in fields]
+        rows.append([source, *cells, *(_metric_cell(row, name) for name in names)])
+    headings = [*map(Heading, ("source", *fields)), *(Heading(n, figures.better(n), numeric=True) for n in names)]
+    summary = f"{len(rows)} rows, one for each sampler and number of steps"
+    content = {"table": Table("Evaluations", headings, rows), "summary": summary, "open": not runs}
+    return Section("Evaluations", "Evaluations", "evaluations.html", content)
 
 
-def _line(text: str) -> Html:
-    return el("div", el("code", text), el("button", "Copy", class_="copy"), class_="command")
+def _metric_cell(row: Row, name: str) -> Cell:
+    value = compare.scalars(row).get(name)
+    if value is None:
+        return Cell(NONE, numeric=True)
+    spread = submapping(row, "spread").get(name)
+    text = figures.number(value) + (f" ± {figures.number(spread)}" if isinstance(spread, float) else "")
+    return Cell(text, _sort_key(value), numeric=True)
 
 
-def evaluations(runs: Sequence[Run], others: Sequence[Evaluation]) -> Html:
-    rows: list[tuple[str, Any, Row]] = [(run.name, link(run), row) for run in runs for row in run.evaluations]
-    rows += [(e.of, e.of, row) for e in others for row in e.rows]
-    if not rows:
-        return Html("")
-    about = ("sampler", "steps", "nfe", "n", "seed", "split", "weights", "extractor")
-    names = list(dict.fromkeys(name for *_, row in rows for name in compare.scalars(row)))
-    head = [el("th", el("button", name), scope="col", data_key=name) for name in ("of", *about, *names)]
-    lines = []
-    for of, shown, row in rows:
-        cells = [el("th", shown, scope="row", data_v=of)]
-        for field in about:
-            value = row.get(field)
-            cells.append(el("td", NONE if value is None else value, data_v=_sortable(value)))
-        for name in names:
-            metric = compare.scalars(row).get(name)
-            spread = within(row, "spread").get(name)
-            text = NONE if metric is None else figures.number(metric)
-            text += f" ± {figures.number(spread)}" if metric is not None and isinstance(spread, float) else ""
-            cells.append(el("td", text, class_="number", data_v=_sortable(metric)))
-        lines.append(el("tr", *cells))
-    made = el("table", el("thead", el("tr", *head)), el("tbody", *lines), class_="sortable")
-    title = f"{len(rows)} rows, one for each sampler and number of steps"
-    folded = el("details", el("summary", title), _scroll("Evaluations", made), open=not runs)
-    return _section("Evaluations", "Evaluations", folded)
-
-
-def left_out(found: Sequence[LeftOut]) -> Html:
-    items = []
-    for left in found:
-        line = None if left.overrides is None else _line(command(left.overrides))
-        items.append(el("li", el("b", left.folder), ": ", left.reason, line))
-    return _section("Left out", "Left out", el("ul", *items, class_="left-out")) if items else Html("")
+def left_out_section(left_out: Sequence[LeftOut]) -> Section | None:
+    """Return (folder, reason, command or None) for each folder that cannot be shown."""
+    rows = [
+        (folder.folder, folder.reason, None if folder.overrides is None else command(folder.overrides))
+        for folder in left_out
+    ]
+    return Section("Left out", "Left out", "left_out.html", rows) if rows else None

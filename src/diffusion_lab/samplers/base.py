@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser, Prediction
 from diffusion_lab.errors import ConfigError
+from diffusion_lab.io import progress as show_progress
 from diffusion_lab.noise import Draws
 from diffusion_lab.samplers import grids
 from diffusion_lab.schedules import Schedule, append_dims_like, to_device
@@ -259,9 +260,4 @@ def prior(schedule: Schedule, noise: Tensor) -> Tensor:
 
 def progress_range(n: int, progress: bool) -> Iterable[int]:
     """Return 0 … n − 1, with a progress bar if `progress`."""
-    if not progress:
-        return range(n)
-    from tqdm import tqdm
-
-    steps: Iterable[int] = tqdm(range(n), desc="sampling", unit="step", leave=False)
-    return steps
+    return show_progress(range(n), "sampling", "step", progress)

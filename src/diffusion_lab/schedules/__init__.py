@@ -1,10 +1,18 @@
-"""Noise schedules: curves (α_t, σ_t) for t ∈ [0, 1], so that x_t = α_t x_0 + σ_t ε; t = 0 is data.
+"""Noise schedules: curves (α_t, σ_t) for t ∈ [0, 1], with x_t = α_t x_0 + σ_t ε; t = 0 is data.
 
-All arithmetic is float64, because σ recomputed from a rounded ᾱ = α² vanishes for the first steps; results come back in the
-dtype of t, float32 at least.
+All arithmetic is float64, because σ recomputed from a rounded ᾱ = α² vanishes for the first steps. Results have the dtype of
+t, float32 at least.
 """
 
-from diffusion_lab.schedules.base import Scalars, Schedule, append_dims_like, cast_like, noise_level, to_device
+from diffusion_lab.schedules.base import (
+    PerExample,
+    Scalars,
+    Schedule,
+    append_dims_like,
+    cast_like,
+    noise_level,
+    to_device,
+)
 from diffusion_lab.schedules.curves import EDM, VE, VP, Flow, SubVP
 from diffusion_lab.schedules.tables import NODE_TOLERANCE, Cosine, Linear, ScaledLinear, Sigmoid, Table
 
@@ -16,6 +24,7 @@ __all__ = [
     "Cosine",
     "Flow",
     "Linear",
+    "PerExample",
     "Scalars",
     "ScaledLinear",
     "Schedule",

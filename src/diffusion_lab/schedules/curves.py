@@ -5,75 +5,75 @@ from abc import abstractmethod
 from functools import cached_property
 
 import torch
-from torch import Tensor
 
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.schedules.base import Scalars, Schedule, cast_like, checked_shift, noise_level, shifted
 
 
 class _Curve(Schedule):
-    """A closed form for all t ∈ (0, 1], with a closed form of the inverse."""
+    """A closed form for t ∈ (0, 1] whose inverse has a closed form too."""
 
     @abstractmethod
-    def _inverse(self, lam: Tensor) -> Tensor:
-        """The time at which ln(α/σ) is `lam`, float64; beyond the curve's ends any number beyond 0 or 1."""
+    def _inverse(self, lam: Scalars) -> Scalars:
+        """Return the time at which ln(α/σ) is `lam`, float64; beyond an end of the curve any value below 0 or above 1."""
 
     @cached_property
-    def _last(self) -> float:
+    def _lam_end(self) -> float:
         """λ(1)."""
         return float(self.lam(torch.ones((), dtype=torch.float64)))
 
     def time(self, lam: Scalars) -> Scalars:
-        """The time at which ln(α/σ) = lam: 1 from λ(1) down, 0 for +∞ alone, else 0+ at least."""
-        wide = lam.double()
-        t = torch.where(wide <= self._last, 1, self._inverse(wide).clamp(self.t_eps, 1))
-        return cast_like(torch.where(wide == math.inf, 0, t), lam)
+        """Return the time at which ln(α/σ) = lam: 1 for lam ≤ λ(1), 0 for +∞ only, otherwise at least `t_eps`."""
+        lam64 = lam.double()
+        t = torch.where(lam64 <= self._lam_end, 1, self._inverse(lam64).clamp(self.t_eps, 1))
+        return cast_like(torch.where(lam64 == math.inf, 0, t), lam)
 
 
 class _Exponential(_Curve):
-    """α = e^−M, M(t) = t²(β_max − β_min)/4 + tβ_min/2 = ½∫β: what VP and sub-VP share (Song et al. 2021, appendix B)."""
+    """α = e^−M, M(t) = t²(β_max − β_min)/4 + tβ_min/2 = ½∫β, common to VP and sub-VP (Song et al. 2021, appendix B)."""
 
     def __init__(self, name: str, beta_min: float, beta_max: float) -> None:
         if not 0 < beta_min <= beta_max < math.inf:
             raise ConfigError(
-                f"schedule {name} needs 0 < beta_min <= beta_max (published: 0.1 and 20), not {beta_min} and {beta_max}"
+                f"schedule={name} needs 0 < beta_min <= beta_max (published: 0.1 and 20), not beta_min={beta_min} and "
+                f"beta_max={beta_max}"
             )
         self.beta_min, self.beta_max = beta_min, beta_max
 
-    def _exponent(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(M, dM/dt = β/2) in float64."""
+    def _exponent(self, t: Scalars) -> tuple[Scalars, Scalars]:
+        """Return (M, dM/dt = β/2) in float64."""
         t = t.double()
         slope = (self.beta_max - self.beta_min) / 2
         return t * (t * slope + self.beta_min) / 2, (t * 2 * slope + self.beta_min) / 2
 
-    def _root(self, m: Tensor) -> Tensor:
-        """The time at which M is `m` ≥ 0: the root of the quadratic, without its cancellation; NaN for ∞, beyond every t."""
+    def _root(self, m: Scalars) -> Scalars:
+        """Return the time at which M is `m` ≥ 0: the root of the quadratic in a form without cancellation; NaN for m = ∞."""
         half = self.beta_min / 2
         return 2 * m / (half + (half**2 + (self.beta_max - self.beta_min) * m).sqrt())
 
     def conditioning(self, t: Scalars) -> Scalars:
-        """999·t, as the score SDE's networks are told."""
+        """Return 999·t, the time-conditioning input of the score SDE's networks."""
         return cast_like(999 * t.double(), t)
 
 
 class VP(_Exponential):
-    """α = e^−M, σ² = 1 − e^−2M: the limit of DDPM's chain for T → ∞ (Song et al. 2021, eq. 29 and appendix C).
+    """α = e^−M, σ² = 1 − e^−2M, the limit of DDPM's chain for T → ∞ (Song et al. 2021, eq. 29 and appendix C).
 
     Args:
         beta_min: β(0) > 0.
         beta_max: β(1) ≥ β(0).
-        shift: the factor on σ/α, λ' = λ − ln shift on α² + σ² = 1: for images of d pixels a side shift = d/64 keeps what is
-            left of the coarse structure at each t as it is at 64 pixels (Hoogeboom et al. 2023).
+        shift: factor on σ/α, λ' = λ − ln shift with α² + σ² = 1. For images of d×d pixels, shift = d/64 preserves the SNR of the
+            coarse structure at each t as at 64×64 (Hoogeboom et al. 2023).
 
     Raises:
-        ValueError: an argument outside its range.
+        ConfigError: an argument is out of range.
     """
 
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0, shift: float = 1.0) -> None:
         super().__init__("vp", beta_min, beta_max)
-        self.shift = checked_shift("vp", shift)
+        self.shift = checked_shift(shift)
 
-    def _unshifted(self, m: Tensor) -> tuple[Tensor, Tensor]:
+    def _unshifted(self, m: Scalars) -> tuple[Scalars, Scalars]:
         return (-m).exp(), (-torch.expm1(-2 * m)).sqrt()
 
     def alpha_sigma(self, t: Scalars) -> tuple[Scalars, Scalars]:
@@ -81,7 +81,10 @@ class VP(_Exponential):
         return cast_like(alpha, t), cast_like(sigma, t)
 
     def derivatives(self, t: Scalars) -> tuple[Scalars, Scalars]:
-        """(dα/dt, dσ/dt): α̇ = ασ²λ̇ and σ̇ = −σα²λ̇, since α² + σ² = 1; λ̇ = −Ṁ/σ² is the same for every shift. At 0 σ̇ = ∞."""
+        """Return (dα/dt, dσ/dt); dσ/dt is ∞ at t = 0.
+
+        α̇ = ασ²λ̇ and σ̇ = −σα²λ̇ because α² + σ² = 1, and λ̇ = −Ṁ/σ² does not depend on the shift.
+        """
         m, rate = self._exponent(t)
         alpha, sigma = self._unshifted(m)
         norm2 = alpha.square() + (self.shift * sigma).square()
@@ -89,7 +92,7 @@ class VP(_Exponential):
         d_sigma = self.shift * alpha.square() * rate / (sigma * norm2**1.5)
         return cast_like(d_alpha, t), cast_like(d_sigma, t)
 
-    def _inverse(self, lam: Tensor) -> Tensor:
+    def _inverse(self, lam: Scalars) -> Scalars:
         # e^2M = 1 + (σ/α)²
         return self._root(torch.log1p((-2 * (lam + math.log(self.shift))).exp()) / 2)
 
@@ -102,7 +105,7 @@ class SubVP(_Exponential):
         beta_max: β(1) ≥ β(0).
 
     Raises:
-        ValueError: an argument outside its range.
+        ConfigError: an argument is out of range.
     """
 
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0) -> None:
@@ -116,48 +119,50 @@ class SubVP(_Exponential):
         m, rate = self._exponent(t)
         return cast_like(-rate * (-m).exp(), t), cast_like(2 * rate * (-2 * m).exp(), t)
 
-    def _inverse(self, lam: Tensor) -> Tensor:
+    def _inverse(self, lam: Scalars) -> Scalars:
         # σ/α = e^M − e^−M = 2 sinh M
         return self._root(torch.asinh((-lam).exp() / 2))
 
 
 class _Exploding(_Curve):
-    """α = 1 and σ from σ_min at 0+ to σ_max; at t = 0 it is data, so σ jumps to 0 there. Told ln(σ)/4."""
+    """α = 1, and σ rises from σ_min at 0+ to σ_max. At t = 0, which is data, σ jumps to 0. Time-conditioning input: ln(σ)/4."""
 
     def __init__(self, name: str, sigma_min: float, sigma_max: float) -> None:
         if not 0 < sigma_min < sigma_max < math.inf:
-            raise ConfigError(f"schedule {name} needs 0 < sigma_min < sigma_max, not {sigma_min} and {sigma_max}")
+            raise ConfigError(
+                f"schedule={name} needs 0 < sigma_min < sigma_max < inf, not sigma_min={sigma_min} and sigma_max={sigma_max}"
+            )
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
 
     @abstractmethod
-    def _sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(σ, dσ/dt) in float64; at 0 those of 0+."""
+    def _sigma(self, t: Scalars) -> tuple[Scalars, Scalars]:
+        """Return (σ, dσ/dt) in float64; at t = 0 their values at 0+."""
 
     def alpha_sigma(self, t: Scalars) -> tuple[Scalars, Scalars]:
         sigma = torch.where(t > 0, self._sigma(t.double())[0], 0)
         return cast_like(torch.ones_like(sigma), t), cast_like(sigma, t)
 
     def derivatives(self, t: Scalars) -> tuple[Scalars, Scalars]:
-        """(0, dσ/dt); at t = 0 that of 0+."""
+        """Return (0, dσ/dt); at t = 0 the value at 0+."""
         slope = self._sigma(t.double())[1]
         return cast_like(torch.zeros_like(slope), t), cast_like(slope, t)
 
     def conditioning(self, t: Scalars) -> Scalars:
-        """ln(σ)/4 (Karras et al. 2022, table 1); at t = 0 ln(σ_min)/4."""
+        """Return ln(σ)/4 (Karras et al. 2022, table 1); at t = 0 ln(σ_min)/4."""
         return noise_level(self, t)
 
 
 class VE(_Exploding):
     """α = 1, σ = σ_min (σ_max/σ_min)^t, a geometric progression (Song et al. 2021, appendix C). At t = 0 σ is 0, not σ_min.
 
-    For a higher resolution raise `sigma_max`, which has to exceed the distances between images; there is no shift.
+    It has no shift: for a higher resolution raise `sigma_max`, which must exceed the distances between images.
 
     Args:
         sigma_min: σ(0+) > 0.
         sigma_max: σ(1) > σ_min; 50 for CIFAR-10.
 
     Raises:
-        ValueError: an argument outside its range.
+        ConfigError: an argument is out of range.
     """
 
     t_min = 1e-5
@@ -166,45 +171,45 @@ class VE(_Exploding):
         super().__init__("ve", sigma_min, sigma_max)
         self._ends = math.log(sigma_min), math.log(sigma_max)
 
-    def _sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+    def _sigma(self, t: Scalars) -> tuple[Scalars, Scalars]:
         low, high = self._ends
         sigma = self.sigma_min ** (1 - t) * self.sigma_max**t
         return sigma, sigma * (high - low)
 
-    def _inverse(self, lam: Tensor) -> Tensor:
+    def _inverse(self, lam: Scalars) -> Scalars:
         low, high = self._ends
         return -(lam + low) / (high - low)
 
 
 class EDM(_Exploding):
-    """α = 1, σ = (σ_min^(1/ρ) + t(σ_max^(1/ρ) − σ_min^(1/ρ)))^ρ (Karras et al. 2022, eq. 5, with t run from data to noise).
+    """α = 1, σ = (σ_min^(1/ρ) + t(σ_max^(1/ρ) − σ_min^(1/ρ)))^ρ (Karras et al. 2022, eq. 5, with t from data to noise).
 
-    Equal steps in t are then the published time steps. For a higher resolution raise `sigma_max`; there is no shift.
+    Equal steps in t are the published time steps. It has no shift: for a higher resolution raise `sigma_max`.
 
     Args:
         sigma_min: σ(0+) > 0.
         sigma_max: σ(1) > σ_min.
-        rho: ρ > 0; larger values put more of [0, 1] near data.
+        rho: ρ > 0; a larger value allots more of [0, 1] to small σ.
 
     Raises:
-        ValueError: an argument outside its range.
+        ConfigError: an argument is out of range.
     """
 
-    t_min = 1e-9  # 0+: σ is σ_min there, to 1e-7 of it
+    t_min = 1e-9  # 0+: σ equals σ_min there to a relative 1e-7
 
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> None:
         super().__init__("edm", sigma_min, sigma_max)
         if not 0 < rho < math.inf:
-            raise ConfigError(f"schedule edm needs rho > 0 (published: 7), not rho={rho}")
+            raise ConfigError(f"schedule=edm needs a finite rho > 0 (published: 7), not rho={rho}")
         self.rho = rho
         self._ends = math.pow(sigma_min, 1 / rho), math.pow(sigma_max, 1 / rho)
 
-    def _sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+    def _sigma(self, t: Scalars) -> tuple[Scalars, Scalars]:
         low, high = self._ends
         root = (1 - t) * low + t * high
         return root**self.rho, self.rho * (high - low) * root ** (self.rho - 1)
 
-    def _inverse(self, lam: Tensor) -> Tensor:
+    def _inverse(self, lam: Scalars) -> Scalars:
         low, high = self._ends
         return ((-lam / self.rho).exp() - low) / (high - low)
 
@@ -212,36 +217,35 @@ class EDM(_Exploding):
 class Flow(_Curve):
     """α = 1 − t, σ = t: the straight line from data to noise (Liu et al. 2022; Lipman et al. 2022).
 
-    Several papers run t from noise to data. At t = 1 α is 0: the network's output has to say x_0 there (`pred_flow`).
+    Several papers reverse the direction of t. At t = 1 α is 0, so the objective must determine x_0 there (`pred_flow`).
 
     Args:
-        shift: the factor on σ/α, so that σ = t' = st/(1 + (s − 1)t) (Esser et al. 2024, eq. 23); 3 was their choice
-            for 1024 pixels a side.
+        shift: factor s on σ/α, giving σ = t' = st/(1 + (s − 1)t) (Esser et al. 2024, eq. 23, who use 3 for 1024×1024).
 
     Raises:
-        ValueError: `shift` is no factor.
+        ConfigError: `shift` is not a finite number above 0.
     """
 
     def __init__(self, shift: float = 1.0) -> None:
-        self.shift = checked_shift("flow", shift)
+        self.shift = checked_shift(shift)
 
-    def _scale(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(t, 1 + (s − 1)t) in float64."""
+    def _scale(self, t: Scalars) -> tuple[Scalars, Scalars]:
+        """Return (t, 1 + (s − 1)t) in float64."""
         t = t.double()
         return t, (1 - t) + self.shift * t
 
     def alpha_sigma(self, t: Scalars) -> tuple[Scalars, Scalars]:
-        wide, scale = self._scale(t)
-        return cast_like((1 - wide) / scale, t), cast_like(self.shift * wide / scale, t)
+        t64, scale = self._scale(t)
+        return cast_like((1 - t64) / scale, t), cast_like(self.shift * t64 / scale, t)
 
     def derivatives(self, t: Scalars) -> tuple[Scalars, Scalars]:
         _, scale = self._scale(t)
         slope = self.shift / scale.square()
         return cast_like(-slope, t), cast_like(slope, t)
 
-    def _inverse(self, lam: Tensor) -> Tensor:
+    def _inverse(self, lam: Scalars) -> Scalars:
         return torch.sigmoid(-lam - math.log(self.shift))
 
     def conditioning(self, t: Scalars) -> Scalars:
-        """999·t, of the unshifted line: 999·σ. So one network serves every shift."""
+        """Return 999·σ, which is 999·t of the unshifted line, so that one network works for every shift."""
         return cast_like(999 * self.alpha_sigma(t.double())[1], t)

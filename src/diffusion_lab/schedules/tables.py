@@ -3,28 +3,28 @@
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.schedules.base import Scalars, Schedule, cast_like, checked_shift, shifted
 
-NODE_TOLERANCE = 1e-3  # a time within this fraction of a cell of a node is that node: float32 cannot say i/T exactly
+NODE_TOLERANCE = 1e-3  # in cells: a time this close to a node counts as that node, because float32 rounds i/T
 
 
 class Table(Schedule):
-    """A discrete schedule from its ln ᾱ_i, i = 1 … T. The subclasses below are formulas for β_i.
+    """A discrete schedule given by ln ᾱ_i, i = 1 … T. The subclasses are formulas for β_i.
 
-    Between the nodes λ is linear in t; in (0, 1/T) σ² is; in a last cell that ends in α = 0, α is.
+    Between nodes λ is linear in t. In (0, 1/T) σ² is linear, and in a last cell that ends in α = 0, α is.
 
     Args:
-        log_alpha_bar: float64 (T,), ln Π(1 − β_i), strictly decreasing and negative.
-        zero_terminal_snr: shift and scale √ᾱ so that ᾱ_T = 0 and ᾱ_1 stays (Lin et al. 2023, algorithm 1).
-        shift: the factor on σ/α, λ' = λ − ln shift on α² + σ² = 1: for images of d pixels a side shift = d/64 keeps what is
-            left of the coarse structure at each step as it is at 64 pixels (Hoogeboom et al. 2023, section 3.1).
+        log_alpha_bar: (T,), ln Π(1 − β_i), strictly decreasing and negative; converted to float64.
+        zero_terminal_snr: shift and scale √ᾱ so that ᾱ_T = 0 and ᾱ_1 is unchanged (Lin et al. 2023, algorithm 1).
+        shift: factor on σ/α, λ' = λ − ln shift with α² + σ² = 1. For images of d×d pixels, shift = d/64 preserves the SNR of the
+            coarse structure at each step as at 64×64 (Hoogeboom et al. 2023, section 3.1).
 
     Raises:
-        ValueError: fewer than two steps, a table that does not decrease, or `shift` no factor.
+        ConfigError: fewer than two steps, a table that does not strictly decrease in (0, 1), or a shift out of range.
     """
 
     steps: int
@@ -33,53 +33,61 @@ class Table(Schedule):
         alpha = (log_alpha_bar.double() / 2).exp()
         sigma = (-torch.expm1(log_alpha_bar.double())).sqrt()
         if len(alpha) < 2 or not bool((alpha.diff() < 0).all() and 0 < alpha[0] < 1):
-            raise ConfigError("a schedule's table needs at least 2 steps with ᾱ strictly decreasing inside (0, 1)")
+            raise ConfigError("a schedule table needs at least 2 steps, with ᾱ strictly decreasing inside (0, 1)")
         if zero_terminal_snr:
             alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
             sigma = torch.cat([sigma[:1], ((1 - alpha[1:]) * (1 + alpha[1:])).sqrt()])
-        if checked_shift("table", shift) != 1:
+        if checked_shift(shift) != 1:
             alpha, sigma = shifted(alpha, sigma, shift)
         self.steps, self.t_min, self.t_eps = len(alpha), 1 / len(alpha), 2 * NODE_TOLERANCE / len(alpha)
         start = torch.tensor([1.0, 0.0], dtype=torch.float64)
         self._alpha, self._sigma = torch.cat([start[:1], alpha]), torch.cat([start[1:], sigma])
         self._lam = self._alpha.log() - self._sigma.log()  # +∞ at i = 0
-        self._into_zero = bool(alpha[-1] == 0)
-        self._finite = self.steps - self._into_zero  # the last node with a finite λ
-        self._on: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
+        self._ends_in_zero = bool(alpha[-1] == 0)
+        self._last_finite = self.steps - self._ends_in_zero  # the last node with a finite λ
+        self._on_device: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
 
-    def _tables(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """α, σ, λ at i = 0 … T on the given device; copied there once."""
-        if device not in self._on:
-            self._on[device] = (self._alpha.to(device), self._sigma.to(device), self._lam.to(device))
-        return self._on[device]
+    def _tables(
+        self, device: torch.device
+    ) -> tuple[Float64[Tensor, " nodes"], Float64[Tensor, " nodes"], Float64[Tensor, " nodes"]]:
+        """Return α, σ, λ at i = 0 … T on `device`; each device is copied to once."""
+        if device not in self._on_device:
+            self._on_device[device] = (self._alpha.to(device), self._sigma.to(device), self._lam.to(device))
+        return self._on_device[device]
 
-    def _position(self, t: Tensor) -> Tensor:
-        """T·t in float64, snapped to the node where t means one."""
+    def _position(self, t: Scalars) -> Float64[Tensor, "*shape"]:
+        """Return T·t in float64, rounded to a node within `NODE_TOLERANCE` of it."""
         position = t.double() * self.steps
         node = position.round()
         return torch.where((position - node).abs() <= NODE_TOLERANCE, node, position)
 
     @property
     def zero_terminal_snr(self) -> bool:
-        return self._into_zero
+        return self._ends_in_zero
 
-    def _cell(self, position: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The cell (i, i + 1] that holds each position: i, whether it is the first, whether it ends in α = 0, and the nearest
-        cell with a finite λ at both ends, whose interpolation is computed everywhere and used where neither holds."""
+    def _cell(
+        self, position: Scalars
+    ) -> tuple[Int64[Tensor, "*shape"], Bool[Tensor, "*shape"], Bool[Tensor, "*shape"], Int64[Tensor, "*shape"]]:
+        """Return the cell (i, i + 1] of each position.
+
+        Returns:
+            i; whether the cell is the first; whether it ends in α = 0; and the nearest cell with a finite λ at both ends, whose
+            interpolation is computed everywhere and used where neither flag is set.
+        """
         lower = (position.ceil().long() - 1).clamp(0, self.steps - 1)
-        into_zero = (lower == self.steps - 1) & self._into_zero
-        return lower, lower == 0, into_zero, lower.clamp(1, self._finite - 1)
+        into_zero = (lower == self.steps - 1) & self._ends_in_zero
+        return lower, lower == 0, into_zero, lower.clamp(1, self._last_finite - 1)
 
     def alpha_sigma(self, t: Scalars) -> tuple[Scalars, Scalars]:
-        if t.ndim == 0 and t.device.type == "cpu":  # as samplers ask: Python's numbers cost a third of tensors of one
-            number = float(t) * self.steps
-            if abs(number - (at := round(number))) <= NODE_TOLERANCE:
-                return cast_like(self._alpha[at], t), cast_like(self._sigma[at], t)
+        if t.ndim == 0 and t.device.type == "cpu":  # the case of samplers: Python floats cost a third of 0-d tensors
+            exact_position = float(t) * self.steps
+            if abs(exact_position - (i := round(exact_position))) <= NODE_TOLERANCE:
+                return cast_like(self._alpha[i], t), cast_like(self._sigma[i], t)
         position = self._position(t)
         alphas, sigmas, lams = self._tables(t.device)
         node = position.round().long()
         exact = position == node
-        if t.device.type == "cpu" and bool(exact.all()):  # as training asks; a GPU would wait for the answer
+        if t.device.type == "cpu" and bool(exact.all()):  # the case of training; on a GPU the test would synchronize
             return cast_like(alphas[node], t), cast_like(sigmas[node], t)
         lower, first, into_zero, inner = self._cell(position)
         fraction = position - lower
@@ -95,7 +103,7 @@ class Table(Schedule):
         )
 
     def derivatives(self, t: Scalars) -> tuple[Scalars, Scalars]:
-        """(dα/dt, dσ/dt) of the interpolation; at a node, of the cell below it. dσ/dt is infinite at t = 0."""
+        """Return (dα/dt, dσ/dt) of the interpolation; at a node, of the cell below it. dσ/dt is infinite at t = 0."""
         position = self._position(t)
         alphas, sigmas, lams = self._tables(t.device)
         _, first, into_zero, inner = self._cell(position)
@@ -110,39 +118,38 @@ class Table(Schedule):
         return cast_like(d_alpha, t), cast_like(d_sigma, t)
 
     def time(self, lam: Scalars) -> Scalars:
-        wide = lam.double()
+        lam64 = lam.double()
         alphas, sigmas, lams = self._tables(lam.device)
-        upper = (
-            torch.searchsorted(-lams[1:], -wide.contiguous()).clamp(max=self.steps - 1) + 1
-        )  # λ[upper − 1] > lam ≥ λ[upper]
-        inner = upper.clamp(2, self._finite)
-        position = inner - 1 + ((wide - lams[inner - 1]) / (lams[inner] - lams[inner - 1])).clamp(0, 1)
-        first = torch.sigmoid(-2 * wide) / sigmas[1].square()
+        # λ[upper − 1] > lam ≥ λ[upper]
+        upper = torch.searchsorted(-lams[1:], -lam64.contiguous()).clamp(max=self.steps - 1) + 1
+        inner = upper.clamp(2, self._last_finite)
+        position = inner - 1 + ((lam64 - lams[inner - 1]) / (lams[inner] - lams[inner - 1])).clamp(0, 1)
+        first = torch.sigmoid(-2 * lam64) / sigmas[1].square()
         position = torch.where(upper == 1, first.clamp(max=1), position)
-        if self._into_zero:
-            last = self.steps - (torch.sigmoid(2 * wide).sqrt() / alphas[-2]).clamp(max=1)
+        if self._ends_in_zero:
+            last = self.steps - (torch.sigmoid(2 * lam64).sqrt() / alphas[-2]).clamp(max=1)
             position = torch.where(upper == self.steps, last, position)
         return cast_like(position / self.steps, lam)
 
     def conditioning(self, t: Scalars) -> Scalars:
-        """max(T·t − 1, 0): the index from 0 that DDPM's networks are told."""
+        """Return max(T·t − 1, 0), the step index from 0 that conditions DDPM's networks."""
         return cast_like((self._position(t) - 1).clamp(min=0), t)
 
 
 class Linear(Table):
-    """β linear from `beta_start` to `beta_end` (Ho et al. 2020, section 4), stated for T = 1000.
+    """β linear from `beta_start` to `beta_end`, stated for T = 1000 (Ho et al. 2020, section 4).
 
-    For another T both ends scale by 1000/T (Nichol & Dhariwal 2021), which keeps ᾱ(t) nearly the same curve.
+    For another T both ends scale by 1000/T (Nichol & Dhariwal 2021), which leaves the curve ᾱ(t) nearly unchanged.
 
     Args:
-        steps: T ≥ 21 with the default ends, since β_T = 20/T must stay below 1.
+        steps: T; at least 21 with the default ends, since β_T = 20/T must be below 1.
         beta_start: β_1 at T = 1000.
         beta_end: β_T at T = 1000.
         zero_terminal_snr: see `Table`.
         shift: see `Table`.
 
     Raises:
-        ValueError: β_T ≥ 1, or ends that do not ascend.
+        ConfigError: β_T ≥ 1, or not 0 < beta_start ≤ beta_end.
     """
 
     def __init__(
@@ -159,7 +166,7 @@ class Linear(Table):
 
 
 class ScaledLinear(Table):
-    """√β linear (Rombach et al. 2022, the latent-diffusion code): β_i = linspace(√β_1, √β_T)². Arguments as `Linear`."""
+    """√β linear (Rombach et al. 2022, the latent-diffusion code): β_i = linspace(√β_1, √β_T)². Arguments as in `Linear`."""
 
     def __init__(
         self,
@@ -179,13 +186,13 @@ class Cosine(Table):
 
     Args:
         steps: T ≥ 2.
-        offset: s, which keeps β_1 from vanishing.
-        beta_max: the clip of β, which acts on the last step.
+        offset: s, which keeps β_1 away from 0.
+        beta_max: upper limit of β, which affects the last step.
         zero_terminal_snr: see `Table`.
         shift: see `Table`.
 
     Raises:
-        ValueError: fewer than 2 steps, or `beta_max` outside (0, 1).
+        ConfigError: fewer than 2 steps, or `beta_max` outside (0, 1).
     """
 
     def __init__(
@@ -202,22 +209,22 @@ class Cosine(Table):
 
 
 class Sigmoid(Table):
-    """ᾱ from a sigmoid between `start` and `end`, normalised to [0, 1] (Jabri et al. 2022; Chen 2023, algorithm 1).
+    """ᾱ from a sigmoid between `start` and `end`, normalized to [0, 1] (Jabri et al. 2022; Chen 2023, algorithm 1).
 
     ᾱ(t) = (S(end) − S(start + t(end − start))) / (S(end) − S(start)), S(u) = sigmoid(u/τ); then β ≤ `beta_max`.
-    Another library gives this name to a sigmoid in β.
+    diffusers' `sigmoid` schedule is a sigmoid in β instead.
 
     Args:
         steps: T ≥ 2.
-        start: where the sigmoid begins, at t = 0.
-        end: where it ends, at t = 1; start < end.
-        tau: the temperature τ > 0.
-        beta_max: the clip of β, which acts on the last step.
+        start: argument of the sigmoid at t = 0.
+        end: argument of the sigmoid at t = 1; start < end.
+        tau: temperature τ > 0.
+        beta_max: upper limit of β, which affects the last step.
         zero_terminal_snr: see `Table`.
         shift: see `Table`.
 
     Raises:
-        ValueError: fewer than 2 steps, or an argument outside its range.
+        ConfigError: fewer than 2 steps, or an argument out of range.
     """
 
     def __init__(
@@ -232,35 +239,37 @@ class Sigmoid(Table):
     ) -> None:
         if not (start < end and tau > 0):
             raise ConfigError(
-                f"schedule sigmoid needs start < end and tau > 0, not start={start}, end={end}, tau={tau}"
+                f"schedule=sigmoid needs start < end and tau > 0, not start={start}, end={end}, tau={tau}"
             )
         s = torch.sigmoid((start + _nodes("sigmoid", steps) * (end - start)) / tau)
         super().__init__(_clip_beta((s[-1] - s) / (s[-1] - s[0]), beta_max), zero_terminal_snr, shift)
 
 
-def _nodes(name: str, steps: int) -> Tensor:
-    """i/T for i = 0 … T in float64."""
+def _nodes(name: str, steps: int) -> Float64[Tensor, " nodes"]:
+    """Return i/T for i = 0 … T."""
     if steps < 2:
-        raise ConfigError(f"schedule {name} needs steps >= 2, not steps={steps}")
+        raise ConfigError(f"schedule={name} needs steps >= 2, not steps={steps}")
     return torch.linspace(0, 1, steps + 1, dtype=torch.float64)
 
 
 def _scaled_ends(name: str, steps: int, beta_start: float, beta_end: float) -> tuple[float, float]:
-    """β_1 and β_T, stated for 1000 steps, for `steps` of them."""
+    """Return β_1 and β_T for T = `steps` from the ends stated for T = 1000."""
     _nodes(name, steps)
     if not 0 < beta_start <= beta_end:
-        raise ConfigError(f"schedule {name} needs 0 < beta_start <= beta_end, not {beta_start} and {beta_end}")
-    if beta_end * 1000 / steps >= 1:
-        least = math.floor(beta_end * 1000) + 1
         raise ConfigError(
-            f"schedule {name} with steps={steps} has beta >= 1, because beta_end={beta_end} is stated for 1000 steps and "
-            f"scales by 1000/steps: write schedule.steps={least} or more, or schedule=cosine"
+            f"schedule={name} needs 0 < beta_start <= beta_end, not beta_start={beta_start} and beta_end={beta_end}"
+        )
+    if beta_end * 1000 / steps >= 1:
+        min_steps = math.floor(beta_end * 1000) + 1
+        raise ConfigError(
+            f"schedule={name} with steps={steps} has beta >= 1, because beta_end={beta_end} is stated for 1000 steps and "
+            f"scales by 1000/steps: write schedule.steps={min_steps} or more, or schedule=cosine"
         )
     return beta_start * 1000 / steps, beta_end * 1000 / steps
 
 
-def _clip_beta(alpha_bar: Tensor, beta_max: float) -> Tensor:
-    """ln ᾱ_i, i = 1 … T, after clipping β_i = 1 − ᾱ_i/ᾱ_{i−1} at beta_max; alpha_bar has T + 1 entries from ᾱ_0 = 1."""
+def _clip_beta(alpha_bar: Float64[Tensor, " nodes"], beta_max: float) -> Float64[Tensor, " nodes-1"]:
+    """Return ln ᾱ_i, i = 1 … T, with β_i = 1 − ᾱ_i/ᾱ_{i−1} limited to `beta_max`; `alpha_bar` starts at ᾱ_0 = 1."""
     if not 0 < beta_max < 1:
-        raise ConfigError(f"beta_max={beta_max} is outside (0, 1): the published value is 0.999")
+        raise ConfigError(f"schedule.beta_max={beta_max} is outside (0, 1): the published value is 0.999")
     return torch.log1p(-(1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=beta_max)).cumsum(0)

@@ -8,14 +8,16 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
 
 from diffusion_lab.conditions import Condition
 from diffusion_lab.denoiser import Denoiser
-from diffusion_lab.losses import PointwiseLoss, StepLoss, chain_steps, diffusion_loss
-from diffusion_lab.noise import Stream, normal, uniform, word
+from diffusion_lab.losses import PointwiseLoss, chain_steps, diffusion_loss
+from diffusion_lab.noise import Stream, word
 from diffusion_lab.objectives import Objective
-from diffusion_lab.schedules import Schedule, append_dims_like, to_device
-from diffusion_lab.time_samplers import Stratified, TimeSampler
+from diffusion_lab.schedules import Schedule, to_device
+from diffusion_lab.time_samplers import TimeSampler
+from diffusion_lab.training.draws import training_draw, validation_draw
 from diffusion_lab.training.optim import (
     OptimizerConfig,
     ReduceLROnPlateau,
@@ -32,8 +34,6 @@ from diffusion_lab.training.optim import (
 from diffusion_lab.training.sharding import ModelParallelStrategy, is_sharded, shard
 from diffusion_lab.variances import Learned, Variance
 from diffusion_lab.weightings import Weighting
-
-VALIDATION_SEED = 0  # t and ε of validation are the same in every run, so that runs compare
 
 
 class DiffusionModule(pl.LightningModule):
@@ -98,7 +98,7 @@ class DiffusionModule(pl.LightningModule):
         if self.learned_variance:
             chain_steps(self.denoiser)
         self.averages: dict[str, nn.Module] = {}  # a dict hides the averages from nn.Module's registration
-        self._sum = torch.zeros(2, dtype=torch.float64)
+        self._validation_loss = MeanMetric(nan_strategy="disable").set_dtype(torch.float64)
         self._resumption: Resumption | None = None
         self._drawn: list[Tensor] = []  # (position, t, loss) of a step's parts, for a time sampler that learns
 
@@ -114,8 +114,8 @@ class DiffusionModule(pl.LightningModule):
         networks = {**self.averages, **({} if is_sharded(self.network) else {"raw": self.network})}
         return {name: Denoiser(network, self.schedule, self.objective) for name, network in networks.items()}
 
-    def asked(self, index: Tensor) -> dict[str, Tensor]:
-        """What samples of these indices, int64 (n,), are asked for: by validation images where the condition is made of data."""
+    def requested_condition(self, index: Tensor) -> dict[str, Tensor]:
+        """Conditions for the given sample indices, int64 (n,): of validation images where the condition is made of data."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         examples = data.examples("val" if data.size("val") else "train")
 
@@ -145,11 +145,9 @@ class DiffusionModule(pl.LightningModule):
         x0, position, step = batch["image"], batch["position"], batch["step"]
         # Dropout is keyed as well, by the first position of this process's part, so that resuming needs no random state.
         _seed(x0.device, word(seed=self.seed, index=int(position[0]), draw=step, stream=Stream.DROPOUT))
-        key: dict[str, Any] = {"seed": self.seed, "draw": step}
-        t = self.times(self.schedule, position, self.batch_size, seed=self.seed, step=step)
-        noise = normal(tuple(x0.shape[1:]), index=to_device(position, x0.device), stream=Stream.NOISE, **key)
-        condition = self.condition(batch, seed=self.seed)
-        previous = self._previous(x0, noise, t, condition, position, step)
+        t, noise, previous, condition = training_draw(
+            self.denoiser, self.times, self.condition, batch, batch_size=self.batch_size, seed=self.seed
+        )
         loss = diffusion_loss(
             self.denoiser, self.weighting, self.error, x0, noise, t, previous, self.learned_variance, **condition
         )
@@ -176,17 +174,6 @@ class DiffusionModule(pl.LightningModule):
             self.times.update(self.schedule, t[order], each[order])
             self._drawn.clear()
 
-    def _previous(
-        self, x0: Tensor, noise: Tensor, t: Tensor, condition: dict[str, Tensor], position: Tensor, step: int
-    ) -> Tensor | None:
-        """For self-conditioning: a detached first x̂_0 for one half of the examples, zeros for the others (Chen et al. 2023)."""
-        if not self.denoiser.self_conditioning:
-            return None
-        with torch.no_grad():
-            first = self.denoiser(self.schedule.corrupt(x0, noise, t), t, **condition).x0
-        coin = uniform((), seed=self.seed, index=position, draw=step, stream=Stream.SELF) < 0.5
-        return append_dims_like(coin, first) * first
-
     # validation: fixed t and ε, averaged weights ------------------------------------------------------------------------
 
     def on_validation_start(self) -> None:
@@ -196,30 +183,27 @@ class DiffusionModule(pl.LightningModule):
         switch(self.trainer.optimizers, "train")
 
     def on_validation_epoch_start(self) -> None:
-        self._sum = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self._validation_loss.reset()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         denoiser = next(iter(self.denoisers().values()))
         images = self.trainer.datamodule.size("val")  # type: ignore[attr-defined]
         for draw in range(self.validation_draws):
-            loss = self._validation_loss(denoiser, batch, draw, images)
-            self._sum += torch.stack(
-                [loss.weighted.double().sum(), loss.weighted.new_tensor(len(loss.weighted)).double()]
+            t, noise, _, condition = validation_draw(denoiser, self.condition, batch, images=images, draw=draw)
+            loss = diffusion_loss(
+                denoiser,
+                self.weighting,
+                self.error,
+                batch["image"],
+                noise,
+                t,
+                learned=self.learned_variance,
+                **condition,
             )
-
-    def _validation_loss(self, denoiser: Denoiser, batch: dict[str, Any], draw: int, images: int) -> StepLoss:
-        x0, index = batch["image"], batch["index"]
-        key: dict[str, Any] = {"seed": VALIDATION_SEED, "draw": draw}
-        t = Stratified()(self.schedule, index, images, seed=VALIDATION_SEED, step=draw)
-        noise = normal(tuple(x0.shape[1:]), index=index.to(x0.device), stream=Stream.NOISE, **key)
-        condition = self.condition(batch)
-        return diffusion_loss(
-            denoiser, self.weighting, self.error, x0, noise, t, learned=self.learned_variance, **condition
-        )
+            self._validation_loss.update(loss.weighted)
 
     def on_validation_epoch_end(self) -> None:
-        total = self.trainer.strategy.reduce(self._sum, reduce_op="sum")
-        loss = (total[0] / total[1]).float()
+        loss = self._validation_loss.compute().float()  # over all processes
         self.log_row({"val/loss": loss}, everywhere=True)
         if not self.trainer.sanity_checking:
             self._step_plateau(loss)

@@ -6,18 +6,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffusion_lab.conditions import Condition
 from diffusion_lab.data.images import Examples
 from diffusion_lab.data.stream import BatchStream
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.errors import ConfigError
+from diffusion_lab.io import progress as show_progress
 from diffusion_lab.losses import head_loss
 from diffusion_lab.models import VarianceHead
-from diffusion_lab.noise import Stream, normal, permutation, uniform
-from diffusion_lab.schedules import Schedule, append_dims_like
+from diffusion_lab.noise import Stream, normal, permutation
+from diffusion_lab.schedules import Schedule
 from diffusion_lab.time_samplers import TimeSampler
+from diffusion_lab.training.draws import training_draw
 
 WHOLE = 1000  # times of a continuous curve
 ROW = 100  # steps of a head's training in a row of its losses
@@ -74,7 +75,7 @@ def second_moments(
     sums = torch.zeros(2, len(times), dtype=torch.float64)
     keys = torch.arange(rank, n * len(times), world)
     places = _Places(len(examples), seed)
-    for k in tqdm(keys.split(batch_size), desc="second moments", unit="batch", leave=False, disable=not progress):
+    for k in show_progress(keys.split(batch_size), "second moments", "batch", progress):
         batch = examples.take(places(k))
         x0 = batch["image"].to(device, torch.float64)
         noise = normal(tuple(x0.shape[1:]), seed=seed, index=k.to(device), stream=Stream.VARIANCE, dtype=torch.float64)
@@ -161,7 +162,7 @@ def train_head(
     rows: list[tuple[int, float]] = []
     network.train()
     batches = iter(stream)
-    for step in tqdm(range(steps), desc=f"head {kind}", unit="step", leave=False, disable=not progress):
+    for step in show_progress(range(steps), f"head {kind}", "step", progress):
         batch = next(batches)
         batch = {name: v.to(device) if isinstance(v, Tensor) and name != "position" else v for name, v in batch.items()}
         loss = _head_step(denoiser, kind, batch, times, condition, stream.batch_size, seed)
@@ -194,15 +195,6 @@ def _head_step(
     batch_size: int,
     seed: int,
 ) -> Tensor:
-    """The loss of one step, as DiffusionModule.training_step draws it."""
-    x0, position, step = batch["image"], batch["position"], batch["step"]
-    t = times(denoiser.schedule, position, batch_size, seed=seed, step=step)
-    noise = normal(tuple(x0.shape[1:]), seed=seed, index=position.to(x0.device), draw=step, stream=Stream.NOISE)
-    given = condition(batch, seed=seed)
-    previous = None
-    if denoiser.self_conditioning:
-        with torch.no_grad():
-            first = denoiser(denoiser.schedule.corrupt(x0, noise, t), t, **given).x0
-        coin = uniform((), seed=seed, index=position, draw=step, stream=Stream.SELF) < 0.5
-        previous = append_dims_like(coin, first) * first
-    return head_loss(denoiser, kind, x0, noise, t, previous, **given).mean()
+    """The loss of one step."""
+    t, noise, previous, arguments = training_draw(denoiser, times, condition, batch, batch_size=batch_size, seed=seed)
+    return head_loss(denoiser, kind, batch["image"], noise, t, previous, **arguments).mean()

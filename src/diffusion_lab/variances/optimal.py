@@ -1,59 +1,65 @@
-"""The optimal variance, from the covariance of x_0 given x_t: measured, or predicted by a second head."""
+"""The optimal variance, from Cov[x_0 | x_t]: estimated on the data for each t, or predicted by a second head."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.objectives import Prediction
-from diffusion_lab.schedules import Scalars, Schedule, append_dims_like
-from diffusion_lab.variances.base import FromExtra, Variance, stands_for_all, wide
+from diffusion_lab.schedules import PerExample, Scalars, Schedule, append_dims_like
+from diffusion_lab.variances.base import FromExtra, StepVariance, Variance, floor_is_variance, to_float64
 
 
-def gain(schedule: Schedule, t: Scalars, s: Scalars, floor: Tensor) -> Tensor:
-    """(α_s − √(σ_s² − floor) α_t/σ_t)², what Cov[x_0 | x_t] is multiplied by; 0 where the floor stands for all. Float64."""
+def gain(schedule: Schedule, t: Scalars, s: Scalars, floor: Float64[Tensor, "*#shape"]) -> Float64[Tensor, "*shape"]:
+    """Return (α_s − √(σ_s² − floor) α_t/σ_t)², the factor of Cov[x_0 | x_t] in σ²; 0 where σ² is the floor."""
     (alpha_t, alpha_s), (sigma_t, sigma_s) = schedule.alpha_sigma(torch.stack([t.double(), s.double()]))
     direction = (sigma_s.square() - floor).clamp(min=0).sqrt()
     slope = alpha_s - direction * alpha_t / sigma_t
-    return torch.where(stands_for_all(s, floor), 0.0, slope.square())
+    return torch.where(floor_is_variance(s, floor), 0.0, slope.square())
 
 
 class Analytic(Variance):
-    """c = clip((σ²/α²)(1 − m_t), 0, 1), m_t = E mean(ε̂²): the best variance that is one number for each t (Bao et al. 2022,
-    theorem 1 and its bounds for data in [−1, 1]). The same numbers serve every stride, DDPM, and DDIM with any η.
+    """c = clip((σ²/α²)(1 − m_t), 0, 1), m_t = E mean(ε̂²): the optimal variance with one value for each t.
 
-    Between two fitted times c is linear in t; below the first m is that of the first, above the last c is that of the last,
-    which also stands for a time with α = 0, where ε̂ is independent of x_0.
+    Bao et al. 2022, theorem 1 and its bounds for data in [−1, 1]. The same moments serve every stride, DDPM, and DDIM with any
+    η. Between two fitted times c is linear in t. Below the first time m is constant; above the last c is constant, which also
+    covers a time with α = 0, where ε̂ is independent of x_0.
 
     Args:
-        times: float (N,), increasing in (0, 1].
-        moments: m at these times, of the raw averaged network without clipping.
+        times: (N,), increasing in (0, 1].
+        moments: (N,), m at these times, of the EMA network without clipping.
 
     Raises:
-        ConfigError: none given, or not of this form.
+        ConfigError: an argument is missing or malformed.
     """
 
     max_final_noise = 1.0
 
     def __init__(
-        self, times: Tensor | Sequence[float] | None = None, moments: Tensor | Sequence[float] | None = None
+        self,
+        times: Float[Tensor, " n"] | Sequence[float] | None = None,
+        moments: Float[Tensor, " n"] | Sequence[float] | None = None,
     ) -> None:
         if times is None or moments is None:
             raise ConfigError(
-                "variance=analytic is fitted to a trained network: train with variance=fixed_small, then "
+                "variance=analytic is fitted to a trained network: train with variance=fixed_small, then run "
                 "python src/fit_variance.py ckpt=PATH variance=analytic"
             )
         self.times, self.moments = (torch.as_tensor(v, dtype=torch.float64).cpu() for v in (times, moments))
         if self.times.ndim != 1 or self.times.shape != self.moments.shape or len(self.times) == 0:
-            raise ConfigError("variance=analytic needs as many moments as times, and at least one")
+            raise ConfigError(
+                f"variance=analytic needs as many moments as times and at least one of each, and has {self.times.numel()} times "
+                f"and {self.moments.numel()} moments"
+            )
         inside = self.times[0] > 0 and self.times[-1] <= 1
         if not bool(inside and (self.times.diff() > 0).all() and self.moments.isfinite().all()):
             raise ConfigError("variance=analytic needs times that increase in (0, 1], and finite moments")
 
-    def covariance(self, schedule: Schedule, t: Scalars) -> Tensor:
-        """c in [0, 1] at times t of any shape, float64."""
+    def covariance(self, schedule: Schedule, t: Scalars) -> Float64[Tensor, "*shape"]:
+        """Return c in [0, 1] at times t of any shape."""
         t = t.double().contiguous()
         usable = len(self.times) - (schedule.zero_terminal_snr and len(self.times) > 1 and float(self.times[-1]) == 1)
         times, moments = self.times[:usable].to(t.device), self.moments[:usable].to(t.device)
@@ -68,52 +74,56 @@ class Analytic(Variance):
         return torch.lerp(low, high, weight)
 
     def __call__(
-        self, schedule: Schedule, t: Scalars, s: Scalars, prediction: Prediction, floor: Tensor | float = 0.0
-    ) -> Tensor:
-        least = wide(floor, s)
-        return append_dims_like(least + gain(schedule, t, s, least) * self.covariance(schedule, t), prediction.x0)
+        self, schedule: Schedule, t: PerExample, s: PerExample, prediction: Prediction, floor: PerExample | float = 0.0
+    ) -> StepVariance:
+        floor64 = to_float64(floor, s)
+        return append_dims_like(floor64 + gain(schedule, t, s, floor64) * self.covariance(schedule, t), prediction.x0)
 
 
 class FromHead(FromExtra):
-    """c of each element from a second head on a frozen network (Bao et al. 2022, "Estimating the optimal covariance with
-    imperfect mean in diffusion probabilistic models"): c = clip((σ²/α²) w, 0, 1). At α = 0, where no head applies, c = 1.
+    """c = clip((σ²/α²) w, 0, 1) of each element, w from a second head on a frozen network; c = 1 at α = 0.
+
+    Bao et al. 2022, "Estimating the optimal covariance with imperfect mean in diffusion probabilistic models".
     """
 
     max_final_noise = 1.0
 
     @property
     def remedy(self) -> str:  # type: ignore[override]
-        return f"python src/fit_variance.py ckpt=PATH variance={self.kind} trains them; sample.py and evaluate.py find them"
+        return (
+            f"run python src/fit_variance.py ckpt=PATH variance={self.kind} to train them; sample.py and evaluate.py then load "
+            "them"
+        )
 
     @abstractmethod
-    def second(self, prediction: Prediction) -> Tensor:
-        """w = (α²/σ²) Cov[x_0 | x_t] of each element."""
+    def scaled_covariance(self, prediction: Prediction) -> Float[Tensor, "b c h w"]:
+        """Return w = (α²/σ²) Cov[x_0 | x_t] of each element."""
 
     def __call__(
-        self, schedule: Schedule, t: Scalars, s: Scalars, prediction: Prediction, floor: Tensor | float = 0.0
-    ) -> Tensor:
-        w, least = self.second(prediction), wide(floor, s)
+        self, schedule: Schedule, t: PerExample, s: PerExample, prediction: Prediction, floor: PerExample | float = 0.0
+    ) -> StepVariance:
+        w, floor64 = self.scaled_covariance(prediction), to_float64(floor, s)
         alpha, sigma = schedule.alpha_sigma(t.double())
-        known = alpha > 0
-        ratio = torch.where(known, (sigma / alpha).square(), 0.0)
-        c = (append_dims_like(ratio, w) * w + append_dims_like((~known).double(), w)).clamp(0, 1)
-        return append_dims_like(least, w) + append_dims_like(gain(schedule, t, s, least), w) * c
+        informative = alpha > 0
+        ratio = torch.where(informative, (sigma / alpha).square(), 0.0)
+        c = (append_dims_like(ratio, w) * w + append_dims_like((~informative).double(), w)).clamp(0, 1)
+        return append_dims_like(floor64, w) + append_dims_like(gain(schedule, t, s, floor64), w) * c
 
 
 class SN(FromHead):
-    """w = g − ε̂², the head g having learned ε² ("squared noise"); ε̂ of the network itself, not clipped."""
+    """w = g − ε̂², where the head g is trained on ε² ("squared noise") and ε̂ is unclipped and unguided."""
 
     kind = "sn"
 
-    def second(self, prediction: Prediction) -> Tensor:
+    def scaled_covariance(self, prediction: Prediction) -> Float[Tensor, "b c h w"]:
         noise = prediction.noise if prediction.unclipped is None else prediction.unclipped
         return self.read(prediction) - noise.square()
 
 
 class NPR(FromHead):
-    """w = h, the head having learned (ε − ε̂)² ("noise prediction residual"): right also where ε̂ is not the mean of ε."""
+    """w = h, the head trained on (ε − ε̂)² ("noise prediction residual"); exact also where ε̂ is not the mean of ε."""
 
     kind = "npr"
 
-    def second(self, prediction: Prediction) -> Tensor:
+    def scaled_covariance(self, prediction: Prediction) -> Float[Tensor, "b c h w"]:
         return self.read(prediction)

@@ -1,6 +1,6 @@
-"""`src/evaluate.py`: samples of a checkpoint, or any images, against a data set.
+"""`src/evaluate.py`: samples of a checkpoint, or any images, compared with a data set.
 
-`prepare` builds and checks everything, `work` samples and measures, `processes` shares that, `report` writes it down.
+`prepare` builds and checks everything, `measure` samples and measures, `output` writes and prints the results.
 """
 
 import sys
@@ -8,26 +8,36 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from diffusion_lab import io as files
-from diffusion_lab.commands.evaluate import report, samplers
-from diffusion_lab.commands.evaluate.prepare import prepare
-from diffusion_lab.commands.evaluate.processes import shared
-from diffusion_lab.commands.evaluate.work import rows
+from diffusion_lab.commands.evaluate import output, samplers
+from diffusion_lab.commands.evaluate.measure import rows
+from diffusion_lab.commands.evaluate.prepare import check_settings, prepare
+from diffusion_lab.device import device
+from diffusion_lab.io import os_errors
+from diffusion_lab.metrics.collect import Processes
+from diffusion_lab.metrics.worker_group import run_in_group
 
-__all__ = ["run"]
+__all__ = ["evaluate", "run"]
 
 
 def run(config: DictConfig) -> int:
-    """Evaluates as configured: metrics.json, metrics.csv, quality.png, a table on the screen; returns the exit code."""
-    with files.os_errors():
-        settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    """Evaluate as configured: metrics.json, metrics.csv, quality.png, a table on the screen; return the exit code."""
+    settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    with os_errors():
+        check_settings(settings)
         settings["sampler_nodes"] = samplers.nodes(settings) if settings["ckpt"] else {}
-        prepared = prepare(settings)
+        place = device(settings["device"], settings["devices"]).partition(":")[0]
+        run_in_group(evaluate, settings, settings["devices"], place)
+    return 0
+
+
+def evaluate(settings: dict[str, Any], processes: Processes) -> None:
+    """Evaluate in this process, together with the others; rank 0 writes and prints."""
+    prepared = processes.build(lambda: prepare(settings, processes.rank))
+    if processes.rank == 0:
         for warning in prepared.warnings:
             print(f"warning: {warning}", file=sys.stderr, flush=True)
-        with shared(settings, prepare, rows) as processes:
-            found = rows(prepared, processes)
-        report.write(prepared.out, found)
-        report.log(settings, prepared.out, found)
-    report.show(found, prepared.out)
-    return 0
+    results = rows(prepared, processes)
+    if processes.rank == 0:
+        output.write(prepared.out, results)
+        output.log(settings, prepared.out, results)
+        output.show(results, prepared.out)

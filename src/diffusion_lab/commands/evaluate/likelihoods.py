@@ -1,4 +1,4 @@
-"""metrics=[nll] beside the others: bits per dimension of held-out images, under the chain or the ODE that a sampler walks."""
+"""metrics=[nll]: bits per dimension of held-out images, under the chain or the ODE of a sampler."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,32 +16,32 @@ from diffusion_lab.samplers import ODE
 
 
 class Likelihood(NamedTuple):
-    """What `nll.measure` is asked for a sampler."""
+    """Arguments of `nll.measure` for a sampler."""
 
     kind: str
     options: dict[str, Any]
 
 
-def kinds(asked: Sequence[SamplerSpec]) -> list[Likelihood | None]:
+def kinds(specs: Sequence[SamplerSpec]) -> list[Likelihood | None]:
     """For each sampler the bound of its chain, or for `ode` the density of the ODE; None where there is neither.
 
     Raises:
         ValueError: there is neither for any of them.
     """
-    found: list[Likelihood | None] = []
+    kinds: list[Likelihood | None] = []
     refused: ConfigError | None = None
-    for entry in asked:
+    for entry in specs:
         if isinstance(entry.sampler, ODE):
-            found.append(Likelihood("ode", {"rtol": entry.sampler.rtol, "atol": entry.sampler.atol}))
+            kinds.append(Likelihood("ode", {"rtol": entry.sampler.rtol, "atol": entry.sampler.atol}))
             continue
         try:
-            found.append(Likelihood("vlb", nll.chain(entry.sampler, entry.run.denoiser)))
+            kinds.append(Likelihood("vlb", nll.chain(entry.sampler, entry.run.denoiser)))
         except ConfigError as error:
             refused = refused or error
-            found.append(None)
-    if refused is not None and not any(found):
+            kinds.append(None)
+    if refused is not None and not any(kinds):
         raise ConfigError(f"metrics=nll: {refused}")
-    return found
+    return kinds
 
 
 def held_out(data: DataModule, settings: Mapping[str, Any]) -> Examples:
@@ -55,12 +55,12 @@ def held_out(data: DataModule, settings: Mapping[str, Any]) -> Examples:
     return examples.select(np.unique(np.linspace(0, len(examples) - 1, n).round().astype(np.int64)))
 
 
-def measured(asked: SamplerSpec, likelihood: Likelihood, images: Examples, settings: Mapping[str, Any]) -> Measured:
+def measured(spec: SamplerSpec, likelihood: Likelihood, images: Examples, settings: Mapping[str, Any]) -> Measured:
     """Bits per dimension under one sampler's chain or ODE, by this process alone."""
     return nll.measure(
-        asked.run,
+        spec.run,
         images.images[:],
-        asked.run.condition(images.take(np.arange(len(images)))),
+        spec.run.condition(images.take(np.arange(len(images)))),
         kind=likelihood.kind,
         seed=settings["seed"],
         batch_size=settings["batch_size"],

@@ -1,4 +1,4 @@
-"""The samplers of an evaluation: every file of conf/sampler is one, with every number of steps asked for."""
+"""The samplers of an evaluation: options of conf/sampler, each with every number of steps of `steps=` or `budget=`."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from diffusion_lab.samplers import Sampler
 
 
 class SamplerSpec(NamedTuple):
-    """A sampler, by the name that the results give it, and the run to use it on (a fitted variance may add to its network)."""
+    """A sampler with its name in the results, and the run that it samples (a fitted variance may extend its network)."""
 
     name: str
     sampler: Sampler
@@ -28,7 +28,7 @@ def nodes(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         ConfigError: an unknown sampler.
     """
     names = list(dict.fromkeys(name for name, _ in _named(settings["samplers"])))
-    found = {}
+    by_name = {}
     for name in names:
         known = composition.options("sampler")
         if name not in known:
@@ -37,11 +37,11 @@ def nodes(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             )
         composed = composition.composed("evaluate", [f"+sampler={name}"])
         node: Any = OmegaConf.to_container(OmegaConf.masked_copy(composed, ["sampler", "variance"]), resolve=True)
-        found[name] = {
+        by_name[name] = {
             **node["sampler"],
             **({"variance": settings["variance"]} if "variance" in node["sampler"] else {}),
         }
-    return found
+    return by_name
 
 
 def build(settings: Mapping[str, Any], run: Run) -> list[SamplerSpec]:
@@ -50,26 +50,26 @@ def build(settings: Mapping[str, Any], run: Run) -> list[SamplerSpec]:
     Raises:
         ConfigError: an option that the sampler does not have, or one that cannot work with that checkpoint.
     """
-    asked: list[SamplerSpec] = []
+    specs: list[SamplerSpec] = []
     for name, options in _named(settings["samplers"]):
         node = settings["sampler_nodes"][name]
-        strange = [key for key in options if key not in node]
-        if strange:
-            raise ConfigError(f"samplers={name} has no option {strange[0]}: write some of {', '.join(list(node)[1:])}")
-        shown = name + ("(" + ",".join(f"{k}={v}" for k, v in options.items()) + ")" if options else "")
+        unknown = [key for key in options if key not in node]
+        if unknown:
+            raise ConfigError(f"samplers={name} has no option {unknown[0]}: write some of {', '.join(list(node)[1:])}")
+        label = name + ("(" + ",".join(f"{k}={v}" for k, v in options.items()) + ")" if options else "")
         for length in _lengths(settings, node, options):
             sampler, own = sampler_for({**node, **options, **length}, run)
             own = guided(settings["guidance"], own)
             sampler.check(own.denoiser)
-            asked.append(SamplerSpec(shown, sampler, own))
-    if not asked:
-        raise ConfigError("samplers=[] asks for nothing: write e.g. samplers=[ddim] steps=[50]")
-    return asked
+            specs.append(SamplerSpec(label, sampler, own))
+    if not specs:
+        raise ConfigError("samplers=[] names no sampler: write e.g. samplers=[ddim] steps=[50]")
+    return specs
 
 
-def _named(asked: list[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _named(entries: list[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Name and options of each entry: ddim, or {ddim: {eta: 1}}."""
-    for entry in asked:
+    for entry in entries:
         if isinstance(entry, dict):
             yield from ((str(name), dict(options or {})) for name, options in entry.items())
         else:

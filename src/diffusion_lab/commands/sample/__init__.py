@@ -1,28 +1,21 @@
-"""`src/sample.py`: images from a checkpoint. A file for each task; `tasks` checks what it was given, `work` is what all share."""
+"""`src/sample.py`: images from a checkpoint. A file for each task; `tasks` checks the options, `context` is what all share."""
 
+import importlib
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from diffusion_lab import io as files
-from diffusion_lab.commands.sample import tasks
-
-__all__ = ["run", "write"]
+from diffusion_lab.commands.sample.tasks import check
+from diffusion_lab.io import os_errors
 
 
 def run(config: DictConfig) -> int:
-    """Does the task as configured, writes its files and says what it did; returns the exit code."""
-    with files.os_errors():
-        settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-        tasks.check(settings)
-        said = tasks.do(settings)
-    print(said)
+    """Run the task as configured, write its files, print a summary; return the exit code."""
+    settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    with os_errors():
+        check(settings)  # before torch is imported
+        task = importlib.import_module(f"diffusion_lab.commands.sample.{settings['task']}")
+        context = importlib.import_module("diffusion_lab.commands.sample.context").SamplingContext
+        summary = task.run_task(context.build(settings))
+    print(summary)
     return 0
-
-
-def __getattr__(name: str) -> Any:
-    if name == "write":
-        from diffusion_lab.commands.sample import work
-
-        return work.write
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,15 +2,15 @@
 
 from pathlib import Path
 
-from diffusion_lab.commands.sample.context import SamplingContext, write
-from diffusion_lab.commands.sample.latents import load
+from diffusion_lab.commands.sample.context import SamplingContext, write_samples
+from diffusion_lab.commands.sample.latents import load_latents
 
 
-def do(work: SamplingContext) -> str:
-    """Decodes latents=, under the conditions that they were encoded with, or under those that labels= asks for."""
-    latents, condition = load(work, Path(work.settings["latents"]))
-    if work.settings["labels"] != "cycle":
-        condition = work.condition(len(latents))
-    images, nfe, _ = work.decoded(latents, condition)
-    write(work.out, images, condition.get("label"), work.settings["save_images"])
-    return work.said(f"{len(images)} images from latents", nfe)
+def run_task(context: SamplingContext) -> str:
+    """Decode latents=, under the conditions that they were encoded with, or under labels= where it is given."""
+    latents, condition = load_latents(context, Path(context.settings["latents"]))
+    if context.settings["labels"] != "cycle":
+        condition = context.condition(len(latents))
+    images, nfe, _ = context.decode(latents, condition)
+    write_samples(context.out, images, condition.get("label"), context.settings["save_images"])
+    return context.summary(f"{len(images)} images from latents", nfe)

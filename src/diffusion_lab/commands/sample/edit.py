@@ -3,28 +3,24 @@
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from diffusion_lab.commands.sample.context import SHOWN, SamplingContext, visible, write
+from diffusion_lab.commands.sample.context import SHOWN, SamplingContext, to_visible, write_samples
 from diffusion_lab.data.inputs import read_one
 from diffusion_lab.data.pictures import Panel, save_sheet
+from diffusion_lab.generation import initial_noise
 
 
-def do(work: SamplingContext) -> str:
-    """Makes n variants of image= that keep what survives noise of time strength=; writes them and sheet.png."""
-    settings, n, schedule = work.settings, work.settings["n"], work.run.denoiser.schedule
-    t = torch.tensor(float(settings["strength"]), dtype=torch.float64)
-    x0 = read_one("image", Path(settings["image"]), work.run.shape)
-    work.sampler.time_grid(work.run.denoiser, float(t))  # refuses a time without so many steps below it
-    condition = work.condition(n)
-
-    def make(index: Tensor, condition: dict[str, Tensor], progress: bool) -> Tensor:
-        return schedule.corrupt(x0.to(index.device), work.noise(index), t)
-
-    states = work.batched(n, make, condition)
-    images, nfe, _ = work.decoded(states, condition, start=float(t))
-    write(work.out, images, condition.get("label"), settings["save_images"])
-    seen = visible(states[:SHOWN], *schedule.alpha_sigma(t))
-    panels = [("original", x0), (f"noised to t = {float(t):g}", seen), ("edited", images[:SHOWN])]
-    save_sheet(work.out / "sheet.png", [Panel(*panel) for panel in panels])
-    return work.said(f"{n} edits from t={float(t):g}", nfe, "sheet.png")
+def run_task(context: SamplingContext) -> str:
+    """Sample n variants of image= from its state at time strength=; write them and sheet.png."""
+    settings, n, run = context.settings, context.settings["n"], context.run
+    schedule, t = run.denoiser.schedule, torch.tensor(float(settings["strength"]), dtype=torch.float64)
+    x0 = read_one("image", Path(settings["image"]), run.shape)
+    context.sampler.time_grid(run.denoiser, float(t))  # refuses a time without so many steps below it
+    condition = context.condition(n)
+    states = schedule.corrupt(x0, initial_noise(run.shape, torch.arange(n), settings["seed"]), t)
+    images, nfe, _ = context.decode(states, condition, start=float(t))
+    write_samples(context.out, images, condition.get("label"), settings["save_images"])
+    noised = to_visible(states[:SHOWN], *schedule.alpha_sigma(t))
+    panels = [("original", x0), (f"noised to t = {float(t):g}", noised), ("edited", images[:SHOWN])]
+    save_sheet(context.out / "sheet.png", [Panel(*panel) for panel in panels])
+    return context.summary(f"{n} edits from t={float(t):g}", nfe, "sheet.png")

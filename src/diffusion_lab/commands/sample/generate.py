@@ -1,19 +1,13 @@
 """task=generate: images from noise."""
 
-from diffusion_lab.commands.sample.context import SamplingContext, write
+from diffusion_lab.commands.sample.context import SamplingContext, write_samples
 
 
-def do(work: SamplingContext) -> str:
-    """Samples n images and writes them; a labelled checkpoint's grid has a row a class."""
-    settings = work.settings
-    condition = work.condition(settings["n"])
-    images, nfe, _ = work.run.generate(
-        settings["n"],
-        work.sampler,
-        seed=settings["seed"],
-        batch_size=settings["batch_size"],
-        condition=condition,
-        progress=True,
+def run_task(context: SamplingContext) -> str:
+    """Sample n images and write them; the grid of a labelled checkpoint has a row for each class."""
+    settings, condition = context.settings, context.condition(context.settings["n"])
+    images, nfe, _ = context.run.generate(
+        settings["n"], context.sampler, settings["seed"], settings["batch_size"], condition, progress=True
     )
-    write(work.out, images, condition.get("label"), settings["save_images"])
-    return work.said(f"{len(images)} images", nfe)
+    write_samples(context.out, images, condition.get("label"), settings["save_images"])
+    return context.summary(f"{len(images)} images", nfe)

@@ -1,4 +1,4 @@
-"""latents.npz: states at t = 1, with what tells whether a checkpoint can decode them."""
+"""latents.npz: states at t = 1, with the schedule and the hash of the weights that they belong to."""
 
 import json
 from collections.abc import Mapping
@@ -11,40 +11,40 @@ from torch import Tensor
 
 from diffusion_lab.checkpoint.fits import fingerprint
 from diffusion_lab.commands.sample.context import SamplingContext, write_arrays
-from diffusion_lab.data.inputs import arrays
 from diffusion_lab.errors import ConfigError
+from diffusion_lab.io import read_npz
 
-CONDITION = "condition_"  # what the names of the conditions begin with
+CONDITION = "condition_"  # prefix of the names of the conditions
 
 
-def save(work: SamplingContext, latents: Tensor, condition: Mapping[str, Tensor]) -> None:
-    """Writes latents.npz: arr_0 float32 (N, C, H, W), t, seed, schedule, ckpt, weights (their SHA-256), and the conditions."""
-    told: dict[str, Any] = {
+def save_latents(context: SamplingContext, latents: Tensor, condition: Mapping[str, Tensor]) -> None:
+    """Write latents.npz: arr_0 float32 (N, C, H, W), t, seed, schedule, ckpt, weights (their SHA-256), and the conditions."""
+    metadata: dict[str, Any] = {
         "t": np.float64(1),
-        "seed": np.uint64(work.settings["seed"]),
-        "schedule": np.str_(json.dumps(work.run.config["schedule"], sort_keys=True)),
-        "ckpt": np.str_(work.run.path),
-        "weights": np.str_(fingerprint(work.run)),
+        "seed": np.uint64(context.settings["seed"]),
+        "schedule": np.str_(json.dumps(context.run.config["schedule"], sort_keys=True)),
+        "ckpt": np.str_(context.run.path),
+        "weights": np.str_(fingerprint(context.run)),
     }
-    told |= {CONDITION + name: value.numpy() for name, value in condition.items()}
-    write_arrays(work.out / "latents.npz", latents.float().numpy(), **told)
+    metadata |= {CONDITION + name: value.numpy() for name, value in condition.items()}
+    write_arrays(context.out / "latents.npz", latents.float().numpy(), **metadata)
 
 
-def load(work: SamplingContext, path: Path) -> tuple[Tensor, dict[str, Tensor]]:
-    """(latents, conditions) that `save` wrote. ValueError: no such file, another shape, other weights."""
-    found = arrays("latents", path)
-    if not {"arr_0", "t", "schedule", "ckpt", "weights"} <= set(found) or found["t"] != 1:
-        raise ConfigError(f"latents={path} is not what sample.py writes: make it by task=encode")
-    latents, shape = found["arr_0"], work.run.shape
+def load_latents(context: SamplingContext, path: Path) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the latents and conditions of `save_latents`. Raises ConfigError: no such file, another shape, other weights."""
+    arrays = read_npz(path, "latents")
+    if not {"arr_0", "t", "schedule", "ckpt", "weights"} <= set(arrays) or arrays["t"] != 1:
+        raise ConfigError(f"latents={path} is no file of sample.py: make it by task=encode")
+    latents, shape = arrays["arr_0"], context.run.shape
     if latents.ndim != 4 or latents.shape[1:] != shape or not np.isfinite(latents).all():
         raise ConfigError(
             f"latents={path} holds {'×'.join(map(str, latents.shape[1:]))} latents where the checkpoint's images are "
-            f"{'×'.join(map(str, shape))}: encode with this checkpoint, or write ckpt={found['ckpt']}"
+            f"{'×'.join(map(str, shape))}: encode with this checkpoint, or write ckpt={arrays['ckpt']}"
         )
-    if str(found["weights"]) != fingerprint(work.run):
+    if str(arrays["weights"]) != fingerprint(context.run):
         raise ConfigError(
-            f"latents={path} belongs to other weights than these ({work.run.path}, {work.run.weights}): encode with them, or "
-            f"write ckpt={found['ckpt']}"
+            f"latents={path} belongs to other weights than these ({context.run.path}, {context.run.weights}): encode with "
+            f"them, or write ckpt={arrays['ckpt']}"
         )
-    conditions = {name.removeprefix(CONDITION): v for name, v in found.items() if name.startswith(CONDITION)}
+    conditions = {name.removeprefix(CONDITION): v for name, v in arrays.items() if name.startswith(CONDITION)}
     return torch.from_numpy(latents).float(), {name: torch.from_numpy(v) for name, v in conditions.items()}

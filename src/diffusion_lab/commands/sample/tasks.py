@@ -1,14 +1,13 @@
-"""The tasks of `src/sample.py`, and what each needs: checked before torch is loaded."""
+"""The tasks of `src/sample.py` and their options, checked before torch is imported."""
 
-import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusion_lab import io as files
 from diffusion_lab.errors import ConfigError
+from diffusion_lab.io import refuse_filled
 
-NEEDS = {  # the options that a task cannot do without
+NEEDS = {  # options that a task requires
     "generate": (),
     "interpolate": (),
     "encode": ("image",),
@@ -17,7 +16,7 @@ NEEDS = {  # the options that a task cannot do without
     "edit": ("image",),
     "trajectory": (),
 }
-MAY = {"interpolate": ("images",)}  # those it can do without
+MAY = {"interpolate": ("images",)}  # options that it accepts
 PATHS = {
     "image": "an image file of the checkpoint's size (for task=encode also a folder or an .npz)",
     "mask": "an image of the same size, white where pixels are generated",
@@ -27,7 +26,7 @@ PATHS = {
 
 
 def check(settings: Mapping[str, Any]) -> None:
-    """Raise ValueError for what can be known to be wrong without the checkpoint."""
+    """Raise ConfigError for options that are wrong whatever the checkpoint."""
     task = settings["task"]
     if task not in NEEDS:
         raise ConfigError(f"task={task} is unknown: write task=generate, or one of {', '.join(list(NEEDS)[1:])}")
@@ -41,7 +40,7 @@ def check(settings: Mapping[str, Any]) -> None:
         elif key not in (*NEEDS[task], *MAY.get(task, ())):
             users = [t for t in NEEDS if key in (*NEEDS[t], *MAY.get(t, ()))]
             raise ConfigError(
-                f"{key}= means nothing to task={task}: leave it out, or write task={' or task='.join(users)}"
+                f"{key}= is not an option of task={task}: leave it out, or write task={' or task='.join(users)}"
             )
         else:
             _exist(key, value)
@@ -51,7 +50,7 @@ def check(settings: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"strength={settings['strength']} is outside (0, 1]: it is the time to noise to, e.g. strength=0.5"
         )
-    files.refuse_filled(Path(settings["out"] or settings["run_dir"]), "out", settings["overwrite"])
+    refuse_filled(Path(settings["out"] or settings["run_dir"]), "out", settings["overwrite"])
 
 
 def _exist(key: str, value: Any) -> None:
@@ -61,13 +60,3 @@ def _exist(key: str, value: Any) -> None:
     for path in paths:
         if not Path(path).exists():
             raise ConfigError(f"{key}={path}: there is no such file; name {PATHS[key]}")
-
-
-def do(settings: Mapping[str, Any]) -> str:
-    """Does the task that `check` let pass and returns what it says of it."""
-    from diffusion_lab.commands.sample.context import SamplingContext
-
-    said: str = importlib.import_module(f"diffusion_lab.commands.sample.{settings['task']}").do(
-        SamplingContext.of(settings)
-    )
-    return said

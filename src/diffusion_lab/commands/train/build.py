@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
@@ -29,7 +29,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 import diffusion_lab
-from diffusion_lab import launchers
+from diffusion_lab import processes
 from diffusion_lab.checkpoint import FORMAT
 from diffusion_lab.conditions import Condition
 from diffusion_lab.data.datamodule import DataModule
@@ -41,6 +41,9 @@ from diffusion_lab.training.callbacks import GracefulStop
 from diffusion_lab.training.loggers import Identity
 from diffusion_lab.training.module import DiffusionModule
 from diffusion_lab.training.optim import LRSchedule, OptimizerConfig, TorchSchedule
+
+if TYPE_CHECKING:
+    from diffusion_lab.commands.train.configuration import Configuration
 
 Config = Mapping[str, Any]
 Make = Callable[..., Any]  # instantiate, or for a configuration that a file supplied its untrusting form
@@ -311,7 +314,9 @@ def trainer(
         raise ConfigError("trainer.gradient_clip_val is a norm: write 0 for no clipping")
     if node["strategy"] == "fsdp":
         there = 1 if node["accelerator"] == "cpu" else torch.cuda.device_count()
-        node["strategy"] = sharding.strategy((launchers.each(node["devices"]) or there) * node["num_nodes"])
+        node["strategy"] = sharding.strategy(
+            (processes.processes_per_node(node["devices"]) or there) * node["num_nodes"]
+        )
     validate = validates(config)
     needed = {
         "val_check_interval": validation["every"] * node["accumulate_grad_batches"] if validate else None,
@@ -357,36 +362,30 @@ def _refuse_limits(node: Config) -> None:
 
 
 def _slurm() -> list[Any] | None:
-    """SLURM without Lightning's requeueing, which is runs/train.py's; not under torchrun, which may run inside a SLURM job."""
-    started = launchers.launched()
+    """SLURM without Lightning's requeueing (see `summary.requeue`). Not under torchrun, which may run inside a SLURM job."""
+    started = processes.launched()
     if not SLURMEnvironment.detect() or (started and started.by == "torchrun"):
         return None
     return [SLURMEnvironment(auto_requeue=False)]
 
 
-def saved(
-    resolved: Config,
-    composed: Config,
-    overrides: Sequence[str],
-    choices: Mapping[str, str],
-    wandb_id: str,
-    class_names: Sequence[str] = (),
-) -> dict[str, Any]:
-    """What this project adds to a checkpoint: plain values only, so that it loads with weights_only=True."""
+def saved(configuration: "Configuration", wandb_id: str, class_names: Sequence[str]) -> dict[str, Any]:
+    """Return what this project adds to a checkpoint: plain values only, so that it loads with weights_only=True."""
+    packages = ("torchvision", "numpy", "hydra-core", "omegaconf", "torchmetrics")
     return {
-        "choices": dict(choices),
+        "choices": dict(configuration.choices),
         "wandb_id": wandb_id,
         "class_names": list(class_names),
-        "config": copy.deepcopy(dict(resolved)),
-        "overrides": list(overrides),
-        "composed": copy.deepcopy(dict(composed)),  # the same with its interpolations, to resume with overrides on top
+        "config": copy.deepcopy(configuration.settings),
+        "overrides": list(configuration.overrides),
+        "composed": copy.deepcopy(configuration.composed),
         "diffusion_lab": {
             "format": FORMAT,
             "version": diffusion_lab.__version__,
             "torch": str(torch.__version__),
             "lightning": str(pl.__version__),
             "python": platform.python_version(),
-            **{name: version(name) for name in ("torchvision", "numpy", "hydra-core", "omegaconf", "torchmetrics")},
+            **{name: version(name) for name in packages},
             "commit": _commit(),
         },
     }

@@ -1,6 +1,5 @@
 """One's own images: a folder, a .zip file, or an .npz file of arrays."""
 
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from diffusion_lab.data.decode import Decoder, Files
 from diffusion_lab.data.images import Examples, Index
 from diffusion_lab.data.sources.base import Dataset, Source, train_and_test
 from diffusion_lab.errors import ConfigError
+from diffusion_lab.io import read_npz
 
 PARTS = {"train": "train", "val": "val", "valid": "val", "test": "test"}
 
@@ -86,11 +86,7 @@ def _below_common(paths: list[list[str]]) -> list[list[str]]:
 
 
 def _read_npz(path: Path) -> Dataset:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ConfigError(f"{path.absolute()} cannot be read as .npz ({error})") from error
+    arrays = read_npz(path)
     if "arr_0" in arrays:
         images, labels = _pair(path, arrays["arr_0"], arrays.get("arr_1"))
         return Dataset(Examples(images, labels), _numbers(labels))

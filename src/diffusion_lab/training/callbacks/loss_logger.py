@@ -39,7 +39,7 @@ class LossLogger(pl.Callback):
         self.names = [f"train/loss_snr/{low}_{high}" for low, high in pairwise(bounds)]
 
     @property
-    def lost(self) -> int | None:
+    def nonfinite_since(self) -> int | None:
         return int(self._lost) or None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -4,8 +4,8 @@ import sys
 from typing import Any
 
 import pytorch_lightning as pl
-from tqdm import tqdm
 
+from diffusion_lab.io import progress_bar
 from diffusion_lab.training.callbacks.throughput import Throughput
 
 
@@ -13,19 +13,13 @@ class Progress(pl.Callback):
     """Steps done of `trainer.max_steps`, with the loss, images a second and the time left."""
 
     def __init__(self) -> None:
-        self._bar: tqdm[Any] | None = None
+        self._bar: Any = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
             total = trainer.max_steps if trainer.max_steps > 0 else None
-            self._bar = tqdm(
-                total=total,
-                initial=trainer.global_step,
-                desc="training",
-                unit="step",
-                dynamic_ncols=True,
-                mininterval=_interval(),
-            )
+            options: dict[str, Any] = {"initial": trainer.global_step, "mininterval": _interval()}
+            self._bar = progress_bar(total, "training", "step", leave=True, dynamic_ncols=True, **options)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         if self._bar is None:

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from diffusion_lab.data.datamodule import DataModule
 from diffusion_lab.denoiser import Clip, Denoiser
 from diffusion_lab.errors import ConfigError
+from diffusion_lab.generation import batch_of, generate, initial_state
 from diffusion_lab.metrics import classifier, extractors, reference
-from diffusion_lab.metrics.collect import Processes, classes, collect, sampled
+from diffusion_lab.metrics.collect import Processes, classes, collect
 from diffusion_lab.metrics.extractors import Extractor
 from diffusion_lab.metrics.frechet import frechet_distance
 from diffusion_lab.metrics.measure import label
 from diffusion_lab.metrics.moments import singular
-from diffusion_lab.noise import normal
-from diffusion_lab.samplers import Sampler, prior
+from diffusion_lab.samplers import Sampler
 from diffusion_lab.training.callbacks.checkpoints import Checkpoints
 from diffusion_lab.training.callbacks.graceful_stop import GracefulStop
 from diffusion_lab.training.callbacks.throughput import Throughput, peak_memory
@@ -104,8 +104,7 @@ class QualityMonitor(pl.Callback):
             extractors.weights(self.weights_path)
         elif self.extractor == "classifier":
             classifier.file_of(data.examples("train"), self.cache, "", classifier.Recipe())
-        there = next(p for p in [self.cache.absolute(), *self.cache.absolute().parents] if p.exists())
-        reference.refuse_full(there, 2048 * 2049 * 8)
+        reference.require_space_for(2048, 0, self.cache)  # of Inception, the most
 
     def prepare(self, data: DataModule, device: torch.device) -> None:
         """Opens the extractor and the reference statistics, which the first process makes where they are missing."""
@@ -146,13 +145,13 @@ class QualityMonitor(pl.Callback):
         """Estimated from one evaluation of the network on a whole batch, and features of a few images."""
         assert self._judge is not None
         judge, data, world = self._judge, trainer.datamodule, trainer.world_size  # type: ignore[attr-defined]
-        shape = (data.channels, *data.image_size)
+        shape = (data.channels, data.image_size[0], data.image_size[1])
         size = min(self.batch_size, self.n)
         before = peak_memory(module.device)
         with self._evaluated(module) as denoiser:
             index = torch.arange(size, device=module.device)
-            x = prior(module.schedule, normal(shape, seed=self.seed, index=index))
-            condition = module.asked(index)
+            x = initial_state(denoiser, shape, index, self.seed)
+            condition = module.requested_condition(index)
             forward = _seconds(lambda: denoiser(x, 1.0, **condition), module.device) / size
             images = torch.zeros(TRIAL, *shape, dtype=torch.uint8)
             features = _seconds(lambda: judge(images), module.device) / TRIAL
@@ -193,11 +192,15 @@ class QualityMonitor(pl.Callback):
         assert self._reference is not None
         data = trainer.datamodule  # type: ignore[attr-defined]
         shape = (data.channels, data.image_size[0], data.image_size[1])
-        condition = module.asked(torch.arange(self.n))
+        condition = module.requested_condition(torch.arange(self.n))
         with self._evaluated(module) as denoiser:
-            sample = sampled(denoiser, self.sampler, shape, seed=self.seed, condition=condition, device=module.device)
+
+            def sample(block: range) -> Tensor:
+                batch = batch_of(block, condition, module.device)
+                return generate(denoiser, self.sampler, shape, batch, seed=self.seed).x
+
             collected = collect(
-                lambda block: sample(block).x,
+                sample,
                 self.n,
                 self.batch_size,
                 [self._judge],
@@ -238,12 +241,11 @@ def _seconds(call: object, device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-def _evaluations(sampler: Sampler, denoiser: Denoiser, shape: tuple[int, ...]) -> int:
+def _evaluations(sampler: Sampler, denoiser: Denoiser, shape: tuple[int, int, int]) -> int:
     """Network evaluations of one run of the sampler, counted on a network that costs nothing."""
     channels = int(getattr(denoiser.network, "out_channels", shape[0]))
 
     def nothing(x: Tensor, c: Tensor, **condition: Tensor) -> Tensor:
         return torch.zeros(len(x), channels, *x.shape[2:], dtype=x.dtype, device=x.device)
 
-    x = prior(denoiser.schedule, torch.zeros(1, *shape))
-    return sampler(replace(denoiser, network=nothing), x).nfe
+    return generate(replace(denoiser, network=nothing), sampler, shape, batch_of(range(1), None, "cpu")).nfe

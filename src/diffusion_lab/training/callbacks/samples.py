@@ -15,8 +15,8 @@ from torch import Tensor
 from diffusion_lab.data.pictures import Panel, grid, save_sheet
 from diffusion_lab.denoiser import Clip
 from diffusion_lab.errors import ConfigError
-from diffusion_lab.noise import normal
-from diffusion_lab.samplers import Sampler, prior
+from diffusion_lab.generation import Batch, generate
+from diffusion_lab.samplers import Sampler
 from diffusion_lab.training.callbacks.graceful_stop import GracefulStop
 from diffusion_lab.training.module import DiffusionModule
 
@@ -97,10 +97,10 @@ class Samples(pl.Callback):
                     logger.experiment.add_image(name, picture, step, dataformats="HWC")
 
     def _panels(self, module: DiffusionModule) -> list[Panel]:
-        channels, size = module.trainer.datamodule.channels, module.trainer.datamodule.image_size  # type: ignore[attr-defined]
+        data = module.trainer.datamodule  # type: ignore[attr-defined]
+        shape = (data.channels, data.image_size[0], data.image_size[1])
         index = torch.arange(self.n, device=module.device)
-        noise = normal((channels, *size), seed=self.seed, index=index)
-        condition = module.asked(index)
+        batch = Batch(index, module.requested_condition(index))
         panels: list[Panel] = []
         way: list[Tensor] = []
         kept, moments = self.strip or (0, 0)
@@ -108,19 +108,13 @@ class Samples(pl.Callback):
             first = not panels
             record = (lambda i, t, x, p: way.append(p.x0[:kept].cpu())) if first and kept else None
             with torch.autocast(module.device.type, enabled=False):
-                samples = self.sampler(
-                    replace(denoiser, clip=self.clip),
-                    prior(module.schedule, noise),
-                    seed=self.seed,
-                    index=index,
-                    condition=condition,
-                    callback=record,
-                )
-            panels.append(Panel("live weights" if name == "raw" else f"EMA {name}", samples.x.float().cpu()))
+                denoiser = replace(denoiser, clip=self.clip)
+                samples = generate(denoiser, self.sampler, shape, batch, seed=self.seed, callback=record)
+            panels.append(Panel("live weights" if name == "raw" else f"EMA {name}", samples.x.cpu()))
         if way:
             chosen = torch.linspace(0, len(way) - 1, min(moments, len(way))).round().long().tolist()
             strip = torch.stack([way[i] for i in chosen], dim=1).flatten(0, 1).float()
             panels.append(Panel("estimates of x0 along the way, from noise to data", strip, columns=len(chosen)))
-        if "given" in condition:
-            panels.append(Panel("given", condition["given"].float().cpu()))
+        if "given" in batch.condition:
+            panels.append(Panel("given", batch.condition["given"].float().cpu()))
         return panels

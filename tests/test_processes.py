@@ -12,9 +12,9 @@ import torch
 from command import ROOT, TINY, command
 from together import free_port, meeting, srun
 
-from diffusion_lab import launchers
+from diffusion_lab import processes
 from diffusion_lab.commands import train
-from diffusion_lab.launchers import Launched, launched
+from diffusion_lab.processes import Launched, launched
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "RANK": "3", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
 SRUN = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "1", "SLURM_NNODES": "2", "SLURM_LOCALID": "1"}
@@ -26,7 +26,7 @@ def test_who_started_this_process():
     assert launched({**SRUN, "SLURM_NTASKS": "1"}) is None  # a job of one task is a run alone
     assert launched({**SRUN, "SLURM_JOB_NAME": "interactive"}) is None
     assert launched({}) is None
-    assert [launchers.rank(env) for env in (TORCHRUN, SRUN, {"LOCAL_RANK": "2"}, {})] == [3, 1, 2, 0]
+    assert [processes.rank(env) for env in (TORCHRUN, SRUN, {"LOCAL_RANK": "2"}, {})] == [3, 1, 2, 0]
 
 
 def test_processes_on_each_machine_are_counted_as_lightning_counts():
@@ -34,11 +34,11 @@ def test_processes_on_each_machine_are_counted_as_lightning_counts():
 
     for devices in (1, "2", [0, 3], "0,1,2", "0, 1", "3,"):
         read = parsed(devices) if isinstance(devices, str) else devices
-        assert launchers.each(devices) == (len(read) if isinstance(read, list) else read)
-    assert [launchers.each(devices) for devices in ("auto", -1, "-1")] == [None] * 3
+        assert processes.processes_per_node(devices) == (len(read) if isinstance(read, list) else read)
+    assert [processes.processes_per_node(devices) for devices in ("auto", -1, "-1")] == [None] * 3
     for devices in (0, -2, "two", "0,b", [], [-1], ["a"], ""):
         with pytest.raises(ValueError, match=r"trainer.devices=.*: write a number of processes"):
-            launchers.each(devices)
+            processes.processes_per_node(devices)
 
 
 @pytest.mark.parametrize(
@@ -152,13 +152,13 @@ def test_a_job_whose_time_is_over_is_saved_and_requeued(array, tmp_path, capfd, 
     if array:
         monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "4700")
         monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
-    monkeypatch.setattr(train, "_hooks", lambda settings: [Signalled()])
+    monkeypatch.setattr(train, "added_callbacks", lambda settings: [Signalled()])
     run = tmp_path / "run"
     code, out, _ = command("train", [*TINY, "trainer.max_steps=9", f"hydra.run.dir={run}"], capfd)
     assert code == 128 + signal.SIGUSR1
     assert asked.read_text().split() == ["requeue", "4700_3" if array else "4711"]
     assert "requeued" in out
-    monkeypatch.setattr(train, "_hooks", lambda settings: [])
+    monkeypatch.setattr(train, "added_callbacks", lambda settings: [])
     again = command("train", [f"ckpt={run}", f"hydra.run.dir={tmp_path / 'again'}"], capfd)
     assert again.code == 0
     assert "9 steps done" in again.out

@@ -1,4 +1,4 @@
-"""What an evaluation leaves: metrics.json, metrics.csv, quality.png, a table on the screen, a W&B table when asked."""
+"""Output of an evaluation: metrics.json, metrics.csv, quality.png, a table on the screen, and tables of loggers."""
 
 import csv
 import io
@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusion_lab import io as files
 from diffusion_lab.instantiation import accepted, instantiate
+from diffusion_lab.io import write_file
 from diffusion_lab.metrics.classifier import CONFIDENT
 from diffusion_lab.metrics.figures import better, number
 from diffusion_lab.training.loggers import Identity, log_table
@@ -22,15 +22,15 @@ COLOURS = ("#1f6f8b", "#d1495b", "#5b8c5a", "#8e6c8a", "#e09f3e", "#3d405b", "#7
 def write(out: Path, rows: list[Row]) -> None:
     """The files. OSError: as the file system says."""
     plot = _plot(rows)  # drawn before anything is written
-    files.write(out / "metrics.json", json.dumps(rows, indent=2, ensure_ascii=False))
+    write_file(out / "metrics.json", json.dumps(rows, indent=2, ensure_ascii=False))
     text = io.StringIO()
     flat = [_flat(row) for row in rows]
     writer = csv.DictWriter(text, list(dict.fromkeys(name for row in flat for name in row)))
     writer.writeheader()
     writer.writerows(flat)
-    files.write(out / "metrics.csv", text.getvalue())
+    write_file(out / "metrics.csv", text.getvalue())
     if plot is not None:
-        files.write(out / "quality.png", plot)
+        write_file(out / "quality.png", plot)
 
 
 def _flat(row: Row) -> Row:
@@ -62,15 +62,15 @@ def show(rows: list[Row], out: Path) -> None:
     repeats = f", mean ± spread of {len(first['seeds'])} seeds" if "spread" in first else ""
     against = "likelihood of" if likelihood else "against"
     print(f"{first['n']:,} images, {of}{against} {first['data']['name']} {first['split']}{repeats}")
-    for name, said in first["references"].items():
-        n = f"{said['n']:,} images" if said["n"] else "an unknown number of images"
-        right = said.get("accuracy")
-        judged = (
+    for name, reference in first["references"].items():
+        n = f"{reference['n']:,} images" if reference["n"] else "an unknown number of images"
+        accuracy = reference.get("accuracy")
+        quality = (
             ""
-            if right is None
-            else f"; {right:.2%} right on held-out images, recognised: at least {CONFIDENT:.0%} sure"
+            if accuracy is None
+            else f"; {accuracy:.2%} accuracy on held-out images, confident: probability of at least {CONFIDENT:.0%}"
         )
-        print(f"{name} {said['weights'][:8]}: reference of {n}{judged}")
+        print(f"{name} {reference['weights'][:8]}: reference of {n}{quality}")
     print(table(rows))
     print(f"written to {out}")
 
@@ -82,8 +82,8 @@ def table(rows: list[Row]) -> str:
     head = [*(["sampler", "steps", "nfe"] if sampled else []), *names]
     lines = [head]
     for row in rows:
-        asked = [str(row["sampler"] or "–"), str(row["steps"] or "–"), str(row["nfe"] or "–")] if sampled else []
-        lines.append([*asked, *(_cell(row, name) for name in names)])
+        labels = [str(row["sampler"] or "–"), str(row["steps"] or "–"), str(row["nfe"] or "–")] if sampled else []
+        lines.append([*labels, *(_cell(row, name) for name in names)])
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     left = 1 if sampled else 0
     return "\n".join(
@@ -139,9 +139,9 @@ def _plot(rows: list[Row]) -> bytes | None:
     for axes in panels[len(names) :]:
         axes.set_visible(False)
     first = rows[0]
-    taken = [first["extractor"], first["weights"]]
+    parts = [first["extractor"], first["weights"]]
     figure.suptitle(
-        " · ".join([f"{first['data']['name']}, {first['split']}", f"{first['n']:,} images", *filter(None, taken)]),
+        " · ".join([f"{first['data']['name']}, {first['split']}", f"{first['n']:,} images", *filter(None, parts)]),
         fontsize=10,
         color="#444444",
     )

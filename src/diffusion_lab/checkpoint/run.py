@@ -1,0 +1,170 @@
+"""What a checkpoint is rebuilt to: a denoiser, its configuration, and samples of it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffusion_lab.checkpoint.files import find, read, select
+from diffusion_lab.conditions import Condition
+from diffusion_lab.denoiser import Clip, Denoiser
+from diffusion_lab.errors import ConfigError
+from diffusion_lab.generation import batches, generate, join
+from diffusion_lab.instantiation import instantiate_untrusted, untrusted
+from diffusion_lab.samplers import Sampler, Samples
+
+
+@dataclass
+class Run:
+    """A trained model: all that sampling and evaluation need.
+
+    Attributes:
+        denoiser: network (in eval mode), schedule, objective, and the configured clipping.
+        config: the resolved configuration, plain containers.
+        step: optimizer steps done.
+        weights: "ema 0.9999" or "raw".
+        trust: further modules whose classes its configuration may name.
+        path: the checkpoint's file.
+        class_names: a name for each label of the data set; empty without labels, and for files of format 1.
+    """
+
+    denoiser: Denoiser
+    config: dict[str, Any]
+    step: int
+    weights: str
+    trust: tuple[str, ...] = ()
+    path: Path | None = None
+    class_names: tuple[str, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
+        data = self.config["data"]
+        return (int(data["channels"]), int(data["image_size"][0]), int(data["image_size"][1]))
+
+    @property
+    def condition(self) -> Condition:
+        """The condition of the network."""
+        condition: Condition = instantiate_untrusted(self.config["condition"], self.trust, "condition")
+        return condition
+
+    @property
+    def num_classes(self) -> int | None:
+        """The number of classes of the network, or else of its guidance; None for an unconditional one."""
+        guidance = (getattr(transform, "num_classes", None) for transform in self.denoiser.on_output)
+        counts = (count for count in (self.condition.num_classes, *guidance) if count is not None)
+        count = next(counts, None)
+        return None if count is None else int(count)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the network."""
+        parameter = next(self.denoiser.network.parameters(), None)  # type: ignore[attr-defined]
+        return torch.device("cpu") if parameter is None else parameter.device
+
+    def to(self, device: torch.device | str) -> "Run":
+        """Move the network; return the run itself."""
+        self.denoiser.network.to(device)  # type: ignore[attr-defined]
+        return self
+
+    def sampler(self) -> Sampler:
+        """Build the sampler of the configuration."""
+        sampler: Sampler = instantiate_untrusted(self.config["sampler"], self.trust, "sampler")
+        return sampler
+
+    def sample(
+        self,
+        n: int,
+        sampler: Sampler | None = None,
+        seed: int = 0,
+        batch_size: int | None = None,
+        condition: Mapping[str, Tensor] | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """Sample n images, float32 (n, C, H, W) in [−1, 1] on the CPU. Image i depends on (seed, i) alone.
+
+        Arguments and errors as for `generate`, which also returns the network evaluations.
+        """
+        return self.generate(n, sampler, seed, batch_size, condition, progress).x
+
+    def generate(
+        self,
+        n: int,
+        sampler: Sampler | None = None,
+        seed: int = 0,
+        batch_size: int | None = None,
+        condition: Mapping[str, Tensor] | None = None,
+        progress: bool = False,
+    ) -> Samples:
+        """Sample n images, x float32 (n, C, H, W) in [−1, 1] on the CPU. Image i depends on (seed, i) alone.
+
+        Args:
+            n: number of images.
+            sampler: any; None is the configuration's.
+            seed: of all noise.
+            batch_size: images at a time; None is all at once.
+            condition: keyword arguments for the network, each with n rows, e.g. label int64 (n,).
+            progress: show a bar.
+
+        Raises:
+            ConfigError: n < 1, a condition of another length, a label out of range, NaN from the network.
+        """
+        self.check_labels(condition or {})
+        chosen = sampler or self.sampler()
+        parts = batches(n, batch_size, condition, self.device, progress)
+        return join(generate(self.denoiser, chosen, self.shape, batch, seed=seed) for batch in parts)
+
+    def check_labels(self, condition: Mapping[str, Tensor]) -> None:
+        """Raise ConfigError for labels out of range, or of an unconditional network."""
+        label = condition.get("label")
+        if label is None:
+            return
+        if self.num_classes is None:
+            raise ConfigError(
+                "this checkpoint was trained without labels: leave them out, or train with condition=label"
+            )
+        if label.is_floating_point() or not len(label):
+            return
+        for value in (int(label.max()), int(label.min())):
+            if not 0 <= value <= self.num_classes:
+                raise ConfigError(
+                    f"label {value} is out of range: write 0 … {self.num_classes - 1}, or {self.num_classes} for no label"
+                )
+
+
+def load_checkpoint(path: str | Path, weights: str = "ema", trust: Sequence[str] = ()) -> Run:
+    """Rebuild network, schedule and objective from a checkpoint, in eval mode on the CPU.
+
+    Args:
+        path: a file, a run folder, or "latest".
+        weights: "ema" (the first average; raw weights where there is none), "raw", or the decay of an average.
+        trust: further modules whose classes the checkpoint may instantiate; by default only this package's.
+
+    Raises:
+        ConfigError: no such file, a truncated one, no checkpoint of this project, a class that is not trusted.
+    """
+    file = find(path)
+    checkpoint = read(file)
+    config = untrusted(checkpoint["config"])
+    network: nn.Module = instantiate_untrusted(config["model"], trust, "model")
+    name, state = select(checkpoint, weights)
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise ConfigError(f"the weights in {file} do not fit the network of its configuration: {error}") from None
+    denoiser = Denoiser(
+        network.eval().requires_grad_(False),
+        instantiate_untrusted(config["schedule"], trust, "schedule"),
+        instantiate_untrusted(config["objective"], trust, "objective"),
+        clip=instantiate_untrusted(config["clip"], trust, "clip"),
+    )
+    names = tuple(checkpoint.get("class_names", ()))
+    return Run(denoiser, config, int(checkpoint["global_step"]), name, tuple(trust), file, names)
+
+
+def with_clip(run: Run, clip: Clip) -> Run:
+    """Return the run with another clipping; the denoiser's transforms stay."""
+    return replace(run, denoiser=replace(run.denoiser, clip=clip))

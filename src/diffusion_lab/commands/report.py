@@ -1,0 +1,17 @@
+"""`src/report.py`: runs as one HTML page."""
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from diffusion_lab.errors import ConfigError
+from diffusion_lab.reporting import print_report, write_report
+
+
+def run(config: DictConfig) -> int:
+    """Write the page and print what it contains; return the exit code."""
+    paths = [Path(str(path)) for path in config.paths]
+    if not paths:
+        raise ConfigError("name a run, a sweep, an evaluation, or a folder of them: python src/report.py outputs")
+    print_report(write_report(paths, Path(str(config.out)) if config.out else None, config.title))
+    return 0

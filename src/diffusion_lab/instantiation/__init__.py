@@ -1,0 +1,267 @@
+"""From a node of the configuration to the object that it describes: the border to classes of other packages.
+
+A node is a mapping with `_target_` and that class's arguments. `check` compares it with the constructor's signature and
+annotations; `instantiate` builds it; `instantiate_untrusted` builds a node that a file supplied. Hydra locates the class. Nested
+nodes are built first, so that it is known whose constructor refuses.
+"""
+
+import functools
+import importlib.util
+import inspect
+import pkgutil
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from diffusion_lab.errors import ConfigError, UntrustedNode
+from diffusion_lab.instantiation.annotations import annotation, coerce
+from diffusion_lab.instantiation.trust import CONF, PACKAGE, refuse_untrusted, targets, untrusted, untrusted_modules
+
+__all__ = [
+    "CONF",
+    "accepted",
+    "check",
+    "check_named",
+    "coerce",
+    "foreign",
+    "instantiate",
+    "instantiate_untrusted",
+    "is_node",
+    "locate",
+    "refuse_untrusted",
+    "targets",
+    "untrusted",
+    "untrusted_modules",
+]
+
+RESERVED = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
+# Constructors that pass their **kwargs to another function, whose signature counts.
+RECEIVERS = {
+    "pytorch_lightning.loggers.wandb.WandbLogger": "wandb.init",
+    "diffusion_lab.models.unet.UNetForImageSize": "diffusion_lab.models.UNet",
+    "pytorch_lightning.loggers.tensorboard.TensorBoardLogger": "torch.utils.tensorboard.SummaryWriter",
+}
+
+Node = Mapping[str, Any]
+
+
+def is_node(value: Any) -> bool:
+    """Whether a value of the configuration describes an object."""
+    return isinstance(value, Mapping) and "_target_" in value
+
+
+def instantiate(node: Node, where: str = "", **passed: Any) -> Any:
+    """Build the object that `node` describes.
+
+    Args:
+        node: plain containers, interpolations resolved.
+        where: the node's key, for messages.
+        passed: further arguments, objects that the command passes.
+
+    Returns:
+        The object; with `_partial_: true` the constructor with these arguments bound.
+
+    Raises:
+        ConfigError: no `_target_`, or one that cannot be imported; an argument that the constructor does not have, or a required
+            one that is missing; ValueError, TypeError or MisconfigurationException of a class outside this package.
+        TypeError: a node that was read from a file (a defect: see `instantiate_untrusted`).
+    """
+    if isinstance(node, UntrustedNode):
+        raise TypeError(f"{where or node.get('_target_')} was read from a file: build it by instantiate_untrusted")
+    return _build(node, where, passed)
+
+
+def instantiate_untrusted(node: Node, trust: Collection[str], where: str = "", **passed: Any) -> Any:
+    """Build a node that a file supplied: a class of this package, a `_target_` of the shipped conf/, an optimizer or scheduler
+    of torch, or what `trust` names; nested nodes likewise.
+
+    Args:
+        node: plain containers.
+        trust: modules, or classes by their full name.
+        where, passed: as for `instantiate`.
+
+    Raises:
+        ConfigError: another class, an interpolation, and as `instantiate`.
+    """
+    refuse_untrusted(node, trust)
+    return _build(node, where, passed)
+
+
+def accepted(node: Node, **candidates: Any) -> dict[str, Any]:
+    """Return those of the candidates for which the constructor of `node` has a parameter and the node no value."""
+    parameters = _parameters(locate(node))
+    return {k: v for k, v in candidates.items() if k in parameters and node.get(k) is None}
+
+
+def check(node: Node, where: str, passed: Collection[str] = ()) -> None:
+    """Compare a node, and the nodes inside it, with the constructors' signatures and annotations. Nothing is built.
+
+    Args:
+        node: plain containers, interpolations resolved.
+        where: the node's key, for messages.
+        passed: names of arguments that the command passes later.
+
+    Raises:
+        ConfigError: as `instantiate`, and a value that the parameter's annotation excludes.
+    """
+    _, arguments = _bind(node, where, passed)
+    for value in arguments.values():
+        for child, path in value.nodes:
+            check(child, path)
+
+
+def check_named(nodes: Node, group: str, example: str, passed: Collection[str] = ()) -> None:
+    """`check` for every node of a dictionary of named ones; null switches one off.
+
+    Args:
+        nodes: name → node.
+        group: the dictionary's key, for messages.
+        example: how nodes of this group are chosen, for messages.
+        passed: as for `check`.
+
+    Raises:
+        ConfigError: a mapping without `_target_`, and as `check`.
+    """
+    for name, node in nodes.items():
+        if node is None:
+            continue
+        if not is_node(node):
+            raise ConfigError(
+                f"{group}.{name} has no _target_, so that nothing reads it: write {example}, or "
+                f"+{group}.{name}._target_=my_package.MyClass"
+            )
+        check(node, f"{group}.{name}", passed)
+
+
+def locate(node: Node, where: str = "") -> Any:
+    """The class or function that a node names. ConfigError: none, or it cannot be imported."""
+    name = node.get("_target_")
+    if name is None or name == "???":
+        key = where or "the node"
+        raise ConfigError(f"{key} needs a class: write {key}._target_=my_package.MyClass")
+    try:
+        return pkgutil.resolve_name(str(name))
+    except (ImportError, AttributeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"{where or 'the node'}._target_={name} cannot be imported ({reason}): write module.Class of an installed package, "
+            "or of a module on PYTHONPATH or in the working folder"
+        ) from error
+
+
+# building -------------------------------------------------------------------------------------------------------------------
+
+
+class _Argument(NamedTuple):
+    """A value of a node, in the type of its parameter, and the nodes in it with their keys."""
+
+    value: Any
+    nodes: list[tuple[Node, str]]
+
+
+def _bind(node: Node, where: str, passed: Collection[str]) -> tuple[Any, dict[str, _Argument]]:
+    """Return the class or function of a node and its arguments by name. Raises ConfigError where they do not fit each other."""
+    target = locate(node, where)
+    parameters = _parameters(target)
+    arguments: dict[str, _Argument] = {}
+    for key, value in node.items():
+        if key in RESERVED:
+            continue
+        if key not in parameters and "**" not in parameters:
+            raise ConfigError(_unknown_argument(target, parameters, str(key), where))
+        path = f"{where or node['_target_']}.{key}"
+        nodes = list(_children(value, path))
+        if key in parameters and not nodes:
+            value = coerce(value, annotation(target, parameters[key]), path)
+        arguments[str(key)] = _Argument(value, nodes)
+    empty, bound = inspect.Parameter.empty, {*arguments, *passed}
+    missing = [name for name, p in parameters.items() if p.default is empty and name not in ("**", *bound)]
+    if missing and not node.get("_partial_") and not node.get("_args_"):
+        name = getattr(target, "__name__", target)
+        raise ConfigError(
+            f"{where or name}: {name} needs {', '.join(missing)}: write +{where or name}.{missing[0]}=VALUE"
+        )
+    return target, arguments
+
+
+def _build(node: Node, where: str, passed: Mapping[str, Any]) -> Any:
+    target, arguments = _bind(node, where, passed)
+    values = {k: _built(a.value, f"{where}.{k}") if a.nodes else a.value for k, a in arguments.items()}
+    positional = [_built(value, where) for value in node.get("_args_", ())]
+    call = functools.partial(target, *positional, **{**values, **passed})
+    return call if node.get("_partial_") else foreign(call, where)
+
+
+def _built(value: Any, where: str) -> Any:
+    """A value with its nodes built."""
+    if is_node(value):
+        return _build(value, where, {})
+    if isinstance(value, Mapping):
+        return {key: _built(child, f"{where}.{key}") for key, child in value.items()}
+    return [_built(child, where) for child in value] if isinstance(value, list | tuple) else value
+
+
+def foreign(call: Callable[[], Any], where: str = "") -> Any:
+    """Call a constructor, given as a `functools.partial`. What one outside this package refuses becomes a ConfigError."""
+    target = call.func if isinstance(call, functools.partial) else call
+    if str(getattr(target, "__module__", "")).split(".", 1)[0] == PACKAGE:
+        return call()
+    try:
+        return call()
+    except ConfigError:
+        raise
+    except Exception as error:
+        if (
+            not isinstance(error, ValueError | TypeError | ImportError)
+            and type(error).__name__ != "MisconfigurationException"
+        ):
+            raise
+        name = getattr(target, "__name__", str(target))
+        if isinstance(error, ImportError):
+            raise ConfigError(
+                f"{where or name}: {name} needs a package that is not installed: {' '.join(str(error).split())}"
+            ) from error
+        raise ConfigError(f"{where or name}: {name} refuses these arguments: {' '.join(str(error).split())}") from error
+
+
+def _children(value: Any, where: str) -> Iterable[tuple[Node, str]]:
+    """The nodes inside a value, not those inside them."""
+    if is_node(value):
+        yield value, where
+    elif isinstance(value, Mapping):
+        for key, child in value.items():
+            yield from _children(child, f"{where}.{key}")
+    elif isinstance(value, list | tuple):
+        for child in value:
+            yield from _children(child, where)
+
+
+# signatures -----------------------------------------------------------------------------------------------------------------
+
+
+def _parameters(target: Any) -> dict[str, inspect.Parameter]:
+    """Parameters by name, with those of the receiving function for **kwargs; the name `**` means that any name is accepted."""
+    try:
+        parameters = dict(inspect.signature(target).parameters)
+    except (ValueError, TypeError):  # a builtin without a signature
+        return {"**": inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)}
+    rest = next((name for name, p in parameters.items() if p.kind is p.VAR_KEYWORD), None)
+    parameters = {name: p for name, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    if rest is None:
+        return parameters
+    for base in getattr(target, "__mro__", ()):
+        receiver = RECEIVERS.get(f"{base.__module__}.{base.__qualname__}")
+        if receiver is not None and importlib.util.find_spec(receiver.split(".", 1)[0]):
+            own = {k: p for k, p in inspect.signature(base).parameters.items() if p.kind is not p.VAR_KEYWORD}
+            return {**_parameters(pkgutil.resolve_name(receiver)), **own, **parameters}
+    return {**parameters, "**": inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)}
+
+
+def _unknown_argument(target: Any, parameters: Mapping[str, Any], key: str, where: str) -> str:
+    import difflib
+
+    names = [name for name in parameters if name != "self"]
+    near = difflib.get_close_matches(key, names, n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    some = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
+    name = getattr(target, "__name__", target)
+    return f"{where}.{key}: {name} has no argument {key}{hint}: leave it out, or write one of {some}"
