@@ -46,8 +46,8 @@ sweep: setup ## schedule x objective on digits, six short runs and the page that
 report: setup ## all runs below outputs, or ARGS=FOLDER, as one HTML page
 	$(PYTHON) src/report.py $(or $(ARGS),outputs)
 
-# One worker a core, so one thread each. The longest files first: loadfile gives a whole file to one worker.
-PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
+# One thread a worker. A file goes to one worker as a whole, in the order that tests/conftest.py chooses.
+PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: setup ## the unit tests: under five minutes on two cores
 	$(PYTEST) $(ARGS)

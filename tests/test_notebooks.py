@@ -29,13 +29,9 @@ def test_every_notebook_is_a_pair_and_listed():
         assert f"({path.stem}.ipynb)" in listed
 
 
-LONG = ("03_samplers", "04_guidance_and_editing", "05_bring_your_own")  # a quarter to half a minute each
-
-
+@pytest.mark.integration
 @pytest.mark.filterwarnings("ignore:FigureCanvasAgg is non-interactive")
-@pytest.mark.parametrize(
-    "path", [pytest.param(p, id=_name(p), marks=[pytest.mark.slow] if p.stem in LONG else []) for p in NOTEBOOKS]
-)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=_name)
 def test_every_notebook_runs(path, monkeypatch):
     """From top to bottom; their own assertions compare formulas with the library. Then every figure is drawn."""
     monkeypatch.chdir(FOLDER)
@@ -73,6 +69,7 @@ SHORT = (
 )  # fmt: skip
 
 
+@pytest.mark.integration
 def test_the_command_lines_use_the_classes_of_the_notebook(tmp_path, monkeypatch, capfd):
     """The last notebook's commands, with a module made of its own cells: the imports, and every class."""
     cells = jupytext.read(FOLDER / "05_bring_your_own.py").cells

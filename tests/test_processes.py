@@ -108,8 +108,8 @@ SAME = (
 )
 
 
+@pytest.mark.integration
 @pytest.mark.ddp
-@pytest.mark.slow
 @pytest.mark.parametrize("by", ["torchrun", "srun"])
 def test_processes_started_outside_train_the_same_run(by, tmp_path, capfd):
     """Two processes of torchrun, or as srun starts them, and one alone: the same losses to 1e-5."""

@@ -46,6 +46,7 @@ def test_every_command_is_one_that_this_file_knows_how_to_run():
         assert line.startswith("make ") or line.split()[1] in DOORS, line
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("program", [text for kind, text in BLOCKS if kind == "python"])
 def test_every_program_runs(program):
     exec(compile(program, "README.md", "exec"), {"__name__": "readme"})
@@ -103,6 +104,7 @@ def _shortening(line: str) -> str:
     return " ".join(part for part in extra.split() if part.split("=")[0] not in own)
 
 
+@pytest.mark.integration
 def test_the_readme_s_commands_run_in_its_order(workplace, monkeypatch, capfd):
     """Those that download a data set are composed and built in tests/runs instead."""
     monkeypatch.chdir(workplace)

@@ -8,6 +8,8 @@ from command import TINY, code, command, train
 
 from diffusion_lab import composition
 
+pytestmark = pytest.mark.integration
+
 
 def options(group):
     return [o for o in composition.options(group) if o != "custom"]

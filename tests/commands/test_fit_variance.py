@@ -267,8 +267,8 @@ def test_the_checkpoint_s_own_variance_holds(made):
     assert instantiate({"_target_": "diffusion_lab.variances.SN"}).kind == "sn"
 
 
+@pytest.mark.integration
 @pytest.mark.ddp
-@pytest.mark.slow
 def test_two_processes_fit_what_one_does(made, fit, capfd):
     plain = made("plain")
     found = []

@@ -68,6 +68,7 @@ def test_a_torchmetrics_distance_is_that_of_its_features(evaluate, given, real, 
     assert "mine" in outcome.out
 
 
+@pytest.mark.integration
 @pytest.mark.ddp
 @KEEPS
 def test_two_processes_have_the_figures_of_one(evaluate, given):
@@ -85,8 +86,8 @@ def test_two_processes_have_the_figures_of_one(evaluate, given):
     assert not torch.distributed.is_initialized()
 
 
+@pytest.mark.integration
 @pytest.mark.ddp
-@pytest.mark.slow  # metrics/test_collect has what rank 0 raises in every process
 @KEEPS
 def test_a_metric_that_fails_on_rank_0_ends_both_processes(evaluate, tmp_path):
     chosen = ("metrics=[]", "+metrics.mine._target_=torchmetrics.image.KernelInceptionDistance")

@@ -60,6 +60,7 @@ def test_every_value_of_a_sweep_is_checked_before_the_first_job(capfd, tmp_path)
     assert not sweep.exists()
 
 
+@pytest.mark.integration
 def test_a_mistake_is_reported_without_importing_torch():
     code = (
         "import sys; sys.argv = ['train.py', 'schedule=cosin']\n"

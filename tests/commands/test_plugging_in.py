@@ -319,6 +319,7 @@ json.dump(sorted(sys.modules), open(os.environ["MODULES"], "w"))
 """
 
 
+@pytest.mark.integration
 def test_the_first_step_imports_no_library_that_lightning_does_not(tmp_path):
     (tmp_path / "stopper.py").write_text(STOPPER)
     path = os.pathsep.join([str(ROOT / "src"), str(tmp_path), os.environ.get("PYTHONPATH", "")])

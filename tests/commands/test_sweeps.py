@@ -122,7 +122,7 @@ def test_sweeps_that_cannot_be_are_one_line(arguments, said, tmp_path, capfd):
 SWEEP = ("--multirun", *SHORT, "schedule.zero_terminal_snr=true")
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "there",
     [

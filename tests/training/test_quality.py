@@ -130,8 +130,8 @@ def test_an_evaluation_of_a_network_that_diverges_ends_no_training(tmp_path, cac
     assert not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()  # such weights are not kept
 
 
+@pytest.mark.integration
 @pytest.mark.ddp
-@pytest.mark.slow  # that processes agree is tested on metrics/collect as well
 def test_two_processes_log_the_same_figure(tmp_path, cache, capfd):
     one, two = tmp_path / "one", tmp_path / "two"
     train(one, *QUALITY, cache, "trainer.max_steps=2", capfd=capfd)
