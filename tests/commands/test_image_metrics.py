@@ -96,6 +96,7 @@ def test_a_metric_that_fails_on_rank_0_ends_both_processes(evaluate, tmp_path):
     assert "subset_size" in line
 
 
+@pytest.mark.integration
 def test_samples_of_every_sampler_and_seed_are_measured_alone(evaluate, run, tmp_path):
     """The figure of images alone is numpy's; table, csv and plot hold it; nothing of one row is in another's."""
     n = ("n=40", "steps=[2]", "samplers=[ddim,ddpm]")
@@ -180,6 +181,7 @@ def test_an_option_of_a_config_dir_takes_its_place(evaluate, tmp_path, given):
     assert row["metrics"]["near_recall"] < row["metrics"]["recall"]  # smaller balls
 
 
+@pytest.mark.integration
 def test_a_sweep_over_lists_and_the_shipped_one(run, cache, tmp_path, capfd):
     common = [f"ckpt={run}", f"cache={cache}", "n=12", "steps=[2]", "device=cpu", "extractor=classifier", "--multirun"]
     lists = "metrics=[fd_classifier],[prdc,fd]"

@@ -111,6 +111,7 @@ def test_a_dry_run_leaves_no_checkpoint(tmp_path, capfd):
     assert not list((tmp_path / "run").rglob("*.ckpt"))
 
 
+@pytest.mark.integration
 def test_flags_that_cut_the_stream_train_the_same_run(tmp_path, capfd):
     options = ("trainer.max_steps=4", "validation.every=2", "model.dropout=0.3")
     train(tmp_path / "whole", *options, capfd=capfd)
@@ -198,6 +199,7 @@ def test_a_key_that_nothing_reads_is_refused_on_resuming_and_in_sweeps(tmp_path,
 # loggers --------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.integration
 def test_loggers_by_their_class_each_write_and_wandb_receives_its_arguments(tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     (tmp_path / "modules").mkdir()
@@ -244,6 +246,7 @@ CALLBACKS = {
 }
 
 
+@pytest.mark.integration
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")  # of ModelCheckpoint, in the new run folder
 def test_callbacks_of_lightning_train_by_their_class_and_resume(tmp_path, capfd):
     added = [f"+callbacks.{name}._target_=pytorch_lightning.callbacks.{name}" for name in CALLBACKS]
@@ -285,6 +288,7 @@ def test_callbacks_that_cannot_be_are_refused_with_the_reason(arguments, reason,
     refused(tmp_path / "run", reason, capfd, MINE + name, *(f"+callbacks.mine.{one}" for one in rest))
 
 
+@pytest.mark.integration
 def test_a_callback_of_the_user_sees_the_weights_that_are_trained_in_every_hook(tmp_path, capfd):
     watcher = ("+callbacks.mine._target_=training.recorders.Watcher", "+callbacks.mine.decay=0.9")
     options = ("callbacks.ema.decay=0.9", "validation.every=2", "trainer.max_steps=4", "callbacks.checkpoints.every=3")
