@@ -1,4 +1,4 @@
-"""Runs a command line in this process: the checks, Hydra and the task of src/*.py, without the seconds that imports take."""
+"""Run a command line in this process: the checks, Hydra and the task of src/*.py, without the seconds of the imports."""
 
 import copy
 import functools
@@ -45,7 +45,7 @@ _loaded: dict[tuple[Path, int], ConfigResult] = {}
 
 
 def _load_config_once(self: FileConfigSource, config_path: str) -> ConfigResult:
-    """Hydra's reader of a configuration file, which parses each state of a file once: a quarter of every composition."""
+    """Read a configuration file as Hydra does, but parse each version of it once: that is a quarter of a composition."""
     path = Path(self.path, self._normalize_file_name(config_path))
     if not path.is_file():
         return _load_config(self, config_path)
@@ -62,7 +62,7 @@ FileConfigSource.load_config = _load_config_once  # type: ignore[method-assign]
 
 
 class Outcome(NamedTuple):
-    """What a command left."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -70,31 +70,31 @@ class Outcome(NamedTuple):
 
 
 def code(name: str, arguments: Sequence[str]) -> int:
-    """The exit code of `python src/{name}.py arguments…`."""
+    """Return the exit code of `python src/{name}.py ARGUMENTS`."""
     before = sys.argv
     sys.argv = [str(ROOT / "src" / f"{name}.py"), *arguments]
     try:
         return cli.main(name)
     except SystemExit as stopped:
         return int(stopped.code or 0)
-    except Exception:  # as the interpreter would end: a defect keeps its traceback
+    except Exception:  # as the interpreter does: a traceback and exit code 1
         traceback.print_exc()
         return 1
     finally:
         sys.argv = before
         GlobalHydra.instance().clear()
-        HydraConfig.instance().cfg = None  # or what the next command line interpolates would be found in this one's
+        HydraConfig.instance().cfg = None  # otherwise interpolations of the next command line resolve in this one
 
 
 def command(name: str, arguments: Sequence[str], capfd: pytest.CaptureFixture[str]) -> Outcome:
-    """`python src/{name}.py arguments…` → its exit code and what it printed."""
+    """Return the exit code and the output of `python src/{name}.py ARGUMENTS`."""
     capfd.readouterr()
     return Outcome(code(name, arguments), *capfd.readouterr())
 
 
 @functools.cache
 def unresolved(name: str, *overrides: str) -> dict[str, Any]:
-    """The configuration of a command line with its interpolations, without Hydra's own node. Cached: do not change it."""
+    """Return the configuration of a command line, unresolved, without Hydra's own node. Cached: do not change it."""
     plain = OmegaConf.to_container(composition.composed(name, overrides), resolve=False)
     assert isinstance(plain, dict)
     return {key: value for key, value in plain.items() if key != "hydra"}
@@ -102,13 +102,16 @@ def unresolved(name: str, *overrides: str) -> dict[str, Any]:
 
 @functools.cache
 def composed(name: str, *overrides: str) -> dict[str, Any]:
-    """The resolved configuration of a command line, without Hydra's own node. Cached: do not change it."""
+    """Return the resolved configuration of a command line, without Hydra's own node. Cached: do not change it."""
     return _resolved(unresolved(name, *overrides))
 
 
 def with_options(name: str, **options: str) -> dict[str, Any]:
-    """The resolved configuration of a command line that chooses these options, GROUP=OPTION, of plain groups: from the files
-    of the options in place of a composition. test_options.py composes each of them."""
+    """Return the resolved configuration of a command line with these options, GROUP=OPTION.
+
+    The nodes are read from the files of the options, without a composition: for groups whose files have no defaults list and
+    no @package. test_options.py composes every option.
+    """
     nodes = {group: OmegaConf.load(CONF / group / f"{option}.yaml") for group, option in options.items()}
     return _resolved({**unresolved(name), **nodes})
 
@@ -120,7 +123,7 @@ def _resolved(plain: dict[str, Any]) -> dict[str, Any]:
 
 
 def network(config: dict[str, Any]) -> tuple[nn.Module, Condition, dict[str, Any]]:
-    """The network of a resolved configuration, its condition, and the configuration with what the command fills in."""
+    """Return the network of a resolved configuration, its condition, and the configuration with the values of the data."""
     condition, node = build.condition(config, build.data(config))
     config = {**config, "condition": node}
     net, model = build.model(config, condition, config["variance"]["_target_"].endswith(".Learned"))
@@ -128,13 +131,13 @@ def network(config: dict[str, Any]) -> tuple[nn.Module, Condition, dict[str, Any
 
 
 def module(config: dict[str, Any]) -> DiffusionModule:
-    """What a resolved configuration trains."""
+    """Return the Lightning module of a resolved configuration."""
     net, condition, filled = network(config)
     return build.module(filled, net, condition, {})
 
 
 def train(folder: Path, *arguments: str, capfd: pytest.CaptureFixture[str]) -> Outcome:
-    """A tiny training run into `folder`, or with ckpt= the continuation of one; must succeed."""
+    """Train a tiny run into `folder`, or continue one by ckpt=, and assert that it succeeds."""
     resumed = any(argument.startswith("ckpt=") for argument in arguments)
     outcome = command("train", [*(() if resumed else TINY), f"hydra.run.dir={folder}", *arguments], capfd)
     assert outcome.code == 0, outcome.err

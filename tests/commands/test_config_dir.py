@@ -8,6 +8,8 @@ import pytest
 import yaml
 from command import ROOT, command
 
+from diffusion_lab import composition
+
 OUTSIDE = ROOT / "tests" / "outside"
 FLAG = f"--config-dir={OUTSIDE / 'conf'}"
 # of train.py; guidance is sample.py's and evaluate.py's
@@ -153,5 +155,6 @@ def test_a_glob_sweeps_over_the_options_and_a_custom_without_class_is_one_line(t
 def test_help_lists_options_from_outside(capfd):
     outcome = command("train", [FLAG, "--help"], capfd)
     assert outcome.code == 0
-    assert "schedule: cosine, custom, edm, flow, linear, outside" in outcome.out
+    options = sorted([*composition.options("schedule"), "outside"])
+    assert f"schedule: {', '.join(options)}" in outcome.out
     assert len(outcome.out.splitlines()) <= 190

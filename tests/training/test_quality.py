@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from command import ROOT, TINY, command, train
-from judge import install
+from quick_classifier import install
 
 from diffusion_lab.commands.train import build
 from diffusion_lab.metrics import extractors
