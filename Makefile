@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup lock train sample evaluate sweep report dashboard test test-slow lint format bench pictures screenshots notebooks clean
+.PHONY: help setup lock train sample evaluate sweep report dashboard test test-integration test-slow lint format bench pictures screenshots notebooks clean
 
 VENV   := .venv
 PYTHON := $(VENV)/bin/python
@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 ARGS   ?=
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | awk -F ':.*?## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | awk -F ':.*?## ' '{printf "  make %-16s %s\n", $$1, $$2}'
 	@echo '  ARGS="..." goes to the command, e.g. make train ARGS="schedule=linear objective=pred_noise"'
 
 setup: $(READY) ## .venv with exactly the locked packages; the other targets do it when needed
@@ -46,11 +46,17 @@ sweep: setup ## schedule x objective on digits, six short runs and the page that
 report: setup ## all runs below outputs, or ARGS=FOLDER, as one HTML page
 	$(PYTHON) src/report.py $(or $(ARGS),outputs)
 
-test: setup ## the test suite, under ten minutes on two cores
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile $(ARGS)
+# One thread a worker. A file goes to one worker as a whole, in the order that tests/conftest.py chooses.
+PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test: setup ## the unit tests: under five minutes on two cores
+	$(PYTEST) $(ARGS)
+
+test-integration: setup ## several processes, README commands, notebooks, browser, other packages: under half an hour on two cores
+	$(PYTEST) -m "integration and not slow" $(ARGS)
 
 test-slow: setup ## full-length runs and long statistics: an hour and a half on two cores
-	$(PYTHON) -m pytest -m slow --timeout 7200 $(ARGS)
+	$(PYTEST) -m slow --timeout 7200 $(ARGS)
 
 lint: setup ## ruff and mypy
 	$(PYTHON) -m ruff check .

@@ -1,5 +1,6 @@
-"""Runs a command line in this process: the checks, Hydra and the task of src/*.py, without the seconds that imports take."""
+"""Run a command line in this process: the checks, Hydra and the task of src/*.py, without the seconds of the imports."""
 
+import copy
 import functools
 import sys
 import traceback
@@ -8,14 +9,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.plugins.config_source import ConfigResult
 from omegaconf import OmegaConf
 from torch import nn
 
 from diffusion_lab import cli, composition
 from diffusion_lab.commands.train import build
 from diffusion_lab.conditions import Condition
+from diffusion_lab.instantiation import CONF
 from diffusion_lab.training.module import DiffusionModule
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,8 +40,29 @@ TINY = (
 )
 
 
+_load_config = FileConfigSource.load_config
+_loaded: dict[tuple[Path, int], ConfigResult] = {}
+
+
+def _load_config_once(self: FileConfigSource, config_path: str) -> ConfigResult:
+    """Read a configuration file as Hydra does, but parse each version of it once: that is a quarter of a composition."""
+    path = Path(self.path, self._normalize_file_name(config_path))
+    if not path.is_file():
+        return _load_config(self, config_path)
+    state = path.resolve(), path.stat().st_mtime_ns
+    if state not in _loaded:
+        _loaded[state] = _load_config(self, config_path)
+    result = copy.copy(_loaded[state])
+    result.config, result.header = copy.deepcopy(result.config), dict(result.header)
+    result.path, result.provider = f"{self.scheme()}://{self.path}", self.provider
+    return result
+
+
+FileConfigSource.load_config = _load_config_once  # type: ignore[method-assign]
+
+
 class Outcome(NamedTuple):
-    """What a command left."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -45,41 +70,60 @@ class Outcome(NamedTuple):
 
 
 def code(name: str, arguments: Sequence[str]) -> int:
-    """The exit code of `python src/{name}.py arguments…`."""
+    """Return the exit code of `python src/{name}.py ARGUMENTS`."""
     before = sys.argv
     sys.argv = [str(ROOT / "src" / f"{name}.py"), *arguments]
     try:
         return cli.main(name)
     except SystemExit as stopped:
         return int(stopped.code or 0)
-    except Exception:  # as the interpreter would end: a defect keeps its traceback
+    except Exception:  # as the interpreter does: a traceback and exit code 1
         traceback.print_exc()
         return 1
     finally:
         sys.argv = before
         GlobalHydra.instance().clear()
-        HydraConfig.instance().cfg = None  # or what the next command line interpolates would be found in this one's
+        HydraConfig.instance().cfg = None  # otherwise interpolations of the next command line resolve in this one
 
 
 def command(name: str, arguments: Sequence[str], capfd: pytest.CaptureFixture[str]) -> Outcome:
-    """`python src/{name}.py arguments…` → its exit code and what it printed."""
+    """Return the exit code and the output of `python src/{name}.py ARGUMENTS`."""
     capfd.readouterr()
     return Outcome(code(name, arguments), *capfd.readouterr())
 
 
 @functools.cache
-def composed(name: str, *overrides: str, run_dir: str = "RUN") -> dict[str, Any]:
-    """The resolved configuration of a command line, without Hydra's own node. Cached: do not change it."""
+def unresolved(name: str, *overrides: str) -> dict[str, Any]:
+    """Return the configuration of a command line, unresolved, without Hydra's own node. Cached: do not change it."""
     plain = OmegaConf.to_container(composition.composed(name, overrides), resolve=False)
     assert isinstance(plain, dict)
-    del plain["hydra"]
-    resolved = OmegaConf.to_container(OmegaConf.create({**plain, "run_dir": run_dir}), resolve=True)
+    return {key: value for key, value in plain.items() if key != "hydra"}
+
+
+@functools.cache
+def composed(name: str, *overrides: str) -> dict[str, Any]:
+    """Return the resolved configuration of a command line, without Hydra's own node. Cached: do not change it."""
+    return _resolved(unresolved(name, *overrides))
+
+
+def with_options(name: str, **options: str) -> dict[str, Any]:
+    """Return the resolved configuration of a command line with these options, GROUP=OPTION.
+
+    The nodes are read from the files of the options, without a composition: for groups whose files have no defaults list and
+    no @package. test_options.py composes every option.
+    """
+    nodes = {group: OmegaConf.load(CONF / group / f"{option}.yaml") for group, option in options.items()}
+    return _resolved({**unresolved(name), **nodes})
+
+
+def _resolved(plain: dict[str, Any]) -> dict[str, Any]:
+    resolved = OmegaConf.to_container(OmegaConf.create({**plain, "run_dir": "RUN"}), resolve=True)
     assert isinstance(resolved, dict)
     return resolved
 
 
 def network(config: dict[str, Any]) -> tuple[nn.Module, Condition, dict[str, Any]]:
-    """The network of a resolved configuration, its condition, and the configuration with what the command fills in."""
+    """Return the network of a resolved configuration, its condition, and the configuration with the values of the data."""
     condition, node = build.condition(config, build.data(config))
     config = {**config, "condition": node}
     net, model = build.model(config, condition, config["variance"]["_target_"].endswith(".Learned"))
@@ -87,13 +131,13 @@ def network(config: dict[str, Any]) -> tuple[nn.Module, Condition, dict[str, Any
 
 
 def module(config: dict[str, Any]) -> DiffusionModule:
-    """What a resolved configuration trains."""
+    """Return the Lightning module of a resolved configuration."""
     net, condition, filled = network(config)
     return build.module(filled, net, condition, {})
 
 
 def train(folder: Path, *arguments: str, capfd: pytest.CaptureFixture[str]) -> Outcome:
-    """A tiny training run into `folder`, or with ckpt= the continuation of one; must succeed."""
+    """Train a tiny run into `folder`, or continue one by ckpt=, and assert that it succeeds."""
     resumed = any(argument.startswith("ckpt=") for argument in arguments)
     outcome = command("train", [*(() if resumed else TINY), f"hydra.run.dir={folder}", *arguments], capfd)
     assert outcome.code == 0, outcome.err

@@ -14,6 +14,11 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+# Of minutes each: first, so that no worker is left with one of them at the end.
+LONGEST = ("test_readme.py", "test_notebooks.py", "test_every_option.py", "test_recipes.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the longest file first, so that no worker is left with it at the end."""
-    items.sort(key=lambda item: item.path.name != "test_readme.py")
+    """Run the longest files first."""
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))

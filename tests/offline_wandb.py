@@ -1,6 +1,6 @@
-"""Reads back what an offline W&B run recorded: the file that `wandb sync` sends.
+"""Read the file of an offline W&B run, which `wandb sync` sends.
 
-It is LevelDB's log format (github.com/google/leveldb, doc/log_format.md) after a header of seven bytes; a record is one
+Its format is LevelDB's log format (github.com/google/leveldb, doc/log_format.md) after a header of seven bytes; a record is one
 protocol buffer of W&B's own definition.
 """
 
@@ -16,7 +16,7 @@ BLOCK, HEADER, FULL, LAST = 32768, 7, 1, 4
 
 
 class Recorded(NamedTuple):
-    """One run."""
+    """The records of one run."""
 
     run: Any  # its id, name, group, tags
     config: dict[str, Any]
@@ -47,7 +47,7 @@ def _records(path: Path) -> Iterator[bytes]:
 
 
 def read(folder: Path) -> Recorded:
-    """The one offline run below a run folder."""
+    """Return the records of the only offline run below a run folder."""
     (path,) = (folder / "wandb").glob("offline-run-*/*.wandb")
     run, config, history, metrics, alerts, summary = None, {}, [], {}, [], {}
     for raw in _records(path):

@@ -1,4 +1,4 @@
-"""The notebooks run, with warnings as errors, and each .ipynb holds the cells of its .py and their figures."""
+"""The notebooks run with warnings as errors; each .ipynb contains the cells of its .py and their figures."""
 
 import os
 import re
@@ -14,7 +14,7 @@ from command import ROOT, command
 
 FOLDER = ROOT / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("[0-9]*.py"))
-LARGEST = 600_000  # bytes of an .ipynb, which GitHub shows and git keeps
+LARGEST = 600_000  # bytes of an .ipynb: GitHub renders it, and git stores every version
 
 
 def _name(path: Path) -> str:
@@ -29,15 +29,11 @@ def test_every_notebook_is_a_pair_and_listed():
         assert f"({path.stem}.ipynb)" in listed
 
 
-LONG = ("03_samplers", "04_guidance_and_editing", "05_bring_your_own")  # a quarter to half a minute each
-
-
+@pytest.mark.integration
 @pytest.mark.filterwarnings("ignore:FigureCanvasAgg is non-interactive")
-@pytest.mark.parametrize(
-    "path", [pytest.param(p, id=_name(p), marks=[pytest.mark.slow] if p.stem in LONG else []) for p in NOTEBOOKS]
-)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=_name)
 def test_every_notebook_runs(path, monkeypatch):
-    """From top to bottom; their own assertions compare formulas with the library. Then every figure is drawn."""
+    """Run all cells, whose assertions compare formulas with the library, and draw every figure."""
     monkeypatch.chdir(FOLDER)
     plt.switch_backend("Agg")
     with plt.rc_context():
@@ -52,7 +48,7 @@ def test_every_notebook_runs(path, monkeypatch):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=_name)
 def test_the_ipynb_is_what_its_py_gives(path):
-    """The same cells; every code cell was run, in order, without a warning; the figures are there, and the file is small."""
+    """Both have the same cells; every code cell was run in order without a warning; figures are stored, and the file is small."""
     paired = path.with_suffix(".ipynb")
     notebook = nbformat.read(paired, as_version=4)
     nbformat.validate(notebook)
@@ -73,8 +69,9 @@ SHORT = (
 )  # fmt: skip
 
 
+@pytest.mark.integration
 def test_the_command_lines_use_the_classes_of_the_notebook(tmp_path, monkeypatch, capfd):
-    """The last notebook's commands, with a module made of its own cells: the imports, and every class."""
+    """The commands of the last notebook run with a module of its import cell and all its classes."""
     cells = jupytext.read(FOLDER / "05_bring_your_own.py").cells
     code = [cell.source for cell in cells if cell.cell_type == "code"]
     classes = [source for source in code if source.startswith("class ")]

@@ -1,4 +1,4 @@
-"""Processes that torchrun or SLURM started, and what SLURM is told when time is over."""
+"""Processes started by torchrun or srun, and the requeueing of a SLURM job at its time limit."""
 
 import csv
 import os
@@ -23,7 +23,7 @@ SRUN = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "1", "SLURM_NN
 def test_who_started_this_process():
     assert launched(TORCHRUN) == Launched("torchrun", rank=3, world=4, nodes=2)
     assert launched(SRUN) == Launched("srun", rank=1, world=4, nodes=2)
-    assert launched({**SRUN, "SLURM_NTASKS": "1"}) is None  # a job of one task is a run alone
+    assert launched({**SRUN, "SLURM_NTASKS": "1"}) is None  # a job of one task is a single process
     assert launched({**SRUN, "SLURM_JOB_NAME": "interactive"}) is None
     assert launched({}) is None
     assert [processes.rank(env) for env in (TORCHRUN, SRUN, {"LOCAL_RANK": "2"}, {})] == [3, 1, 2, 0]
@@ -42,7 +42,7 @@ def test_processes_on_each_machine_are_counted_as_lightning_counts():
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments", "said"),
+    ("name", "arguments", "remedy"),
     [
         ("train", [], "write hydra.run.dir=FOLDER"),
         ("train", ["hydra.run.dir=RUN", "overwrite=true"], "overwrite=true under torchrun"),
@@ -51,12 +51,12 @@ def test_processes_on_each_machine_are_counted_as_lightning_counts():
         ("evaluate", ["ckpt=RUN"], "write devices=4"),
     ],
 )
-def test_what_several_processes_cannot_run_together(name, arguments, said, tmp_path, capfd, monkeypatch):
+def test_what_several_processes_cannot_run_together(name, arguments, remedy, tmp_path, capfd, monkeypatch):
     for key, value in {**TORCHRUN, "RANK": "0"}.items():
         monkeypatch.setenv(key, value)
     code, _, err = command(name, [a.replace("RUN", str(tmp_path / "run")) for a in arguments], capfd)
     assert code == 2
-    assert said in err
+    assert remedy in err
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
@@ -68,25 +68,25 @@ def test_what_weights_in_parts_do_not_allow_and_lonely_tasks_are_refused(tmp_pat
         ({}, ["trainer=fsdp", "logger=wandb", "logger.wandb.gradients=50"], "logger.wandb.gradients"),
         ({"SLURM_NTASKS": "1"}, ["trainer=ddp", "trainer.accelerator=cpu"], "--ntasks-per-node=N"),
     )
-    for i, (env, arguments, said) in enumerate(cases):
+    for i, (env, arguments, remedy) in enumerate(cases):
         for key, value in env.items():
             monkeypatch.setenv(key, value)
         code, _, err = command("train", [*arguments, f"hydra.run.dir={tmp_path / str(i)}"], capfd)
         assert code == 2
-        assert said in err
+        assert remedy in err
 
 
 def test_a_checkpoint_that_fsdp_would_scramble_is_refused(tmp_path, capfd):
-    """Weights saved in another memory format, as earlier versions did."""
+    """Weights stored in channels_last memory format, as earlier versions did."""
     folder = tmp_path / "run"
     assert command("train", [*TINY, "trainer.max_steps=1", f"hydra.run.dir={folder}"], capfd).code == 0
     path = folder / "checkpoints" / "last.ckpt"
-    held = torch.load(path, weights_only=True)
-    weights = held["state_dict"]
-    held["state_dict"] = {
+    stored = torch.load(path, weights_only=True)
+    weights = stored["state_dict"]
+    stored["state_dict"] = {
         k: v.contiguous(memory_format=torch.channels_last) if v.ndim == 4 else v for k, v in weights.items()
     }
-    torch.save(held, path)
+    torch.save(stored, path)
     again = [f"ckpt={folder}", "trainer.max_steps=2", "trainer=fsdp", f"hydra.run.dir={tmp_path / 'again'}"]
     code, _, err = command("train", again, capfd)
     assert code == 2
@@ -108,11 +108,11 @@ SAME = (
 )
 
 
+@pytest.mark.integration
 @pytest.mark.ddp
-@pytest.mark.slow
 @pytest.mark.parametrize("by", ["torchrun", "srun"])
 def test_processes_started_outside_train_the_same_run(by, tmp_path, capfd):
-    """Two processes of torchrun, or as srun starts them, and one alone: the same losses to 1e-5."""
+    """Two processes of torchrun or srun have the losses of one process to 1e-5."""
     one, two = tmp_path / "one", tmp_path / "two"
     short = [*SAME, "trainer.max_steps=4"]
     assert command("train", [*short, "trainer=cpu", f"hydra.run.dir={one}"], capfd).code == 0
@@ -125,7 +125,7 @@ def test_processes_started_outside_train_the_same_run(by, tmp_path, capfd):
         env |= meeting()
         runs = [
             subprocess.Popen([sys.executable, *program], env={**env, **srun(rank, 2)})
-            for rank in (1, 0)  # the second one first: it waits
+            for rank in (1, 0)  # rank 1 first: it waits for rank 0
         ]
     assert [run.wait(timeout=240) for run in runs] == [0] * len(runs)
     alone, together = _rows(one), _rows(two)
@@ -135,7 +135,7 @@ def test_processes_started_outside_train_the_same_run(by, tmp_path, capfd):
 
 
 class Signalled(pl.Callback):
-    """SLURM's word that time is nearly over, at step 2."""
+    """Send SLURM's signal of the approaching time limit at step 2."""
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
         if trainer.global_step == 2:
@@ -144,8 +144,8 @@ class Signalled(pl.Callback):
 
 @pytest.mark.parametrize("array", [False, True])
 def test_a_job_whose_time_is_over_is_saved_and_requeued(array, tmp_path, capfd, monkeypatch):
-    asked = tmp_path / "asked"
-    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {asked}\n')
+    calls = tmp_path / "calls"
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {calls}\n')
     (tmp_path / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
@@ -156,7 +156,7 @@ def test_a_job_whose_time_is_over_is_saved_and_requeued(array, tmp_path, capfd, 
     run = tmp_path / "run"
     code, out, _ = command("train", [*TINY, "trainer.max_steps=9", f"hydra.run.dir={run}"], capfd)
     assert code == 128 + signal.SIGUSR1
-    assert asked.read_text().split() == ["requeue", "4700_3" if array else "4711"]
+    assert calls.read_text().split() == ["requeue", "4700_3" if array else "4711"]
     assert "requeued" in out
     monkeypatch.setattr(train, "added_callbacks", lambda settings: [])
     again = command("train", [f"ckpt={run}", f"hydra.run.dir={tmp_path / 'again'}"], capfd)

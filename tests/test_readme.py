@@ -28,24 +28,25 @@ DOORS = [
     for name in ("train", "sample", "evaluate", "fit_variance", "train_classifier", "report", "export", "dashboard")
 ]
 
-# What makes a command short: its meaning stays, and the options that it names come last.
+# Shortens a command without changing its meaning; options that the command names itself are left out.
 SHORT = (
     "trainer.max_steps=2 validation.every=2 validation.draws=1 trainer.accelerator=cpu logger=csv data.batch_size=8 "
     "callbacks.samples.every=2 callbacks.samples.n=4 sampler.steps=2"
 )
 
 
-def test_the_two_commands_stand_first():
+def test_the_first_two_commands_are_make_targets():
     assert [c.split("  ")[0].split(" #")[0].strip() for c in COMMANDS[:2]] == ["make train", "make test"]
     for target in ("train", "test"):
         assert subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, check=False).returncode == 0
 
 
-def test_every_command_is_one_that_this_file_knows_how_to_run():
+def test_every_command_can_be_run_by_this_file():
     for line in COMMANDS:
         assert line.startswith("make ") or line.split()[1] in DOORS, line
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("program", [text for kind, text in BLOCKS if kind == "python"])
 def test_every_program_runs(program):
     exec(compile(program, "README.md", "exec"), {"__name__": "readme"})
@@ -53,7 +54,7 @@ def test_every_program_runs(program):
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """A folder like a user's: the sources linked, a data set of each kind that needs files, own parts."""
+    """Return a working folder with links to the sources, images in two folders, and a module of custom classes."""
     place = tmp_path_factory.mktemp("workplace")
     (place / "src").symlink_to(ROOT / "src")
     (place / "docs").symlink_to(ROOT / "docs")
@@ -74,7 +75,7 @@ def workplace(tmp_path_factory):
 
 
 def _apart(line: str, place: Path, extra: str = "") -> str:
-    """Runs a command line as a user does, in a process of its own; its output."""
+    """Run a command line in a new process, and return its output."""
     command = [sys.executable, *shlex.split(line)[1:], *extra.split()]
     done = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False, timeout=3600)
     assert done.returncode == 0, f"{command}\n{done.stderr[-3000:]}"
@@ -103,8 +104,9 @@ def _shortening(line: str) -> str:
     return " ".join(part for part in extra.split() if part.split("=")[0] not in own)
 
 
+@pytest.mark.integration
 def test_the_readme_s_commands_run_in_its_order(workplace, monkeypatch, capfd):
-    """Those that download a data set are composed and built in tests/runs instead."""
+    """Commands that download a data set are left out: test_options.py composes their options, test_build.py builds them."""
     monkeypatch.chdir(workplace)
     monkeypatch.syspath_prepend(workplace)
     monkeypatch.setenv("NETRC", str(workplace / "none"))
@@ -146,7 +148,7 @@ def test_the_readme_s_commands_run_in_its_order(workplace, monkeypatch, capfd):
 @pytest.mark.slow
 @pytest.mark.parametrize("sweeps", [True, False])
 def test_the_readme_s_commands_at_full_length(workplace, monkeypatch, sweeps):
-    """As a user types them, 50 and 40 minutes of one core; only the runs of "Your own parts" are cut."""
+    """Run each command unchanged: 50 and 40 minutes of one core. Only the runs of "Your own parts" are shortened."""
     monkeypatch.setenv("NETRC", str(workplace / "none"))
     monkeypatch.setenv("PYTHONPATH", str(workplace))
     section, own = (README.split(f"## {title}")[1].split("\n## ")[0] for title in ("Many runs", "Your own parts"))
@@ -162,7 +164,7 @@ def test_the_readme_s_commands_at_full_length(workplace, monkeypatch, sweeps):
 
 @pytest.mark.slow
 def test_the_main_job_at_full_length(workplace, tmp_path):
-    """`make train`'s command: the loss of the README, and samples that the classifier takes for digits."""
+    """The command of `make train` reaches the loss of the README, and the classifier recognizes its samples as digits."""
     run = tmp_path / "run"
     printed = _apart("python src/train.py", workplace, f"hydra.run.dir={run}")
     loss = float(re.search(r"validation loss ([\d.]+)", printed).group(1))

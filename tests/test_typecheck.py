@@ -44,6 +44,7 @@ def test_wrong_shapes_and_dtypes_are_refused() -> None:
             call()  # type: ignore[no-untyped-call]
 
 
+@pytest.mark.integration
 def test_beartype_is_not_imported_outside_the_tests() -> None:
     code = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module('diffusion_lab.' + name)\n"
     code += "sys.exit('beartype' in sys.modules)"

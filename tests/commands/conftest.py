@@ -1,13 +1,13 @@
-"""A tiny checkpoint, and a cache with a classifier that was hardly trained: for commands that need them, not their quality."""
+"""Fixtures of the commands: a checkpoint of four steps, and a cache with a classifier of two epochs."""
 
 import pytest
 from command import TINY, code
-from judge import install
+from quick_classifier import install
 
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
-    """outputs/cache with the digits' classifier, two epochs of it."""
+    """Return a cache folder with a classifier of the digits, trained for two epochs."""
     folder = tmp_path_factory.mktemp("cache")
     install(folder)
     return folder
@@ -15,7 +15,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
-    """A run folder: four steps, labels, an average of decay 0.5."""
+    """Return the folder of a run of four steps with labels and an EMA of decay 0.5."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     chosen = ["trainer.max_steps=4", "condition=label", "callbacks.ema.decay=0.5", f"hydra.run.dir={folder}"]
     assert code("train", [*TINY, *chosen]) == 0

@@ -121,6 +121,7 @@ def test_evaluation_says_what_guided(run, judges, cache, tmp_path, capfd):
     assert "leave out guidance" in outcome.err
 
 
+@pytest.mark.integration
 def test_super_resolution_end_to_end(sample, tmp_path, cache, capfd):
     """A condition of data: trained, sampled from full and from small images, evaluated."""
     run = tmp_path / "run"

@@ -8,6 +8,8 @@ import pytest
 import yaml
 from command import ROOT, command
 
+from diffusion_lab import composition
+
 OUTSIDE = ROOT / "tests" / "outside"
 FLAG = f"--config-dir={OUTSIDE / 'conf'}"
 # of train.py; guidance is sample.py's and evaluate.py's
@@ -47,6 +49,7 @@ def test_there_is_an_option_for_every_group_of_one_class():
     assert classes <= {p.name for p in (OUTSIDE / "conf").iterdir()}
 
 
+@pytest.mark.integration
 def test_training_uses_every_one(run):
     folder, used = run
     assert used >= {*GROUPS, "logger"}
@@ -57,6 +60,7 @@ def test_training_uses_every_one(run):
     assert (folder / "outside" / "metrics.csv").is_file()
 
 
+@pytest.mark.integration
 def test_a_checkpoint_that_names_them_needs_trust(run, tmp_path, capfd):
     asked = [f"ckpt={run[0]}", "n=2", f"out={tmp_path / 'out'}"]
     outcome = command("sample", asked, capfd)
@@ -66,6 +70,7 @@ def test_a_checkpoint_that_names_them_needs_trust(run, tmp_path, capfd):
     assert command("sample", [*asked, "trust=[outside_parts]"], capfd).code == 0
 
 
+@pytest.mark.integration
 def test_sampling_and_evaluation_take_their_own_options(run, tmp_path, capfd, parts):
     asked = [f"ckpt={run[0]}", "trust=[outside_parts]"]
     chosen = ["sampler=outside", "variance=outside", "clip=outside", "guidance=outside", "n=2"]
@@ -84,6 +89,7 @@ def test_sampling_and_evaluation_take_their_own_options(run, tmp_path, capfd, pa
     assert "fd_classifier" in row["metrics"]
 
 
+@pytest.mark.integration
 def test_a_resumed_run_goes_on_with_them(run, tmp_path, capfd, parts):
     asked = [f"ckpt={run[0]}", "trainer.max_steps=5", f"hydra.run.dir={tmp_path / 'again'}"]
     outcome = command("train", [FLAG, *asked], capfd)
@@ -95,6 +101,7 @@ def test_a_resumed_run_goes_on_with_them(run, tmp_path, capfd, parts):
     assert "5 steps done" in outcome.out
 
 
+@pytest.mark.integration
 def test_the_line_that_resumes_names_trust_and_config_dir(tmp_path, capfd):
     arguments = [*CHOSEN, *QUIET, "trainer.max_steps=5", "callbacks.outside.note=stop"]
     outcome = command("train", [FLAG, *arguments, f"hydra.run.dir={tmp_path / 'run'}"], capfd)
@@ -104,6 +111,7 @@ def test_the_line_that_resumes_names_trust_and_config_dir(tmp_path, capfd):
     assert f"--config-dir={OUTSIDE / 'conf'}" in line
 
 
+@pytest.mark.integration
 def test_what_this_command_line_names_is_trusted(run, tmp_path, capfd):
     """A class of the user's, added to the run of others while it is resumed, needs no trust."""
     first = tmp_path / "plain"
@@ -128,6 +136,7 @@ def test_a_searchpath_and_a_notebook_find_them(tmp_path, capfd):
     assert (config.schedule._target_, config.model.width) == ("diffusion_lab.schedules.Linear", 8)
 
 
+@pytest.mark.integration
 def test_a_glob_sweeps_over_the_options_and_a_custom_without_class_is_one_line(tmp_path, capfd):
     small = ["model.width=8", "model.multipliers=[1]", "trainer=cpu", "trainer.max_steps=1", "validation.every=0"]
     small += ["callbacks.progress=null", "callbacks.samples=null", "logger=csv", "--multirun"]
@@ -146,5 +155,6 @@ def test_a_glob_sweeps_over_the_options_and_a_custom_without_class_is_one_line(t
 def test_help_lists_options_from_outside(capfd):
     outcome = command("train", [FLAG, "--help"], capfd)
     assert outcome.code == 0
-    assert "schedule: cosine, custom, edm, flow, linear, outside" in outcome.out
+    options = sorted([*composition.options("schedule"), "outside"])
+    assert f"schedule: {', '.join(options)}" in outcome.out
     assert len(outcome.out.splitlines()) <= 190

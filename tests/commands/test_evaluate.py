@@ -130,8 +130,8 @@ def test_repeats_are_mean_and_spread_of_their_seeds(measured):
     assert alone[0] != alone[1]
 
 
+@pytest.mark.integration
 @pytest.mark.ddp
-@pytest.mark.slow  # metrics/test_collect has one, two and three processes
 def test_one_and_two_processes_agree(evaluate, measured, monkeypatch):
     """n divides neither into blocks nor into processes; equal threads, so that images are equal bit for bit."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -59,6 +59,7 @@ def sample(tmp_path, capfd):
     return run
 
 
+@pytest.mark.integration
 def test_analytic_from_nothing_to_images(made, fit, sample, tmp_path):
     """Refused with the command that helps; fitted; stored by the weights' hash; found by sample.py for any η and grid."""
     plain = made("plain")
@@ -100,6 +101,7 @@ def test_analytic_from_nothing_to_images(made, fit, sample, tmp_path):
     assert torch.equal(variance.moments, stored["moments"])
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("kind", ["sn", "npr"])
 def test_a_second_head_from_nothing_to_images(made, fit, sample, kind, tmp_path):
     plain = made("plain")
@@ -126,6 +128,7 @@ def test_a_second_head_from_nothing_to_images(made, fit, sample, kind, tmp_path)
     assert wrapped.sample(2, DDPM(3, variance)).shape == (2, 1, 8, 8)
 
 
+@pytest.mark.integration
 def test_a_fit_of_other_weights_and_a_broken_one_are_refused(made, fit, sample):
     plain, other = made("plain"), made("other", "seed=1")
     assert fit(other, "n=1", "nodes=4").code == 0
@@ -168,6 +171,7 @@ def test_what_cannot_be_fitted(made, fit, capfd, tmp_path):
     refused(fit(tmp_path / "nowhere"), "no checkpoint at")
 
 
+@pytest.mark.integration
 def test_a_learned_variance_simply_trains_and_samples(made, sample, fit):
     """variance=learned alone chooses 2C channels; sample.py takes the checkpoint's variance where its sampler can, and
     fixed_small for DDIM."""
@@ -230,6 +234,7 @@ def test_and_on_the_command_line_before_training(tmp_path, capfd):
     assert not (run / "checkpoints").exists()
 
 
+@pytest.mark.integration
 def test_networks_of_one_s_own(tmp_path, capfd, fit, sample):
     """With 2C channels they learn a variance; without they are refused in one line; no features, so no second head."""
     tiny = [o for o in TINY if not o.startswith(("model.", "lr_scheduler"))]
@@ -267,8 +272,8 @@ def test_the_checkpoint_s_own_variance_holds(made):
     assert instantiate({"_target_": "diffusion_lab.variances.SN"}).kind == "sn"
 
 
+@pytest.mark.integration
 @pytest.mark.ddp
-@pytest.mark.slow
 def test_two_processes_fit_what_one_does(made, fit, capfd):
     plain = made("plain")
     found = []

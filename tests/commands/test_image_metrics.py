@@ -68,6 +68,7 @@ def test_a_torchmetrics_distance_is_that_of_its_features(evaluate, given, real, 
     assert "mine" in outcome.out
 
 
+@pytest.mark.integration
 @pytest.mark.ddp
 @KEEPS
 def test_two_processes_have_the_figures_of_one(evaluate, given):
@@ -85,8 +86,8 @@ def test_two_processes_have_the_figures_of_one(evaluate, given):
     assert not torch.distributed.is_initialized()
 
 
+@pytest.mark.integration
 @pytest.mark.ddp
-@pytest.mark.slow  # metrics/test_collect has what rank 0 raises in every process
 @KEEPS
 def test_a_metric_that_fails_on_rank_0_ends_both_processes(evaluate, tmp_path):
     chosen = ("metrics=[]", "+metrics.mine._target_=torchmetrics.image.KernelInceptionDistance")
@@ -95,6 +96,7 @@ def test_a_metric_that_fails_on_rank_0_ends_both_processes(evaluate, tmp_path):
     assert "subset_size" in line
 
 
+@pytest.mark.integration
 def test_samples_of_every_sampler_and_seed_are_measured_alone(evaluate, run, tmp_path):
     """The figure of images alone is numpy's; table, csv and plot hold it; nothing of one row is in another's."""
     n = ("n=40", "steps=[2]", "samplers=[ddim,ddpm]")
@@ -179,6 +181,7 @@ def test_an_option_of_a_config_dir_takes_its_place(evaluate, tmp_path, given):
     assert row["metrics"]["near_recall"] < row["metrics"]["recall"]  # smaller balls
 
 
+@pytest.mark.integration
 def test_a_sweep_over_lists_and_the_shipped_one(run, cache, tmp_path, capfd):
     common = [f"ckpt={run}", f"cache={cache}", "n=12", "steps=[2]", "device=cpu", "extractor=classifier", "--multirun"]
     lists = "metrics=[fd_classifier],[prdc,fd]"

@@ -43,6 +43,7 @@ def _rows(folder):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.integration
 def test_an_offline_run_holds_the_data_of_every_panel(runs):
     one, _, out = runs
     logged = {key for run in (one, out) for row in offline_wandb.read(run).history for key in row}
@@ -61,6 +62,7 @@ def test_the_workspace_is_built_from_the_same_layout():
     assert [len(section.panels) for section in view.sections] == [len(panels) for panels in dashboard.LAYOUT.values()]
 
 
+@pytest.mark.integration
 def test_names_axes_and_summaries(runs):
     recorded = offline_wandb.read(runs[0])
     assert recorded.run.display_name.startswith("cosine-pred_v")
@@ -73,6 +75,7 @@ def test_names_axes_and_summaries(runs):
     assert recorded.config["schedule"]["_target_"] == "diffusion_lab.schedules.Cosine"
 
 
+@pytest.mark.integration
 def test_pictures_have_captions(runs):
     recorded = offline_wandb.read(runs[0])
     (samples,) = [row for row in recorded.history if "samples/filenames" in row]
@@ -83,6 +86,7 @@ def test_pictures_have_captions(runs):
     assert "noise to data" in strip["trajectory/captions"][0]
 
 
+@pytest.mark.integration
 def test_csv_wandb_and_tensorboard_carry_the_same_numbers(runs):
     one = runs[0]
     (events,) = (one / "tensorboard").glob("events.out.tfevents*")
@@ -97,6 +101,7 @@ def test_csv_wandb_and_tensorboard_carry_the_same_numbers(runs):
         assert kept == pytest.approx(written, rel=1e-6)
 
 
+@pytest.mark.integration
 def test_a_resumed_run_is_the_same_run_there(runs):
     one, two, _ = runs
     first, second = offline_wandb.read(one), offline_wandb.read(two)
@@ -107,6 +112,7 @@ def test_a_resumed_run_is_the_same_run_there(runs):
     assert max(steps) == 8
 
 
+@pytest.mark.integration
 def test_evaluations_leave_a_table_and_curves(runs):
     recorded = offline_wandb.read(runs[2])
     (table,) = [row for row in recorded.history if "quality/nrows" in row]
@@ -114,6 +120,7 @@ def test_evaluations_leave_a_table_and_curves(runs):
     assert any(key.startswith("quality_curve/fd_classifier") for row in recorded.history for key in row)
 
 
+@pytest.mark.integration
 def test_a_loss_that_is_no_number_is_said_and_ends_the_run(tmp_path, capfd, monkeypatch):
     step = DiffusionModule.training_step
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 
 import offline_wandb
 import pytest
@@ -62,30 +63,43 @@ def built(config, folder):
     return build_trainer(config, folder, [], [])
 
 
+ATTRIBUTES = {"max_epochs", "max_steps", "min_steps", "limit_train_batches", "limit_test_batches", "default_root_dir"}
+
+
+def test_every_flag_of_the_trainer_has_a_case():
+    """A new flag of Lightning's needs a value in FLAGS, or a reason in REFUSED_FLAGS."""
+    assert set(inspect.signature(pl.Trainer).parameters) == FLAGS.keys() | REFUSED_FLAGS.keys()
+
+
+@pytest.fixture
+def with_flag(tmp_path):
+    """with_flag(name, value): the trainer that the configuration with this flag builds."""
+
+    def call(flag, value):
+        config = composed("train", "trainer=cpu")
+        return built({**config, "trainer": {**config["trainer"], flag: value}}, tmp_path)
+
+    yield call
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("flag", inspect.signature(pl.Trainer).parameters)
-def test_every_flag_of_the_trainer_is_passed_on_or_refused_with_the_reason(flag, tmp_path):
-    value, reason = REFUSED_FLAGS.get(flag, (FLAGS.get(flag), None))
-    assert value is not None, f"add a value of the new flag {flag}"
-    config = composed("train", "trainer=cpu")
-    config = {**config, "trainer": {**config["trainer"], flag: value}}
-    try:
-        if reason:
-            with pytest.raises(ConfigError, match=reason):
-                built(config, tmp_path)
-            return
-        trainer = built(config, tmp_path)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    if flag in (
-        "max_epochs",
-        "max_steps",
-        "min_steps",
-        "limit_train_batches",
-        "limit_test_batches",
-        "default_root_dir",
-    ):
-        assert getattr(trainer, flag) == value
+@pytest.mark.parametrize("flag", sorted(FLAGS.keys() - ATTRIBUTES))
+def test_a_flag_of_the_trainer_is_accepted(flag, with_flag):
+    assert isinstance(with_flag(flag, FLAGS[flag]), pl.Trainer)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("flag", sorted(ATTRIBUTES))
+def test_a_flag_of_the_trainer_is_passed_on(flag, with_flag):
+    assert getattr(with_flag(flag, FLAGS[flag]), flag) == FLAGS[flag]
+
+
+@pytest.mark.parametrize("flag", REFUSED_FLAGS)
+def test_a_flag_of_the_trainer_is_refused_with_the_reason(flag, with_flag):
+    value, reason = REFUSED_FLAGS[flag]
+    with pytest.raises(ConfigError, match=reason):
+        with_flag(flag, value)
 
 
 def test_a_dry_run_leaves_no_checkpoint(tmp_path, capfd):
@@ -98,6 +112,7 @@ def test_a_dry_run_leaves_no_checkpoint(tmp_path, capfd):
     assert not list((tmp_path / "run").rglob("*.ckpt"))
 
 
+@pytest.mark.integration
 def test_flags_that_cut_the_stream_train_the_same_run(tmp_path, capfd):
     options = ("trainer.max_steps=4", "validation.every=2", "model.dropout=0.3")
     train(tmp_path / "whole", *options, capfd=capfd)
@@ -185,6 +200,7 @@ def test_a_key_that_nothing_reads_is_refused_on_resuming_and_in_sweeps(tmp_path,
 # loggers --------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.integration
 def test_loggers_by_their_class_each_write_and_wandb_receives_its_arguments(tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     (tmp_path / "modules").mkdir()
@@ -231,6 +247,7 @@ CALLBACKS = {
 }
 
 
+@pytest.mark.integration
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")  # of ModelCheckpoint, in the new run folder
 def test_callbacks_of_lightning_train_by_their_class_and_resume(tmp_path, capfd):
     added = [f"+callbacks.{name}._target_=pytorch_lightning.callbacks.{name}" for name in CALLBACKS]
@@ -259,22 +276,20 @@ def test_callbacks_of_lightning_train_by_their_class_and_resume(tmp_path, capfd)
         (("OnExceptionCheckpoint", "dirpath=x", "filename=last"), "another filename"),
         (("EarlyStopping", "monitor=val/loss"), "validation.every=500"),
         (("EarlyStopping", "foo=1"), "EarlyStopping has no argument foo"),
-        (("RichProgressBar",), "not installed"),
+        pytest.param(
+            ("RichProgressBar",),
+            "not installed",
+            marks=pytest.mark.skipif(find_spec("rich") is not None, reason="rich is installed"),
+        ),
     ],
     ids=str,
 )
 def test_callbacks_that_cannot_be_are_refused_with_the_reason(arguments, reason, tmp_path, capfd):
     name, *rest = arguments
-    if name == "RichProgressBar":
-        try:
-            import rich  # noqa: F401
-        except ImportError:
-            pass
-        else:
-            pytest.skip("rich is installed")
     refused(tmp_path / "run", reason, capfd, MINE + name, *(f"+callbacks.mine.{one}" for one in rest))
 
 
+@pytest.mark.integration
 def test_a_callback_of_the_user_sees_the_weights_that_are_trained_in_every_hook(tmp_path, capfd):
     watcher = ("+callbacks.mine._target_=training.recorders.Watcher", "+callbacks.mine.decay=0.9")
     options = ("callbacks.ema.decay=0.9", "validation.every=2", "trainer.max_steps=4", "callbacks.checkpoints.every=3")
@@ -309,6 +324,7 @@ json.dump(sorted(sys.modules), open(os.environ["MODULES"], "w"))
 """
 
 
+@pytest.mark.integration
 def test_the_first_step_imports_no_library_that_lightning_does_not(tmp_path):
     (tmp_path / "stopper.py").write_text(STOPPER)
     path = os.pathsep.join([str(ROOT / "src"), str(tmp_path), os.environ.get("PYTHONPATH", "")])

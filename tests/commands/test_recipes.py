@@ -9,6 +9,8 @@ from command import command
 
 from diffusion_lab import composition
 
+pytestmark = pytest.mark.integration
+
 NARROW = (
     "model.width=8",
     "model.groups=8",

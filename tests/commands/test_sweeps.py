@@ -31,6 +31,7 @@ def last_validation(folder: Path) -> float:
         return [float(row["val/loss"]) for row in csv.DictReader(file) if row["val/loss"]][-1]
 
 
+@pytest.mark.integration
 def test_a_sweep_goes_on_after_jobs_that_fail_and_lists_them(tmp_path, capfd, monkeypatch):
     """A job that is refused (ε cannot start where α = 0) and one that is done; then a job with a defect."""
     bad = tmp_path / "bad"
@@ -122,7 +123,7 @@ def test_sweeps_that_cannot_be_are_one_line(arguments, said, tmp_path, capfd):
 SWEEP = ("--multirun", *SHORT, "schedule.zero_terminal_snr=true")
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "there",
     [
@@ -144,6 +145,7 @@ def test_jobs_in_other_processes_are_the_same_runs(there, tmp_path, capfd, monke
 # searches -------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.integration
 def test_a_search_finds_the_better_rate_and_goes_on_from_its_file(tmp_path, capfd):
     """Loss after four steps falls with the rate on this range, so the best of the trials is that of the highest rate."""
     study = tmp_path / "study.log"

@@ -124,6 +124,7 @@ def test_interpolation_ends_are_equal_bit_for_bit(run, tmp_path, sample):
     assert np.array_equal(path[[0, -1]], levels)
 
 
+@pytest.mark.integration
 def test_the_round_trip_is_reported_and_falls_with_the_steps(sample, given, tmp_path):
     errors = []
     for steps in (4, 16, 64):

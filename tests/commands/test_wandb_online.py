@@ -68,7 +68,7 @@ class GoesAway(pl.Callback):
             self.server.server_close()
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_server_that_goes_away_costs_nothing_but_a_warning(tmp_path, capfd, monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -130,6 +130,7 @@ def slow_images(tmp_path) -> Path:
     return source.parent
 
 
+@pytest.mark.integration
 def test_processes_at_once_build_one_and_agree(slow_images, tmp_path):
     builds = [start(slow_images, tmp_path / "cache") for _ in range(3)]
     results = [build.communicate(timeout=60) for build in builds]
@@ -138,6 +139,7 @@ def test_processes_at_once_build_one_and_agree(slow_images, tmp_path):
     assert len(made(tmp_path / "cache")) == 1
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_build_leaves_nothing_in_the_way(slow_images, tmp_path, how):
     cache = tmp_path / "cache"

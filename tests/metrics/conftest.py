@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-import judge as judge_tools
 import pytest
+import quick_classifier
 
 from diffusion_lab.checkpoint.classifiers import load_classifier
 from diffusion_lab.metrics.classifier import ClassifierExtractor, Recipe, load_or_train
@@ -11,7 +11,7 @@ from diffusion_lab.metrics.classifier import ClassifierExtractor, Recipe, load_o
 
 @pytest.fixture(scope="session")
 def digits():
-    return judge_tools.digits()
+    return quick_classifier.digits()
 
 
 @pytest.fixture(scope="session")

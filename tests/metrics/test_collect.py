@@ -142,6 +142,7 @@ def _work(rank, folder, world):
             distributed.destroy_process_group()
 
 
+@pytest.mark.integration
 @pytest.mark.ddp
 def test_one_two_and_three_processes_give_the_same_images_and_values(tmp_path):
     threads = torch.get_num_threads()

@@ -458,6 +458,7 @@ def test_errors_are_one_line(arguments, message, tmp_path, capsys):
     assert (tmp_path / "file").read_text() == "text"
 
 
+@pytest.mark.integration
 def test_command_does_not_import_torch(sweep):
     """Run in a new process; then a second report replaces the first."""
     script = f"""
@@ -602,6 +603,7 @@ def rows_of(document):
     return [re.search(r'data-v="([^"]*)"', row).group(1) for row in body.split("</tr>")[:-1]]
 
 
+@pytest.mark.integration
 def test_browser_sorts_by_fragment_and_runs_no_hostile_script(hostile, sweep, tmp_path, report):
     report(hostile, sweep, f"title={quoted(HOSTILE)}")
     document, console = open_page(tmp_path / "report.html", tmp_path, "#sort=-min%20val%2Floss")
@@ -614,6 +616,7 @@ def test_browser_sorts_by_fragment_and_runs_no_hostile_script(hostile, sweep, tm
     assert document.count('aria-sort="') == 1
 
 
+@pytest.mark.integration
 def test_browser_at_phone_width(sweep, tmp_path, report):
     """At 360 pixels, only boxes that scroll are wider than the page. Charts show the value under the pointer; a click on a
     heading sorts, on a grid enlarges it, on the legend hides a line."""
@@ -661,6 +664,7 @@ def test_browser_at_phone_width(sweep, tmp_path, report):
     assert outcome["large"] == [True, "data:image/png;"]
 
 
+@pytest.mark.integration
 def test_browser_blocks_an_injected_script(sweep, tmp_path, report):
     """The content security policy blocks it; this also shows that the tests above detect console errors."""
     page = report(sweep)

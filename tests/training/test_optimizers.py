@@ -48,6 +48,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_optimizer_of_torch_trains_and_resumes_bit_for_bit(name, tmp_path, capfd):
     chosen = custom("optimizer", f"torch.optim.{name}", *OPTIMIZERS[name])
@@ -131,6 +132,7 @@ FREE = custom("optimizer", "schedulefree.AdamWScheduleFree", "lr=1e-2", "warmup_
 MODES = "+callbacks.modes._target_=training.recorders.Modes"
 
 
+@pytest.mark.integration
 def test_a_schedule_free_run_continues_from_the_weights_that_it_trains(tmp_path, capfd):
     # no average, so that what is validated and drawn is the network itself
     drawn = "callbacks.samples={_target_: diffusion_lab.training.callbacks.Samples, folder: samples, every: 2, n: 2, sampler: "
@@ -190,6 +192,7 @@ def rates_by_hand(name, arguments, warmup, lr, steps=6):
     return [*((s + 1) / warmup * rates[0] for s in range(warmup)), *rates][:steps]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_the_rate_of_each_step_is_the_one_by_hand_and_resuming_continues_it(name, tmp_path, capfd):
     arguments, warmup = SCHEDULERS[name]
@@ -200,6 +203,7 @@ def test_the_rate_of_each_step_is_the_one_by_hand_and_resuming_continues_it(name
     assert rest == rates[3:]
 
 
+@pytest.mark.integration
 def test_what_is_changed_on_resuming_takes_effect(tmp_path, capfd):
     """The rate is that of a run which always had the new values."""
     step = custom("lr_scheduler", CURVES + "StepLR", "step_size=2", "gamma=0.5")
@@ -233,6 +237,7 @@ STUCK = (
 )  # by which nothing is an improvement
 
 
+@pytest.mark.integration
 def test_a_plateau_lowers_the_rate_after_validations_and_resumes(tmp_path, capfd):
     whole, second, rates, rest = resumed(tmp_path, capfd, *PLATEAU, *STUCK, "lr_scheduler.warmup=2")
     assert_equal(whole, second)
@@ -246,6 +251,7 @@ def test_a_plateau_lowers_the_rate_after_validations_and_resumes(tmp_path, capfd
     assert list(Rates.rates.values()) == pytest.approx([0.0025, 0.00125, 0.000625], rel=1e-6)
 
 
+@pytest.mark.integration
 def test_a_plateau_goes_by_another_metric(tmp_path, capfd):
     options = (*PLATEAU, *STUCK, "validation.every=2", "trainer.max_steps=6")
     train(tmp_path / "run", *options, "+lr_scheduler.monitor=train/loss", RECORD, capfd=capfd)

@@ -7,7 +7,7 @@ import together
 import torch
 from command import TINY, code, command, train
 
-pytestmark = pytest.mark.ddp
+pytestmark = [pytest.mark.ddp, pytest.mark.integration]
 
 
 # or Adam scales up the rounding of biases that have no gradient, which is another where sums are cut into parts

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from command import ROOT, TINY, command, train
-from judge import install
+from quick_classifier import install
 
 from diffusion_lab.commands.train import build
 from diffusion_lab.metrics import extractors
@@ -40,6 +40,7 @@ def figures(folder, name="fd_classifier_70"):
         return {int(row["step"]): float(row[name]) for row in csv.DictReader(file) if row.get(name)}
 
 
+@pytest.mark.integration
 def test_the_figure_is_logged_decides_best_and_is_evaluate_s(tmp_path, cache, capfd):
     run, again, out = tmp_path / "run", tmp_path / "again", tmp_path / "out"
     outcome = train(run, *QUALITY, cache, "trainer.max_steps=5", capfd=capfd)
@@ -62,6 +63,7 @@ def test_the_figure_is_logged_decides_best_and_is_evaluate_s(tmp_path, cache, ca
     assert resumed["callbacks"]["Checkpoints"]["best"] == pytest.approx(min(*found.values(), *figures(again).values()))
 
 
+@pytest.mark.integration
 def test_clip_none_is_no_threshold_for_the_callbacks_and_the_commands(tmp_path, cache, capfd):
     """Grids, quality and evaluate.py sample without clipping, by the same figure; it is another one with clipping."""
     run, out = tmp_path / "run", tmp_path / "out"
@@ -83,6 +85,7 @@ def test_clip_none_is_no_threshold_for_the_callbacks_and_the_commands(tmp_path, 
     assert found["StaticThreshold"] != pytest.approx(figure, rel=1e-3)
 
 
+@pytest.mark.integration
 def test_a_run_with_it_trains_the_very_same_weights(tmp_path, cache, capfd):
     with_it, without = tmp_path / "with", tmp_path / "without"
     train(with_it, *QUALITY, cache, "trainer.max_steps=4", capfd=capfd)
@@ -114,12 +117,14 @@ def test_what_is_missing_is_known_before_the_first_step(tmp_path, capfd, monkeyp
         assert not (run / "metrics.csv").exists()
 
 
+@pytest.mark.integration
 def test_evaluations_that_would_take_too_much_of_the_time_are_warned_of(tmp_path, cache, capfd):
     asked = [a for a in QUALITY if "share" not in a]
     with pytest.warns(UserWarning, match=r"of the time: write callbacks\.quality\.every="):
         train(tmp_path / "run", *asked, cache, "trainer.max_steps=1", capfd=capfd)
 
 
+@pytest.mark.integration
 def test_an_evaluation_of_a_network_that_diverges_ends_no_training(tmp_path, cache, capfd):
     with pytest.warns(UserWarning, match="no fd_classifier_70 at step 2: .*image 0: the network gave NaN"):
         out = train(
@@ -130,8 +135,8 @@ def test_an_evaluation_of_a_network_that_diverges_ends_no_training(tmp_path, cac
     assert not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()  # such weights are not kept
 
 
+@pytest.mark.integration
 @pytest.mark.ddp
-@pytest.mark.slow  # that processes agree is tested on metrics/collect as well
 def test_two_processes_log_the_same_figure(tmp_path, cache, capfd):
     one, two = tmp_path / "one", tmp_path / "two"
     train(one, *QUALITY, cache, "trainer.max_steps=2", capfd=capfd)
