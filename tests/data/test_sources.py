@@ -1,22 +1,24 @@
 """The data sets, from files in their published formats that the tests write."""
 
 import gzip
+import hashlib
 import pickle
 import struct
+import subprocess
+import sys
 import tarfile
 import zipfile
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from torchvision import datasets as published
 
-from diffusion_lab.data.sources import CIFAR10, MNIST, CelebA, Digits, FashionMNIST, ImageFolder, Source, cifar10
+from diffusion_lab.data.sources import CIFAR10, MNIST, CelebA, Digits, FashionMNIST, ImageFolder, Source
 
-from .helpers import RNG, save
+from .helpers import RNG, UNREACHABLE, save, served
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
-UNREACHABLE = "http://127.0.0.1:9/"  # the discard port
 
 
 def load(source: Source, root: Path, shape=(3, 8, 8), download=False):
@@ -34,6 +36,18 @@ def test_digits_are_whole_and_on_the_grid(tmp_path):
     assert np.bincount(digits.examples.labels).min() >= 174
     assert digits.class_names == tuple("0123456789")
     assert not digits.official
+
+
+def test_digits_need_no_torchvision():
+    """Its import takes seconds."""
+    code = """
+import sys
+from pathlib import Path
+from diffusion_lab.data.sources import Digits
+Digits().load(Path(), (1, 8, 8), download=True)
+sys.exit("torchvision" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 # --- MNIST -----------------------------------------------------------------------------------------------------------
@@ -73,9 +87,8 @@ def test_mnist_reads_both_layouts_and_writes_nothing(tmp_path, source, suffix):
 
 
 def test_mnist_that_is_not_complete_names_what_lacks(tmp_path, monkeypatch):
-    torchvision = pytest.importorskip("torchvision")
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [UNREACHABLE])
+    monkeypatch.setattr(published.MNIST, "mirrors", [UNREACHABLE])
     write_mnist(tmp_path)
     (tmp_path / "MNIST" / "raw" / "t10k-labels-idx1-ubyte.gz").unlink()
     for download in (False, True):
@@ -85,6 +98,21 @@ def test_mnist_that_is_not_complete_names_what_lacks(tmp_path, monkeypatch):
         assert str(tmp_path / "MNIST" / "raw") in line
         assert "train-" not in line
         assert "\n" not in line
+
+
+def test_mnist_downloads_what_is_missing(tmp_path, monkeypatch):
+    arrays = write_mnist(tmp_path / "mirror")
+    mirror, raw = tmp_path / "mirror" / "MNIST" / "raw", tmp_path / "root" / "MNIST" / "raw"
+    sums = [(path.name, hashlib.md5(path.read_bytes()).hexdigest()) for path in sorted(mirror.iterdir())]
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(published.MNIST, "resources", sums)
+    raw.mkdir(parents=True)
+    (mirror / "t10k-labels-idx1-ubyte.gz").rename(raw / "t10k-labels-idx1-ubyte.gz")
+    with served(mirror) as address:
+        monkeypatch.setattr(published.MNIST, "mirrors", [UNREACHABLE, address])
+        data = load(MNIST(), tmp_path / "root", download=True)
+    assert np.array_equal(data.examples.images[:7, 0], arrays["train-images-idx3-ubyte"])
+    assert sorted(path.name for path in raw.iterdir()) == [name for name, _ in sums]
 
 
 def test_mnist_names_damaged_files(tmp_path):
@@ -118,14 +146,18 @@ def test_mnist_as_published():
 # --- CIFAR-10 --------------------------------------------------------------------------------------------------------
 
 
+FOLDER, ARCHIVE = published.CIFAR10.base_folder, published.CIFAR10.filename
+BATCHES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
+
+
 def write_cifar(root: Path) -> tuple[np.ndarray, list[int]]:
     images = RNG.integers(0, 256, (6, 2, 3072), dtype=np.uint8)
-    (root / cifar10.FOLDER).mkdir(parents=True)
-    for i, name in enumerate(cifar10.BATCHES):
+    (root / FOLDER).mkdir(parents=True)
+    for i, name in enumerate(BATCHES):
         data = pickle.dumps({"data": images[i], "labels": [i, i + 1], "filenames": ["a", "b"]}, protocol=2)
         for key in (b"data", b"labels"):  # strings of Python 2, as published
             data = data.replace(b"X%c\0\0\0%b" % (len(key), key), b"U%c%b" % (len(key), key))
-        (root / cifar10.FOLDER / name).write_bytes(data)
+        (root / FOLDER / name).write_bytes(data)
     return images.reshape(12, 3, 32, 32), [i + k for i in range(6) for k in (0, 1)]
 
 
@@ -133,9 +165,9 @@ def write_cifar(root: Path) -> tuple[np.ndarray, list[int]]:
 def test_cifar_reads_both_layouts(tmp_path, layout):
     images, labels = write_cifar(tmp_path)
     if layout == "archive":
-        with tarfile.open(tmp_path / cifar10.ARCHIVE.name, "w:gz") as tar:
-            tar.add(tmp_path / cifar10.FOLDER, cifar10.FOLDER)
-        (tmp_path / cifar10.FOLDER).rename(tmp_path / "away")
+        with tarfile.open(tmp_path / ARCHIVE, "w:gz") as tar:
+            tar.add(tmp_path / FOLDER, FOLDER)
+        (tmp_path / FOLDER).rename(tmp_path / "away")
     data = load(CIFAR10(), tmp_path)
     assert np.array_equal(data.examples.images, images)
     assert data.examples.labels.tolist() == labels
@@ -145,11 +177,11 @@ def test_cifar_reads_both_layouts(tmp_path, layout):
 
 def test_cifar_names_what_lacks_or_is_damaged(tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(cifar10, "ARCHIVE", replace(cifar10.ARCHIVE, urls=(UNREACHABLE,)))
+    monkeypatch.setattr(published.CIFAR10, "url", UNREACHABLE)
     with pytest.raises(ValueError, match=rf"cannot download .* put cifar-10-python.tar.gz into {tmp_path}"):
         load(CIFAR10(), tmp_path, download=True)
     write_cifar(tmp_path)
-    batch = tmp_path / cifar10.FOLDER / "data_batch_3"
+    batch = tmp_path / FOLDER / "data_batch_3"
     whole = batch.read_bytes()
     for damaged in (whole[:50], b"", pickle.dumps({"data": np.zeros((2, 7), np.uint8), "labels": [0, 1]})):
         batch.write_bytes(damaged)
@@ -158,8 +190,8 @@ def test_cifar_names_what_lacks_or_is_damaged(tmp_path, monkeypatch):
     batch.unlink()
     with pytest.raises(ValueError, match="lacks data_batch_3"):
         load(CIFAR10(), tmp_path)
-    (tmp_path / cifar10.FOLDER).rename(tmp_path / "away")
-    (tmp_path / cifar10.ARCHIVE.name).write_bytes(b"half")
+    (tmp_path / FOLDER).rename(tmp_path / "away")
+    (tmp_path / ARCHIVE).write_bytes(b"half")
     with pytest.raises(ValueError, match=r"cifar-10-python.tar.gz is damaged"):
         load(CIFAR10(), tmp_path)
 
@@ -170,8 +202,8 @@ def test_cifar_runs_no_code_of_a_batch(tmp_path):
             return (Path.touch, (tmp_path / "ran",))
 
     write_cifar(tmp_path)
-    (tmp_path / cifar10.FOLDER / "data_batch_1").write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(ValueError, match="it asks for"):
+    (tmp_path / FOLDER / "data_batch_1").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(ValueError, match="it refers to"):
         load(CIFAR10(), tmp_path)
     assert not (tmp_path / "ran").exists()
 
