@@ -70,7 +70,7 @@ def test_is_reused_and_keyed_by_files_and_options(images, tmp_path):
         Decoder((3, 8, 8), resize="exact"),
         Decoder((3, 8, 8), box=6),
         Decoder((3, 8, 8), box=(0, 0, 6, 6)),
-        Decoder((3, 8, 8), centre=False),
+        Decoder((3, 8, 8), center=False),
     ):
         assert known < (known := build(decoder))
     os.utime(images / "0.png", ns=(1, 1))

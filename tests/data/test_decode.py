@@ -24,7 +24,7 @@ def plain(h: int, w: int, channels: int = 3, **options) -> Decoder:
 
 def test_pixels_come_out_channels_first_and_untouched():
     pixels = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)
-    out = plain(5, 7, resize="none", centre=False)(encoded(Image.fromarray(pixels)), "x")
+    out = plain(5, 7, resize="none", center=False)(encoded(Image.fromarray(pixels)), "x")
     assert np.array_equal(out, pixels.transpose(2, 0, 1))
 
 
@@ -99,9 +99,9 @@ def test_boxes_are_cut_before_the_resize():
 @pytest.mark.parametrize(
     ("options", "remedy"),
     [
-        ({"resize": "none"}, r"a/b.png is 5×6, too small to cut 8×8 .*resize=shorter"),
-        ({"resize": "none", "centre": False}, r"a/b.png is 5×6 where data.image_size=\[8,8\].*resize=exact"),
-        ({"box": (0, 0, 6, 6)}, "a/b.png is 5×6, too small to cut 6×6"),
+        ({"resize": "none"}, r"a/b.png is 5×6, too small to crop 8×8 .*resize=shorter"),
+        ({"resize": "none", "center": False}, r"a/b.png is 5×6 where data.image_size=\[8,8\].*resize=exact"),
+        ({"box": (0, 0, 6, 6)}, "a/b.png is 5×6, too small to crop 6×6"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_by_name(options, remedy):
