@@ -39,11 +39,11 @@ def read_one(key: str, path: Path, shape: tuple[int, int, int]) -> Tensor:
     return images
 
 
-def read_condition(stated: str | None, shape: tuple[int, int, int], condition: Condition) -> dict[str, Any] | None:
+def read_condition(source: str | None, shape: tuple[int, int, int], condition: Condition) -> dict[str, Any] | None:
     """Read `condition_data=` as a batch: "image", and the further arrays of an .npz file by name.
 
     Args:
-        stated: an image file, a folder or .zip file of them, or an .npz file of images (arr_0) and further arrays. None
+        source: an image file, a folder or .zip file of them, or an .npz file of images (arr_0) and further arrays. None
             returns None.
         shape: (C, H, W) of the checkpoint's images. For `LowResolution`, images of the lower resolution are accepted too.
         condition: the checkpoint's.
@@ -51,14 +51,14 @@ def read_condition(stated: str | None, shape: tuple[int, int, int], condition: C
     Raises:
         ConfigError: the condition takes no data, no such path, or as `read`.
     """
-    if stated is None:
+    if source is None:
         return None
     if not condition.of_data:
         raise ConfigError(
             "condition_data= is for conditions made of data, and this checkpoint has "
             f"condition={option_name(condition)}: leave it out"
         )
-    path = Path(stated)
+    path = Path(source)
     if not path.exists():
         raise ConfigError(f"condition_data={path}: there is no such file or folder")
     arrays = read_npz(path, "condition_data") if path.suffix == ".npz" else {}
