@@ -1,4 +1,4 @@
-"""The data sets, from files in their published formats that the tests write."""
+"""The data sets, from files that the tests write in the published formats."""
 
 import gzip
 import hashlib
@@ -86,7 +86,7 @@ def test_mnist_reads_both_layouts_and_writes_nothing(tmp_path, source, suffix):
     assert (images.shape, labels.dtype, len(data.class_names)) == ((10, 1, 28, 28), np.int64, 10)
 
 
-def test_mnist_that_is_not_complete_names_what_lacks(tmp_path, monkeypatch):
+def test_incomplete_mnist_names_the_missing_files(tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(published.MNIST, "mirrors", [UNREACHABLE])
     write_mnist(tmp_path)
@@ -175,7 +175,7 @@ def test_cifar_reads_both_layouts(tmp_path, layout):
     assert data.class_names[3] == "cat"
 
 
-def test_cifar_names_what_lacks_or_is_damaged(tmp_path, monkeypatch):
+def test_cifar_names_missing_and_damaged_files(tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(published.CIFAR10, "url", UNREACHABLE)
     with pytest.raises(ValueError, match=rf"cannot download .* put cifar-10-python.tar.gz into {tmp_path}"):
@@ -247,7 +247,7 @@ def test_celeba_reads_the_archive(tmp_path):
     assert np.array_equal(load(CelebA(), tmp_path).examples.images, expected)
 
 
-def test_celeba_that_is_not_complete_says_so(tmp_path):
+def test_incomplete_celeba_names_the_missing_files(tmp_path):
     with pytest.raises(ValueError, match=r"put img_align_celeba\.zip, list_attr_celeba\.txt, list_eval_partition\.txt"):
         load(CelebA(), tmp_path)
     write_celeba(tmp_path)
@@ -259,12 +259,12 @@ def test_celeba_that_is_not_complete_says_so(tmp_path):
         load(CelebA(), tmp_path)
 
 
-# --- One's own images ------------------------------------------------------------------------------------------------
+# --- Image folders ---------------------------------------------------------------------------------------------------
 
 
 def test_folders_of_mixed_images(tmp_path):
-    save(tmp_path / "a" / "grey.png", 20, 10, "L")
-    save(tmp_path / "a" / "deep" / "colour.jpg", 9, 30)
+    save(tmp_path / "a" / "gray.png", 20, 10, "L")
+    save(tmp_path / "a" / "deep" / "color.jpg", 9, 30)
     save(tmp_path / "b" / "clear.png", 16, 16, "RGBA")
     save(tmp_path / "c" / "print.tif", 12, 15, "CMYK")
     for channels in (1, 3):
@@ -285,12 +285,12 @@ def test_folders_of_mixed_images(tmp_path):
         (["test/x.png", "train/y.png", "valid/z.png"], None, {"test": [0], "val": [2]}),
     ],
 )
-def test_the_layout_says_classes_and_parts(tmp_path, names, labels, official):
+def test_the_layout_defines_classes_and_parts(tmp_path, names, labels, official):
     for name in names:
         save(tmp_path / name)
     data = load(ImageFolder(), tmp_path)
-    found = data.examples.labels
-    assert (None if found is None else found.tolist()) == labels
+    actual = data.examples.labels
+    assert (None if actual is None else actual.tolist()) == labels
     assert {name: part.tolist() for name, part in data.official.items()} == official
 
 
@@ -305,7 +305,7 @@ def test_archives_are_read_directly(tmp_path):
 
 
 @pytest.mark.parametrize("channels", [None, 1, 3])
-def test_arrays_are_used_as_they_are(tmp_path, channels):
+def test_arrays_are_used_unchanged(tmp_path, channels):
     images = RNG.integers(0, 256, (5, 4, 6, *([channels] if channels else [])), dtype=np.uint8)
     np.savez(tmp_path / "x.npz", images, np.array([0, 2, 1, 2, 0], np.int32))
     data = load(ImageFolder(), tmp_path / "x.npz")
@@ -352,7 +352,7 @@ def test_wrong_roots_and_options_are_refused(tmp_path):
         CelebA(filter="cubic")
 
 
-def test_a_box_is_cut_first_and_then_fitted(tmp_path):
+def test_a_box_is_cropped_before_the_resize(tmp_path):
     pixels = save(tmp_path / "x.png", 20, 30)
     data = load(ImageFolder(crop=[2, 3, 8, 8]), tmp_path)
     assert np.array_equal(data.examples.images[0], pixels[2:10, 3:11].transpose(2, 0, 1))
