@@ -1,4 +1,4 @@
-"""A data set of one's own with a tensor beside each image, and a network that reads it: the README's example of a condition."""
+"""A custom data set with a further tensor per image, and a network with that input: the README's example of a condition."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from diffusion_lab.data.sources import Dataset, Source
 
 
 class Squares(Source):
-    """Bright squares whose side, a fraction of the image, is known of each."""
+    """Bright squares, with the side of each as a fraction of the image."""
 
     def load(self, root: Path, shape: tuple[int, int, int], *, download: bool) -> Dataset:
         sides = np.arange(60) % shape[1] + 1
@@ -24,20 +24,20 @@ class Squares(Source):
 
 
 class SizedNetwork(nn.Module):
-    """A convolution that is told the time and the size."""
+    """A convolution conditioned on time and size."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.convolution = nn.Conv2d(channels + 2, channels, 3, padding=1)
 
     def forward(self, x: Tensor, c: Tensor, size: Tensor) -> Tensor:
-        told = torch.stack([c / 1000, size], 1)[:, :, None, None].expand(-1, -1, *x.shape[2:])
-        out: Tensor = self.convolution(torch.cat([x, told], 1))
+        condition = torch.stack([c / 1000, size], 1)[:, :, None, None].expand(-1, -1, *x.shape[2:])
+        out: Tensor = self.convolution(torch.cat([x, condition], 1))
         return out
 
 
 class Noise(Source):
-    """Twelve images of noise, labelled: a stand-in for a data set that is not there, whatever its options."""
+    """Twelve labeled images of noise: a substitute for a data set that is not available, with any options."""
 
     def __init__(self, **options: object) -> None:
         pass

@@ -305,7 +305,7 @@ def test_images_that_cannot_be_measured_are_refused(settings, measured, tmp_path
     for images, said in {
         npz("nan", hole): "image 37 ",
         npz("range", 3 * floats): "scale to",
-        npz("size", np.zeros((80, 9, 8, 1), np.uint8)): "is 9×8×1, and the data set's images are 8×8×1",
+        npz("size", np.zeros((80, 9, 8, 1), np.uint8)): "is 9×8×1 where the data set's images are 8×8×1",
         npz("channels", np.zeros((80, 8, 8, 3), np.uint8)): "is 8×8×3",
         npz("kind", good.astype(np.int64)): "write uint8",
         npz("one", good[:1]): "at least 2",

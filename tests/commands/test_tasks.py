@@ -246,11 +246,11 @@ def test_what_is_wrong_without_a_checkpoint_is_refused_before_one_is_read(argume
 UNREADABLE = {
     "broken.png": "cannot be read as an image",
     "large.png": "resize it to 8×8",
-    "colour.png": "save it in grey",
+    "colour.png": "save it in grayscale",
     "many.npz": "holds 5 images: name one",
     "broken.npz": "cannot be read as an .npz",
     "other.npz": "1×8×8 where the checkpoint's images are 8×8×1",
-    "nan.npz": "holds floats outside [-1, 1], or NaN",
+    "nan.npz": "of image 0 hold NaN",
 }
 
 

@@ -18,10 +18,10 @@ from diffusion_lab.data.decode import Decoder, Files
 
 from .helpers import save
 
-MANY = 3000  # images of the builds that are caught in the middle
+MANY = 3000  # images of the builds that are interrupted
 DECODER = Decoder((3, 8, 8))
-# A test run in the background has SIGINT ignored, and hands that on.
-HEARS_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+# A background job ignores SIGINT, and so do its children.
+ACCEPT_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
 BUILD = """
 import sys
 from pathlib import Path
@@ -38,7 +38,7 @@ def images(tmp_path) -> Path:
     return tmp_path / "images"
 
 
-def made(cache: Path) -> list[str]:
+def file_names(cache: Path) -> list[str]:
     return sorted(path.name for path in cache.iterdir())
 
 
@@ -57,11 +57,11 @@ def test_is_reused_and_keyed_by_files_and_options(images, tmp_path):
 
     def build(decoder: Decoder = DECODER) -> set[str]:
         decoded(Files(images), decoder, cache)
-        return set(made(cache))
+        return set(file_names(cache))
 
-    known = build()
+    names = build()
     stamp = next(cache.iterdir()).stat().st_mtime_ns
-    assert build() == known
+    assert build() == names
     assert next(cache.iterdir()).stat().st_mtime_ns == stamp
     for decoder in (
         Decoder((1, 8, 8)),
@@ -70,20 +70,20 @@ def test_is_reused_and_keyed_by_files_and_options(images, tmp_path):
         Decoder((3, 8, 8), resize="exact"),
         Decoder((3, 8, 8), box=6),
         Decoder((3, 8, 8), box=(0, 0, 6, 6)),
-        Decoder((3, 8, 8), centre=False),
+        Decoder((3, 8, 8), center=False),
     ):
-        assert known < (known := build(decoder))
+        assert names < (names := build(decoder))
     os.utime(images / "0.png", ns=(1, 1))
-    assert known < (known := build())
+    assert names < (names := build())
     (images / "0.png").rename(images / "9.png")
-    assert known < (known := build())
+    assert names < (names := build())
     save(images / "new.png")
-    assert known < build()
+    assert names < build()
 
 
-def test_default_is_beside_the_images_and_not_among_them(images):
+def test_the_default_is_in_the_folder_of_the_images_and_hidden(images):
     decoded(Files(images), DECODER, cache_folder(None, images))
-    assert len(made(images / ".cache")) == 1
+    assert len(file_names(images / ".cache")) == 1
     assert len(Files(images).names) == 5
 
 
@@ -91,7 +91,7 @@ def test_a_broken_image_is_named_and_leaves_nothing(images, tmp_path):
     (images / "7.png").write_bytes(b"no")
     with pytest.raises(ValueError, match=r"7\.png cannot be read"):
         decoded(Files(images), DECODER, tmp_path / "cache")
-    assert made(tmp_path / "cache") == []
+    assert file_names(tmp_path / "cache") == []
     (images / "7.png").unlink()
     assert len(decoded(Files(images), DECODER, tmp_path / "cache")) == 5
 
@@ -101,7 +101,7 @@ def test_a_full_disk_is_refused_beforehand_with_figures(images, tmp_path, monkey
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 60_000_000))
     with pytest.raises(ValueError, match=r"images take 0 MiB, and 57 MiB are free: .*data\.source\.cache"):
         decoded(Files(images), DECODER, tmp_path / "cache")
-    assert made(tmp_path / "cache") == []
+    assert file_names(tmp_path / "cache") == []
 
 
 def test_a_folder_that_cannot_be_made_is_refused(images, tmp_path):
@@ -112,7 +112,7 @@ def test_a_folder_that_cannot_be_made_is_refused(images, tmp_path):
 
 def start(images: Path, cache: Path) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-c", HEARS_CTRL_C + BUILD, str(images), str(cache)],
+        [sys.executable, "-c", ACCEPT_CTRL_C + BUILD, str(images), str(cache)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -121,7 +121,7 @@ def start(images: Path, cache: Path) -> subprocess.Popen:
 
 @pytest.fixture
 def slow_images(tmp_path) -> Path:
-    """Enough to be caught in the middle."""
+    """Enough images to interrupt the build."""
     source = tmp_path / "slow" / "0000.png"
     source.parent.mkdir()
     Image.effect_noise((200, 200), 50).save(source)
@@ -136,7 +136,7 @@ def test_processes_at_once_build_one_and_agree(slow_images, tmp_path):
     results = [build.communicate(timeout=60) for build in builds]
     assert [out for out, _ in results] == [f"({MANY}, 3, 8, 8)\n"] * 3
     assert sum("decoding" in err for _, err in results) == 1
-    assert len(made(tmp_path / "cache")) == 1
+    assert len(file_names(tmp_path / "cache")) == 1
 
 
 @pytest.mark.integration
@@ -154,7 +154,7 @@ def test_an_interrupted_build_leaves_nothing_in_the_way(slow_images, tmp_path, h
     assert build.returncode != 0
     assert list(cache.glob("*.npy")) == []
     if how == signal.SIGINT:
-        assert made(cache) == []
-    again = start(slow_images, cache)
-    assert again.communicate(timeout=60)[0] == f"({MANY}, 3, 8, 8)\n"
+        assert file_names(cache) == []
+    second = start(slow_images, cache)
+    assert second.communicate(timeout=60)[0] == f"({MANY}, 3, 8, 8)\n"
     assert [path.suffix for path in cache.iterdir()] == [".npy"]

@@ -26,7 +26,7 @@ def digits(**options) -> DataModule:
 
 @pytest.mark.parametrize("path", CONF, ids=lambda path: path.stem)
 def test_each_configuration_states_every_argument(path):
-    """All but the run's seed, which the command passes, and the class of one's own."""
+    """All but the run's seed, which the command passes, and the class of data=custom."""
     node = OmegaConf.load(path)
     assert {"_target_", *inspect.signature(DataModule).parameters} == {*node, "seed"}
     if path.stem == "custom":
@@ -72,7 +72,7 @@ def test_evaluation_batches_agree_with_the_arrays():
     assert sum(len(batch["index"]) for batch in data.test_dataloader()) == 180
 
 
-def test_training_starts_where_it_is_told():
+def test_training_starts_at_the_given_step():
     data = digits(batch_size=32, seed=1)
     stream = data.train_dataloader()
     expected = [batch["image"] for batch in islice(stream, 5, 7)]
@@ -108,7 +108,7 @@ def test_unused_labels_are_left_out():
         ({"batch_size": 0}, r"write data\.batch_size=1"),
     ],
 )
-def test_what_does_not_agree_is_refused(options, remedy):
+def test_a_configuration_that_contradicts_the_data_is_refused(options, remedy):
     with pytest.raises(ValueError, match=remedy):
         digits(**options).train_dataloader()
 
@@ -126,7 +126,7 @@ def test_stratification_needs_labels(tmp_path):
 
 
 class Recorder(pl.LightningModule):
-    """Learns one number and writes down what it is shown."""
+    """Train one parameter and record the batches."""
 
     def __init__(self) -> None:
         super().__init__()

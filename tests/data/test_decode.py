@@ -1,4 +1,4 @@
-"""Image files of all kinds."""
+"""Decoding of image files."""
 
 import io
 import zipfile
@@ -24,13 +24,13 @@ def plain(h: int, w: int, channels: int = 3, **options) -> Decoder:
 
 def test_pixels_come_out_channels_first_and_untouched():
     pixels = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)
-    out = plain(5, 7, resize="none", centre=False)(encoded(Image.fromarray(pixels)), "x")
+    out = plain(5, 7, resize="none", center=False)(encoded(Image.fromarray(pixels)), "x")
     assert np.array_equal(out, pixels.transpose(2, 0, 1))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I", "I;16"])
-def test_every_mode_comes_out_in_the_channels_asked_for(mode, channels):
+def test_every_mode_is_converted_to_the_configured_channels(mode, channels):
     level = 180
     if mode.startswith("I"):
         image = Image.fromarray(np.full((9, 6), level * 257, np.uint16 if ";" in mode else np.int32))
@@ -44,7 +44,7 @@ def test_every_mode_comes_out_in_the_channels_asked_for(mode, channels):
         assert np.abs(out.astype(int) - level).max() <= 2
 
 
-def test_transparency_lies_on_white():
+def test_transparency_is_composited_on_white():
     clear = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
     assert plain(4, 4)(encoded(clear), "x").min() == 255
     palette = Image.new("P", (4, 4), 0)
@@ -63,14 +63,14 @@ def test_the_camera_s_orientation_is_applied():
     pixels = np.zeros((4, 6, 3), np.uint8)
     pixels[0] = 255  # bright on top
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise: the top goes right
+    exif[0x0112] = 6  # rotate clockwise: the top becomes the right
     out = plain(6, 4, resize="none")(encoded(Image.fromarray(pixels), exif=exif), "x")
     assert out.shape == (3, 6, 4)
     assert out[:, :, -1].min() == 255
     assert out[:, :, :-1].max() == 0
 
 
-def test_shorter_keeps_the_aspect_and_cuts_the_middle():
+def test_shorter_keeps_the_aspect_and_crops_the_center():
     ramp = np.broadcast_to(np.arange(64, dtype=np.uint8)[None, :], (16, 64))
     out = plain(16, 16, 1)(encoded(Image.fromarray(np.ascontiguousarray(ramp))), "x")
     assert out[0, 0].tolist() == list(range(24, 40))
@@ -84,7 +84,7 @@ def test_any_size_covers_any_target(h, w):
     assert plain(12, 20)(data, "x").shape == (3, 12, 20)
 
 
-def test_boxes_are_cut_before_the_resize():
+def test_boxes_are_cropped_before_the_resize():
     pixels = np.zeros((218, 178, 3), np.uint8)
     pixels[57:185, 25:153] = 200
     data = encoded(Image.fromarray(pixels))
@@ -99,9 +99,9 @@ def test_boxes_are_cut_before_the_resize():
 @pytest.mark.parametrize(
     ("options", "remedy"),
     [
-        ({"resize": "none"}, r"a/b.png is 5×6, too small to cut 8×8 .*resize=shorter"),
-        ({"resize": "none", "centre": False}, r"a/b.png is 5×6 where data.image_size=\[8,8\].*resize=exact"),
-        ({"box": (0, 0, 6, 6)}, "a/b.png is 5×6, too small to cut 6×6"),
+        ({"resize": "none"}, r"a/b.png is 5×6, too small to crop 8×8 .*resize=shorter"),
+        ({"resize": "none", "center": False}, r"a/b.png is 5×6 where data.image_size=\[8,8\].*resize=exact"),
+        ({"box": (0, 0, 6, 6)}, "a/b.png is 5×6, too small to crop 6×6"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_by_name(options, remedy):
@@ -117,12 +117,12 @@ def test_broken_files_are_named(data):
 
 
 def test_options_are_checked():
-    for options, known in (
+    for options, allowed in (
         ({"filter": "cubic"}, "bicubic"),
         ({"resize": "fit"}, "shorter"),
         ({"box": (1, 2, 3)}, "top"),
     ):
-        with pytest.raises(ValueError, match=known):
+        with pytest.raises(ValueError, match=allowed):
             plain(8, 8, **options)
     with pytest.raises(ValueError, match=r"data\.channels=4"):
         plain(8, 8, 4)

@@ -1,4 +1,4 @@
-"""Bytes and floats; examples."""
+"""Conversion between bytes and floats; examples."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def test_to_uint8_inverts_rounds_and_clamps(dtype):
     assert to_uint8(torch.tensor([-7.0, 7.0])).tolist() == [0, 255]
 
 
-def test_rows_read_what_the_index_says():
+def test_rows_read_the_indexed_rows():
     array = np.arange(24, dtype=np.uint8).reshape(6, 1, 2, 2)
     rows = Rows(array, np.array([4, 0, 5]))
     assert (len(rows), rows.shape, rows.dtype) == (3, (3, 1, 2, 2), np.uint8)

@@ -1,22 +1,24 @@
-"""The data sets, from files in their published formats that the tests write."""
+"""The data sets, from files that the tests write in the published formats."""
 
 import gzip
+import hashlib
 import pickle
 import struct
+import subprocess
+import sys
 import tarfile
 import zipfile
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from torchvision import datasets as published
 
-from diffusion_lab.data.sources import CIFAR10, MNIST, CelebA, Digits, FashionMNIST, ImageFolder, Source, cifar10
+from diffusion_lab.data.sources import CIFAR10, MNIST, CelebA, Digits, FashionMNIST, ImageFolder, Source
 
-from .helpers import RNG, save
+from .helpers import RNG, UNREACHABLE, save, served
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
-UNREACHABLE = "http://127.0.0.1:9/"  # the discard port
 
 
 def load(source: Source, root: Path, shape=(3, 8, 8), download=False):
@@ -34,6 +36,18 @@ def test_digits_are_whole_and_on_the_grid(tmp_path):
     assert np.bincount(digits.examples.labels).min() >= 174
     assert digits.class_names == tuple("0123456789")
     assert not digits.official
+
+
+def test_digits_need_no_torchvision():
+    """Its import takes seconds."""
+    code = """
+import sys
+from pathlib import Path
+from diffusion_lab.data.sources import Digits
+Digits().load(Path(), (1, 8, 8), download=True)
+sys.exit("torchvision" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 # --- MNIST -----------------------------------------------------------------------------------------------------------
@@ -72,10 +86,9 @@ def test_mnist_reads_both_layouts_and_writes_nothing(tmp_path, source, suffix):
     assert (images.shape, labels.dtype, len(data.class_names)) == ((10, 1, 28, 28), np.int64, 10)
 
 
-def test_mnist_that_is_not_complete_names_what_lacks(tmp_path, monkeypatch):
-    torchvision = pytest.importorskip("torchvision")
+def test_incomplete_mnist_names_the_missing_files(tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [UNREACHABLE])
+    monkeypatch.setattr(published.MNIST, "mirrors", [UNREACHABLE])
     write_mnist(tmp_path)
     (tmp_path / "MNIST" / "raw" / "t10k-labels-idx1-ubyte.gz").unlink()
     for download in (False, True):
@@ -85,6 +98,21 @@ def test_mnist_that_is_not_complete_names_what_lacks(tmp_path, monkeypatch):
         assert str(tmp_path / "MNIST" / "raw") in line
         assert "train-" not in line
         assert "\n" not in line
+
+
+def test_mnist_downloads_what_is_missing(tmp_path, monkeypatch):
+    arrays = write_mnist(tmp_path / "mirror")
+    mirror, raw = tmp_path / "mirror" / "MNIST" / "raw", tmp_path / "root" / "MNIST" / "raw"
+    sums = [(path.name, hashlib.md5(path.read_bytes()).hexdigest()) for path in sorted(mirror.iterdir())]
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(published.MNIST, "resources", sums)
+    raw.mkdir(parents=True)
+    (mirror / "t10k-labels-idx1-ubyte.gz").rename(raw / "t10k-labels-idx1-ubyte.gz")
+    with served(mirror) as address:
+        monkeypatch.setattr(published.MNIST, "mirrors", [UNREACHABLE, address])
+        data = load(MNIST(), tmp_path / "root", download=True)
+    assert np.array_equal(data.examples.images[:7, 0], arrays["train-images-idx3-ubyte"])
+    assert sorted(path.name for path in raw.iterdir()) == [name for name, _ in sums]
 
 
 def test_mnist_names_damaged_files(tmp_path):
@@ -118,14 +146,18 @@ def test_mnist_as_published():
 # --- CIFAR-10 --------------------------------------------------------------------------------------------------------
 
 
+FOLDER, ARCHIVE = published.CIFAR10.base_folder, published.CIFAR10.filename
+BATCHES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
+
+
 def write_cifar(root: Path) -> tuple[np.ndarray, list[int]]:
     images = RNG.integers(0, 256, (6, 2, 3072), dtype=np.uint8)
-    (root / cifar10.FOLDER).mkdir(parents=True)
-    for i, name in enumerate(cifar10.BATCHES):
+    (root / FOLDER).mkdir(parents=True)
+    for i, name in enumerate(BATCHES):
         data = pickle.dumps({"data": images[i], "labels": [i, i + 1], "filenames": ["a", "b"]}, protocol=2)
         for key in (b"data", b"labels"):  # strings of Python 2, as published
             data = data.replace(b"X%c\0\0\0%b" % (len(key), key), b"U%c%b" % (len(key), key))
-        (root / cifar10.FOLDER / name).write_bytes(data)
+        (root / FOLDER / name).write_bytes(data)
     return images.reshape(12, 3, 32, 32), [i + k for i in range(6) for k in (0, 1)]
 
 
@@ -133,9 +165,9 @@ def write_cifar(root: Path) -> tuple[np.ndarray, list[int]]:
 def test_cifar_reads_both_layouts(tmp_path, layout):
     images, labels = write_cifar(tmp_path)
     if layout == "archive":
-        with tarfile.open(tmp_path / cifar10.ARCHIVE.name, "w:gz") as tar:
-            tar.add(tmp_path / cifar10.FOLDER, cifar10.FOLDER)
-        (tmp_path / cifar10.FOLDER).rename(tmp_path / "away")
+        with tarfile.open(tmp_path / ARCHIVE, "w:gz") as tar:
+            tar.add(tmp_path / FOLDER, FOLDER)
+        (tmp_path / FOLDER).rename(tmp_path / "away")
     data = load(CIFAR10(), tmp_path)
     assert np.array_equal(data.examples.images, images)
     assert data.examples.labels.tolist() == labels
@@ -143,13 +175,13 @@ def test_cifar_reads_both_layouts(tmp_path, layout):
     assert data.class_names[3] == "cat"
 
 
-def test_cifar_names_what_lacks_or_is_damaged(tmp_path, monkeypatch):
+def test_cifar_names_missing_and_damaged_files(tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(cifar10, "ARCHIVE", replace(cifar10.ARCHIVE, urls=(UNREACHABLE,)))
+    monkeypatch.setattr(published.CIFAR10, "url", UNREACHABLE)
     with pytest.raises(ValueError, match=rf"cannot download .* put cifar-10-python.tar.gz into {tmp_path}"):
         load(CIFAR10(), tmp_path, download=True)
     write_cifar(tmp_path)
-    batch = tmp_path / cifar10.FOLDER / "data_batch_3"
+    batch = tmp_path / FOLDER / "data_batch_3"
     whole = batch.read_bytes()
     for damaged in (whole[:50], b"", pickle.dumps({"data": np.zeros((2, 7), np.uint8), "labels": [0, 1]})):
         batch.write_bytes(damaged)
@@ -158,8 +190,8 @@ def test_cifar_names_what_lacks_or_is_damaged(tmp_path, monkeypatch):
     batch.unlink()
     with pytest.raises(ValueError, match="lacks data_batch_3"):
         load(CIFAR10(), tmp_path)
-    (tmp_path / cifar10.FOLDER).rename(tmp_path / "away")
-    (tmp_path / cifar10.ARCHIVE.name).write_bytes(b"half")
+    (tmp_path / FOLDER).rename(tmp_path / "away")
+    (tmp_path / ARCHIVE).write_bytes(b"half")
     with pytest.raises(ValueError, match=r"cifar-10-python.tar.gz is damaged"):
         load(CIFAR10(), tmp_path)
 
@@ -170,8 +202,8 @@ def test_cifar_runs_no_code_of_a_batch(tmp_path):
             return (Path.touch, (tmp_path / "ran",))
 
     write_cifar(tmp_path)
-    (tmp_path / cifar10.FOLDER / "data_batch_1").write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(ValueError, match="it asks for"):
+    (tmp_path / FOLDER / "data_batch_1").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(ValueError, match="it refers to"):
         load(CIFAR10(), tmp_path)
     assert not (tmp_path / "ran").exists()
 
@@ -215,7 +247,7 @@ def test_celeba_reads_the_archive(tmp_path):
     assert np.array_equal(load(CelebA(), tmp_path).examples.images, expected)
 
 
-def test_celeba_that_is_not_complete_says_so(tmp_path):
+def test_incomplete_celeba_names_the_missing_files(tmp_path):
     with pytest.raises(ValueError, match=r"put img_align_celeba\.zip, list_attr_celeba\.txt, list_eval_partition\.txt"):
         load(CelebA(), tmp_path)
     write_celeba(tmp_path)
@@ -227,12 +259,12 @@ def test_celeba_that_is_not_complete_says_so(tmp_path):
         load(CelebA(), tmp_path)
 
 
-# --- One's own images ------------------------------------------------------------------------------------------------
+# --- Image folders ---------------------------------------------------------------------------------------------------
 
 
 def test_folders_of_mixed_images(tmp_path):
-    save(tmp_path / "a" / "grey.png", 20, 10, "L")
-    save(tmp_path / "a" / "deep" / "colour.jpg", 9, 30)
+    save(tmp_path / "a" / "gray.png", 20, 10, "L")
+    save(tmp_path / "a" / "deep" / "color.jpg", 9, 30)
     save(tmp_path / "b" / "clear.png", 16, 16, "RGBA")
     save(tmp_path / "c" / "print.tif", 12, 15, "CMYK")
     for channels in (1, 3):
@@ -253,12 +285,12 @@ def test_folders_of_mixed_images(tmp_path):
         (["test/x.png", "train/y.png", "valid/z.png"], None, {"test": [0], "val": [2]}),
     ],
 )
-def test_the_layout_says_classes_and_parts(tmp_path, names, labels, official):
+def test_the_layout_defines_classes_and_parts(tmp_path, names, labels, official):
     for name in names:
         save(tmp_path / name)
     data = load(ImageFolder(), tmp_path)
-    found = data.examples.labels
-    assert (None if found is None else found.tolist()) == labels
+    actual = data.examples.labels
+    assert (None if actual is None else actual.tolist()) == labels
     assert {name: part.tolist() for name, part in data.official.items()} == official
 
 
@@ -273,7 +305,7 @@ def test_archives_are_read_directly(tmp_path):
 
 
 @pytest.mark.parametrize("channels", [None, 1, 3])
-def test_arrays_are_used_as_they_are(tmp_path, channels):
+def test_arrays_are_used_unchanged(tmp_path, channels):
     images = RNG.integers(0, 256, (5, 4, 6, *([channels] if channels else [])), dtype=np.uint8)
     np.savez(tmp_path / "x.npz", images, np.array([0, 2, 1, 2, 0], np.int32))
     data = load(ImageFolder(), tmp_path / "x.npz")
@@ -320,7 +352,7 @@ def test_wrong_roots_and_options_are_refused(tmp_path):
         CelebA(filter="cubic")
 
 
-def test_a_box_is_cut_first_and_then_fitted(tmp_path):
+def test_a_box_is_cropped_before_the_resize(tmp_path):
     pixels = save(tmp_path / "x.png", 20, 30)
     data = load(ImageFolder(crop=[2, 3, 8, 8]), tmp_path)
     assert np.array_equal(data.examples.images[0], pixels[2:10, 3:11].transpose(2, 0, 1))

@@ -42,7 +42,7 @@ def test_the_key_decides():
     first, again, other = (split(1000, val=0.2, test=0.1, seed=seed) for seed in (0, 0, 1))
     assert all(np.array_equal(first[name], again[name]) for name in first)
     assert not np.array_equal(first["val"], other["val"])
-    assert np.array_equal(first["test"], split(1000, val=50, test=0.1)["test"])  # val does not move test
+    assert np.array_equal(first["test"], split(1000, val=50, test=0.1)["test"])  # test does not depend on val
 
 
 def test_stratified_parts_hold_each_class_in_its_share():

@@ -15,7 +15,7 @@ SHARES = [(w, a) for w in (1, 2, 3, 4) for a in (1, 2)]
 
 
 def numbered(n: int) -> Examples:
-    """Images whose two pixels say their number, so that any mix-up shows; label = number."""
+    """Images whose two pixels encode their number, which is also the label."""
     k = np.arange(n)
     return Examples(np.stack([k // 256, k % 256], axis=1).astype(np.uint8).reshape(n, 1, 1, 2), k)
 

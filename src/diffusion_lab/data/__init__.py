@@ -1,4 +1,4 @@
-"""Images: where they come from (`sources`), how they are split and streamed, and the LightningDataModule over all of it.
+"""Images: data sets (`sources`), splits, batches (`stream`), files that options name, and the LightningDataModule.
 
-Everything but `datamodule` is free of Lightning and Hydra.
+Only `datamodule` imports Lightning; nothing imports Hydra.
 """

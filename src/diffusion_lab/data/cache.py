@@ -1,4 +1,4 @@
-"""Decoded images in a memory-mapped file, made once and shared by all processes and runs."""
+"""Decoded images in a memory-mapped file, built once and shared by all processes and runs."""
 
 import hashlib
 import json
@@ -16,24 +16,24 @@ from diffusion_lab.data.decode import Decoder, Files
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.io import claimed, progress_bar, require_space
 
-VERSION = 1  # of the decoding: raise it when the same files and options would give other bytes
+VERSION = 2  # of the decoding: raise it when the same files and options give other bytes, or an option is renamed
 CHUNK = 512  # images in flight
 CACHE_ELSEWHERE = "write data.source.cache=FOLDER on another disk"
 
 
 def decoded(files: Files, decoder: Decoder, folder: Path) -> NDArray[np.uint8]:
-    """All images of `files`, read-only and memory-mapped, uint8 (N, C, H, W).
+    """Return all images of `files`, read-only and memory-mapped, uint8 (N, C, H, W).
 
-    The file's name is a hash of what made it: names, sizes and modification times, the decoder's options and `VERSION`. If
-    it is not there it is built, under a temporary name, by the first process to come; others wait for it.
+    The name of the cache file is a hash of the images' names, sizes and modification times, the decoder's options and
+    `VERSION`. If it does not exist, one process builds it under a temporary name, and the others wait for it.
 
     Args:
-        files: what to decode.
-        decoder: how.
-        folder: of the cache; made if it is not there.
+        files: image files.
+        decoder: decodes each of them.
+        folder: of the cache; created if it does not exist.
 
     Raises:
-        ValueError: a broken image, not enough room on the disk, or a folder that cannot be written.
+        ConfigError: a broken image, not enough room on the disk, or a folder that cannot be written.
     """
     key = hashlib.sha256(json.dumps([VERSION, files.stamps, asdict(decoder)]).encode()).hexdigest()[:16]
     path = folder / f"{key}.npy"
@@ -41,26 +41,26 @@ def decoded(files: Files, decoder: Decoder, folder: Path) -> NDArray[np.uint8]:
         try:
             with claimed(path) as part:
                 if part is not None:
-                    need = len(files.names) * math.prod(decoder.shape)
-                    require_space(folder, need, "the decoded images", CACHE_ELSEWHERE)
+                    size = len(files.names) * math.prod(decoder.shape)
+                    require_space(folder, size, "the decoded images", CACHE_ELSEWHERE)
                     _build(part, files, decoder)
         except OSError as error:  # unwritable, full, or without locks
             raise ConfigError(f"cannot write {path} ({error}): {CACHE_ELSEWHERE}") from error
     return np.load(path, mmap_mode="r")
 
 
-def cache_folder(stated: str | None, images: Path) -> Path:
-    """The stated folder, or `.cache` in the folder `images`, or the user's cache folder where that cannot be written."""
-    if stated is not None:
-        return Path(stated).expanduser()
-    beside = images / ".cache"
-    if os.access(beside if beside.exists() else beside.parent, os.W_OK):
-        return beside
+def cache_folder(configured: str | None, images: Path) -> Path:
+    """Return the configured folder, or `.cache` in the folder `images`, or the user's cache folder if that is read-only."""
+    if configured is not None:
+        return Path(configured).expanduser()
+    default = images / ".cache"
+    if os.access(default if default.exists() else images, os.W_OK):
+        return default
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "diffusion_lab"
 
 
 def _build(out: BinaryIO, files: Files, decoder: Decoder) -> None:
-    # Written in order rather than into a memory map: a disk that fills up is then an error, not a crash.
+    # Written in order rather than into a memory map: a disk that fills up raises an error then, instead of SIGBUS.
     shape = (len(files.names), *decoder.shape)
     np.lib.format.write_array_header_1_0(out, {"descr": "|u1", "fortran_order": False, "shape": shape})
     bar = progress_bar(shape[0], f"decoding {files.path.name}", "image", leave=True)

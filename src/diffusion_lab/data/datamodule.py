@@ -1,4 +1,4 @@
-"""The LightningDataModule over any `Source`: compares it with what was configured, splits it, hands out batches."""
+"""The LightningDataModule of any `Source`: check it against the configuration, split it, make batches."""
 
 import logging
 from collections.abc import Sequence
@@ -23,24 +23,33 @@ log = logging.getLogger(__name__)
 class DataModule(pl.LightningDataModule):
     """A data set, split and batched. The arguments are the keys of `conf/data/*.yaml`.
 
-    Training is one endless stream of global batches (`BatchStream`), set to where a run continues by `start_at`; it is a
-    function of the seed and the step, so no state is saved. Batches for validation and testing come in order (`EvalBatches`).
-    Process count, rank and micro-batches are the attached trainer's, else 1, 0 and 1.
+    What it does beyond LightningDataModule:
+
+    - Training is one endless stream of global batches without epochs (`BatchStream`), a function of the seed and the step.
+      A resumed run calls `start_at`; nothing is stored in the checkpoint, so there is no `state_dict`.
+    - Batches are global: one and two processes, and any number of micro-batches, use the same ones. Each rank takes its share
+      itself, without a DistributedSampler. World size, rank and micro-batches are those of the attached trainer, or 1, 0 and
+      1 without one.
+    - Validation and test batches come in order, each example once (`EvalBatches`).
+    - `setup` ignores the stage: all splits are opened once and readable without a trainer, by `examples`.
 
     Args:
-        source: where the images come from.
-        channels, image_size, num_classes, num_attributes: what the model is built for: C, [H, W], K, A. A K or A of 0 leaves
-            the labels or attributes of the set unused.
-        root: the folder of data sets; for one's own images, these.
-        download: fetch missing files.
-        batch_size: global: of all processes and micro-batches together.
+        source: the data set.
+        channels, image_size, num_classes, num_attributes: C, [H, W], K and A of the model. The images must have C, H and W. If
+            K or A is 0, the labels or attributes of the set are not used.
+        root: folder of data sets; for the user's images, their folder or file.
+        download: download missing files.
+        batch_size: of the global batch, over all processes and micro-batches.
         eval_batch_size: of one process.
         flip: mirror training images left to right with probability ½.
-        val, test: a fraction, a count, or null for the official part of the set.
-        split_seed: key of the split; it is not the run's seed.
-        stratify: give each class its share of val and test.
-        limit: train on only so many images.
-        seed: the run's; keys order and flips.
+        val, test: size of the split as a fraction or a count; null takes the official part of the set.
+        split_seed: key of the split, independent of the run's seed.
+        stratify: give val and test the class proportions of the set.
+        limit: maximum number of training images.
+        seed: the run's; key of the order and of flips.
+
+    Raises:
+        ConfigError: `image_size` is not [H, W].
     """
 
     def __init__(
@@ -80,11 +89,11 @@ class DataModule(pl.LightningDataModule):
     # --- Opening -------------------------------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
-        """Downloads and decodes what is missing, in one process. ValueError: it cannot, or the set is not as configured."""
+        """Download and decode missing files, in one process. Raises ConfigError: it fails, or the set is not as configured."""
         self._dataset = self._dataset or self._load()
 
     def setup(self, stage: str | None = None) -> None:
-        """Opens and splits the set, in every process. ValueError: as `prepare_data`, or the split leaves nothing to train on."""
+        """Open and split the set, in every process. Raises ConfigError: as `prepare_data` and `split`."""
         if self._parts:
             return
         dataset = self._dataset or self._load()
@@ -100,24 +109,24 @@ class DataModule(pl.LightningDataModule):
             labels=examples.labels if self.stratify else None,
             limit=self.limit,
         )
-        self._dataset, self._parts = self._used(dataset), {**parts, "all": np.arange(len(examples))}
+        self._dataset, self._parts = self._drop_unused(dataset), {**parts, "all": np.arange(len(examples))}
 
     def _load(self) -> Dataset:
         height, width = self.image_size
-        stated = (self.channels, height, width)
-        dataset = self.source.load(self.root, stated, download=self.download)
+        expected = (self.channels, height, width)
+        dataset = self.source.load(self.root, expected, download=self.download)
         shape, name = dataset.examples.images.shape[1:], type(self.source).__name__
-        if shape != stated:
+        if shape != expected:
             raise ConfigError(
-                f"{name} holds {shape[0]} channel(s) of {shape[1]}×{shape[2]}, configured are {stated[0]} of {height}×{width}: "
+                f"{name} holds {shape[0]} channel(s) of {shape[1]}×{shape[2]}, configured are {expected[0]} of {height}×{width}: "
                 f"write data.channels={shape[0]} data.image_size=[{shape[1]},{shape[2]}]"
             )
         _check_count(name, "num_classes", self.num_classes, len(dataset.class_names))
         _check_count(name, "num_attributes", self.num_attributes, len(dataset.attribute_names))
         return dataset
 
-    def _used(self, dataset: Dataset) -> Dataset:
-        """Without the labels or attributes that the configuration leaves unused."""
+    def _drop_unused(self, dataset: Dataset) -> Dataset:
+        """Drop labels and attributes that the configuration does not use."""
         examples = dataset.examples
         if not self.num_classes:
             dataset, examples = replace(dataset, class_names=()), replace(examples, labels=None)
@@ -125,27 +134,31 @@ class DataModule(pl.LightningDataModule):
             dataset, examples = replace(dataset, attribute_names=()), replace(examples, attributes=None)
         return replace(dataset, examples=examples)
 
-    # --- What it holds -------------------------------------------------------------------------------------------------
+    # --- Contents ------------------------------------------------------------------------------------------------------
 
     @property
     def dataset(self) -> Dataset:
-        """Everything, unsplit; opened if `setup` was not called yet."""
+        """The whole data set, opened if `setup` was not called yet."""
         self.setup()
         assert self._dataset is not None
         return self._dataset
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """A name a class; empty without labels."""
+        """Names of the classes; empty without labels."""
         return self.dataset.class_names
 
     @property
     def attribute_names(self) -> tuple[str, ...]:
-        """A name an attribute; empty without."""
+        """Names of the attributes; empty without attributes."""
         return self.dataset.attribute_names
 
     def examples(self, split: str) -> Examples:
-        """The examples of train, val, test, all, or a sum such as "train+val" (the published training set, uncut)."""
+        """Return the examples of train, val, test, all, or of a sum such as "train+val" (the published training set).
+
+        Raises:
+            ConfigError: another split.
+        """
         dataset, names = self.dataset, split.split("+")
         if not self._parts.keys() >= set(names):
             raise ConfigError(
@@ -154,27 +167,27 @@ class DataModule(pl.LightningDataModule):
         return dataset.examples.select(np.unique(np.concatenate([self._parts[name] for name in names])))
 
     def size(self, split: str) -> int:
-        """How many images a split has."""
+        """Return the number of images of a split."""
         return len(self.examples(split))
 
     def images(self, split: str) -> NDArray[np.uint8] | Rows:
-        """The images of a split, uint8 (N, C, H, W), read where they are indexed."""
+        """Return the images of a split, uint8 (N, C, H, W), read when they are indexed."""
         return self.examples(split).images
 
     def labels(self, split: str) -> Index | None:
-        """The labels of a split, int64 (N,), or None."""
+        """Return the labels of a split, int64 (N,), or None."""
         return self.examples(split).labels
 
     # --- Batches -------------------------------------------------------------------------------------------------------
 
     def start_at(self, step: int) -> None:
-        """Lets the training stream start at an optimiser step, also one that exists already (from its next iteration on)."""
+        """Start the training stream at an optimizer step. An existing stream starts there in its next iteration."""
         self._start = step
         if self._stream is not None:
             self._stream.start_step = step
 
     def train_dataloader(self) -> BatchStream:
-        """The endless stream of this process. ValueError: the batch size does not divide into processes and micro-batches."""
+        """Return the endless stream of this process. Raises ConfigError: the batch size is not divisible, as in `BatchStream`."""
         accumulate = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
         self._stream = BatchStream(
             self.examples("train"),
@@ -189,17 +202,17 @@ class DataModule(pl.LightningDataModule):
         return self._stream
 
     def val_dataloader(self) -> EvalBatches:
-        """The validation split in order, this process's share."""
+        """Return this process's share of the validation split, in order."""
         return EvalBatches(self.examples("val"), self.eval_batch_size, **self._process())
 
     def test_dataloader(self) -> EvalBatches:
-        """The test split in order, this process's share."""
+        """Return this process's share of the test split, in order."""
         return EvalBatches(self.examples("test"), self.eval_batch_size, **self._process())
 
     def transfer_batch_to_device(
         self, batch: dict[str, Any], device: torch.device, dataloader_idx: int
     ) -> dict[str, Any]:
-        """Keys stay on the host, where times and coefficients are computed without waiting for the device."""
+        """Move a batch, but keep noise keys on the host: times and coefficients are computed there without synchronizing."""
         keys = {name: batch[name] for name in ("position", "index") if name in batch}
         return {**super().transfer_batch_to_device(batch, device, dataloader_idx), **keys}
 
@@ -210,9 +223,9 @@ class DataModule(pl.LightningDataModule):
         return {"world_size": self.trainer.world_size, "rank": self.trainer.global_rank, "pin_memory": on_gpu}
 
 
-def _check_count(name: str, key: str, stated: int, found: int) -> None:
-    if stated == 0 and found:
-        log.info("%s offers data.%s=%d, data.%s=0 leaves them unused", name, key, found, key)
-    if stated not in (0, found):
-        hint = "" if found else " (for classes of your own, put every image into a folder of its class)"
-        raise ConfigError(f"data.{key}={stated}, but {name} has {found}: write data.{key}={found}{hint}")
+def _check_count(name: str, key: str, configured: int, actual: int) -> None:
+    if configured == 0 and actual:
+        log.info("%s has data.%s=%d; data.%s=0 leaves them unused", name, key, actual, key)
+    if configured not in (0, actual):
+        hint = "" if actual else " (to get classes, put every image into a folder of its class)"
+        raise ConfigError(f"data.{key}={configured}, but {name} has {actual}: write data.{key}={actual}{hint}")

@@ -1,4 +1,4 @@
-"""Image files of any kind → uint8 arrays of one shape, by Pillow."""
+"""Find image files, and decode them with Pillow to uint8 arrays of one shape."""
 
 import io
 import os
@@ -19,12 +19,14 @@ FILTERS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 
 
 class Files:
-    """The images below a folder, or in a .zip file, in the order of their names; hidden ones are passed over.
+    """The image files below a folder or in a .zip file, sorted by name. Hidden files and folders are skipped.
 
-    names: relative, with "/". stamps: (name, size, modification time in ns | CRC) of each, what a cache is keyed by.
+    Attributes:
+        names: relative paths, with "/".
+        stamps: (name, size, modification time in ns or CRC) of each file, the key of a cache.
 
     Raises:
-        ValueError: there is no such folder or archive, or no image in it.
+        ConfigError: `path` is neither a folder nor a .zip file, or contains no image.
     """
 
     def __init__(self, path: Path) -> None:
@@ -45,7 +47,7 @@ class Files:
             )
 
     def read(self, name: str) -> bytes:
-        """The bytes of a file; safe to call from several threads. ValueError: it cannot be read."""
+        """Return the bytes of a file. Safe to call from several threads. Raises ConfigError: it cannot be read."""
         try:
             return self._zip.read(name) if self._zip else (self.path / name).read_bytes()
         except (OSError, zipfile.BadZipFile, zlib.error) as error:
@@ -58,44 +60,81 @@ def _is_image(name: str) -> bool:
 
 
 def _scan(folder: Path, prefix: str) -> list[tuple[str, int, int]]:
-    found = []
+    stamps = []
     with os.scandir(folder) as entries:
         for entry in entries:
             name = prefix + entry.name
             if entry.is_dir() and not entry.name.startswith("."):
-                found += _scan(folder / entry.name, name + "/")
+                stamps += _scan(folder / entry.name, name + "/")
             elif _is_image(entry.name):
                 stat = entry.stat()
-                found.append((name, stat.st_size, stat.st_mtime_ns))
-    return found
+                stamps.append((name, stat.st_size, stat.st_mtime_ns))
+    return stamps
+
+
+def open_image(data: bytes, name: str, channels: int, *, refuse_color: bool = False) -> Image.Image:
+    """Decode the bytes of an image file to Pillow's mode "L" (1 channel) or "RGB" (3).
+
+    The EXIF orientation is applied, transparency is composited on white, 16 bits are rounded to 8, and palettes and CMYK
+    become RGB.
+
+    Args:
+        data: contents of the file.
+        name: for the message.
+        channels: 1 or 3.
+        refuse_color: refuse a color image where `channels` is 1, instead of converting it to grayscale.
+
+    Raises:
+        ConfigError: Pillow cannot read the file, it is in color and `refuse_color` is set, or another number of channels.
+    """
+    mode = _mode(channels)
+    try:
+        with Image.open(io.BytesIO(data)) as file:
+            upright = ImageOps.exif_transpose(file)
+        image = _flatten(upright, mode)
+        colored = refuse_color and mode == "L" and _is_color(upright)
+    except Exception as error:  # Pillow's plugins raise nearly anything on damaged files
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{name} cannot be read as an image ({reason}): repair or remove it") from error
+    if colored:
+        raise ConfigError(f"{name} is in color where images of 1 channel are needed: save it in grayscale")
+    return image
+
+
+def _mode(channels: int) -> str:
+    if channels not in (1, 3):
+        raise ConfigError(f"data.channels={channels}: image files are read as 1 (grayscale) or 3 (RGB)")
+    return "L" if channels == 1 else "RGB"
+
+
+def to_array(image: Image.Image) -> NDArray[np.uint8]:
+    """Return the pixels of an "L" or "RGB" image, uint8 (C, H, W)."""
+    return np.asarray(image).reshape(image.height, image.width, -1).transpose(2, 0, 1)
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """What turns a file into an image of a fixed shape: cut `box`, resize, cut the middle.
+    """Decode an image file to a fixed shape: crop `box`, resize, crop the center.
 
-    shape: (C, H, W), C = 1 grey or 3 colours.
-    box: what is cut from the original first: a central square of so many pixels, (top, left, height, width), or None.
-    resize: "shorter" scales until the image just covers H×W, "exact" to H×W whatever its aspect, "none" does not scale.
-    centre: cut the central H×W after that; otherwise the image must have that size by then.
-    filter: Pillow's, antialiased when it shrinks: one of `FILTERS`.
-
-    The orientation that a camera noted is applied, transparency is laid on white, 16 bits become 8 by rounding, and
-    palettes and CMYK become RGB.
+    Args:
+        shape: (C, H, W), C = 1 (grayscale) or 3 (RGB).
+        box: crop before resizing: the side of a central square in pixels, (top, left, height, width), or None.
+        resize: "shorter" scales until the image just covers H×W, "exact" to H×W whatever its aspect ratio, "none" not at all.
+        center: crop the central H×W after resizing; otherwise the image must have that size by then.
+        filter: Pillow's, antialiased when it shrinks: one of `FILTERS`.
 
     Raises:
-        ValueError: an option that is none of these.
+        ConfigError: an unknown option.
     """
 
     shape: tuple[int, int, int]
     box: int | tuple[int, ...] | None = None
     resize: str = "shorter"
-    centre: bool = True
+    center: bool = True
     filter: str = "lanczos"
 
     def __post_init__(self) -> None:
-        if self.shape[0] not in (1, 3):
-            raise ConfigError(f"data.channels={self.shape[0]}: image files are read as 1 (grey) or 3 (RGB)")
+        _mode(self.shape[0])
         if self.resize not in ("shorter", "exact", "none"):
             raise ConfigError(f"data.source.resize={self.resize}: write shorter, exact or none")
         if self.filter not in FILTERS:
@@ -104,38 +143,33 @@ class Decoder:
             raise ConfigError(f"data.source.crop={list(self.box)}: a box is [top,left,height,width]")
 
     def __call__(self, data: bytes, name: str) -> NDArray[np.uint8]:
-        """The bytes of a file → uint8 (C, H, W).
+        """Decode the bytes of a file as `open_image` does, to uint8 (C, H, W).
 
         Raises:
-            ValueError: the file is no image that Pillow can read, is smaller than `box`, or does not come out as H×W.
+            ConfigError: Pillow cannot read the file, the image is smaller than a crop, or the result is not H×W.
         """
-        try:
-            with Image.open(io.BytesIO(data)) as opened:
-                image = _flatten(ImageOps.exif_transpose(opened), "L" if self.shape[0] == 1 else "RGB")
-        except Exception as error:  # Pillow's plugins raise nearly anything on damaged files
-            reason = " ".join(str(error).split())
-            raise ConfigError(f"{name} cannot be read as an image ({reason}): repair or remove it") from error
+        image = open_image(data, name, self.shape[0])
         height, width = self.shape[1:]
         if self.box is not None:
-            image = _cut(image, self.box, name)
+            image = _crop(image, self.box, name)
         if self.resize != "none":
             size = (width, height)
             if self.resize == "shorter":
                 scale = max(width / image.width, height / image.height)
                 size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
             image = image.resize(size, Image.Resampling[self.filter.upper()])
-        if self.centre:
-            image = _cut(image, (height, width), name)
+        if self.center:
+            image = _crop(image, (height, width), name)
         if image.size != (width, height):
             raise ConfigError(
                 f"{name} is {image.height}×{image.width} where data.image_size=[{height},{width}]: "
                 "write data.source.resize=exact, or resize=shorter with crop=center"
             )
-        return np.asarray(image).reshape(height, width, -1).transpose(2, 0, 1)
+        return to_array(image)
 
 
-def _cut(image: Image.Image, box: int | Sequence[int], name: str) -> Image.Image:
-    """A box (top, left, height, width), or the central (height, width) or square of that side."""
+def _crop(image: Image.Image, box: int | Sequence[int], name: str) -> Image.Image:
+    """Crop a box (top, left, height, width), the central (height, width), or the central square of that side."""
     if isinstance(box, int):
         box = (box, box)
     if len(box) == 2:
@@ -143,20 +177,25 @@ def _cut(image: Image.Image, box: int | Sequence[int], name: str) -> Image.Image
     top, left, height, width = box
     if top < 0 or left < 0 or top + height > image.height or left + width > image.width:
         raise ConfigError(
-            f"{name} is {image.height}×{image.width}, too small to cut {height}×{width} from it: "
+            f"{name} is {image.height}×{image.width}, too small to crop {height}×{width} from it: "
             "write a smaller data.source.crop, or data.source.resize=shorter"
         )
     return image.crop((left, top, left + width, top + height))
 
 
 def _flatten(image: Image.Image, mode: str) -> Image.Image:
-    """Any mode of Pillow → "L" or "RGB"."""
+    """Convert an image of any mode to "L" or "RGB"."""
     if image.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
         image = Image.fromarray(np.rint(np.asarray(image, np.float64) / 257).clip(0, 255).astype(np.uint8))
     elif image.mode == "F":
-        raise ConfigError("floating-point pixels, whose range is not known: save it with 8 or 16 bits")
+        raise ConfigError("floating-point pixels of unknown range: save it with 8 or 16 bits")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return image.convert(mode)
+
+
+def _is_color(image: Image.Image) -> bool:
+    pixels = np.asarray(image.convert("RGB"))
+    return bool((pixels != pixels[..., :1]).any())

@@ -1,22 +1,31 @@
-"""Files from the network: verified by checksum, written to a temporary name, renamed."""
+"""Download files and verify their published checksums."""
 
-import hashlib
-import urllib.request
-from collections.abc import Sequence
+import logging
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 
+import torch
+
 from diffusion_lab.errors import ConfigError
-from diffusion_lab.io import progress_bar, replacing
+from diffusion_lab.io import replacing
 
 TIMEOUT = 30  # seconds without a byte
-CHUNK = 1 << 20
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Remote:
-    """A file, the addresses that serve it (tried in order) and its checksum, MD5 or SHA-256 (told apart by their lengths)."""
+    """A file to download.
+
+    name: file name in the target folder.
+    urls: addresses, tried in order.
+    checksum: MD5 (32 hexadecimal digits) or SHA-256 (64).
+    """
 
     name: str
     urls: tuple[str, ...]
@@ -24,11 +33,15 @@ class Remote:
 
 
 def fetch(folder: Path, missing: Sequence[Remote], *, download: bool) -> None:
-    """Downloads `missing` into `folder`, each with a progress bar.
+    """Download `missing` into `folder`, which is created.
+
+    torchvision (MD5) or torch.hub (SHA-256) transfers and verifies a file, with a progress bar. This function adds three
+    things: mirrors; a timeout, which neither library has; and a temporary name until the checksum is verified, because
+    torchvision writes to the final name.
 
     Raises:
-        ValueError: `download` is false, no address serves the file with the right checksum, or the folder cannot be
-            written; the line names the folder and the files to put there.
+        ConfigError: `download` is false, no address serves the file with the right checksum, or the folder cannot be
+            written. The message names the folder and the files to put into it.
     """
     if not download:
         names = ", ".join(file.name for file in missing)
@@ -36,25 +49,35 @@ def fetch(folder: Path, missing: Sequence[Remote], *, download: bool) -> None:
     for i, file in enumerate(missing):
         reason = "no address"
         for url in file.urls:
+            log.info("downloading %s", url)
             try:
-                _retrieve(url, folder / file.name, file.checksum)
+                with replacing(folder / file.name) as partial, _default_timeout(TIMEOUT):
+                    _retrieve(url, partial, file.checksum)
                 break
             except (OSError, HTTPException) as error:  # OSError includes refused, timed out, unresolved, unwritable
                 reason = " ".join(f"{url}: {error}".split())
+            except RuntimeError as error:  # wrong checksum
+                reason = " ".join(f"{url}: {error} Expected checksum {file.checksum}".split())
         else:
             names = ", ".join(file.name for file in missing[i:])
             raise ConfigError(f"cannot download {file.name} ({reason}): put {names} into {folder.absolute()}")
 
 
 def _retrieve(url: str, path: Path, checksum: str) -> None:
-    digest = hashlib.new("sha256" if len(checksum) == 64 else "md5", usedforsecurity=False)
-    with replacing(path) as part:
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as response, open(part, "wb") as file:
-            total = int(response.headers.get("Content-Length") or 0) or None
-            with progress_bar(total, path.name, "B", unit_scale=True, leave=True) as bar:
-                while chunk := response.read(CHUNK):
-                    file.write(chunk)
-                    digest.update(chunk)
-                    bar.update(len(chunk))
-        if digest.hexdigest() != checksum:
-            raise OSError(f"checksum {digest.hexdigest()}, expected {checksum}")
+    if len(checksum) == 64:
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=checksum)
+    else:
+        from torchvision.datasets.utils import download_url  # late: most data sets need no download
+
+        download_url(url, path.parent, path.name, checksum)
+
+
+@contextmanager
+def _default_timeout(seconds: float) -> Iterator[None]:
+    """Set the timeout of new sockets, which urlopen takes where its caller names none."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)

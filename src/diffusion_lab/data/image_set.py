@@ -1,92 +1,104 @@
-"""Images that somebody else made: a folder, a .zip of one, or an .npz of arrays."""
+"""Images at a path that an option names: a file, a folder, a .zip file or an .npz file."""
 
-import io
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from diffusion_lab.data.decode import Decoder, Files
-from diffusion_lab.data.images import refuse_nan
+from diffusion_lab.data.decode import Files, open_image, to_array
+from diffusion_lab.data.npz import are_labels, images_of_npz
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.io import read_npz
 
 
 class ImageSet:
-    """count images, read a block at a time; labels int64 (count,) where an .npz says them.
+    """Images of one shape, unchanged, read a block at a time.
 
-    An .npz holds `arr_0`: uint8 N×H×W×C (or N×H×W), as sample.py writes, or floats in [−1, 1]; `arr_1`, if any, the labels.
+    An .npz file holds `arr_0`: uint8 N×H×W×C (or N×H×W), as sample.py writes, or floats in [−1, 1]. `arr_1` is read as labels
+    if it holds N integers from 0 on. The defaults are those of images to evaluate.
 
     Args:
-        path: of them.
-        shape: (C, H, W) that each must have; files in colour become grey where C = 1.
+        path: an image file, a folder or .zip file of them, or an .npz file.
+        shape: (C, H, W) of each image.
+        key: the option that names `path`, for messages.
+        owner: whose images have this shape, for messages.
+        remedy: what to do about images of another shape, for messages.
+        minimum: number of images at least.
+        refuse_color: where C = 1, refuse color files instead of converting them to grayscale.
+
+    Attributes:
+        count: number of images.
+        labels: int64 (count,), or None.
 
     Raises:
-        ValueError: nothing there, another size, NaN (with the image's index), values out of range.
+        ConfigError: no such path, an unreadable file, another shape, NaN or Inf (with the index of the image), values out of
+            range, fewer images than `minimum`. Of files, the first is checked here and the others when their block is read.
     """
 
-    def __init__(self, path: Path, shape: tuple[int, int, int]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        shape: tuple[int, int, int],
+        *,
+        key: str = "images",
+        owner: str = "the data set",
+        remedy: str = "choose another data=",
+        minimum: int = 2,
+        refuse_color: bool = False,
+    ) -> None:
         self.path, self.shape = path, shape
         self.labels: Tensor | None = None
+        self._where, self._refuse_color = f"{key}={path}", refuse_color
+        self._mismatch = f"where {owner}'s images are", remedy
         self._array: np.ndarray | None = None
+        self._files: Files | None = None
+        self._names: list[str] = []
         if not path.exists():
-            raise ConfigError(f"images={path}: there is no such folder or file")
+            raise ConfigError(f"{self._where}: there is no such folder or file")
         if path.suffix == ".npz":
-            self._array, self.labels = self._read()
+            self._array, self.labels = self._read_npz(key)
             self.count = len(self._array)
         else:
-            self._files = Files(path)
-            self._decoder = Decoder(shape, resize="none", centre=False)
-            self.count = len(self._files.names)
-            self._decode(self._files.names[0])  # a wrong size is known now
-        if self.count < 2:
-            raise ConfigError(f"images={path} holds {self.count} image(s), and a distance needs at least 2")
+            if path.is_dir() or path.suffix == ".zip" or zipfile.is_zipfile(path):
+                self._files = Files(path)
+                self._names = self._files.names
+            else:
+                self._names = [str(path)]
+            self.count = len(self._names)
+            self._decode(self._names[0])  # refuse a wrong size early
+        if self.count < minimum:
+            raise ConfigError(f"{self._where} holds {self.count} image(s): name at least {minimum}")
 
     def block(self, part: range) -> Tensor:
-        """The images of a block, (b, C, H, W), uint8 or float in [−1, 1]."""
+        """Return the images of a contiguous range, (b, C, H, W), uint8 or float32 in [−1, 1]."""
         if self._array is not None:
             return torch.from_numpy(np.ascontiguousarray(self._array[part.start : part.stop].transpose(0, 3, 1, 2)))
-        return torch.from_numpy(np.stack([self._decode(name) for name in self._files.names[part.start : part.stop]]))
+        return torch.from_numpy(np.stack([self._decode(name) for name in self._names[part.start : part.stop]]))
 
     def _decode(self, name: str) -> np.ndarray:
-        data = self._files.read(name)
+        where = f"{name} in {self._where}" if self._files else self._where
         try:
-            with Image.open(io.BytesIO(data)) as image:
-                size = image.size
-        except (UnidentifiedImageError, OSError):
-            size = (self.shape[2], self.shape[1])  # the decoder says what is wrong with it
-        if size != (self.shape[2], self.shape[1]):
-            self._refuse(name, (size[1], size[0]))
-        return self._decoder(data, name)
+            data = self._files.read(name) if self._files else self.path.read_bytes()
+        except OSError as error:
+            raise ConfigError(f"{where} cannot be read ({error}): name another file") from None
+        image = open_image(data, where, self.shape[0], refuse_color=self._refuse_color)
+        self._check_size(where, (image.height, image.width))
+        return to_array(image)
 
-    def _read(self) -> tuple[np.ndarray, Tensor | None]:
-        found = read_npz(self.path, "images")
-        if "arr_0" not in found:
-            raise ConfigError(f"{self.path.absolute()} holds {', '.join(found)}: name the images arr_0, uint8 N×H×W×C")
-        images = found["arr_0"]
-        if images.ndim == 3:
-            images = images[..., None]
-        if images.ndim != 4 or not (images.dtype == np.uint8 or images.dtype.kind == "f"):
-            raise ConfigError(
-                f"{self.path.absolute()} holds images as {images.dtype} {images.shape}: write uint8 N×H×W×C"
-            )
-        if (images.shape[3], *images.shape[1:3]) != self.shape:
-            self._refuse("each image", images.shape[1:])
-        if images.dtype.kind == "f":
-            images = images.astype(np.float32)
-            refuse_nan(torch.from_numpy(images), of="the pixels")
-            if np.abs(images).max(initial=0) > 1:
-                raise ConfigError(
-                    f"{self.path.absolute()} holds floats up to {np.abs(images).max():.3g}: scale to [-1, 1]"
-                )
-        labels = found.get("arr_1")
-        fits = labels is not None and labels.shape == (len(images),) and labels.dtype.kind in "iu"
-        return images, torch.from_numpy(labels.astype(np.int64)) if fits and labels is not None else None
+    def _read_npz(self, key: str) -> tuple[np.ndarray, Tensor | None]:
+        arrays = read_npz(self.path, key)
+        if "arr_0" not in arrays:
+            raise ConfigError(f"{self._where} holds {', '.join(arrays)}: name the images arr_0, uint8 N×H×W×C")
+        images, labels = images_of_npz(arrays["arr_0"], self._where, floats=True), arrays.get("arr_1")
+        self._check_size(self._where, images.shape[1:])
+        return images, torch.from_numpy(labels.astype(np.int64)) if are_labels(labels, len(images)) else None
 
-    def _refuse(self, name: str, size: tuple[int, ...]) -> None:
-        has, wanted = ("×".join(map(str, s)) for s in (size, (*self.shape[1:], self.shape[0])[: len(size)]))
-        raise ConfigError(
-            f"{name} in {self.path} is {has}, and the data set's images are {wanted}: choose another data="
-        )
+    def _check_size(self, where: str, size: tuple[int, ...]) -> None:
+        """Compare (H, W) or (H, W, C)."""
+        expected = (*self.shape[1:], self.shape[0])[: len(size)]
+        if size != expected:
+            actual, needed = ("×".join(map(str, s)) for s in (size, expected))
+            owner, remedy = self._mismatch
+            raise ConfigError(f"{where} is {actual} {owner} {needed}: {remedy}")

@@ -1,4 +1,4 @@
-"""Images as arrays: bytes to [-1, 1] (and back: `pictures.to_uint8`), and a set of examples read a batch at a time."""
+"""Convert uint8 images to [−1, 1] (the inverse is `pictures.to_uint8`), and read batches of examples from arrays."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,29 +15,30 @@ Index = NDArray[np.int64]
 
 
 def to_float(images: NDArray[np.uint8] | Tensor) -> Tensor:
-    """uint8 of any shape → float32 in [-1, 1]: level k becomes k/127.5 - 1.
+    """Convert uint8 of any shape to float32 in [−1, 1]: level k becomes k/127.5 − 1.
 
-    Written (2k - 255)/255, which rounds once: every level is the nearest float32, and k and 255 - k are exact negatives.
+    Computed as (2k − 255)/255, which rounds once: every level is the nearest float32, and k and 255 − k are exact negatives.
     """
     return torch.as_tensor(images).to(torch.float32).mul_(2).sub_(255).div_(255)
 
 
 def refuse_nan(values: Tensor, first: int = 0, of: str = "the features") -> None:
-    """Raise ValueError that names the images (numbered from `first`) whose row of values (B, …) is not finite."""
+    """Raise ConfigError if values (B, …) hold NaN or Inf; the message names the images, numbered from `first`."""
     finite = values.flatten(1).isfinite().all(1)
     if not bool(finite.all()):
         bad = [int(i) + first for i in (~finite).nonzero()[:, 0]]
-        shown = ", ".join(map(str, bad[:5])) + (", …" if len(bad) > 5 else "")
+        names = ", ".join(map(str, bad[:5])) + (", …" if len(bad) > 5 else "")
         raise ConfigError(
-            f"{of} of image {shown} hold NaN or infinity ({len(bad)} of these {len(values)}): leave such images out, "
+            f"{of} of image {names} hold NaN or infinity ({len(bad)} of these {len(values)}): leave such images out, "
             "or take a checkpoint from before the training diverged"
         )
 
 
 class Rows:
-    """Some rows of an array, copied only when asked for: of a memory map, `array[index]` would read them all at once.
+    """A lazy selection of rows of an array: rows are copied when they are indexed.
 
-    Has `shape`, `dtype`, `len`, and indexing by an integer, a slice or an integer array; `np.asarray` copies all.
+    `array[index]` of a memory map would read all of them at once. Supports `shape`, `dtype`, `len`, and indexing by an
+    integer, a slice or an integer array; `np.asarray` copies all rows.
     """
 
     def __init__(self, array: NDArray[np.uint8], index: Index) -> None:
@@ -56,12 +57,13 @@ class Rows:
 
 @dataclass(frozen=True)
 class Examples:
-    """Images with what is known of each.
+    """Images with their labels, attributes and further arrays.
 
     images: uint8 (N, C, H, W), an array or `Rows` of one.
     labels: int64 (N,), or None.
-    attributes: int8 (N, A) of -1 (no) and 1 (yes), or None.
-    more: further arrays of N rows, by the names that a batch gives them; those of four dimensions are images, mirrored with it.
+    attributes: int8 (N, A) of −1 (no) and 1 (yes), or None.
+    more: further arrays of N rows, by their name in a batch. Arrays of four dimensions are images, and are mirrored when
+        the image is.
     """
 
     images: NDArray[np.uint8] | Rows
@@ -73,7 +75,7 @@ class Examples:
         return len(self.images)
 
     def select(self, index: Index) -> "Examples":
-        """The examples of `index`, int64 (n,), in its order; images stay where they are."""
+        """Return the examples of `index`, int64 (n,), in its order. Images are not copied."""
         images = self.images
         rows = Rows(images.array, images.index[index]) if isinstance(images, Rows) else Rows(images, index)
         labels = None if self.labels is None else self.labels[index]
@@ -81,10 +83,15 @@ class Examples:
         return Examples(rows, labels, attributes, {name: array[index] for name, array in self.more.items()})
 
     def take(self, index: Index, flip: NDArray[np.bool_] | None = None) -> dict[str, Tensor]:
-        """One batch: "image" float32 (n, C, H, W) in [-1, 1]; where known, "label" int64 (n,), "attributes" float32 (n, A) of ±1,
-        and each array of `more` by its name.
+        """Return one batch.
 
-        `flip`, bool (n,), says which images are mirrored left to right.
+        Args:
+            index: int64 (n,).
+            flip: bool (n,), the images to mirror left to right; None mirrors none.
+
+        Returns:
+            "image" float32 (n, C, H, W) in [−1, 1]; "label" int64 (n,) and "attributes" float32 (n, A) of ±1 where the set
+            has them; and each array of `more` by its name.
         """
         images = self.images[index]
         if flip is not None:

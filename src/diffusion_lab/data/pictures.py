@@ -1,4 +1,4 @@
-"""From tensors to PNG: the one conversion to bytes, and sheets of captioned grids."""
+"""Convert tensors to bytes, and write PNG files, animations and sheets of captioned grids."""
 
 import math
 from collections.abc import Sequence
@@ -14,12 +14,15 @@ from diffusion_lab.io import replacing
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Float images in [−1, 1] → uint8 of the same shape: x·127.5 + 128 truncated, which rounds k/127.5 − 1 to k exactly."""
+    """Convert float images in [−1, 1] to uint8 of the same shape.
+
+    x·127.5 + 128 is clamped and truncated, which maps k/127.5 − 1 to k exactly.
+    """
     return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 
 def save_png(path: Path, pixels: np.ndarray) -> None:
-    """Writes uint8 (H, W), (H, W, 1) or (H, W, 3) under a temporary name and renames it; makes the folder."""
+    """Write uint8 (H, W), (H, W, 1) or (H, W, 3) under a temporary name and rename it; create the folder."""
     squeezed = pixels[..., 0] if pixels.ndim == 3 and pixels.shape[-1] == 1 else pixels
     with replacing(path) as partial:
         Image.fromarray(squeezed).save(partial, format="PNG")
@@ -30,18 +33,21 @@ class Panel(NamedTuple):
 
     caption: str
     images: Tensor  # float (N, C, H, W) in [−1, 1], C = 1 or 3
-    columns: int | None = None  # None: as square as it gets
+    columns: int | None = None  # None: about as many as rows
 
 
 _GAP, _MARGIN, _PAPER, _INK = 2, 14, 246, (40, 40, 40)
 
 
-def grid(images: Tensor, columns: int | None = None, least: int = 40) -> np.ndarray:
-    """Images (N, C, H, W) in [−1, 1] as one uint8 picture (H', W', 3), small ones enlarged to about `least` pixels a side."""
+def grid(images: Tensor, columns: int | None = None, min_side: int = 40) -> np.ndarray:
+    """Arrange images (N, C, H, W) in [−1, 1] in one uint8 picture (H', W', 3).
+
+    Images are enlarged by a whole factor until their longer side has at least `min_side` pixels.
+    """
     n, _, height, width = images.shape
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
-    zoom = max(1, math.ceil(least / max(height, width)))
+    zoom = max(1, math.ceil(min_side / max(height, width)))
     pixels = to_uint8(images).expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
     tiles = pixels.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2).cpu().numpy()
     height, width = height * zoom, width * zoom
@@ -52,11 +58,17 @@ def grid(images: Tensor, columns: int | None = None, least: int = 40) -> np.ndar
     return out
 
 
-def class_grid(images: Tensor, labels: Tensor, shown: int) -> np.ndarray:
-    """A row a class with its label before it, in the order in which labels int64 (N,) first come; some `shown` images at most."""
+def class_grid(images: Tensor, labels: Tensor, max_images: int) -> np.ndarray:
+    """Arrange images in one row per class, with its label at the left; uint8 (H', W', 3).
+
+    Args:
+        images: (N, C, H, W) in [−1, 1].
+        labels: int64 (N,); rows are in the order of their first occurrence.
+        max_images: number of images at most, but one per class at least.
+    """
     order = list(dict.fromkeys(labels.tolist()))
-    most = max(int((labels == label).sum()) for label in order)
-    columns = max(1, min(most, shown // len(order)))
+    largest = max(int((labels == label).sum()) for label in order)
+    columns = max(1, min(largest, max_images // len(order)))
     empty = torch.full((1, *images.shape[1:]), _PAPER / 127.5 - 1)
     rows = []
     for label in order:
@@ -64,9 +76,9 @@ def class_grid(images: Tensor, labels: Tensor, shown: int) -> np.ndarray:
         rows += [row, empty.expand(columns - len(row), -1, -1, -1)]
     picture = grid(torch.cat(rows), columns)
     font = ImageFont.load_default(13)
-    wide = _GAP + 4 + max(int(font.getlength(str(label))) for label in order)
-    sheet = Image.new("RGB", (picture.shape[1] + wide, picture.shape[0]), (_PAPER,) * 3)
-    sheet.paste(Image.fromarray(picture), (wide, 0))
+    indent = _GAP + 4 + max(int(font.getlength(str(label))) for label in order)
+    sheet = Image.new("RGB", (picture.shape[1] + indent, picture.shape[0]), (_PAPER,) * 3)
+    sheet.paste(Image.fromarray(picture), (indent, 0))
     height, draw = (picture.shape[0] + _GAP) / len(order), ImageDraw.Draw(sheet)
     for i, label in enumerate(order):
         draw.text((2, (i + 0.5) * height - _GAP / 2), str(label), fill=_INK, font=font, anchor="lm")
@@ -74,7 +86,7 @@ def class_grid(images: Tensor, labels: Tensor, shown: int) -> np.ndarray:
 
 
 def save_animation(path: Path, frames: Sequence[np.ndarray], milliseconds: int = 80, last: int = 1500) -> None:
-    """An animated GIF of uint8 frames (H, W, 3), written under a temporary name and renamed; the last is held for `last` ms."""
+    """Write an animated GIF of uint8 frames (H, W, 3) under a temporary name and rename it; the last frame lasts `last` ms."""
     first, *others = [Image.fromarray(frame) for frame in frames]
     durations = [milliseconds] * len(others) + [last]
     with replacing(path) as partial:
@@ -82,14 +94,16 @@ def save_animation(path: Path, frames: Sequence[np.ndarray], milliseconds: int =
 
 
 def save_sheet(path: Path, panels: Sequence[Panel]) -> None:
-    """Panels with captions on one sheet: those with free columns side by side, the others (strips) below, one a row."""
+    """Write panels with captions on one sheet: those with columns=None side by side, the others below, one per row."""
     font = ImageFont.load_default(13)
     top = [(panel.caption, grid(panel.images)) for panel in panels if panel.columns is None]
     below = [(panel.caption, grid(panel.images, panel.columns)) for panel in panels if panel.columns is not None]
     line = 20
     rows = ([top] if top else []) + [[strip] for strip in below]
-    wide = {caption: math.ceil(font.getlength(caption)) for row in rows for caption, _ in row}  # a caption may be wider
-    width = max(sum(max(p.shape[1], wide[said]) for said, p in row) + _MARGIN * (len(row) + 1) for row in rows)
+    caption_width = {caption: math.ceil(font.getlength(caption)) for row in rows for caption, _ in row}
+    width = max(
+        sum(max(p.shape[1], caption_width[caption]) for caption, p in row) + _MARGIN * (len(row) + 1) for row in rows
+    )
     height = sum(max(p.shape[0] for _, p in row) + line + _MARGIN for row in rows) + _MARGIN
     sheet = Image.new("RGB", (width, height), (_PAPER,) * 3)
     draw = ImageDraw.Draw(sheet)
@@ -99,6 +113,6 @@ def save_sheet(path: Path, panels: Sequence[Panel]) -> None:
         for caption, picture in row:
             draw.text((x, y), caption, fill=_INK, font=font)
             sheet.paste(Image.fromarray(picture), (x, y + line))
-            x += max(picture.shape[1], wide[caption]) + _MARGIN
+            x += max(picture.shape[1], caption_width[caption]) + _MARGIN
         y += max(p.shape[0] for _, p in row) + line + _MARGIN
     save_png(path, np.asarray(sheet))

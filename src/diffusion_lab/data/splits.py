@@ -1,4 +1,4 @@
-"""train, val and test: disjoint, exhaustive, and the same in every run whatever its seed."""
+"""Split a data set into train, val and test: disjoint, exhaustive, and independent of the run's seed."""
 
 from collections.abc import Mapping
 
@@ -21,22 +21,22 @@ def split(
     labels: Index | None = None,
     limit: int | None = None,
 ) -> dict[str, Index]:
-    """Cuts the indices 0 … n - 1 into parts.
+    """Split the indices 0 … n − 1.
 
     Args:
-        n: images of the set.
-        val, test: what to cut, a fraction in [0, 1) of the images outside official parts, or a count (0: an empty part);
-            None where the set has that part officially.
-        official: "val" and "test" → their indices, where the set's authors fixed them.
-        seed: key of the cut. It is not the run's seed: runs of all seeds train on the same images.
-        labels: int64 (n,); if given, each class gives its share of every part, to within one image.
-        limit: train on only so many images, drawn with the same key.
+        n: number of images.
+        val, test: size of the part, as a fraction in [0, 1) of the images outside official parts, or a count (0: an empty
+            part); None takes the official part.
+        official: "val" and "test" → indices of the published parts.
+        seed: key of the random split. It is not the run's seed: runs of all seeds train on the same images.
+        labels: int64 (n,); stratify: the classes of each part have the proportions of the set, to within one image.
+        limit: maximum number of training images, drawn with the same key.
 
     Returns:
-        "train", "val", "test" → int64 indices in ascending order. A change of `val` leaves the test part as it is.
+        "train", "val", "test" → int64 indices in ascending order. The test part does not depend on `val`.
 
     Raises:
-        ValueError: a part is both official and asked for, or neither; nothing is left to train on.
+        ConfigError: the size of an official part is configured, or that of another part is not; the training part is empty.
     """
     official = official or {}
     free = np.setdiff1d(np.arange(n), np.concatenate([np.empty(0, np.int64), *official.values()]))
@@ -74,9 +74,9 @@ def _count(name: str, amount: float | int | None, n: int) -> int:
 
 
 def _interleave(order: Index, labels: Index) -> Index:
-    """Reorders so that every stretch holds each class in its share: by the place within the class, as a fraction of it."""
-    place = np.empty(len(order))
+    """Reorder so that every contiguous range has the class proportions of the whole: sort by relative rank in the class."""
+    rank = np.empty(len(order))
     for label in np.unique(labels[order]):
-        of_class = np.flatnonzero(labels[order] == label)
-        place[of_class] = (np.arange(len(of_class)) + 0.5) / len(of_class)
-    return order[np.argsort(place, kind="stable")]
+        members = np.flatnonzero(labels[order] == label)
+        rank[members] = (np.arange(len(members)) + 0.5) / len(members)
+    return order[np.argsort(rank, kind="stable")]

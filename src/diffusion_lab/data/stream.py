@@ -1,7 +1,7 @@
-"""How images reach a run: training by one endless stream of global batches, evaluation by finite loaders in order.
+"""Batches of examples: an endless stream of global batches for training, and finite loaders in order for evaluation.
 
-Both are pure functions of their arguments: which images a process sees depends on no state, so that a resumed run, or one
-with another number of processes, continues with the very same global batches.
+Both replace torch's DataLoader and samplers. The images of a batch are a pure function of the arguments and the step, and no
+sampler or worker state exists: a resumed run, or one with another number of processes, continues with the same global batches.
 """
 
 from collections.abc import Iterator
@@ -20,23 +20,27 @@ from diffusion_lab.errors import ConfigError
 class BatchStream:
     """An endless iterable over training batches, without epochs.
 
-    Position j of the global batch of step s shows example π_e[p mod N], p = s·B + j, e = ⌊p/N⌋, where π_e is the permutation
-    keyed by (seed, e): keyed epochs, laid end to end. Micro-batch m of A on rank r of W takes the positions m·W + r + k·W·A,
-    k = 0, 1, …: a stride, so that stratified times are spread evenly over all shares.
+    What it does beyond DataLoader with DistributedSampler:
+
+    - Keyed order. Position j of the global batch of step s holds example π_e[p mod N], p = s·B + j, e = ⌊p/N⌋, where π_e is
+      the permutation keyed by (seed, e). Epochs follow each other without a gap: a batch may span two, none is dropped or padded.
+    - Exact resume. Iteration starts at any step in constant time; no random state and no position is saved.
+    - Several processes. Micro-batch m of A on rank r of W takes the positions m·W + r + k·W·A, k = 0, 1, …, of the same global
+      batch, whatever W and A are. The stride distributes stratified times evenly over all micro-batches.
 
     Args:
         examples: the training split, N examples.
         batch_size: B, of the global batch.
         seed: the run's.
         world_size, rank: W and r.
-        accumulate: A, micro-batches an optimiser step.
-        start_step: where iteration starts; may be set at any time before it.
+        accumulate: A, micro-batches per optimizer step.
+        start_step: first step of the next iteration; may be assigned between iterations.
         flip: mirror an example left to right with probability ½, keyed by (seed, step, position).
-        pin_memory: page-locked tensors, for copies to a GPU that do not wait.
-        repeat: show the images of the first so many steps over and over, with new noise; 0 for all images.
+        pin_memory: page-locked tensors, for asynchronous copies to a GPU.
+        repeat: repeat the images of the first `repeat` steps, with new noise (to overfit them); 0 uses all images.
 
     Raises:
-        ValueError: no examples, or B is no multiple of W·A.
+        ConfigError: no examples, or B is not a multiple of W·A.
     """
 
     def __init__(
@@ -74,18 +78,18 @@ class BatchStream:
                 yield self.batch(step, micro)
 
     def batch(self, step: int, micro: int = 0) -> dict[str, Any]:
-        """This rank's micro-batch of a step, b = B/(W·A) examples.
+        """Return this rank's micro-batch of a step, b = B/(W·A) examples.
 
         Returns:
-            "image" float32 (b, C, H, W) in [-1, 1]; "label" int64 (b,) and "attributes" float32 (b, A) where the set has them;
-            "position" int64 (b,), the places in the global batch; "step", an int.
+            "image" float32 (b, C, H, W) in [−1, 1]; "label" int64 (b,) and "attributes" float32 (b, A) where the set has them;
+            "position" int64 (b,), positions in the global batch; "step", an int.
         """
         position = np.arange(micro * self.world_size + self.rank, self.batch_size, self.world_size * self.accumulate)
-        shown = step % self.repeat if self.repeat else step
-        epoch, place = np.divmod(shown * self.batch_size + position, len(self.examples))
-        index = np.empty_like(place)
+        image_step = step % self.repeat if self.repeat else step
+        epoch, offset = np.divmod(image_step * self.batch_size + position, len(self.examples))
+        index = np.empty_like(offset)
         for e in np.unique(epoch):
-            index[epoch == e] = self._order(int(e))[place[epoch == e]]
+            index[epoch == e] = self._order(int(e))[offset[epoch == e]]
         key, flip = torch.from_numpy(position), None
         if self.flip:
             flip = (noise.uniform((), seed=self.seed, index=key, draw=step, stream=noise.Stream.FLIP) < 0.5).numpy()
@@ -94,17 +98,18 @@ class BatchStream:
 
     def _order(self, epoch: int) -> Index:
         if epoch not in self._orders:
-            if len(self._orders) > 1:  # a global batch touches one epoch or two, unless the set is tiny
+            if len(self._orders) > 1:  # a global batch spans at most two epochs, unless the set is tiny
                 del self._orders[min(self._orders)]
             self._orders[epoch] = noise.permutation(len(self.examples), seed=self.seed, draw=epoch).numpy()
         return self._orders[epoch]
 
 
 class EvalBatches:
-    """A finite iterable in order: rank r of W sees the examples r, r + W, r + 2W, …, none dropped and none repeated.
+    """A finite iterable in order: rank r of W gets the examples r, r + W, r + 2W, …
 
-    Yields {"image", "label", "attributes"} as `BatchStream` does, and "index" int64 (b,), the place in the split. Ranks may
-    differ by one in their number of batches: reduce over processes at the end, not in every batch.
+    Each example is evaluated exactly once; DistributedSampler repeats some so that all ranks get equally many. Yields "image",
+    "label" and "attributes" as `BatchStream` does, and "index" int64 (b,), positions in the split, which key the noise of
+    the evaluation. Ranks may differ by one in their number of batches: reduce over processes after the last batch.
 
     Args:
         examples: the split.
@@ -113,7 +118,7 @@ class EvalBatches:
         pin_memory: page-locked tensors.
 
     Raises:
-        ValueError: `batch_size` is not positive.
+        ConfigError: `batch_size` is not positive.
     """
 
     def __init__(

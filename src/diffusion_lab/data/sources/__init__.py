@@ -1,4 +1,4 @@
-"""The data sets. Each is a `Source`: options in the constructor, `load` → `Dataset`."""
+"""The data sets. Each is a `Source`: the constructor takes its options, `load` returns a `Dataset`."""
 
 from diffusion_lab.data.sources.base import Dataset, Source
 from diffusion_lab.data.sources.celeba import CelebA

@@ -1,4 +1,4 @@
-"""What a data set is to the rest of the package."""
+"""The interface of data sets."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -12,10 +12,11 @@ from diffusion_lab.data.images import Examples, Index
 
 @dataclass(frozen=True)
 class Dataset:
-    """All images of a set.
+    """An opened data set.
 
-    examples: every image, all parts together. class_names, attribute_names: empty without labels, attributes.
-    official: "val" and "test" → int64 indices, where the authors of the set fixed them.
+    examples: all images, of all parts.
+    class_names, attribute_names: empty without labels, attributes.
+    official: "val" and "test" → int64 indices of the published parts.
     """
 
     examples: Examples
@@ -25,26 +26,29 @@ class Dataset:
 
 
 class Source(ABC):
-    """A data set that can be fetched and opened."""
+    """A data set that can be downloaded and opened.
+
+    Its public attributes are its options: with the class name they identify cached reference statistics.
+    """
 
     @abstractmethod
     def load(self, root: Path, shape: tuple[int, int, int], *, download: bool) -> Dataset:
-        """Opens the set, after fetching and decoding what is missing.
+        """Open the data set, after downloading missing files and decoding images that are not cached.
 
         Args:
-            root: the folder of data sets; for one's own images, these.
-            shape: (C, H, W) that image files are decoded to; sets of arrays have a shape of their own.
-            download: fetch missing files.
+            root: folder of data sets; for the user's images, their folder or file.
+            shape: (C, H, W) that image files are decoded to; data sets of arrays have a fixed shape and ignore it.
+            download: download missing files.
 
         Raises:
-            ValueError: files are missing, damaged or cannot be fetched.
+            ConfigError: files are missing or damaged, or cannot be downloaded.
         """
 
 
 def train_and_test(
     images: tuple[np.ndarray, np.ndarray], labels: tuple[np.ndarray, np.ndarray] | None, class_names: tuple[str, ...]
 ) -> Dataset:
-    """A set from its training and its official test part: images uint8 (N, C, H, W), labels integers (N,)."""
+    """Return a data set of a training and an official test part: images uint8 (N, C, H, W), labels integers (N,)."""
     test = np.arange(len(images[1])) + len(images[0])
-    joined = None if labels is None else np.concatenate(labels).astype(np.int64)
-    return Dataset(Examples(np.concatenate(images), joined), class_names, official={"test": test})
+    all_labels = None if labels is None else np.concatenate(labels).astype(np.int64)
+    return Dataset(Examples(np.concatenate(images), all_labels), class_names, official={"test": test})

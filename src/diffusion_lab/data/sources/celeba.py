@@ -19,26 +19,26 @@ PARTS = {"val": 1, "test": 2}  # train is 0
 class CelebA(Source):
     """CelebA (Liu et al. 2015) with its official train, val and test parts.
 
-    Families of papers cut the face differently, and their FIDs do not compare:
-    crop=140, the central square (score SDE); crop=178, the whole width; crop=[57,25,128,128], the box around column 89,
+    Papers crop the face differently, and FIDs of different crops are not comparable:
+    crop=140, the central square (score SDE); crop=178, the full width; crop=[57,25,128,128], the box centered at column 89,
     row 121 (DDIM, Analytic-DPM).
 
     Args:
-        crop: a central square of so many pixels, or [top, left, height, width]; it is resized to the image size.
+        crop: side of the central square in pixels, or [top, left, height, width]; it is resized to the image size.
         filter: Pillow's, antialiased: bilinear, bicubic, lanczos, box, hamming or nearest.
-        cache: the folder for decoded images; None is `ROOT/celeba/.cache`, or the user's cache folder if that is read-only.
+        cache: folder of decoded images. None is `ROOT/celeba/.cache`, or the user's cache folder if that is read-only.
 
     Raises:
-        ValueError: an option that is none of these.
+        ConfigError: an unknown option.
     """
 
     def __init__(self, crop: int | Sequence[int] = 140, filter: str = "bilinear", cache: str | None = None) -> None:
         self.crop = crop if isinstance(crop, int) else tuple(crop)
         self.filter, self.cache = filter, cache
-        self._decoder((3, 1, 1))  # refuses wrong options now
+        self._decoder((3, 1, 1))  # refuse unknown options early
 
     def _decoder(self, shape: tuple[int, int, int]) -> Decoder:
-        return Decoder(shape, box=self.crop, resize="exact", centre=False, filter=self.filter)
+        return Decoder(shape, box=self.crop, resize="exact", center=False, filter=self.filter)
 
     def load(self, root: Path, shape: tuple[int, int, int], *, download: bool) -> Dataset:
         """See `Source.load`."""
@@ -61,16 +61,20 @@ class CelebA(Source):
 
 
 def _require(folder: Path, download: bool) -> None:
-    """Makes sure of the three files. They lie on Google Drive, which needs the package gdown and often refuses."""
+    """Download missing files of the three. They are on Google Drive, which needs the package gdown and has a quota.
+
+    Raises:
+        ConfigError: files are missing, and `download` is false or fails.
+    """
     archive = f"{IMAGES}.zip"
     missing = [name for name in (archive, ATTRIBUTES, PARTITION) if not (folder / name).exists()]
     if archive in missing and (folder / IMAGES).is_dir():
         missing.remove(archive)
     if not missing:
         return
-    place = f"put {', '.join(missing)} (mmlab.ie.cuhk.edu.hk/projects/CelebA.html) into {folder.absolute()}"
+    remedy = f"put {', '.join(missing)} (mmlab.ie.cuhk.edu.hk/projects/CelebA.html) into {folder.absolute()}"
     if not download:
-        raise ConfigError(f"CelebA is not complete: {place}, or write data.download=true")
+        raise ConfigError(f"CelebA is incomplete: {remedy}, or write data.download=true")
     from torchvision.datasets import CelebA as Published
     from torchvision.datasets.utils import download_file_from_google_drive
 
@@ -81,15 +85,26 @@ def _require(folder: Path, download: bool) -> None:
         try:
             download_file_from_google_drive(drive, folder, part.name, md5)
             part.replace(folder / name)
-        except Exception as error:  # gdown has errors of its own, and may be missing
+        except Exception as error:  # gdown raises its own errors, and may be missing
             reason = " ".join(str(error).split())
-            raise ConfigError(f"cannot download {name} ({reason}): {place}") from error
+            raise ConfigError(f"cannot download {name} ({reason}): {remedy}") from error
         finally:
             part.unlink(missing_ok=True)
 
 
 def _read_table(path: Path, skip: int) -> tuple[tuple[str, ...], np.ndarray]:
-    """The words of the last skipped line, and the table: a name and integers a line → int64 (N, columns)."""
+    """Read a table with a name and integers a line, sorted by name.
+
+    Args:
+        path: the file.
+        skip: number of header lines.
+
+    Returns:
+        The words of the last header line, and the integers, int64 (N, columns).
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
     lines = path.read_text().splitlines()
     try:
         header = tuple(lines[skip - 1].split()) if skip else ()

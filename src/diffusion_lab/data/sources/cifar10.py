@@ -1,13 +1,13 @@
-"""CIFAR-10: 50,000 + 10,000 colour images of 32×32, in torchvision's layout.
+"""CIFAR-10: 50,000 + 10,000 color images of 32×32, in torchvision's layout.
 
-Either the unpacked `ROOT/cifar-10-batches-py` or the archive `ROOT/cifar-10-python.tar.gz` is read, as it is.
+Either the unpacked `ROOT/cifar-10-batches-py` or the archive `ROOT/cifar-10-python.tar.gz` is read; nothing is unpacked.
 """
 
 import io
 import pickle
 import tarfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,36 +17,36 @@ from diffusion_lab.data.download import Remote, fetch
 from diffusion_lab.data.sources.base import Dataset, Source, train_and_test
 from diffusion_lab.errors import ConfigError
 
-FOLDER = "cifar-10-batches-py"
-ARCHIVE = Remote(
-    "cifar-10-python.tar.gz",
-    ("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",),
-    "c58f30108f718f92721af3b95e74349a",
-)
-BATCHES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
 HARMLESS = ("numpy._core.multiarray._reconstruct", "numpy.ndarray", "numpy.dtype", "_codecs.encode")
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
 class CIFAR10(Source):
-    """CIFAR-10 (Krizhevsky 2009)."""
+    """CIFAR-10 (Krizhevsky 2009).
+
+    torchvision supplies address, checksum and the names of files. Its data set class is not used, because it reads the
+    batches with `pickle.load`, which runs whatever code a file contains; see `_BatchUnpickler`.
+    """
 
     def load(self, root: Path, shape: tuple[int, int, int], *, download: bool) -> Dataset:
-        """See `Source.load`; `shape` does not matter."""
-        folder, archive = root / FOLDER, root / ARCHIVE.name
+        """See `Source.load`; `shape` is not used."""
+        from torchvision.datasets import CIFAR10 as Published  # late: other data sets do not need it
+
+        folder, archive = root / Published.base_folder, root / Published.filename
+        names = [name for name, _ in (*Published.train_list, *Published.test_list)]
         files: Mapping[str, bytes]
         if folder.is_dir():
-            if missing := [name for name in BATCHES if not (folder / name).exists()]:
+            if missing := [name for name in names if not (folder / name).exists()]:
                 raise ConfigError(
                     f"{folder.absolute()} lacks {', '.join(missing)}: add them, or delete the folder and run again"
                 )
-            source, files = folder, {name: (folder / name).read_bytes() for name in BATCHES}
+            source, files = folder, {name: (folder / name).read_bytes() for name in names}
         else:
             if not archive.exists():
-                fetch(root, [ARCHIVE], download=download)
-            source, files = archive, _unpack(archive)
+                fetch(root, [Remote(archive.name, (Published.url,), Published.tgz_md5)], download=download)
+            source, files = archive, _read_members(archive, names)
         try:
-            batches = [_Reader(io.BytesIO(files[name]), encoding="latin1").load() for name in BATCHES]
+            batches = [_BatchUnpickler(io.BytesIO(files[name]), encoding="latin1").load() for name in names]
             images = [np.asarray(batch["data"], np.uint8).reshape(-1, 3, 32, 32) for batch in batches]
             labels = [np.asarray(batch["labels"], np.int64) for batch in batches]
         except (pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
@@ -55,20 +55,23 @@ class CIFAR10(Source):
         return train_and_test((train, images[-1]), (train_labels, labels[-1]), CLASSES)
 
 
-def _unpack(archive: Path) -> Mapping[str, bytes]:
+def _read_members(archive: Path, names: Sequence[str]) -> Mapping[str, bytes]:
     try:
         with tarfile.open(archive) as tar:
             members = {Path(member.name).name: member for member in tar.getmembers() if member.isfile()}
-            return {name: tar.extractfile(members[name]).read() for name in BATCHES}  # type: ignore[union-attr]
+            return {name: tar.extractfile(members[name]).read() for name in names}  # type: ignore[union-attr]
     except (OSError, EOFError, KeyError, tarfile.TarError, zlib.error) as error:
         raise ConfigError(f"{archive.absolute()} is damaged ({error}): delete it and run again") from error
 
 
-class _Reader(pickle.Unpickler):
-    """Reads the arrays and lists of the batches and nothing that could run code."""
+class _BatchUnpickler(pickle.Unpickler):
+    """Unpickle the arrays and lists of a batch, and refuse every other class.
+
+    A pickle may call any function. `pickle.load`, and torchvision through it, would run the code of a manipulated file.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         module = module.replace("numpy.core", "numpy._core")  # its name before NumPy 2
         if f"{module}.{name}" in HARMLESS:
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}")

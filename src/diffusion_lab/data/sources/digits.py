@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: 1,797 grey images of 8×8, inside the package."""
+"""Handwritten digits that scikit-learn ships: 1,797 grayscale images of 8×8."""
 
 from pathlib import Path
 
@@ -9,10 +9,13 @@ from diffusion_lab.data.sources.base import Dataset, Source
 
 
 class Digits(Source):
-    """Levels 0 … 16 become round(k·255/16). Nothing is downloaded, and there is no official test part."""
+    """Handwritten digits (Alpaydin & Kaynak 1998), with levels k = 0 … 16 mapped to round(k·255/16).
+
+    Nothing is downloaded, and there is no official test part.
+    """
 
     def load(self, root: Path, shape: tuple[int, int, int], *, download: bool) -> Dataset:
-        """See `Source.load`; no argument matters."""
+        """See `Source.load`; no argument is used."""
         from sklearn.datasets import load_digits
 
         digits = load_digits()

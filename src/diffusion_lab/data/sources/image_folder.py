@@ -1,13 +1,15 @@
-"""One's own images: a folder, a .zip file, or an .npz file of arrays."""
+"""Images of the user: a folder, a .zip file, or an .npz file of arrays."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from diffusion_lab.data.cache import cache_folder, decoded
 from diffusion_lab.data.decode import Decoder, Files
 from diffusion_lab.data.images import Examples, Index
+from diffusion_lab.data.npz import images_of_npz, labels_of_npz
 from diffusion_lab.data.sources.base import Dataset, Source, train_and_test
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.io import read_npz
@@ -16,21 +18,23 @@ PARTS = {"train": "train", "val": "val", "valid": "val", "test": "test"}
 
 
 class ImageFolder(Source):
-    """All images below `root`, in nested folders, grey or in colour, of any size.
+    """All images below `root`, in nested folders, grayscale or color, of any size.
 
-    Folders that hold everything are stepped over. Of the rest, the first level names the classes if there are several; where
-    it is `train` and `test` or `val`, these are the official parts and the classes are one level below. `root` may also be a
-    .zip file of such folders, or an .npz file of arrays that are used as they are: `arr_0` uint8 (N, H, W, C) and, for labels,
+    Common parent folders are skipped. If several folders remain on the first level, they are the classes; if these are
+    `train` and `test` or `val`, they are the official parts and the classes are one level below. `root` may also be a .zip
+    file of such folders, or an .npz file of arrays that are used unchanged: `arr_0` uint8 (N, H, W, C) and, for labels,
     `arr_1` integers (N,), as sample.py writes; or `train_images`, `train_labels`, `test_images`, `test_labels`.
 
     Args:
-        resize: "shorter" (scale until the image just covers H×W), "exact" (to H×W whatever its aspect) or "none".
-        crop: "center" cuts the central H×W after resizing; [top, left, height, width] cuts that box before it as well; "none".
+        resize: "shorter" (scale until the image just covers H×W), "exact" (to H×W whatever its aspect ratio) or "none".
+        crop: "center" crops the central H×W after resizing; [top, left, height, width] crops that box before resizing, and
+            the center after it; "none".
         filter: Pillow's, antialiased: lanczos, bicubic, bilinear, box, hamming or nearest.
-        cache: the folder for decoded images; None is `.cache` beside them, or the user's cache folder if that is read-only.
+        cache: folder of decoded images. None is `.cache` in the folder of the images, or the user's cache folder if that
+            is read-only.
 
     Raises:
-        ValueError: an option that is none of these.
+        ConfigError: an unknown option.
     """
 
     def __init__(
@@ -43,12 +47,12 @@ class ImageFolder(Source):
         if isinstance(crop, str) and crop not in ("center", "none"):
             raise ConfigError(f"data.source.crop={crop}: write center, none or [top,left,height,width]")
         self.box = None if isinstance(crop, str) or crop is None else tuple(crop)
-        self.resize, self.centre, self.filter = resize, crop not in ("none", None), filter
+        self.resize, self.center, self.filter = resize, crop not in ("none", None), filter
         self.cache = cache
-        self._decoder((3, 1, 1))  # refuses wrong options now
+        self._decoder((3, 1, 1))  # refuse unknown options early
 
     def _decoder(self, shape: tuple[int, int, int]) -> Decoder:
-        return Decoder(shape, self.box, self.resize, self.centre, self.filter)
+        return Decoder(shape, self.box, self.resize, self.center, self.filter)
 
     def load(self, root: Path, shape: tuple[int, int, int], *, download: bool) -> Dataset:
         """See `Source.load`; nothing is downloaded."""
@@ -59,13 +63,13 @@ class ImageFolder(Source):
         if root.suffix == ".npz":
             return _read_npz(root)
         files = Files(root)
-        labels, class_names, official = _sort_out([name.split("/") for name in files.names])
+        labels, class_names, official = _labels_and_parts([name.split("/") for name in files.names])
         folder = cache_folder(self.cache, root if root.is_dir() else root.parent)
         return Dataset(Examples(decoded(files, self._decoder(shape), folder), labels), class_names, official=official)
 
 
-def _sort_out(paths: list[list[str]]) -> tuple[Index | None, tuple[str, ...], dict[str, Index]]:
-    """Paths of images as lists of names → labels, class names, official parts."""
+def _labels_and_parts(paths: list[list[str]]) -> tuple[Index | None, tuple[str, ...], dict[str, Index]]:
+    """Return labels, class names and official parts of images, from their paths as lists of names."""
     paths = _below_common(paths)
     official = {}
     if {"train"} < {path[0] for path in paths} <= set(PARTS):
@@ -88,11 +92,11 @@ def _below_common(paths: list[list[str]]) -> list[list[str]]:
 def _read_npz(path: Path) -> Dataset:
     arrays = read_npz(path)
     if "arr_0" in arrays:
-        images, labels = _pair(path, arrays["arr_0"], arrays.get("arr_1"))
+        images, labels = _read_part(path, arrays, "arr_0", "arr_1")
         return Dataset(Examples(images, labels), _numbers(labels))
     if "train_images" in arrays and "test_images" in arrays:
-        train, train_labels = _pair(path, arrays["train_images"], arrays.get("train_labels"))
-        test, test_labels = _pair(path, arrays["test_images"], arrays.get("test_labels"))
+        train, train_labels = _read_part(path, arrays, "train_images", "train_labels")
+        test, test_labels = _read_part(path, arrays, "test_images", "test_labels")
         if train_labels is None or test_labels is None:
             return train_and_test((train, test), None, ())
         names = _numbers(np.concatenate([train_labels, test_labels]))
@@ -102,18 +106,13 @@ def _read_npz(path: Path) -> Dataset:
     )
 
 
-def _pair(path: Path, images: np.ndarray, labels: np.ndarray | None) -> tuple[np.ndarray, Index | None]:
-    """Images as uint8 (N, C, H, W) and labels as int64 (N,)."""
-    if images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) == 0:
-        raise ConfigError(
-            f"{path.absolute()} holds images as {images.dtype} {images.shape}: write uint8 N×H×W×C, N ≥ 1"
-        )
-    if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu" or labels.min() < 0):
-        raise ConfigError(
-            f"{path.absolute()} holds labels as {labels.dtype} {labels.shape}: write N integers from 0 on"
-        )
-    images = images.reshape(*images.shape[:3], -1).transpose(0, 3, 1, 2)
-    return np.ascontiguousarray(images), None if labels is None else labels.astype(np.int64)
+def _read_part(
+    path: Path, arrays: Mapping[str, np.ndarray], images: str, labels: str
+) -> tuple[NDArray[np.uint8], Index | None]:
+    """Return the images named `images`, uint8 (N, C, H, W), and the labels named `labels`, int64 (N,)."""
+    where = str(path.absolute())
+    pixels = images_of_npz(arrays[images], where).transpose(0, 3, 1, 2)
+    return np.ascontiguousarray(pixels, np.uint8), labels_of_npz(arrays.get(labels), len(pixels), where)
 
 
 def _numbers(labels: Index | None) -> tuple[str, ...]:

@@ -1,14 +1,14 @@
-"""MNIST and Fashion-MNIST: 60,000 + 10,000 grey images of 28×28, in torchvision's layout `ROOT/MNIST/raw`.
-
-The archives are read as they are, so that the folder may be read-only.
-"""
+"""MNIST and Fashion-MNIST: 60,000 + 10,000 grayscale images of 28×28, in torchvision's layout `ROOT/MNIST/raw`."""
 
 import gzip
+import tempfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+from torch import Tensor
 
 from diffusion_lab.data.download import Remote, fetch
 from diffusion_lab.data.sources.base import Dataset, Source, train_and_test
@@ -16,33 +16,40 @@ from diffusion_lab.errors import ConfigError
 
 
 class _IdxSource(Source):
-    """A set of four idx files, each plain or with `.gz`; `name` is torchvision's class and the folder."""
+    """A data set of torchvision in four idx files, each plain or with `.gz`.
+
+    torchvision supplies addresses, checksums and the parser. Its data set class is not used, because it needs the unpacked
+    files in the folder: here archives are unpacked to a temporary folder, so that the folder may be read-only.
+
+    Attributes:
+        name: torchvision's class, which also names the folder.
+    """
 
     name: ClassVar[str]
     class_names: ClassVar[tuple[str, ...]]
 
     def load(self, root: Path, shape: tuple[int, int, int], *, download: bool) -> Dataset:
-        """See `Source.load`; `shape` does not matter."""
-        folder = root / self.name / "raw"
-        parts = [f"{part}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1") for part in ("train", "t10k")]
-        missing = [part for part in parts if not _find(folder, part).exists()]
+        """See `Source.load`; `shape` is not used."""
+        from torchvision import datasets  # late: other data sets do not need it
+        from torchvision.datasets.mnist import read_image_file, read_label_file
+
+        published, folder = getattr(datasets, self.name), root / self.name / "raw"
+        missing = [
+            Remote(archive, tuple(mirror + archive for mirror in published.mirrors), md5)
+            for archive, md5 in published.resources
+            if not _locate(folder, archive.removesuffix(".gz")).exists()
+        ]
         if missing:
-            fetch(folder, self._remotes(missing), download=download)
-        train, test, train_labels, test_labels = (_read(folder, part) for part in parts)
-        for images, labels in ((train, train_labels), (test, test_labels)):
-            if len(images) != len(labels):
+            fetch(folder, missing, download=download)
+        images, labels = [], []
+        for part in ("train", "t10k"):
+            images.append(_read(_locate(folder, f"{part}-images-idx3-ubyte"), read_image_file)[:, None])
+            labels.append(_read(_locate(folder, f"{part}-labels-idx1-ubyte"), read_label_file))
+            if len(images[-1]) != len(labels[-1]):
                 raise ConfigError(
-                    f"{folder} holds {len(images)} images with {len(labels)} labels: delete it and run again"
+                    f"{folder} holds {len(images[-1])} images with {len(labels[-1])} labels: delete it and run again"
                 )
-        return train_and_test((train[:, None], test[:, None]), (train_labels, test_labels), self.class_names)
-
-    def _remotes(self, parts: list[str]) -> list[Remote]:
-        from torchvision import datasets
-
-        published = getattr(datasets, self.name)
-        sums = dict(published.resources)
-        names = [f"{part}.gz" for part in parts]
-        return [Remote(name, tuple(mirror + name for mirror in published.mirrors), sums[name]) for name in names]
+        return train_and_test((images[0], images[1]), (labels[0], labels[1]), self.class_names)
 
 
 class MNIST(_IdxSource):
@@ -62,20 +69,30 @@ class FashionMNIST(_IdxSource):
     )
 
 
-def _find(folder: Path, part: str) -> Path:
-    """Where a file lies or, if it does not, belongs."""
-    return folder / part if (folder / part).exists() else folder / f"{part}.gz"
+def _locate(folder: Path, name: str) -> Path:
+    """Return the path of the plain idx file where it exists, otherwise that of its `.gz` archive."""
+    return folder / name if (folder / name).exists() else folder / f"{name}.gz"
 
 
-def _read(folder: Path, part: str) -> np.ndarray:
-    """An idx file: two zero bytes, type 8 (uint8), the number of axes, their lengths as big-endian int32, the bytes."""
-    path = _find(folder, part)
+def _read(path: Path, parse: Callable[[str], Tensor]) -> np.ndarray:
+    """Parse an idx file, plain or `.gz`.
+
+    Raises:
+        ConfigError: the file is damaged, or cannot be read or unpacked.
+    """
+    from torchvision.datasets.utils import extract_archive
+
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        axes = data[3]
-        if data[:3] != b"\0\0\x08":
-            raise ConfigError("no idx file of bytes")
-        lengths = np.frombuffer(data, ">i4", axes, offset=4)
-        return np.frombuffer(data, np.uint8, offset=4 + 4 * axes).reshape(lengths)
-    except (OSError, EOFError, zlib.error, ValueError, IndexError) as error:
-        raise ConfigError(f"{path.absolute()} is damaged ({error}): delete it and run again") from error
+        with tempfile.TemporaryDirectory() as temporary:
+            plain = extract_archive(path, temporary) if path.suffix == ".gz" else path
+            return parse(str(plain)).numpy()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        damage: Exception = error
+    except (AssertionError, ValueError, TypeError, KeyError, RuntimeError) as error:  # from torchvision's parser
+        damage = error
+    except OSError as error:
+        raise ConfigError(
+            f"{path.absolute()} cannot be read ({error}): make it readable, with room to unpack it in {tempfile.gettempdir()}"
+        ) from error
+    reason = " ".join(str(damage).split()) or "no idx file of bytes"
+    raise ConfigError(f"{path.absolute()} is damaged ({reason}): delete it and run again") from damage

@@ -1,0 +1,48 @@
+"""Check the arrays of an .npz file that hold images and labels."""
+
+from typing import TypeGuard
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from diffusion_lab.data.images import Index, refuse_nan
+from diffusion_lab.errors import ConfigError
+
+
+def images_of_npz(array: np.ndarray, where: str, *, floats: bool = False) -> NDArray[np.uint8] | NDArray[np.float32]:
+    """Return images (N, H, W, C), uint8, or float32 in [−1, 1] where `floats` permits them.
+
+    Args:
+        array: (N, H, W, C) or (N, H, W), N ≥ 1.
+        where: the file, for the message.
+        floats: accept floats in [−1, 1] as well.
+
+    Raises:
+        ConfigError: another dtype or shape, no image, NaN or Inf (with the index of the image), floats outside [−1, 1].
+    """
+    accepted = array.dtype == np.uint8 or (floats and array.dtype.kind == "f")
+    if not accepted or array.ndim not in (3, 4) or len(array) == 0:
+        remedy = "write uint8 N×H×W×C, N ≥ 1" + (", or floats in [-1, 1]" if floats else "")
+        raise ConfigError(f"{where} holds images as {array.dtype} {array.shape}: {remedy}")
+    images: NDArray[np.uint8] | NDArray[np.float32] = array[..., None] if array.ndim == 3 else array
+    if images.dtype != np.uint8:
+        images = images.astype(np.float32)
+        refuse_nan(torch.from_numpy(images), of=f"the pixels in {where}")
+        if (largest := np.abs(images).max()) > 1:
+            raise ConfigError(f"{where} holds floats up to {largest:.3g}: scale to [-1, 1], or write uint8")
+    return images
+
+
+def are_labels(array: np.ndarray | None, count: int) -> TypeGuard[np.ndarray]:
+    """Return whether an array holds the class labels of `count` images: integers (count,) from 0 on."""
+    return array is not None and array.shape == (count,) and array.dtype.kind in "iu" and array.min(initial=0) >= 0
+
+
+def labels_of_npz(array: np.ndarray | None, count: int, where: str) -> Index | None:
+    """Return labels int64 (count,), or None where the file has none. Raises ConfigError: the array is not labels."""
+    if array is None:
+        return None
+    if not are_labels(array, count):
+        raise ConfigError(f"{where} holds labels as {array.dtype} {array.shape}: write N integers from 0 on")
+    return array.astype(np.int64)
