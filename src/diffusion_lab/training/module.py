@@ -98,7 +98,7 @@ class DiffusionModule(pl.LightningModule):
         if self.learned_variance:
             chain_steps(self.denoiser)
         self.averages: dict[str, nn.Module] = {}  # a dict hides the averages from nn.Module's registration
-        self._validation_loss = MeanMetric(nan_strategy="disable").set_dtype(torch.float64)
+        self._validation_loss = MeanMetric(nan_strategy="disable")
         self._resumption: Resumption | None = None
         self._drawn: list[Tensor] = []  # (position, t, loss) of a step's parts, for importance sampling
 
@@ -190,7 +190,7 @@ class DiffusionModule(pl.LightningModule):
         switch(self.trainer.optimizers, "train")
 
     def on_validation_epoch_start(self) -> None:
-        self._validation_loss.reset()
+        self._validation_loss.set_dtype(torch.float64).reset()  # Lightning sets it to float32 together with the module
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         denoiser = next(iter(self.denoisers().values()))
