@@ -2,7 +2,7 @@
 
 import pytest
 from command import TINY, code
-from judge import install
+from quick_classifier import install
 
 
 @pytest.fixture(scope="session")

@@ -361,7 +361,7 @@ def test_train_classifier_reports_its_accuracy(cache, tmp_path, capfd):
     report = json.loads((out / "accuracy.json").read_text())
     assert f"{report['accuracy']:.2%} of 180 held-out images" in outcome.out
     assert torch.load(out / "classifier.pt", weights_only=True)["config"]["data"]["name"] == "digits"
-    for arguments, said in (([f"out={out}"], "overwrite=true"), (["data.num_classes=0"], "labelled data set")):
+    for arguments, said in (([f"out={out}"], "overwrite=true"), (["data.num_classes=0"], "labeled data set")):
         refused = command("train_classifier", [f"cache={cache}", f"out={tmp_path / 'x'}", *arguments], capfd)
         assert refused.code == 2
         assert said in refused.err

@@ -31,7 +31,7 @@ from diffusion_lab.schedules import Cosine
 class Judging(Extractor):
     """A random classifier: the same in every process."""
 
-    name, key, dim, classes, judges = "classifier", "0" * 16, 64, 10, True
+    name, key, dim, classes, has_class_logits = "classifier", "0" * 16, 64, 10, True
 
     def __init__(self):
         torch.manual_seed(3)

@@ -6,7 +6,9 @@ import torch
 from command import composed, module, train
 
 from diffusion_lab.commands.train import build
+from diffusion_lab.losses import diffusion_loss
 from diffusion_lab.training.callbacks import EMA
+from diffusion_lab.training.draws import validation_draw
 
 SMALL = (
     "model.width=8",
@@ -86,6 +88,13 @@ def test_averages_are_apart_from_the_live_network(tmp_path):
     assert any(not torch.equal(v, fails.live[k]) for k, v in average.state_dict().items())
 
 
+def _validation_loss(module, denoiser, batch, draw, images):
+    t, noise, _, condition = validation_draw(denoiser, module.condition, batch, images=images, draw=draw)
+    return diffusion_loss(
+        denoiser, module.weighting, module.error, batch["image"], noise, t, learned=module.learned_variance, **condition
+    )
+
+
 def test_validation_uses_the_average_whatever_the_order_of_callbacks(tmp_path):
     """val/loss equals the loss of the averaged network computed apart, with the average listed first or last."""
 
@@ -101,7 +110,7 @@ def test_validation_uses_the_average_whatever_the_order_of_callbacks(tmp_path):
         total = count = 0.0
         for batch in trainer.datamodule.val_dataloader():
             for draw in range(module.validation_draws):
-                loss = module._validation_loss(denoiser, batch, draw, trainer.datamodule.size("val"))
+                loss = _validation_loss(module, denoiser, batch, draw, trainer.datamodule.size("val"))
                 total, count = total + float(loss.weighted.double().sum()), count + len(loss.weighted)
         values.append(float(trainer.callback_metrics["val/loss"]))
         assert values[-1] == pytest.approx(total / count, rel=1e-6)

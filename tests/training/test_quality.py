@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from command import ROOT, TINY, command, train
-from judge import install
+from quick_classifier import install
 
 from diffusion_lab.commands.train import build
 from diffusion_lab.metrics import extractors
@@ -101,7 +101,7 @@ def test_what_is_missing_is_known_before_the_first_step(tmp_path, capfd, monkeyp
     for i, (arguments, remedies) in enumerate(
         (
             (("quality=inception",), (extractors.WEIGHTS.name, str(tmp_path / "torch"), "http://127.0.0.1:9/")),
-            (("quality=classifier", "data.num_classes=0"), ("labelled data set",)),
+            (("quality=classifier", "data.num_classes=0"), ("labeled data set",)),
             (("quality=classifier", "callbacks.quality.split=tests"), ("split=tests",)),
             (("quality=classifier", "callbacks.quality.n=1"), ("n >= 2",)),
         )

@@ -12,7 +12,7 @@ from diffusion_lab.data.images import Examples
 from diffusion_lab.data.stream import BatchStream
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.models import VarianceHead
-from diffusion_lab.models.base import Network
+from diffusion_lab.models.base import UNetBase
 from diffusion_lab.models.embeddings import Embedding
 from diffusion_lab.objectives import PredNoise, PredV
 from diffusion_lab.schedules import VP, Cosine, Linear
@@ -85,7 +85,7 @@ def test_what_the_moments_see() -> None:
     assert set(torch.cat(network.labels).tolist()) == {0, 1, 2}
     assert network.off.grad is None
     assert torch.equal(network.off, before)
-    with pytest.raises(ValueError, match="NaN or infinity"):
+    with pytest.raises(ValueError, match="NaN or Inf"):
         moments(
             second_moments(
                 Denoiser(Best(math.nan), Linear(40), PredNoise()), data, fit_times(Linear(40)), 1, Unconditional()
@@ -123,7 +123,7 @@ def test_shares_add_up_to_the_whole(world: int) -> None:
 # ------------------------------------------------------------------------------------------------ heads
 
 
-class Toy(Network):
+class Toy(UNetBase):
     """ε̂ = gain · x: the best network of Gaussian data at one time, or one with an error; four features."""
 
     def __init__(self, gain: float, off: float) -> None:

@@ -219,7 +219,7 @@ class _Tally:
             self.features[block.start : stop] = found.features[: stop - block.start].cpu()
         if found.logits is not None and len(self.logits):
             self.logits[block.start : block.stop] = found.logits.cpu()
-        if found.logits is not None and self.extractor.judges:
+        if found.logits is not None and self.extractor.has_class_logits:
             self.judged += _judged(found.logits.cpu(), labels)
 
     def reduced(self, processes: Processes) -> Collected:
@@ -227,7 +227,7 @@ class _Tally:
         self.sums.vector = processes.sum(self.sums.vector)
         features = processes.sum(self.features) if len(self.features) else None
         logits = processes.sum(self.logits) if len(self.logits) else None
-        if not self.extractor.judges:
+        if not self.extractor.has_class_logits:
             return Collected(self.n, self.sums, features, logits)
         judged = processes.sum(self.judged)
         return Collected(self.n, self.sums, features, logits, judged[:-2], int(judged[-2]) if judged[-1] else None)

@@ -39,14 +39,14 @@ class Extractor(ABC):
         key: of the weights, 16 hexadecimal digits; reference statistics are filed under it.
         dim: D, the number of features.
         classes: K, the number of logits; 0 where there are none.
-        judges: whether the logits are of the data set's own classes, so that "recognised as a 3" means something.
+        has_class_logits: whether the logits are of the data set's own classes.
     """
 
     name: str
     key: str
     dim: int
     classes: int
-    judges = False
+    has_class_logits = False
     part = 1024  # images at a time
 
     def __init__(self, network: nn.Module) -> None:
