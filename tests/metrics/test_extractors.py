@@ -7,7 +7,15 @@ import torch
 from torch import nn
 
 from diffusion_lab.metrics import extractors
-from diffusion_lab.metrics.extractors import Inception, Module, digest, inception, inception_network, resolve, weights
+from diffusion_lab.metrics.extractors import (
+    Inception,
+    ModuleExtractor,
+    digest,
+    inception,
+    inception_network,
+    resolve,
+    weights,
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +45,7 @@ def test_grey_images_get_three_equal_channels_and_batches_do_not_matter(random, 
     grey = some(3, channels=1)
     whole = random(grey).features
     assert torch.equal(whole, random(grey.repeat(1, 3, 1, 1)).features)
-    monkeypatch.setattr(random, "part", 2)
+    monkeypatch.setattr(random, "batch_size", 2)
     assert torch.allclose(whole, random(grey).features, rtol=1e-4, atol=1e-6)
 
 
@@ -132,7 +140,7 @@ def test_a_module_of_ones_own_is_an_extractor():
         def forward(self, x):
             return super().forward(x), x.flatten(1)[:, :3]
 
-    both = Module(Classifier(), (1, 8, 8))
+    both = ModuleExtractor(Classifier(), (1, 8, 8))
     assert (both.name, both.classes) == ("own_classifier", 3)  # never to be taken for the project's
 
 

@@ -111,5 +111,5 @@ def test_another_signature_and_another_result_are_refused():
         def compute(self):
             return "good"
 
-    with pytest.raises(ValueError, match="a result of type str is no figure"):
+    with pytest.raises(ValueError, match=r"compute\(\) returns str: choose a metric"):
         fed(Word(), images())
