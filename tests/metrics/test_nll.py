@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from diffusion_lab import likelihood
 from diffusion_lab.checkpoint import Run
+from diffusion_lab.commands.evaluate import nll_files
 from diffusion_lab.data.images import to_float
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.metrics import nll
@@ -124,7 +125,7 @@ def test_what_is_written(tmp_path: Path) -> None:
         "all": nll.measure(run, IMAGES),
         "ode": nll.measure(run, IMAGES, kind="ode", rtol=1e-3),
     }
-    nll.write(tmp_path / "new", found)
+    nll_files.write(tmp_path / "new", found)
     with (tmp_path / "new" / "nll_terms.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 6 + 41 + 2
@@ -143,14 +144,16 @@ def test_what_is_written(tmp_path: Path) -> None:
         assert picture.size[0] > 800
         assert len(np.unique(np.asarray(picture.convert("L")))) > 20
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["nll_images.csv", "nll_terms.csv", "nll_terms.png"]
-    nll.write(tmp_path / "ode", {"ode": found["ode"]})
+    nll_files.write(tmp_path / "ode", {"ode": found["ode"]})
     assert not (tmp_path / "ode" / "nll_terms.png").exists()
 
 
 def test_plots_of_the_other_curves(tmp_path: Path) -> None:
     """A first time of 0+, a bound of two terms, one image: drawn without a warning."""
     run = made(EDM())
-    nll.write(tmp_path, {"edm": nll.measure(run, IMAGES[:1], steps=8), "2": nll.measure(run, IMAGES[:1], steps=2)})
+    nll_files.write(
+        tmp_path, {"edm": nll.measure(run, IMAGES[:1], steps=8), "2": nll.measure(run, IMAGES[:1], steps=2)}
+    )
     assert nll.measure(run, IMAGES[:1], steps=2)["terms"][0]["standard_error"] is None
     assert (tmp_path / "nll_terms.png").stat().st_size > 10_000
 
