@@ -1,4 +1,4 @@
-"""Reference statistics: made once, never another set's, read and written in the form that other tools use."""
+"""Reference statistics: computed once, refused for another data set, read and written in the format of other tools."""
 
 import collections
 import shutil
@@ -52,7 +52,7 @@ def test_it_is_the_moments_of_the_images_made_once(images, key, extractor, tmp_p
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_features_are_kept_where_kid_and_neighbours_need_them(images, key, extractor, tmp_path, monkeypatch):
+def test_features_are_kept_where_kid_and_neighbors_need_them(images, key, extractor, tmp_path, monkeypatch):
     kept = reference.reference(images, key, extractor, tmp_path, features=True)
     want = extractor(torch.from_numpy(np.asarray(images))).features
     assert torch.allclose(kept.features, want, atol=1e-5)
@@ -88,48 +88,48 @@ def test_everything_that_it_depends_on_is_in_its_name(digits, images, extractor,
 
 
 def test_processes_that_come_at_once_make_one(images, key, extractor, tmp_path):
-    counting, found = Counting(extractor), []
-    call = lambda: found.append(reference.reference(images, key, counting, tmp_path, features=False))  # noqa: E731
+    counting, references = Counting(extractor), []
+    call = lambda: references.append(reference.reference(images, key, counting, tmp_path, features=False))  # noqa: E731
     threads = [threading.Thread(target=call) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert counting.calls == 1  # 180 images are one batch
-    assert len(found) == 4
+    assert len(references) == 4
     assert [p.suffix for p in tmp_path.iterdir()] == [".npz"]
 
 
 def test_import_and_export_in_the_form_of_other_tools(images, key, extractor, tmp_path):
-    made = reference.reference(images, key, extractor, tmp_path, features=False)
-    write(tmp_path / "ours.npz", made.moments, key)
+    computed = reference.reference(images, key, extractor, tmp_path, features=False)
+    write(tmp_path / "ours.npz", computed.moments, key)
     with np.load(tmp_path / "ours.npz", allow_pickle=False) as file:  # as pytorch-fid and EDM read it
-        assert np.array_equal(file["mu"], made.moments.mean.numpy())
-        assert np.array_equal(file["sigma"], made.moments.covariance.numpy())
+        assert np.array_equal(file["mu"], computed.moments.mean.numpy())
+        assert np.array_equal(file["sigma"], computed.moments.covariance.numpy())
         mu, sigma = file["mu"], file["sigma"]
     back = read(tmp_path / "ours.npz", extractor, key)
-    assert torch.equal(back.moments.covariance, made.moments.covariance)
+    assert torch.equal(back.moments.covariance, computed.moments.covariance)
     assert (back.key, back.moments.n) == (key, 180)
     with pytest.raises(ValueError, match=r"ours\.npz exists"):
-        write(tmp_path / "ours.npz", made.moments)
-    # Another tool's: float32, and with images and spatial features beside (the batches of guided diffusion).
-    beside = {"arr_0": np.zeros((2, 8, 8, 3), np.uint8), "mu_s": np.zeros(5), "sigma_s": np.zeros((5, 5))}
-    np.savez(tmp_path / "theirs.npz", mu=mu.astype(np.float32), sigma=sigma.astype(np.float32), **beside)
+        write(tmp_path / "ours.npz", computed.moments)
+    # Another tool's: float32, and with images and spatial features as well (the batches of guided diffusion).
+    more = {"arr_0": np.zeros((2, 8, 8, 3), np.uint8), "mu_s": np.zeros(5), "sigma_s": np.zeros((5, 5))}
+    np.savez(tmp_path / "theirs.npz", mu=mu.astype(np.float32), sigma=sigma.astype(np.float32), **more)
     theirs = read(tmp_path / "theirs.npz", extractor, key)
     assert (theirs.key, theirs.moments.n) == (None, None)
-    assert torch.allclose(theirs.moments.mean, made.moments.mean, rtol=1e-6)
+    assert torch.allclose(theirs.moments.mean, computed.moments.mean, rtol=1e-6)
 
 
 def test_another_set_another_size_and_broken_files_are_refused(images, key, extractor, tmp_path, digits):
-    made = reference.reference(images, key, extractor, tmp_path, features=False)
+    computed = reference.reference(images, key, extractor, tmp_path, features=False)
     path = tmp_path / "mine.npz"
-    write(path, made.moments, {**key, "data": "mnist"})
+    write(path, computed.moments, {**key, "data": "mnist"})
     with pytest.raises(ValueError, match="is the reference of data=mnist, and this evaluation has data=digits"):
         read(path, extractor, key)
     good = {"mu": np.zeros(extractor.dim), "sigma": np.eye(extractor.dim)}
     hole = good["sigma"].copy()
     hole[2, 2] = np.nan
-    for name, arrays, said in (
+    for name, arrays, message in (
         (
             "small",
             {"mu": np.zeros(9), "sigma": np.eye(9)},
@@ -141,7 +141,7 @@ def test_another_set_another_size_and_broken_files_are_refused(images, key, extr
         ("pickle", {**good, "mu": np.array([{}] * extractor.dim)}, "cannot be read"),
     ):
         np.savez(tmp_path / f"{name}.npz", **arrays)
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             read(tmp_path / f"{name}.npz", extractor, key)
     (tmp_path / "short.npz").write_bytes(path.read_bytes()[:300])
     with pytest.raises(ValueError, match="cannot be read"):

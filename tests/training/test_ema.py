@@ -1,4 +1,4 @@
-"""The average against one written by hand, and each trap that other implementations fell into."""
+"""Averages compared with a reference implementation, and the failures of other implementations."""
 
 import pytest
 import pytorch_lightning as pl
@@ -21,7 +21,7 @@ SMALL = (
 
 
 class ByHand(pl.Callback):
-    """d θ̄ + (1 − d) θ, tensor by tensor in float64, from the live weights after every optimiser step."""
+    """d θ̄ + (1 − d) θ, tensor by tensor in float64, from the live weights after every optimizer step."""
 
     def __init__(self, decay, warmup):
         self.decay, self.warmup, self.n = decay, warmup, 0
