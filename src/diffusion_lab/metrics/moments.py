@@ -1,6 +1,6 @@
 """Mean and covariance of features, from running sums: memory does not grow with the number of images."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Float64
@@ -10,7 +10,8 @@ from diffusion_lab.data.images import refuse_nan
 from diffusion_lab.errors import ConfigError
 
 
-class Moments(NamedTuple):
+@dataclass(frozen=True)
+class Moments:
     """Mean and covariance of the features of n images; n is None where a file does not contain it."""
 
     mean: Float64[Tensor, "d"]
