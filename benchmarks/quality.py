@@ -24,6 +24,7 @@ from diffusion_lab.metrics.classifier import CONFIDENT, ClassifierExtractor
 from diffusion_lab.metrics.frechet import frechet_distance, moments
 from diffusion_lab.noise import permutation
 from diffusion_lab.samplers import DDIM
+from diffusion_lab.training.classifier import train_classifier
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAD = ["", "parameters", "seconds", "images/s", "Fréchet distance", "confident_fraction"]
@@ -123,7 +124,7 @@ def main(quick: bool) -> str:
     data.prepare_data()
     data.setup()
     with tempfile.TemporaryDirectory() as folder:
-        extract = ClassifierExtractor(classifier.for_dataset(data, Path(folder)))
+        extract = ClassifierExtractor(classifier.for_dataset(data, Path(folder), train_classifier))
     real = torch.from_numpy(np.asarray(data.images("all")))
     rows = [
         ours(extract, real, steps),

@@ -10,7 +10,7 @@ checked = beartype(
     conf=BeartypeConf(is_pep484_tower=True)
 )  # int is accepted for float, as by static type checkers (PEP 484)
 
-# The modules of the package that are checked. Add "metrics" once it is annotated.
+# The modules of the package that are checked.
 CHECKED = (
     "clipping",
     "conditions",
@@ -20,6 +20,7 @@ CHECKED = (
     "guidance",
     "likelihood",
     "losses",
+    "metrics",
     "models",
     "noise",
     "objectives",

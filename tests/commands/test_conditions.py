@@ -15,6 +15,7 @@ from diffusion_lab.instantiation import instantiate_untrusted
 from diffusion_lab.metrics.classifier import Noise, Recipe, load_or_train
 from diffusion_lab.samplers import DDIM, DDPM
 from diffusion_lab.schedules import Cosine
+from diffusion_lab.training.classifier import train_classifier
 
 QUICK = ("device=cpu", "sampler.steps=3", "save_images=false")
 COSINE = {"_target_": "diffusion_lab.schedules.Cosine"}
@@ -37,7 +38,13 @@ def judges(tmp_path_factory, run):
     for kind, noise in (("noisy", Noise(Cosine(), COSINE)), ("clean", None)):
         folder = tmp_path_factory.mktemp(kind)
         made = load_or_train(
-            data.examples("train"), data.examples("val"), folder, name="digits", recipe=Recipe(1, 2), noise=noise
+            data.examples("train"),
+            data.examples("val"),
+            folder,
+            train_classifier,
+            name="digits",
+            recipe=Recipe(1, 2),
+            noise=noise,
         )
         made.path.rename(folder / "classifier.pt")
         found[kind] = folder

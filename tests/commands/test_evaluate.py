@@ -219,7 +219,7 @@ def test_references_are_exported_imported_and_not_mixed_up(measured, settings, t
     assert read["metrics"] == made["metrics"]
     np.savez(tmp_path / "inception.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     for values, said in (
-        ({"reference": kept, "split": "val"}, "is the reference of split=all, and wanted is split=val"),
+        ({"reference": kept, "split": "val"}, "is the reference of split=all, and this evaluation has split=val"),
         ({"save_reference": kept}, "exists: name another file"),
         ({"reference": kept, "split": "all", "metrics": ["prdc"], "extractor": "classifier"}, "leave them out"),
         ({"reference": str(tmp_path / "inception.npz")}, "of 2048 features"),
@@ -361,7 +361,7 @@ def test_train_classifier_reports_its_accuracy(cache, tmp_path, capfd):
     report = json.loads((out / "accuracy.json").read_text())
     assert f"{report['accuracy']:.2%} of 180 held-out images" in outcome.out
     assert torch.load(out / "classifier.pt", weights_only=True)["config"]["data"]["name"] == "digits"
-    for arguments, said in (([f"out={out}"], "overwrite=true"), (["data.num_classes=0"], "labelled data set")):
+    for arguments, said in (([f"out={out}"], "overwrite=true"), (["data.num_classes=0"], "labeled data set")):
         refused = command("train_classifier", [f"cache={cache}", f"out={tmp_path / 'x'}", *arguments], capfd)
         assert refused.code == 2
         assert said in refused.err

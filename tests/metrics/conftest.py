@@ -1,4 +1,4 @@
-"""A classifier that was hardly trained, where a test needs one and not its accuracy."""
+"""A briefly trained classifier, for tests that do not need its accuracy."""
 
 from dataclasses import replace
 
@@ -7,6 +7,7 @@ import quick_classifier
 
 from diffusion_lab.checkpoint.classifiers import load_classifier
 from diffusion_lab.metrics.classifier import ClassifierExtractor, Recipe, load_or_train
+from diffusion_lab.training.classifier import train_classifier
 
 
 @pytest.fixture(scope="session")
@@ -16,12 +17,13 @@ def digits():
 
 @pytest.fixture(scope="session")
 def quick(digits, tmp_path_factory):
-    """Two epochs of the digits."""
+    """Two epochs on the digits."""
     folder = tmp_path_factory.mktemp("classifier")
+    train, test = digits.examples("train"), digits.examples("test")
     recipe = replace(Recipe(), epochs=2, width=8)
-    return load_or_train(digits.examples("train"), digits.examples("test"), folder, name="digits", recipe=recipe)
+    return load_or_train(train, test, folder, train_classifier, name="digits", recipe=recipe)
 
 
 @pytest.fixture
-def judge(quick):
+def extractor(quick):
     return ClassifierExtractor(load_classifier(quick.path))

@@ -1,4 +1,4 @@
-"""The project's own classifier: its accuracy, its file, clean and noisy images."""
+"""Classifier of a data set: accuracy, cached file, clean and noisy images."""
 
 import os
 import threading
@@ -10,7 +10,6 @@ import torch
 
 from diffusion_lab.checkpoint.classifiers import load_classifier
 from diffusion_lab.data.images import Examples, to_float
-from diffusion_lab.metrics import classifier
 from diffusion_lab.metrics.classifier import (
     NOISY,
     ClassifierExtractor,
@@ -23,25 +22,27 @@ from diffusion_lab.metrics.classifier import (
 )
 from diffusion_lab.models.classifier import Classifier
 from diffusion_lab.schedules import VE, Cosine
+from diffusion_lab.training.classifier import train_classifier
 
 TINY = replace(Recipe(), epochs=1, width=8)
 
 
-def test_the_digits_are_recognised(digits, tmp_path):
-    """The recipe as evaluate.py uses it: at least 98 % of 180 held-out digits; a second call finds the file."""
-    first = for_dataset(digits, tmp_path)
+def test_the_digits_are_recognized(digits, tmp_path):
+    """The recipe as evaluate.py uses it: at least 98 % of 180 held-out digits; a second call loads the file."""
+    first = for_dataset(digits, tmp_path, train_classifier)
     assert first.accuracy is not None
     assert first.accuracy >= 0.98
     stamp = first.path.stat().st_mtime_ns
-    held = digits.examples("test")
-    found = ClassifierExtractor(for_dataset(digits, tmp_path))(torch.from_numpy(np.asarray(held.images)))
+    held_out = digits.examples("test")
+    second = for_dataset(digits, tmp_path, train_classifier)
+    out = ClassifierExtractor(second)(torch.from_numpy(np.asarray(held_out.images)))
     assert first.path.stat().st_mtime_ns == stamp
-    right = (found.logits.argmax(1).numpy() == held.labels).mean()
-    assert right == pytest.approx(first.accuracy)  # what is stated is what the file gives
-    assert found.features.shape == (180, 64)
+    accuracy = (out.logits.argmax(1).numpy() == held_out.labels).mean()
+    assert accuracy == pytest.approx(first.accuracy)  # the stored accuracy is that of the loaded network
+    assert out.features.shape == (180, 64)
 
 
-def test_its_file_holds_tensors_and_plain_values_and_says_what_it_is(quick):
+def test_its_file_holds_tensors_and_plain_values_and_its_description(quick):
     saved = torch.load(quick.path, weights_only=True)
     config = saved["config"]
     assert config["data"] == {"name": "digits", "shape": [1, 8, 8], "classes": 10, "class_names": []}
@@ -67,7 +68,7 @@ def test_another_set_recipe_or_noise_is_another_file(digits, tmp_path):
     assert file_of(train, tmp_path, "digits", Recipe()) in files
 
 
-def test_a_fingerprint_knows_every_image_order_and_shape():
+def test_a_fingerprint_depends_on_every_image_order_and_shape():
     images = np.random.default_rng(0).integers(0, 256, (50, 1, 4, 4), dtype=np.uint8)
     other = images.copy()
     other[31, 0, 2, 2] ^= 1
@@ -75,31 +76,32 @@ def test_a_fingerprint_knows_every_image_order_and_shape():
     assert fingerprint(images) == fingerprint(images.copy())
 
 
-def test_processes_that_come_at_once_train_one(digits, tmp_path, monkeypatch):
-    made = []
-    original = classifier._made
-    monkeypatch.setattr(classifier, "_made", lambda *a: made.append(1) or original(*a))
-    found = []
-    train, held = digits.examples("train"), digits.examples("test")
-    call = lambda: found.append(load_or_train(train, held, tmp_path, recipe=TINY).path)  # noqa: E731
+def test_processes_that_come_at_once_train_one(digits, tmp_path):
+    trainings, paths = [], []
+
+    def counted(*arguments):
+        trainings.append(1)
+        return train_classifier(*arguments)
+
+    train, held_out = digits.examples("train"), digits.examples("test")
+    call = lambda: paths.append(load_or_train(train, held_out, tmp_path, counted, recipe=TINY).path)  # noqa: E731
     threads = [threading.Thread(target=call) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(made) == 1
-    assert found == [found[0]] * 3
-    assert [p.name for p in tmp_path.iterdir()] == [found[0].name]
+    assert len(trainings) == 1
+    assert paths == [paths[0]] * 3
+    assert [p.name for p in tmp_path.iterdir()] == [paths[0].name]
 
 
 @pytest.mark.parametrize(("schedule", "time"), [(Cosine(), "sinusoidal"), (VE(), "fourier")])
-def test_it_learns_noisy_images_when_it_is_told_the_time(digits, tmp_path, schedule, time):
-    """A short training: nearly clean images are recognised, noise is not, and the file rebuilds what guidance needs."""
+def test_it_classifies_noisy_images_with_a_time_input(digits, tmp_path, schedule, time):
+    """A short training: nearly clean images are recognized, noise is not, and the file rebuilds what guidance needs."""
     recipe = replace(NOISY, epochs=12, width=16)
     node = {"_target_": f"diffusion_lab.schedules.{type(schedule).__name__}"}
-    noisy = load_or_train(
-        digits.examples("train"), digits.examples("test"), tmp_path, recipe=recipe, noise=Noise(schedule, node)
-    )
+    train, test = digits.examples("train"), digits.examples("test")
+    noisy = load_or_train(train, test, tmp_path, train_classifier, recipe=recipe, noise=Noise(schedule, node))
     assert noisy.config["schedule"] == node
     assert noisy.config["model"]["time"] == time
     by_noise = list(noisy.by_noise.values())
@@ -127,9 +129,10 @@ def test_large_noise_is_scaled_away_where_alpha_is_one():
     assert torch.allclose(seen[0], 50 / (1 + 50**2) ** 0.5 * x, rtol=1e-5)
 
 
-def test_what_cannot_be_is_refused(digits, quick, tmp_path):
-    with pytest.raises(ValueError, match="labelled data set"):
-        load_or_train(Examples(np.zeros((4, 1, 8, 8), np.uint8)), digits.examples("test"), tmp_path)
+def test_missing_labels_wrong_files_and_wrong_images_are_refused(digits, quick, tmp_path):
+    train, test = digits.examples("train"), digits.examples("test")
+    with pytest.raises(ValueError, match="labeled data set"):
+        load_or_train(Examples(np.zeros((4, 1, 8, 8), np.uint8)), test, tmp_path, train_classifier)
     with pytest.raises(ValueError, match="no classifier at"):
         load_classifier(tmp_path / "none.pt")
     (tmp_path / "text.pt").write_text("no")
@@ -142,11 +145,19 @@ def test_what_cannot_be_is_refused(digits, quick, tmp_path):
         quick.network(torch.zeros(1, 1, 8, 8), torch.zeros(1))
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cache=FOLDER"):
-        load_or_train(digits.examples("train"), digits.examples("test"), tmp_path / "file" / "cache", recipe=TINY)
+        load_or_train(train, test, tmp_path / "file" / "cache", train_classifier, recipe=TINY)
 
 
 def test_a_set_without_held_out_images_has_no_known_accuracy(digits, tmp_path):
     none = digits.examples("test").select(np.arange(0))
-    found = load_or_train(digits.examples("train"), none, tmp_path, recipe=TINY)
-    assert (found.accuracy, found.by_noise) == (None, {})
-    assert os.listdir(tmp_path) == [found.path.name]
+    trained = load_or_train(digits.examples("train"), none, tmp_path, train_classifier, recipe=TINY)
+    assert (trained.accuracy, trained.by_noise) == (None, {})
+    assert os.listdir(tmp_path) == [trained.path.name]
+
+
+def test_a_loss_that_is_nan_stops_the_training(digits, tmp_path):
+    recipe = replace(TINY, steps=3, rate=float("inf"))
+    train, test = digits.examples("train"), digits.examples("test")
+    with pytest.raises(ValueError, match="the training loss of the classifier is nan at step"):
+        load_or_train(train, test, tmp_path, train_classifier, recipe=recipe)
+    assert os.listdir(tmp_path) == []

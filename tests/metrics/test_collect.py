@@ -1,4 +1,4 @@
-"""Exactly n images, each in one process, whatever their number; NaN by index; memory that does not grow."""
+"""Exactly n images, each in one process, for any number of processes; NaN by index; memory that does not grow."""
 
 import functools
 import itertools
@@ -28,10 +28,10 @@ from diffusion_lab.samplers import DDIM, DDPM
 from diffusion_lab.schedules import Cosine
 
 
-class Judging(Extractor):
-    """A random classifier: the same in every process."""
+class RandomClassifier(Extractor):
+    """A random classifier, the same in every process."""
 
-    name, key, dim, classes, judges = "classifier", "0" * 16, 64, 10, True
+    name, key, dim, classes, has_class_logits = "classifier", "0" * 16, 64, 10, True
 
     def __init__(self):
         torch.manual_seed(3)
@@ -67,8 +67,8 @@ class Small(nn.Module):
 
 
 def measured(n, size, processes, keep=True):
-    """What a whole evaluation does, and the images that this process made."""
-    made = {}
+    """Run a whole evaluation; return the images of this process, and the result."""
+    own_images = {}
     make = sampled(
         Denoiser(Small(), Cosine(50), PredNoise(), clip=1.0),
         DDPM(4),
@@ -77,20 +77,18 @@ def measured(n, size, processes, keep=True):
     )
 
     def images(block):
-        made[block.start] = make(block).x
-        return made[block.start]
+        own_images[block.start] = make(block).x
+        return own_images[block.start]
 
-    judge = Judging()
-    names = [judge.name] if keep else []
+    extractor = RandomClassifier()
+    names = [extractor.name] if keep else []
     labels = torch.arange(n) % 10
-    got = collect(images, n, size, [judge], features=names, logits=names, labels=labels, processes=processes)[
-        judge.name
-    ]
-    return made, got
+    collected = collect(images, n, size, [extractor], features=names, logits=names, labels=labels, processes=processes)
+    return own_images, collected[extractor.name]
 
 
 def received(n, size, processes):
-    """The blocks that rank 0 receives of n different images; what it then raises is raised in every process."""
+    """Return the blocks that rank 0 receives of n different images; an exception of `feed` is raised in every process."""
     parts = []
     numbers = torch.arange(n, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 2, 2)
     assert collect(lambda b: numbers[b.start : b.stop], n, size, [], feed=parts.append, processes=processes) == {}
@@ -117,7 +115,7 @@ def test_blocks_hold_every_image_once():
         assert sorted(i for part in parts for block in part for i in block) == list(range(n))
         assert sorted((b.start, b.stop) for part in parts for b in part) == [
             (b.start, b.stop) for b in blocks(n, size)
-        ]  # the same blocks, whoever has them
+        ]  # the same blocks for any number of processes
     with pytest.raises(ValueError, match="at least 1"):
         list(blocks(4, 0))
 
@@ -134,10 +132,11 @@ def _work(rank, folder, world):
     for count in range(world, 1, -1):  # 3 processes, then 2 of them
         if rank < count:
             distributed.init_process_group("gloo", init_method=f"file://{folder}/{count}", rank=rank, world_size=count)
-            found = [measured(n, size, Processes()) for n, size in CASES]
+            results = [measured(n, size, Processes()) for n, size in CASES]
             torch.save([received(n, size, Processes()) for n, size in CASES], f"{folder}/fed-{count}-{rank}.pt")
             torch.save(
-                [(made, vars(got) | {"sums": got.sums.vector}) for made, got in found], f"{folder}/{count}-{rank}.pt"
+                [(images, vars(got) | {"sums": got.sums.vector}) for images, got in results],
+                f"{folder}/{count}-{rank}.pt",
             )
             distributed.destroy_process_group()
 
@@ -161,12 +160,12 @@ def test_one_two_and_three_processes_give_the_same_images_and_values(tmp_path):
             assert torch.equal(torch.cat(want)[:, 0, 0, 0], torch.arange(n))
             assert all(share[case] == [] for share in fed[1:])
         parts = [torch.load(tmp_path / f"{count}-{rank}.pt", weights_only=True) for rank in range(count)]
-        for case, (made, want) in enumerate(alone):
+        for case, (images_alone, want) in enumerate(alone):
             shares = [part[case][0] for part in parts]
-            assert sorted(start for share in shares for start in share) == sorted(made)
+            assert sorted(start for share in shares for start in share) == sorted(images_alone)
             for share in shares:
                 for start, images in share.items():
-                    assert torch.equal(images, made[start])  # bit for bit
+                    assert torch.equal(images, images_alone[start])  # bit for bit
             for got in (part[case][1] for part in parts):
                 assert torch.equal(got["features"], want.features)
                 assert torch.equal(got["logits"], want.logits)
@@ -196,10 +195,10 @@ def test_images_do_not_depend_on_the_size_of_blocks():
     noise = normal((1, 4, 4), seed=0, index=torch.arange(6))
     assert noise.dtype == torch.float32
     network = denoiser.network
-    wide = Denoiser(
+    float64 = Denoiser(
         lambda x, c, **k: network(x.double(), c.double(), **k).float(), denoiser.schedule, denoiser.objective
     )
-    make = sampled(wide, DDIM(5), (1, 4, 4), seed=1)
+    make = sampled(float64, DDIM(5), (1, 4, 4), seed=1)
     whole = make(range(6)).x
     assert torch.allclose(torch.cat([make(range(2)).x, make(range(2, 6)).x]), whole, atol=1e-6)
 
@@ -208,13 +207,13 @@ def test_nan_is_named_by_its_index_in_the_whole_set():
     images = torch.zeros(20, 1, 8, 8)
     images[13, 0, 2, 2] = float("nan")
     with pytest.raises(ValueError, match="the pixels of image 13 hold NaN"):
-        collect(lambda b: images[b.start : b.stop], 20, 6, [Judging()])
+        collect(lambda b: images[b.start : b.stop], 20, 6, [RandomClassifier()])
 
-    class Broken(Judging):
+    class Broken(RandomClassifier):
         def extract(self, images):
-            found = super().extract(images)
-            found.features[images.flatten(1).float().mean(1) > 200] = float("inf")
-            return found
+            out = super().extract(images)
+            out.features[images.flatten(1).float().mean(1) > 200] = float("inf")
+            return out
 
     bright = torch.zeros(20, 1, 8, 8, dtype=torch.uint8)
     bright[17] = 255
@@ -239,21 +238,23 @@ def test_a_network_that_gives_nan_is_refused_with_the_image():
     with pytest.raises(ValueError, match="image 17: the network gave NaN"):
         make(range(10, 20))
     with pytest.raises(ValueError, match="image 7: the network gave NaN"):
-        collect(lambda block: make(block).x, 20, 10, [Judging()])
+        collect(lambda block: make(block).x, 20, 10, [RandomClassifier()])
 
 
 @pytest.mark.parametrize("n", [0, 1])
 def test_fewer_than_two_images_are_refused(n):
     with pytest.raises(ValueError, match="at least 2 images"):
-        collect(lambda b: torch.zeros(len(b), 1, 8, 8, dtype=torch.uint8), n, 6, [Judging()])
+        collect(lambda b: torch.zeros(len(b), 1, 8, 8, dtype=torch.uint8), n, 6, [RandomClassifier()])
 
 
 def test_memory_does_not_grow_with_n():
-    """Python's and NumPy's allocations aside, nothing of n images stays: what is kept is the same vector."""
+    """Apart from allocations of Python and NumPy, memory holds one vector of the same size for any n."""
 
     def kept(n):
         tracemalloc.start()
-        got = collect(lambda b: torch.zeros(len(b), 1, 8, 8, dtype=torch.uint8), n, 50, [Judging()])["classifier"]
+        got = collect(lambda b: torch.zeros(len(b), 1, 8, 8, dtype=torch.uint8), n, 50, [RandomClassifier()])[
+            "classifier"
+        ]
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return got, peak
@@ -275,7 +276,7 @@ def test_metrics_are_sorted_by_extractor_and_named_by_it():
     assert keys() == {}
     _, got = measured(23, 5, Processes())
     reference = Reference(moments(torch.randn(200, 64)), torch.randn(200, 64), None, Path())
-    named = measure(metrics_of("kid", "is", "prdc", "fd"), Judging(), got, reference)
+    named = measure(metrics_of("kid", "is", "prdc", "fd"), RandomClassifier(), got, reference)
     assert {"kid_classifier", "is_classifier", "precision", "coverage", "fd_classifier", "confident_fraction"} <= set(
         named
     )
@@ -283,14 +284,14 @@ def test_metrics_are_sorted_by_extractor_and_named_by_it():
     assert [label("fid", n) for n in (1000, 50_000, 2500, 900)] == ["fid_1k", "fid_50k", "fid_2500", "fid_900"]
 
 
-def test_a_metric_under_a_key_of_its_own_has_its_own_arguments_and_names():
+def test_a_metric_under_another_key_has_its_own_arguments_and_names():
     """Three neighbors of density in place of five, subsets of ten: the functions' figures, under the key."""
     _, got = measured(23, 5, Processes())
     g = torch.Generator().manual_seed(1)
     real = got.features[torch.randint(0, 23, (40,), generator=g)] + 0.3 * torch.randn(40, 64, generator=g)
     reference = Reference(moments(real), real, None, Path())
-    own = {"near": PRDC(neighbors=1, density_neighbors=2), "small": KID(subsets=7, subset_size=10), "mine": FD()}
-    named = measure({**own, "is": InceptionScore(splits=2), "prdc": PRDC()}, Judging(), got, reference)
+    others = {"near": PRDC(neighbors=1, density_neighbors=2), "small": KID(subsets=7, subset_size=10), "mine": FD()}
+    named = measure({**others, "is": InceptionScore(splits=2), "prdc": PRDC()}, RandomClassifier(), got, reference)
     near = prdc(got.features, real, 1, 2)
     assert {name: named[f"near_{name}"] for name in near} == near
     assert near != {name: named[name] for name in near} == prdc(got.features, real)

@@ -1,4 +1,4 @@
-"""Inception by shape, resize and channels (its weights are random here), its weights' file, modules of one's own."""
+"""Inception with random weights: shapes, resize, channels; the file of its weights; other modules."""
 
 import dataclasses
 
@@ -7,7 +7,15 @@ import torch
 from torch import nn
 
 from diffusion_lab.metrics import extractors
-from diffusion_lab.metrics.extractors import Inception, Module, digest, inception, inception_network, resolve, weights
+from diffusion_lab.metrics.extractors import (
+    Inception,
+    ModuleExtractor,
+    digest,
+    inception,
+    inception_network,
+    resolve,
+    weights,
+)
 
 
 @pytest.fixture(scope="module")
@@ -23,22 +31,22 @@ def some(n, channels=3, side=12, seed=0):
 
 
 def test_inception_gives_2048_features_and_1008_logits(random):
-    found = random(some(3))
-    assert (found.features.shape, found.logits.shape) == ((3, 2048), (3, 1008))
-    assert found.features.dtype == torch.float32
-    assert bool(found.features.isfinite().all())
-    assert float(found.features.std()) > 0
+    out = random(some(3))
+    assert (out.features.shape, out.logits.shape) == ((3, 2048), (3, 1008))
+    assert out.features.dtype == torch.float32
+    assert bool(out.features.isfinite().all())
+    assert float(out.features.std()) > 0
     assert (random.dim, random.classes, random.distance) == (2048, 1008, "fid")
     assert not any(p.requires_grad for p in random.network.parameters())
     assert not random.network.training
 
 
-def test_grey_images_get_three_equal_channels_and_batches_do_not_matter(random, monkeypatch):
-    grey = some(3, channels=1)
-    whole = random(grey).features
-    assert torch.equal(whole, random(grey.repeat(1, 3, 1, 1)).features)
-    monkeypatch.setattr(random, "part", 2)
-    assert torch.allclose(whole, random(grey).features, rtol=1e-4, atol=1e-6)
+def test_gray_images_get_three_equal_channels_and_batches_do_not_matter(random, monkeypatch):
+    gray = some(3, channels=1)
+    whole = random(gray).features
+    assert torch.equal(whole, random(gray.repeat(1, 3, 1, 1)).features)
+    monkeypatch.setattr(random, "batch_size", 2)
+    assert torch.allclose(whole, random(gray).features, rtol=1e-4, atol=1e-6)
 
 
 def test_the_resize_is_the_published_one(random):
@@ -93,9 +101,9 @@ def test_weights_are_checked_before_they_are_read(tmp_path, monkeypatch, random)
     path.parent.mkdir(parents=True)
     torch.save(random.network.state_dict(), path)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    for given in (None, str(path)):
+    for weights_path in (None, str(path)):
         with pytest.raises(ValueError, match="not the published Inception of 2015-12-05"):
-            inception(given)
+            inception(weights_path)
     import hashlib
 
     checksum = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -107,7 +115,7 @@ def test_weights_are_checked_before_they_are_read(tmp_path, monkeypatch, random)
 
 
 class Own(nn.Module):
-    """Means of rows; in training mode it would say so."""
+    """Means of rows; refuses training mode."""
 
     def __init__(self):
         super().__init__()
@@ -118,22 +126,28 @@ class Own(nn.Module):
         return self.scale * x.mean((1, 3))
 
 
-def test_a_module_of_ones_own_is_an_extractor():
-    found = resolve(Own(), (1, 8, 8))
+def test_any_module_is_an_extractor():
+    extractor = resolve(Own(), (1, 8, 8))
     images = some(5, channels=1, side=8)
-    got = found(images)
-    assert (found.name, found.distance, found.dim, found.classes, got.logits) == ("own", "fd_own", 8, 0, None)
+    got = extractor(images)
+    assert (extractor.name, extractor.distance, extractor.dim, extractor.classes, got.logits) == (
+        "own",
+        "fd_own",
+        8,
+        0,
+        None,
+    )
     assert torch.allclose(got.features, (images.float() / 127.5 - 1).mean((1, 3)), atol=1e-6)
     other = Own()
     other.scale.data.add_(1)
-    assert digest(Own()) == found.key != digest(other)
+    assert digest(Own()) == extractor.key != digest(other)
 
     class Classifier(Own):
         def forward(self, x):
             return super().forward(x), x.flatten(1)[:, :3]
 
-    both = Module(Classifier(), (1, 8, 8))
-    assert (both.name, both.classes) == ("own_classifier", 3)  # never to be taken for the project's
+    both = ModuleExtractor(Classifier(), (1, 8, 8))
+    assert (both.name, both.classes) == ("own_classifier", 3)  # not "classifier", the name of the data set's
 
 
 def test_a_module_that_gives_no_features_and_an_unknown_name_are_refused():

@@ -49,7 +49,7 @@ def test_closed_form_of_commuting_covariances():
 
 
 def test_covariances_without_full_rank_do_no_harm():
-    """40 images for 64 features: tr (Σ_a Σ_b)^½ is the nuclear norm of X_a X_bᵀ, centred and scaled, which needs no root."""
+    """40 images for 64 features: tr (Σ_a Σ_b)^½ is the nuclear norm of X_a X_bᵀ, centered and scaled, which needs no root."""
     a, b = features(40, 64, 0), features(40, 64, 1)
     x, y = ((v.double() - v.double().mean(0)) / 39**0.5 for v in (a, b))
     want = (a.double().mean(0) - b.double().mean(0)).square().sum() + x.square().sum() + y.square().sum()

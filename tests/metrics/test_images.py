@@ -1,4 +1,4 @@
-"""Metrics of torchmetrics on uint8 images: what they are fed, which channels, what their results are called."""
+"""Metrics of torchmetrics on uint8 images: their updates, channels, names of figures."""
 
 import numpy as np
 import pytest
@@ -21,11 +21,11 @@ def images(n=70, channels=1, seed=0, most=256):
 
 def fed(metric, samples, real=None, name="mine"):
     """The figures of one metric, real images first."""
-    own = ImageMetric(name, metric, images(2, samples.shape[1]))
+    wrapped = ImageMetric(name, metric, images(2, samples.shape[1]))
     if real is not None:
-        own.add(real, real=True)
-    own.add(samples)
-    return own.figures()
+        wrapped.add(real, real=True)
+    wrapped.add(samples)
+    return wrapped.figures()
 
 
 def test_a_frechet_distance_is_ours():
@@ -37,19 +37,19 @@ def test_a_frechet_distance_is_ours():
 
 
 def test_a_copy_keeps_the_real_images_and_shares_nothing_else():
-    own = ImageMetric("mine", FrechetInceptionDistance(feature=Pooled()), images(2))
-    own.add(images(200, seed=1), real=True)
+    wrapped = ImageMetric("mine", FrechetInceptionDistance(feature=Pooled()), images(2))
+    wrapped.add(images(200, seed=1), real=True)
     figures = []
     for seed in (2, 3, 2):
-        one = own.copy()
+        one = wrapped.copy()
         one.add(images(200, seed=seed))
         figures.append(one.figures()["mine"])
     assert figures[0] == figures[2] != figures[1]
 
 
-def test_grey_images_are_repeated_only_where_one_channel_is_refused():
-    grey = ImageMetric("mine", FrechetInceptionDistance(feature=Pooled()), images(2))
-    assert (grey.channels, "uint8, 1 channels" in grey.protocol) == (1, True)
+def test_gray_images_are_repeated_only_where_one_channel_is_refused():
+    gray = ImageMetric("mine", FrechetInceptionDistance(feature=Pooled()), images(2))
+    assert (gray.channels, "uint8, 1 channels" in gray.protocol) == (1, True)
     three = ImageMetric("mine", FrechetInceptionDistance(feature=Colored()), images(2))
     assert three.channels == 3
     samples, real = images(200), images(300, seed=1)
@@ -111,5 +111,5 @@ def test_another_signature_and_another_result_are_refused():
         def compute(self):
             return "good"
 
-    with pytest.raises(ValueError, match="a result of type str is no figure"):
+    with pytest.raises(ValueError, match=r"compute\(\) returns str: choose a metric"):
         fed(Word(), images())

@@ -45,13 +45,13 @@ def test_kid_of_one_distribution_is_zero_on_average():
     )  # the 100 subsets of half the images share them: at least 2 are independent
 
 
-def test_inception_score_agrees_with_torch_fidelity_and_knows_its_extremes():
+def test_inception_score_agrees_with_torch_fidelity_and_reaches_its_extremes():
     logits = 3 * torch.randn(1000, 20)
     got = inception_score(logits)
     peer = isc_features_to_metric(logits)
     assert got.mean == pytest.approx(peer["inception_score_mean"], rel=1e-4)
     assert got.std == pytest.approx(peer["inception_score_std"], rel=1e-4)
-    assert inception_score(torch.zeros(100, 20)).mean == pytest.approx(1, abs=1e-9)  # nothing is known of any image
+    assert inception_score(torch.zeros(100, 20)).mean == pytest.approx(1, abs=1e-9)  # uniform probabilities
     sure = 1e3 * torch.nn.functional.one_hot(torch.arange(20_000) % 10, 10).float()
     # Ten classes, evenly. A split of N = 2000 draws them unevenly: E H(q) = ln 10 − 9/2N, spread √18/2N; 4 of these for ten.
     assert inception_score(sure).mean == pytest.approx(10 * (1 - 9 / 4000), abs=4 * 10 * 18**0.5 / 4000 / 10**0.5)
@@ -66,25 +66,25 @@ def test_precision_and_recall_agree_with_torch_fidelity():
     assert 0 < got["precision"] < 1
 
 
-def test_density_and_coverage_are_what_their_definitions_say():
+def test_density_and_coverage_follow_their_definitions():
     """Loops over all pairs (Naeem et al. 2020, eq. 4 and 6), k = 5, with more images than a block."""
     a, b = two(n=1203, m=61, dim=3)
     far = np.sqrt(((b[:, None].numpy() - a[None].numpy()) ** 2).sum(-1))  # (61, 1203)
-    own = np.sqrt(((b[:, None].numpy() - b[None].numpy()) ** 2).sum(-1))
-    radii = np.sort(own, 1)[:, 5]
+    among_real = np.sqrt(((b[:, None].numpy() - b[None].numpy()) ** 2).sum(-1))
+    radii = np.sort(among_real, 1)[:, 5]
     inside = far <= radii[:, None]
     got = prdc(a, b)
     assert got["density"] == pytest.approx(inside.sum() / (5 * 1203), rel=2e-3)
     assert got["coverage"] == pytest.approx(inside.any(1).mean(), abs=1e-9)
 
 
-def test_extremes_of_neighbours():
+def test_extremes_of_neighbors():
     a, _ = two(n=300)
     same = prdc(a, a)
     assert (same["precision"], same["recall"], same["coverage"]) == (1, 1, 1)
-    assert same["density"] >= 1  # each point in its own ball, and in those of its neighbours
+    assert same["density"] >= 1  # each point in its own ball, and in those of its neighbors
     assert prdc(a + 100, a) == {"precision": 0, "recall": 0, "density": 0, "coverage": 0}
-    one = a[:1].expand(300, -1) + 1e-3 * torch.randn(300, 32)  # a mode of its own: precise, and nothing else
+    one = a[:1].expand(300, -1) + 1e-3 * torch.randn(300, 32)  # one mode: high precision, low recall and coverage
     dropped = prdc(one, a)
     assert dropped["precision"] > 0.99
     assert dropped["recall"] < 0.02

@@ -1,4 +1,4 @@
-"""The average against one written by hand, and each trap that other implementations fell into."""
+"""Averages compared with a reference implementation, and the failures of other implementations."""
 
 import pytest
 import pytorch_lightning as pl
@@ -7,7 +7,9 @@ from command import composed, module, train
 
 from diffusion_lab.commands.train import build
 from diffusion_lab.commands.train.trainer import build_trainer
+from diffusion_lab.losses import diffusion_loss
 from diffusion_lab.training.callbacks import EMA
+from diffusion_lab.training.draws import validation_draw
 
 SMALL = (
     "model.width=8",
@@ -20,7 +22,7 @@ SMALL = (
 
 
 class ByHand(pl.Callback):
-    """d θ̄ + (1 − d) θ, tensor by tensor in float64, from the live weights after every optimiser step."""
+    """d θ̄ + (1 − d) θ, tensor by tensor in float64, from the live weights after every optimizer step."""
 
     def __init__(self, decay, warmup):
         self.decay, self.warmup, self.n = decay, warmup, 0
@@ -87,6 +89,13 @@ def test_averages_are_apart_from_the_live_network(tmp_path):
     assert any(not torch.equal(v, fails.live[k]) for k, v in average.state_dict().items())
 
 
+def _validation_loss(module, denoiser, batch, draw, images):
+    t, noise, _, condition = validation_draw(denoiser, module.condition, batch, images=images, draw=draw)
+    return diffusion_loss(
+        denoiser, module.weighting, module.error, batch["image"], noise, t, learned=module.learned_variance, **condition
+    )
+
+
 def test_validation_uses_the_average_whatever_the_order_of_callbacks(tmp_path):
     """val/loss equals the loss of the averaged network computed apart, with the average listed first or last."""
 
@@ -102,7 +111,7 @@ def test_validation_uses_the_average_whatever_the_order_of_callbacks(tmp_path):
         total = count = 0.0
         for batch in trainer.datamodule.val_dataloader():
             for draw in range(module.validation_draws):
-                loss = module._validation_loss(denoiser, batch, draw, trainer.datamodule.size("val"))
+                loss = _validation_loss(module, denoiser, batch, draw, trainer.datamodule.size("val"))
                 total, count = total + float(loss.weighted.double().sum()), count + len(loss.weighted)
         values.append(float(trainer.callback_metrics["val/loss"]))
         assert values[-1] == pytest.approx(total / count, rel=1e-6)

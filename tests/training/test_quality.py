@@ -1,4 +1,4 @@
-"""The distance to the data while training: its figure is evaluate.py's, decides best.ckpt, and is prepared beforehand."""
+"""QualityMonitor: its figure is that of evaluate.py, selects best.ckpt, and is prepared before the first step."""
 
 import csv
 import dataclasses
@@ -44,23 +44,23 @@ def figures(folder, name="fd_classifier_70"):
 def test_the_figure_is_logged_decides_best_and_is_evaluate_s(tmp_path, cache, capfd):
     run, again, out = tmp_path / "run", tmp_path / "again", tmp_path / "out"
     outcome = train(run, *QUALITY, cache, "trainer.max_steps=5", capfd=capfd)
-    found = figures(run)
-    assert sorted(found) == [2, 4, 5]  # and at the last step
+    logged = figures(run)
+    assert sorted(logged) == [2, 4, 5]  # and at the last step
     assert sorted(figures(run, "confident_fraction_70")) == [2, 4, 5]
     assert "fd_classifier_70 every 2 steps (DDIM, train+val): about" in outcome.out
     assert "MiB each time" in outcome.out
-    assert f"fd_classifier_70 {found[5]:.4g}, best {min(found.values()):.4g}" in outcome.out
+    assert f"fd_classifier_70 {logged[5]:.4g}, best {min(logged.values()):.4g}" in outcome.out
     best = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
-    assert found[best["global_step"]] == min(found.values())
+    assert logged[best["global_step"]] == min(logged.values())
     assert best["callbacks"]["Checkpoints"]["monitor"] == "quality"
     folder = cache.split("=")[1]
-    asked = [f"ckpt={run}", f"cache={folder}", "n=70", "steps=[2]", "batch_size=16", f"out={out}", "device=cpu"]
-    assert command("evaluate", asked, capfd).code == 0
+    evaluation = [f"ckpt={run}", f"cache={folder}", "n=70", "steps=[2]", "batch_size=16", f"out={out}", "device=cpu"]
+    assert command("evaluate", evaluation, capfd).code == 0
     (row,) = json.loads((out / "metrics.json").read_text())
-    assert row["metrics"]["fd_classifier"] == pytest.approx(found[5], rel=1e-5)  # the last step's averaged weights
+    assert row["metrics"]["fd_classifier"] == pytest.approx(logged[5], rel=1e-5)  # the last step's averaged weights
     train(again, f"ckpt={run}", "trainer.max_steps=6", capfd=capfd)
     resumed = torch.load(again / "checkpoints" / "last.ckpt", weights_only=True)
-    assert resumed["callbacks"]["Checkpoints"]["best"] == pytest.approx(min(*found.values(), *figures(again).values()))
+    assert resumed["callbacks"]["Checkpoints"]["best"] == pytest.approx(min(*logged.values(), *figures(again).values()))
 
 
 @pytest.mark.integration
@@ -73,16 +73,16 @@ def test_clip_none_is_no_threshold_for_the_callbacks_and_the_commands(tmp_path, 
     assert command("train", arguments, capfd).code == 0
     assert (run / "samples" / "step_0000002.png").is_file()
     (figure,) = figures(run).values()
-    asked = [f"ckpt={run}", f"cache={cache.split('=')[1]}", "n=70", "steps=[2]", "batch_size=16", "device=cpu"]
-    found = {}
+    evaluation = [f"ckpt={run}", f"cache={cache.split('=')[1]}", "n=70", "steps=[2]", "batch_size=16", "device=cpu"]
+    evaluated = {}
     for clip, limit in (("none", []), ("static", ["clip.limit=0.1"])):
-        arguments = [*asked, f"clip={clip}", *limit, f"out={out / clip}"]
+        arguments = [*evaluation, f"clip={clip}", *limit, f"out={out / clip}"]
         assert command("evaluate", arguments, capfd).code == 0
         (row,) = json.loads((out / clip / "metrics.json").read_text())
-        found[row["checkpoint"]["clip"]] = row["metrics"]["fd_classifier"]
+        evaluated[row["checkpoint"]["clip"]] = row["metrics"]["fd_classifier"]
         assert row["checkpoint"]["guidance"] is None
-    assert found["NoThreshold"] == pytest.approx(figure, rel=1e-5)
-    assert found["StaticThreshold"] != pytest.approx(figure, rel=1e-3)
+    assert evaluated["NoThreshold"] == pytest.approx(figure, rel=1e-5)
+    assert evaluated["StaticThreshold"] != pytest.approx(figure, rel=1e-3)
 
 
 @pytest.mark.integration
@@ -96,7 +96,7 @@ def test_a_run_with_it_trains_the_very_same_weights(tmp_path, cache, capfd):
         assert torch.equal(value, two["state_dict"][name])
 
 
-def test_what_is_missing_is_known_before_the_first_step(tmp_path, capfd, monkeypatch):
+def test_missing_requirements_are_refused_before_the_first_step(tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setenv("no_proxy", "*")
     nowhere = dataclasses.replace(extractors.WEIGHTS, urls=("http://127.0.0.1:9/weights.pth",))
@@ -104,7 +104,7 @@ def test_what_is_missing_is_known_before_the_first_step(tmp_path, capfd, monkeyp
     for i, (arguments, remedies) in enumerate(
         (
             (("quality=inception",), (extractors.WEIGHTS.name, str(tmp_path / "torch"), "http://127.0.0.1:9/")),
-            (("quality=classifier", "data.num_classes=0"), ("labelled data set",)),
+            (("quality=classifier", "data.num_classes=0"), ("labeled data set",)),
             (("quality=classifier", "callbacks.quality.split=tests"), ("split=tests",)),
             (("quality=classifier", "callbacks.quality.n=1"), ("n >= 2",)),
         )
@@ -119,9 +119,9 @@ def test_what_is_missing_is_known_before_the_first_step(tmp_path, capfd, monkeyp
 
 @pytest.mark.integration
 def test_evaluations_that_would_take_too_much_of_the_time_are_warned_of(tmp_path, cache, capfd):
-    asked = [a for a in QUALITY if "share" not in a]
+    quality = [a for a in QUALITY if "share" not in a]
     with pytest.warns(UserWarning, match=r"of the time: write callbacks\.quality\.every="):
-        train(tmp_path / "run", *asked, cache, "trainer.max_steps=1", capfd=capfd)
+        train(tmp_path / "run", *quality, cache, "trainer.max_steps=1", capfd=capfd)
 
 
 @pytest.mark.integration

@@ -1,4 +1,4 @@
-"""Fitting the optimal variance: second moments against closed forms, shared by processes; heads that learn the covariance."""
+"""Fit of the optimal variance: second moments against closed forms, shares of processes; heads against the covariance."""
 
 import math
 
@@ -12,7 +12,7 @@ from diffusion_lab.data.images import Examples
 from diffusion_lab.data.stream import BatchStream
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.models import VarianceHead
-from diffusion_lab.models.base import Network
+from diffusion_lab.models.base import UNetBase
 from diffusion_lab.models.embeddings import Embedding
 from diffusion_lab.objectives import PredNoise, PredV
 from diffusion_lab.schedules import VP, Cosine, Linear
@@ -25,7 +25,7 @@ MEAN, VAR = 0.1, 0.2
 
 
 class Drawn:
-    """Gaussian images, where a data set is asked for."""
+    """Gaussian images in place of a data set."""
 
     def __init__(self, count: int, size: tuple[int, int, int] = (1, 4, 4)) -> None:
         self.x0 = MEAN + VAR**0.5 * torch.randn(count, *size, generator=torch.Generator().manual_seed(0))
@@ -85,7 +85,7 @@ def test_what_the_moments_see() -> None:
     assert set(torch.cat(network.labels).tolist()) == {0, 1, 2}
     assert network.off.grad is None
     assert torch.equal(network.off, before)
-    with pytest.raises(ValueError, match="NaN or infinity"):
+    with pytest.raises(ValueError, match="NaN or Inf"):
         moments(
             second_moments(
                 Denoiser(Best(math.nan), Linear(40), PredNoise()), data, fit_times(Linear(40)), 1, Unconditional()
@@ -93,7 +93,7 @@ def test_what_the_moments_see() -> None:
         )
 
 
-def test_where_they_are_measured() -> None:
+def test_fit_times() -> None:
     assert fit_times(Linear(40)).tolist() == [k / 40 for k in range(1, 41)]
     some = fit_times(Linear(1000), 7)
     assert len(some) == 7
@@ -123,7 +123,7 @@ def test_shares_add_up_to_the_whole(world: int) -> None:
 # ------------------------------------------------------------------------------------------------ heads
 
 
-class Toy(Network):
+class Toy(UNetBase):
     """ε̂ = gain · x: the best network of Gaussian data at one time, or one with an error; four features."""
 
     def __init__(self, gain: float, off: float) -> None:
@@ -209,8 +209,8 @@ def test_a_head_that_diverges_is_refused() -> None:
         train_head(Denoiser(network, Cosine(), PredV()), "npr", stream, At(0.5), Unconditional(), steps=2)
 
 
-def test_examples_are_what_a_data_set_has() -> None:
-    """The real thing in place of `Drawn`: bytes, labels."""
+def test_the_moments_of_examples() -> None:
+    """`Examples` in place of `Drawn`: bytes, labels."""
     images = np.random.default_rng(0).integers(0, 256, (30, 1, 4, 4), dtype=np.uint8)
     examples = Examples(images, np.arange(30) % 3)
     sums = second_moments(Denoiser(Best(), Linear(40), PredNoise()), examples, fit_times(Linear(40), 3), 10, Label(3))

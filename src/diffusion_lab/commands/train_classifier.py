@@ -1,4 +1,4 @@
-"""`src/train_classifier.py`: the project's own classifier of a data set, on clean images or on x_t."""
+"""`src/train_classifier.py`: train the classifier of a data set, on clean images or on x_t."""
 
 import json
 from pathlib import Path
@@ -12,12 +12,12 @@ from diffusion_lab.device import device
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.instantiation import check, instantiate
 from diffusion_lab.io import os_errors, refuse_filled, write_file
-from diffusion_lab.metrics import classifier
-from diffusion_lab.metrics.classifier import Noise
+from diffusion_lab.metrics.classifier import Noise, for_dataset
+from diffusion_lab.training.classifier import train_classifier
 
 
 def run(config: DictConfig) -> int:
-    """Trains as configured, or takes what the cache has; writes classifier.pt and accuracy.json; returns the exit code."""
+    """Train as configured, or load from the cache; write classifier.pt and accuracy.json; return the exit code."""
     with os_errors():
         settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
         out = Path(settings["out"] or settings["run_dir"])
@@ -31,9 +31,8 @@ def run(config: DictConfig) -> int:
         noise = (
             Noise(instantiate(settings["schedule"], "schedule"), settings["schedule"]) if settings["noisy"] else None
         )
-        trained = classifier.for_dataset(
-            data, Path(settings["cache"]), device(settings["device"]), noise, settings["steps"]
-        )
+        place = device(settings["device"])
+        trained = for_dataset(data, Path(settings["cache"]), train_classifier, place, noise, settings["steps"])
         write_file(out / "classifier.pt", trained.path.read_bytes())
         report = {
             "accuracy": trained.accuracy,
@@ -42,15 +41,15 @@ def run(config: DictConfig) -> int:
             **trained.config,
         }
         write_file(out / "accuracy.json", json.dumps(report, indent=2, ensure_ascii=False))
-    _show(trained, report["held_out"], out)
+    _print_summary(trained, report["held_out"], out)
     return 0
 
 
-def _show(trained: TrainedClassifier, held: int, out: Path) -> None:
+def _print_summary(trained: TrainedClassifier, held_out: int, out: Path) -> None:
     if trained.accuracy is None:
-        print("no images are held out (data.test=0 data.val=0): the accuracy is not known")
+        print("accuracy unknown: no images are held out (data.test=0 data.val=0)")
     else:
-        print(f"{trained.accuracy:.2%} of {held:,} held-out images are classified right")
+        print(f"{trained.accuracy:.2%} accuracy on {held_out:,} held-out images")
     for bounds, accuracy in trained.by_noise.items():
         print(f"  ln SNR {bounds:>9}  {accuracy:7.2%}")
-    print(f"kept in  {trained.path}\nwritten to {out / 'classifier.pt'}")
+    print(f"cached at  {trained.path}\nwritten to {out / 'classifier.pt'}")

@@ -1,10 +1,11 @@
-"""Every image once, whoever shares the work: blocks of images to processes, running sums, one reduction at the end."""
+"""Features of all images: each is processed by exactly one rank; running sums with one reduction at the end."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from jaxtyping import Float, Float64, Int64, Shaped
 from torch import Tensor, distributed
 
 from diffusion_lab.data.images import refuse_nan
@@ -20,14 +21,14 @@ T = TypeVar("T")
 
 
 class Processes:
-    """Those that share the work: torch.distributed's where it runs, else this one alone.
+    """Reductions over the processes of torch.distributed where it is initialized; else this process is the only one.
 
     Args:
-        device: where tensors are reduced: NCCL reduces on GPUs only.
-        shared: false for work that one process does by itself.
+        device: of the reductions; NCCL reduces on GPUs only.
+        shared: false for work of one process alone, in a distributed run too.
 
     Attributes:
-        rank, world: this process's number, and how many there are.
+        rank, world: number of this process, number of processes.
     """
 
     def __init__(self, device: torch.device | str = "cpu", shared: bool = True) -> None:
@@ -36,14 +37,14 @@ class Processes:
         self.device = torch.device(device)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all processes, in each of them."""
+        """Return the sum over all processes, on the CPU, in every process."""
         if self.world > 1:
             tensor = tensor.to(self.device)
             distributed.all_reduce(tensor)
         return tensor.cpu()
 
     def gather(self, tensor: Tensor | None) -> list[Tensor]:
-        """The tensors of all processes in the order of their ranks, on rank 0; an empty list elsewhere. None adds nothing."""
+        """Return the tensors of all processes by rank, on rank 0; an empty list on other ranks. None is left out."""
         if self.world == 1:
             return [] if tensor is None else [tensor]
         parts: list[Any] | None = [None] * self.world if self.rank == 0 else None
@@ -51,7 +52,7 @@ class Processes:
         return [part for part in parts or [] if part is not None]
 
     def first(self, make: Callable[[], Any]) -> Any:
-        """What `make` returns on rank 0, in every process; what it raises there is raised in every process."""
+        """Call `make` on rank 0; return its result, or raise its exception, in every process."""
         outcome: list[Any] = [None, None]
         if self.rank == 0:
             try:
@@ -65,9 +66,9 @@ class Processes:
         return outcome[0]
 
     def build(self, make: Callable[[], T]) -> T:
-        """Return make() of every process: on rank 0 first, so that the others find the files that it makes.
+        """Return make() of every process, called on rank 0 first, so that the others can load the files that it writes.
 
-        What one process raises is raised in all.
+        An exception of one process is raised in all.
         """
         results: list[T] = []
         for turn in (True, False):
@@ -81,29 +82,29 @@ class Processes:
         return results[0]
 
     def agree(self, error: Exception | None) -> None:
-        """Raises everywhere what one process met, so that none waits for another that is gone."""
-        met: list[Any] = [error]
+        """Raise the exception of the lowest rank in every process; no process waits for one that has failed."""
+        errors: list[Any] = [error]
         if self.world > 1:
-            met = [None] * self.world
-            distributed.all_gather_object(met, error)
-        for found in met:
-            if found is not None:
-                raise found
+            errors = [None] * self.world
+            distributed.all_gather_object(errors, error)
+        for each in errors:
+            if each is not None:
+                raise each
 
 
 def blocks(n: int, size: int, rank: int = 0, world: int = 1) -> Iterator[range]:
-    """This process's blocks of the images 0 … n − 1: the b-th block of `size` images is that of process b mod `world`.
+    """Yield this rank's blocks of `size` of the images 0 … n − 1: block b belongs to rank b mod `world`.
 
-    The blocks are the same however many processes there are, so that every image meets the same neighbours in a batch.
+    The blocks do not depend on the number of processes: an image is in the same batch always.
 
     Raises:
-        ValueError: size < 1.
+        ConfigError: size < 1.
     """
     return (block for block in rounds(n, size, rank, world) if len(block))
 
 
 def rounds(n: int, size: int, rank: int = 0, world: int = 1) -> Iterator[range]:
-    """As `blocks`, with an empty range in the last round where none is left for this process: all have equally many rounds."""
+    """As `blocks`, but with an empty range in the last round where no block is left: all ranks have equally many rounds."""
     if size < 1:
         raise ConfigError(f"batch_size={size}: write at least 1")
     for first in range(0, n, world * size):
@@ -113,54 +114,57 @@ def rounds(n: int, size: int, rank: int = 0, world: int = 1) -> Iterator[range]:
 
 @dataclass
 class Collected:
-    """What n images gave in one extractor's features.
+    """Features of n images by one extractor.
 
-    sums: of the features.
-    features, logits: float32 (kept, D) and (n, K) of the images in order, where they were asked for.
-    confident: float64 (K,), images that the classifier assigns to each class with confidence; None for other extractors.
-    label_hits: images that it assigns to the requested class; None without labels.
+    Attributes:
+        n: number of images.
+        sums: of the features.
+        features: of the first `kept` images, in order; None where not kept.
+        logits: of all images, in order; None where not kept.
+        confident: number of images of each class with a probability of at least 0.9; None without class logits.
+        label_hits: number of images whose most probable class is the requested one; None without class logits or labels.
     """
 
     n: int
     sums: Sums
-    features: Tensor | None = None
-    logits: Tensor | None = None
-    confident: Tensor | None = None
+    features: Float[Tensor, "kept d"] | None = None
+    logits: Float[Tensor, "n k"] | None = None
+    confident: Float64[Tensor, "k"] | None = None
     label_hits: int | None = None
 
 
 def collect(
-    images: Callable[[range], Tensor],
+    images: Callable[[range], Shaped[Tensor, "b c h w"]],
     n: int,
     size: int,
     extractors: Sequence[Extractor],
     *,
     features: Collection[str] = (),
     logits: Collection[str] = (),
-    labels: Tensor | None = None,
+    labels: Int64[Tensor, "n"] | None = None,
     feed: Callable[[Tensor], None] | None = None,
     processes: Processes | None = None,
     progress: str = "",
 ) -> dict[str, Collected]:
-    """The features of n images, each made and measured by one process, in every extractor.
+    """Sum up the features of n images in every extractor. Each image is made and processed by exactly one rank.
 
     Args:
-        images: gives the images of a block: uint8, or float in [−1, 1] that must be finite, (b, C, H, W).
-        n: how many.
+        images: block → its images, uint8, or float in [−1, 1].
+        n: number of images.
         size: images of a block; memory does not depend on n unless features or logits are kept.
-        extractors: on the device where they work.
+        extractors: on their devices.
         features: names of the extractors whose features are kept, of the first 10,000 images.
-        logits: names of the extractors whose logits are kept, of all.
-        labels: int64 (n,), the classes that were asked for.
-        feed: on rank 0 it receives every block as uint8, in the order of the images; all processes pass one, or none does.
-        processes: those that share the work.
-        progress: what a bar says; none if empty.
+        logits: names of the extractors whose logits are kept, of all images.
+        labels: the requested classes.
+        feed: called on rank 0 with every block as uint8, in the order of the images. All processes pass it, or none does.
+        processes: that share the images; None is all of torch.distributed.
+        progress: description of the progress bar; none if empty.
 
     Returns:
-        Extractor's name → the same in every process.
+        Name of the extractor → result, the same in every process.
 
     Raises:
-        ValueError: fewer than 2 images, NaN (in every process, whichever met it), or what `images` raises.
+        ConfigError: fewer than 2 images; NaN or Inf in pixels or features, raised in every process.
     """
     processes = processes or Processes()
     if n < 2:
@@ -169,73 +173,73 @@ def collect(
     error: Exception | None = None
     with progress_bar(n, progress, "image", bool(progress) and processes.rank == 0) as bar:
         for block in rounds(n, size, processes.rank, processes.world):
-            made = None
+            batch: Tensor | None = None
             try:
                 if len(block) and error is None:
-                    made = images(block)
-                    if made.is_floating_point():
-                        refuse_nan(made, block.start, "the pixels")
-                        made = to_uint8(made)
+                    batch = images(block)
+                    if batch.is_floating_point():
+                        refuse_nan(batch, block.start, "the pixels")
+                        batch = to_uint8(batch)
                     for tally in tallies.values():
-                        tally.add(made, block, None if labels is None else labels[block.start : block.stop])
+                        tally.add(batch, block, None if labels is None else labels[block.start : block.stop])
                     bar.update(min(len(block) * processes.world, n - bar.n))
-            except Exception as met:  # a defect too: or the other processes would wait for this one
-                error = met
-            if feed is not None:  # every process takes part in every round
+            except Exception as raised:  # defects too: the other processes would wait for this one
+                error = raised
+            if feed is not None:  # collective: every process takes part in every round
                 processes.agree(error)
                 try:
-                    for part in processes.gather(made):
+                    for part in processes.gather(batch):
                         feed(part)
-                except Exception as met:
-                    error = met
+                except Exception as raised:
+                    error = raised
             elif error is not None:
                 break
     processes.agree(error)
-    return {name: tally.reduced(processes) for name, tally in tallies.items()}
+    return {name: tally.reduce(processes) for name, tally in tallies.items()}
 
 
 def classes(condition: Mapping[str, Tensor]) -> Tensor | None:
-    """The classes that a condition asks for, int64 (n,), where it does."""
+    """Return the requested classes, int64 (n,), of a condition by label, else None."""
     label = condition.get("label")
     return None if label is None or label.is_floating_point() else label
 
 
 class _Tally:
-    """Running sums of one extractor in one process."""
+    """Running sums of one extractor in one process: float64, reduced once at the end, so that nothing is rounded on the way."""
 
     def __init__(self, extractor: Extractor, n: int, features: int, logits: bool) -> None:
         self.extractor, self.n = extractor, n
         self.sums = Sums(extractor.dim, extractor.device)
         self.features = torch.zeros(features, extractor.dim)
         self.logits = torch.zeros(n if logits else 0, extractor.classes)
-        self.judged = torch.zeros(extractor.classes + 2, dtype=torch.float64)  # recognised by class, as asked, asked
+        self.class_counts = torch.zeros(extractor.classes + 2, dtype=torch.float64)  # as `_class_counts`
 
     def add(self, images: Tensor, block: range, labels: Tensor | None) -> None:
-        found = self.extractor(images)
-        refuse_nan(found.features, block.start)
-        self.sums.add(found.features)
+        features, logits = self.extractor(images)
+        refuse_nan(features, block.start)
+        self.sums.add(features)
         stop = min(block.stop, len(self.features))
         if block.start < stop:
-            self.features[block.start : stop] = found.features[: stop - block.start].cpu()
-        if found.logits is not None and len(self.logits):
-            self.logits[block.start : block.stop] = found.logits.cpu()
-        if found.logits is not None and self.extractor.judges:
-            self.judged += _judged(found.logits.cpu(), labels)
+            self.features[block.start : stop] = features[: stop - block.start].cpu()
+        if logits is not None and len(self.logits):
+            self.logits[block.start : block.stop] = logits.cpu()
+        if logits is not None and self.extractor.has_class_logits:
+            self.class_counts += _class_counts(logits.cpu(), labels)
 
-    def reduced(self, processes: Processes) -> Collected:
-        """Of all processes. Each adds its rows to zeros, so that sums of features are exact."""
+    def reduce(self, processes: Processes) -> Collected:
+        """Return the result of all processes. Kept rows are zero in all processes but one, so that their sum is exact."""
         self.sums.vector = processes.sum(self.sums.vector)
         features = processes.sum(self.features) if len(self.features) else None
         logits = processes.sum(self.logits) if len(self.logits) else None
-        if not self.extractor.judges:
+        if not self.extractor.has_class_logits:
             return Collected(self.n, self.sums, features, logits)
-        judged = processes.sum(self.judged)
-        return Collected(self.n, self.sums, features, logits, judged[:-2], int(judged[-2]) if judged[-1] else None)
+        confident, hits, labeled = processes.sum(self.class_counts).split([self.extractor.classes, 1, 1])
+        return Collected(self.n, self.sums, features, logits, confident, int(hits) if labeled else None)
 
 
-def _judged(logits: Tensor, labels: Tensor | None) -> Tensor:
-    """Of a batch, float64 (K + 2,): how many are recognised as each class, are what was asked for, were asked for a class."""
-    confidence, classes = logits.softmax(1).max(1)
-    sure = torch.bincount(classes[confidence >= CONFIDENT], minlength=logits.shape[1])
-    right = torch.tensor([0, 0] if labels is None else [int((classes == labels).sum()), len(labels)])
-    return torch.cat([sure, right]).double()
+def _class_counts(logits: Float[Tensor, "b k"], labels: Int64[Tensor, "b"] | None) -> Float64[Tensor, "k+2"]:
+    """Return the number of confidently classified images of each class, of images in the requested class, of labels."""
+    probability, predicted = logits.softmax(1).max(1)
+    confident = torch.bincount(predicted[probability >= CONFIDENT], minlength=logits.shape[1])
+    hits = torch.tensor([0, 0] if labels is None else [int((predicted == labels).sum()), len(labels)])
+    return torch.cat([confident, hits]).double()

@@ -1,4 +1,4 @@
-"""The Fréchet distance between Gaussians fitted to two sets of features."""
+"""Fréchet distance between Gaussians fitted to two sets of features."""
 
 import torch
 
@@ -9,18 +9,16 @@ __all__ = ["Moments", "frechet_distance", "moments"]
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^½) (Dowson & Landau 1982; Heusel et al. 2017, eq. 6), float64.
-
-    tr (Σ_a Σ_b)^½ is the sum of the square roots of the eigenvalues of Σ_a^½ Σ_b Σ_a^½, which is symmetric: no complex matrix
-    root, and singular covariances do no harm.
+    """Return ‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^½) (Dowson & Landau 1982; Heusel et al. 2017, eq. 6), in float64.
 
     Raises:
-        ValueError: features of different sizes.
+        ConfigError: features of different sizes.
     """
     if a.mean.shape != b.mean.shape:
         raise ConfigError(
-            f"features of size {len(a.mean)} and {len(b.mean)} do not compare: take both from one extractor"
+            f"features of size {len(a.mean)} and {len(b.mean)} do not compare: compute both with one extractor"
         )
+    # tr (Σ_a Σ_b)^½ from the eigenvalues of Σ_a^½ Σ_b Σ_a^½, which is symmetric: no complex root, singular covariances allowed.
     values, vectors = torch.linalg.eigh(a.covariance)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     cross = torch.linalg.eigvalsh(root @ b.covariance @ root).clamp(min=0).sqrt().sum()

@@ -1,4 +1,4 @@
-"""Metrics of torchmetrics, or any that subclass its `Metric`, on uint8 images."""
+"""Metrics of torchmetrics, and other subclasses of its `Metric`, on uint8 images."""
 
 import copy
 import inspect
@@ -11,7 +11,7 @@ from torchmetrics import Metric
 
 from diffusion_lab.errors import ConfigError
 
-PART = 128  # images of an update, at most: feature networks hold the activations of all of them
+PART = 128  # largest number of images of an update: feature networks keep the activations of all of them
 REFUSALS = (
     ValueError,
     TypeError,
@@ -21,28 +21,27 @@ REFUSALS = (
 
 
 class ImageMetric:
-    """A metric that is fed uint8 images (b, C, H, W) in 0 … 255, on one process.
+    """A metric of uint8 images (b, C, H, W) in 0 … 255, on rank 0.
 
-    It receives `update(images, real=True)` of the data and `update(images, real=False)` of the samples where its signature
-    has `real`, else `update(images)` of the samples alone. Images of one channel are passed as they are; only where the
-    metric refuses them, and accepts three equal channels, they are repeated (Inception of FID and KID).
+    Where its `update` has a parameter `real`, it is called with the data (real=True) and the samples (real=False), else with the
+    samples alone. Images of one channel are repeated to three only where the metric refuses one channel and accepts three
+    (Inception of FID and KID).
 
-    All images pass through rank 0, in their order, and torchmetrics' own synchronization is switched off. It needs equally
-    many updates in every process: with states that are lists it waits for ever, or stacks tensors that do not fit, where one
-    process has fewer images than another. So the figure is also that of a single process, whatever the metric's states.
+    All images pass through rank 0, in order, and torchmetrics' synchronization is disabled: it needs equally many updates in
+    every process, else list states wait forever or do not fit together. The figure is that of a single process.
 
     Args:
-        name: its key in `metrics`, the figure's name.
-        metric: not yet updated.
-        probe: real images, uint8 (2, C, H, W): what the metric refuses is refused here, before anything is sampled.
-        device: where the metric computes.
+        name: key in `metrics`, name of the figure.
+        metric: without updates.
+        probe: real images, uint8 (2, C, H, W), for a check before anything is sampled.
+        device: of the metric.
 
     Attributes:
-        takes_real: whether it compares with the data.
+        takes_real: whether the metric compares with the data.
         warning: a reason to distrust the figure, or None.
 
     Raises:
-        ConfigError: another signature of `update`, or an `update` that refuses such images.
+        ConfigError: another signature of `update`, or an `update` that refuses the probe.
     """
 
     def __init__(self, name: str, metric: Metric, probe: Tensor, device: torch.device | str = "cpu") -> None:
@@ -58,22 +57,22 @@ class ImageMetric:
 
     @property
     def protocol(self) -> str:
-        """How the figure was taken, in words."""
-        of = type(self.metric)
+        """Description of the measurement."""
+        kind = type(self.metric)
         call = "update(images, real=…), all images of the split" if self.takes_real else "update(images)"
-        return f"{of.__module__}.{of.__qualname__}: {call}; uint8, {self.channels} channels"
+        return f"{kind.__module__}.{kind.__qualname__}: {call}; uint8, {self.channels} channels"
 
     def copy(self) -> "ImageMetric":
-        """One with a state of its own: that of this one, so that real images are seen once for many sets of samples."""
+        """Return a copy with the current state: real images are added once, for several sets of samples."""
         other = copy.copy(self)
         other.metric = copy.deepcopy(self.metric)
         return other
 
     def add(self, images: Tensor, real: bool = False) -> None:
-        """Update with uint8 images (b, C, H, W); real ones only where `takes_real`.
+        """Update with uint8 images (b, C, H, W); with real ones only where `takes_real`.
 
         Raises:
-            ConfigError: the metric refuses them.
+            ConfigError: the metric refuses the images.
         """
         if not len(images):
             return
@@ -84,12 +83,13 @@ class ImageMetric:
             raise ConfigError(f"metrics.{self.name}: {_refusal(self.metric, error)}") from error
 
     def figures(self) -> dict[str, Any]:
-        """`name` → the figure; of a pair mean and spread `name` and `name_std`, of a mapping `name_KEY`; several values: a list.
+        """Return name → figure.
 
-        The global generator is seeded for it (KID draws subsets), and left as it was.
+        The key is `name`; for a pair (mean, standard deviation) `name` and `name_std`; for a mapping `name_KEY`. Several values
+        are a list. Random subsets (KID) have a fixed seed; the state of the global generator is restored.
 
         Raises:
-            ConfigError: the metric refuses to compute, e.g. fewer images than its subsets need; a result of another kind.
+            ConfigError: `compute` fails, e.g. with fewer images than its subsets need, or returns another type.
         """
         try:
             return self._flat_of(self.metric)
@@ -112,7 +112,7 @@ class ImageMetric:
             return _flat(self.name, metric.compute())
 
     def _channels(self, probe: Tensor) -> int:
-        """Channels that the metric accepts: those of the images, or 3 for 1."""
+        """Return the number of channels that the metric accepts: that of the images, or 3 for 1."""
         first: Exception | None = None
         for channels in dict.fromkeys((probe.shape[1], 3 if probe.shape[1] == 1 else probe.shape[1])):
             self.channels = channels
@@ -126,11 +126,11 @@ class ImageMetric:
         size = "×".join(map(str, probe.shape[1:]))
         raise ConfigError(
             f"metrics.{self.name}: {_refusal(self.metric, first)}: evaluate passes uint8 images (b, C, H, W) of {size}; choose "
-            "a metric, or a feature module, that takes them"
+            "a metric, or a feature module, that accepts them"
         ) from first
 
     def _wraps(self, probe: Tensor) -> str | None:
-        """A warning where a metric of images alone subtracts bytes modulo 256: the same values as int16 give another figure."""
+        """Return a warning where a metric of samples alone subtracts bytes modulo 256: int16 images give another figure."""
         if self.takes_real:  # a feature network
             return None
         figures: list[Tensor] = []
@@ -144,14 +144,14 @@ class ImageMetric:
         if torch.allclose(figures[0], figures[1], equal_nan=True):
             return None
         return (
-            f"metrics.{self.name}: {type(self.metric).__name__} gives another figure for the same pixels as int16, so bytes "
-            "probably wrap around at 256 in it: put it into torchmetrics.wrappers.LambdaInputTransformer with "
+            f"metrics.{self.name}: {type(self.metric).__name__} gives another figure for the same pixels as int16: bytes "
+            "probably wrap around at 256: wrap it in torchmetrics.wrappers.LambdaInputTransformer with "
             "transform_pred={_target_: torch.Tensor.float, _partial_: true}"
         )
 
 
 def _alone() -> bool:
-    """`distributed_available_fn` of a metric that one process feeds and computes."""
+    """`distributed_available_fn` of a metric that is updated and computed on one process."""
     return False
 
 
@@ -162,7 +162,7 @@ def _refuse_signature(name: str, metric: Metric, real: bool) -> None:
     except TypeError:
         raise ConfigError(
             f"metrics.{name}: {type(metric).__name__}.update takes {signature}, and evaluate passes images, and real= to a "
-            "metric that has it: choose a metric of one set of images, such as torchmetrics.image.FrechetInceptionDistance"
+            "metric with it: choose a metric of one set of images, such as torchmetrics.image.FrechetInceptionDistance"
         ) from None
 
 
@@ -182,6 +182,6 @@ def _flat(name: str, result: Any) -> dict[str, Any]:
     if isinstance(result, int | float):
         return {name: float(result)}
     raise ConfigError(
-        f"metrics.{name}: a result of type {type(result).__name__} is no figure: compute() has to return a tensor, a pair of "
-        "mean and standard deviation, or a mapping of them"
+        f"metrics.{name}: compute() returns {type(result).__name__}: choose a metric that returns a tensor, a pair of mean and "
+        "standard deviation, or a mapping of them"
     )

@@ -1,4 +1,4 @@
-"""From metrics of features to figures: which extractor each is taken in, what must be kept for it, what it is called."""
+"""Metrics of features: their extractors, the features to keep for them, the names of their figures."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -14,17 +14,17 @@ Metrics = Mapping[str, FeatureMetric]  # by their keys in `metrics`
 
 
 class Plan(NamedTuple):
-    """Which metrics are taken in which extractor: its name, or "own" for a module → key → metric."""
+    """Metrics by extractor."""
 
-    by_extractor: dict[str, dict[str, FeatureMetric]]
-    main: str  # the extractor of metrics that are not pinned to one; empty without metrics
+    by_extractor: dict[str, dict[str, FeatureMetric]]  # name of the extractor, "own" for a module → key → metric
+    main: str  # extractor of the metrics that are not pinned to one; empty without metrics
 
     def features(self, extractor: str) -> bool:
-        """Whether its features are kept, not only their sums."""
+        """Whether a metric of this extractor needs the features of each image."""
         return any(metric.keeps_features for metric in self.by_extractor[extractor].values())
 
     def logits(self, extractor: str) -> bool:
-        """Whether its logits are kept."""
+        """Whether a metric of this extractor needs the logits of each image."""
         return any(metric.keeps_logits for metric in self.by_extractor[extractor].values())
 
 
@@ -33,7 +33,7 @@ def plan(metrics: Metrics, extractor: str | None) -> Plan:
 
     Args:
         metrics: by key; may be empty.
-        extractor: "inception", "classifier", "own"; None is Inception if fid, kid or is are among them, else the classifier.
+        extractor: "inception", "classifier", "own"; None is Inception if fid, kid or is is a metric, else the classifier.
     """
     if not metrics:
         return Plan({}, "")
@@ -45,23 +45,21 @@ def plan(metrics: Metrics, extractor: str | None) -> Plan:
 
 
 def check(metrics: Metrics, extractor: Extractor, n: int) -> None:
-    """Raise ConfigError where n images, or the extractor, do not give a metric."""
+    """Raise ConfigError where n images are too few for a metric, or the extractor has no logits for it."""
     for key, metric in metrics.items():
         refuse_few(n, metric.least, key)
         if metric.keeps_logits and not extractor.classes:
-            raise ConfigError(
-                f"{key} needs logits, and extractor {extractor.name} gives none: write extractor=inception"
-            )
+            raise ConfigError(f"{key} needs logits, and extractor {extractor.name} has none: write extractor=inception")
 
 
 def measure(metrics: Metrics, extractor: Extractor, collected: Collected, reference: Reference) -> dict[str, Any]:
-    """The figures of one extractor by name: `kid` and `is` are Inception's, others are `kid_classifier`, ….
+    """Return name → figure for the metrics of one extractor: `kid` and `is` for Inception, else `kid_classifier`, ….
 
     Args:
         metrics: by key.
-        extractor: whose features these are.
-        collected: of the samples.
-        reference: of the data.
+        extractor: of the features.
+        collected: features of the samples.
+        reference: features of the data.
 
     Raises:
         ConfigError: too few images for a metric.
@@ -78,14 +76,14 @@ def measure(metrics: Metrics, extractor: Extractor, collected: Collected, refere
 
 
 def protocol(metrics: Metrics) -> dict[str, str]:
-    """What another must do to get comparable figures, in words."""
-    words = {
+    """Return descriptions of the protocol, for comparable figures elsewhere, by key."""
+    texts = {
         "images": "uint8 by x·127.5 + 128 truncated, which rounds; resized inside the extractor only",
         "moments": "float64, covariance with n − 1",
     }
-    return words | {key: text for key, metric in metrics.items() if (text := metric.protocol()) is not None}
+    return texts | {key: text for key, metric in metrics.items() if (text := metric.protocol()) is not None}
 
 
 def label(distance: str, n: int) -> str:
-    """A distance labelled with its number of images, on which it depends: fid, 1000 → fid_1k."""
+    """Return the name of a distance with its number of images, on which it depends: fid, 1000 → fid_1k."""
     return f"{distance}_{n // 1000}k" if n % 1000 == 0 else f"{distance}_{n}"

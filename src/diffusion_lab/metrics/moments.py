@@ -1,41 +1,47 @@
-"""Mean and covariance of features from running sums, so that memory does not grow with the number of images."""
+"""Mean and covariance of features, from running sums: memory does not grow with the number of images."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from diffusion_lab.data.images import refuse_nan
 from diffusion_lab.errors import ConfigError
 
 
-class Moments(NamedTuple):
-    """Mean (D,) and covariance (D, D) of features, float64; n, how many there were, None where a file does not say."""
+@dataclass(frozen=True)
+class Moments:
+    """Mean and covariance of the features of n images; n is None where a file does not contain it."""
 
-    mean: Tensor
-    covariance: Tensor
+    mean: Float64[Tensor, "d"]
+    covariance: Float64[Tensor, "d d"]
     n: int | None
 
 
 class Sums:
-    """Σ 1, Σ x and Σ x xᵀ in float64: added to, merged, and reduced over processes as one vector.
+    """Running sums Σ 1, Σ x and Σ x xᵀ.
+
+    Attributes:
+        vector: all sums in one vector: a single reduction over processes, where torchmetrics reduces state by state. Float64,
+            because the difference Σ x xᵀ − n μ μᵀ loses digits.
 
     Args:
         dim: D, the number of features.
-        device: where they are kept.
+        device: of the sums.
     """
 
     def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
         self.dim = dim
-        self.vector = torch.zeros(1 + dim + dim * dim, dtype=torch.float64, device=device)  # one reduction takes it all
+        self.vector = torch.zeros(1 + dim + dim * dim, dtype=torch.float64, device=device)
 
     @property
     def n(self) -> int:
-        """How many features were added."""
+        """Number of images."""
         return int(self.vector[0])
 
-    def add(self, features: Tensor) -> None:
-        """Adds features (B, D). ValueError: NaN or infinity among them."""
+    def add(self, features: Float[Tensor, "b d"]) -> None:
+        """Add features. Raises ConfigError: NaN or Inf."""
         refuse_nan(features)
         x = features.to(self.vector.device, torch.float64)
         count, first, second = self._parts()
@@ -44,11 +50,11 @@ class Sums:
         second.addmm_(x.T, x)
 
     def merge(self, other: "Sums") -> None:
-        """Adds the sums of other images."""
+        """Add the sums of other images."""
         self.vector += other.vector.to(self.vector.device)
 
     def moments(self) -> Moments:
-        """Mean and covariance, the latter with n − 1. ValueError: fewer than 2 images."""
+        """Return mean and covariance, the latter with n − 1. Raises ConfigError: fewer than 2 images."""
         count, first, second = (part.cpu() for part in self._parts())
         n = int(count)
         refuse_few(n)
@@ -60,8 +66,8 @@ class Sums:
         return self.vector[0], self.vector[1 : 1 + d], self.vector[1 + d :].view(d, d)
 
 
-def moments(features: Tensor) -> Moments:
-    """Moments of features (N, D), the covariance with N − 1. ValueError: fewer than 2, or NaN among them."""
+def moments(features: Float[Tensor, "n d"]) -> Moments:
+    """Return the moments of features, the covariance with n − 1. Raises ConfigError: fewer than 2 images, NaN or Inf."""
     refuse_few(len(features))
     refuse_nan(features)
     x = features.double()
@@ -69,13 +75,13 @@ def moments(features: Tensor) -> Moments:
 
 
 def refuse_few(n: int, least: int = 2, of: str = "a Fréchet distance") -> None:
-    """Raise ValueError for fewer images than a measure needs."""
+    """Raise ConfigError where n is less than `least`, the number of images that a metric needs."""
     if n < least:
         raise ConfigError(f"{of} needs at least {least} images in each set, not {n}: write n={least} or more")
 
 
 def singular(n: int, dim: int) -> str | None:
-    """What to tell the user where n images cannot fill a covariance of `dim` features; None where they can."""
+    """Return a warning where n images give a singular covariance of `dim` features, else None."""
     if n > dim:
         return None
     return f"n={n} images for {dim} features: the covariance is singular and the distance biased; write n={10 * dim} or more"

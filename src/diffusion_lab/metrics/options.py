@@ -1,4 +1,4 @@
-"""The metrics of the group `metrics`: one class an option, whose arguments are those of the published protocol."""
+"""Options of the group `metrics`: one class each; the defaults are the published protocol."""
 
 from abc import ABC, abstractmethod
 from typing import ClassVar
@@ -23,14 +23,14 @@ from diffusion_lab.metrics.scores import (
 
 
 class FeatureMetric(ABC):
-    """A metric of the samples' features, against those of the data. A subclass of one's own works by `_target_`.
+    """A metric of the features of samples and data. A subclass from another module works by `_target_`.
 
     Attributes:
-        key: the option's name. Under this key in `metrics` the figures have their published names, under another the key's.
-        pinned: "inception" or "classifier", the extractor whatever `extractor=` names; None for that of `extractor=`.
-        of_inception: whether Inception is the extractor of all metrics that are not pinned where `extractor=` names none.
-        keeps_features, keeps_logits: whether those of each image are needed, not the sums of features alone.
-        least: the smallest number of images.
+        key: name of the option. Under this key in `metrics` the figures have their published names, else the name of the key.
+        pinned: "inception" or "classifier", its extractor whatever `extractor=` is; None: that of `extractor=`.
+        of_inception: makes Inception the default of `extractor=`.
+        keeps_features, keeps_logits: needs those of each image, not the sums of features alone.
+        least: smallest number of images.
     """
 
     key: ClassVar[str] = ""
@@ -42,25 +42,25 @@ class FeatureMetric(ABC):
 
     @abstractmethod
     def figures(self, key: str, extractor: Extractor, collected: Collected, reference: Reference) -> dict[str, float]:
-        """Name → figure.
+        """Return name → figure.
 
         Args:
             key: of the node in `metrics`.
-            extractor: whose features these are.
-            collected: of the samples.
-            reference: of the data.
+            extractor: of the features.
+            collected: features of the samples.
+            reference: features of the data.
 
         Raises:
-            ConfigError: too few images, or features that are not finite.
+            ConfigError: too few images, NaN or Inf.
         """
 
     def protocol(self) -> str | None:
-        """What another must do to get comparable figures; None where the extractor and the moments are all."""
+        """Return a description of the protocol; None where extractor and moments describe it."""
         return None
 
 
 class FD(FeatureMetric):
-    """Fréchet distance in the features of `extractor=` (Heusel et al. 2017)."""
+    """Fréchet distance of the features of `extractor=` (Heusel et al. 2017)."""
 
     key = "fd"
 
@@ -70,13 +70,13 @@ class FD(FeatureMetric):
 
 
 class FID(FD):
-    """Fréchet distance in Inception's features, whatever `extractor=` names."""
+    """Fréchet distance of Inception's features, whatever `extractor=` is."""
 
     key, pinned, of_inception = "fid", "inception", True
 
 
 class FDClassifier(FD):
-    """Fréchet distance in the features of the data set's own classifier, whatever `extractor=` names."""
+    """Fréchet distance of the features of the data set's classifier, whatever `extractor=` is."""
 
     key, pinned = "fd_classifier", "classifier"
 
@@ -153,8 +153,8 @@ class PRDC(FeatureMetric):
     def figures(self, key: str, extractor: Extractor, collected: Collected, reference: Reference) -> dict[str, float]:
         assert collected.features is not None
         assert reference.features is not None
-        shares = prdc(collected.features, reference.features, self.neighbors, self.density_neighbors)
-        return shares if key == self.key else {f"{key}_{name}": value for name, value in shares.items()}
+        figures = prdc(collected.features, reference.features, self.neighbors, self.density_neighbors)
+        return figures if key == self.key else {f"{key}_{name}": value for name, value in figures.items()}
 
     def protocol(self) -> str:
         return (
@@ -164,7 +164,7 @@ class PRDC(FeatureMetric):
 
 
 class NLL:
-    """Bits per dimension of held-out images, by the bound or the density that a sampler has; no metric of samples."""
+    """Bits per dimension of held-out images, by the variational bound or the ODE of a sampler; not a metric of samples."""
 
     key: ClassVar[str] = "nll"
 
@@ -173,9 +173,9 @@ OPTIONS = ("fid", "kid", "is", "prdc", "fd", "fd_classifier", "nll")
 
 
 def _score(metric: FeatureMetric, key: str, extractor: Extractor, score: Score) -> dict[str, float]:
-    """Mean and standard deviation. Only Inception's are `kid` and `is`; others have the extractor's name at the end."""
-    own = key if extractor.name == "inception" else f"{key}_{extractor.name}"
-    name = own if key == metric.key else key
+    """Return mean and standard deviation, named `kid` or `is` for Inception alone, else with the extractor's name appended."""
+    published = key if extractor.name == "inception" else f"{key}_{extractor.name}"
+    name = published if key == metric.key else key
     return {name: score.mean, f"{name}_std": score.std}
 
 

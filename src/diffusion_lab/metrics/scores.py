@@ -1,16 +1,17 @@
-"""KID, Inception score, precision and recall (torch-fidelity's functions), density and coverage (which it lacks)."""
+"""KID, Inception score, precision and recall by torch-fidelity's functions; density and coverage, which it does not have."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from diffusion_lab.data.images import refuse_nan
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.metrics.moments import refuse_few
 
-MOST = 10_000  # images of each side that kernels and neighbours are computed from: their cost grows with the square
+MOST = 10_000  # images of each set for kernels and neighbors, whose cost grows with the square
 SPLITS = 10  # of the Inception score, the published number
 SUBSETS, SUBSET = 100, 1000  # of KID
 NEAREST = 3  # k of precision and recall (Kynkäänniemi et al. 2019)
@@ -25,17 +26,19 @@ class Score(NamedTuple):
     std: float
 
 
-def kid(features: Tensor, real: Tensor, subsets: int = SUBSETS, subset_size: int = SUBSET) -> Score:
-    """Squared MMD with the kernel (x·y/D + 1)³, unbiased, over random subsets (Bińkowski et al. 2018).
+def kid(
+    features: Float[Tensor, "n d"], real: Float[Tensor, "m d_real"], subsets: int = SUBSETS, subset_size: int = SUBSET
+) -> Score:
+    """Return the unbiased squared MMD with the kernel (x·y/D + 1)³ over random subsets (Bińkowski et al. 2018).
 
     Args:
-        features: of the samples, float (N, D).
-        real: of the data, float (M, D).
-        subsets: their number.
-        subset_size: images of a subset, at most N and M.
+        features: of the samples.
+        real: of the data, as many features.
+        subsets: number of subsets.
+        subset_size: images of a subset; at most n and m are taken.
 
     Raises:
-        ValueError: fewer than 2 images in a set, or NaN.
+        ConfigError: fewer than 2 images in a set, different numbers of features, NaN or Inf.
     """
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
@@ -47,15 +50,15 @@ def kid(features: Tensor, real: Tensor, subsets: int = SUBSETS, subset_size: int
     return Score(out[KEY_METRIC_KID_MEAN], out[KEY_METRIC_KID_STD])
 
 
-def inception_score(logits: Tensor, splits: int = SPLITS) -> Score:
-    """exp E KL(p(y|x) ‖ p(y)) over splits of the shuffled samples (Salimans et al. 2016).
+def inception_score(logits: Float[Tensor, "n k"], splits: int = SPLITS) -> Score:
+    """Return exp E KL(p(y|x) ‖ p(y)) over splits of the shuffled samples (Salimans et al. 2016).
 
     Args:
-        logits: of the samples, float (N, K).
-        splits: their number.
+        logits: of the samples.
+        splits: number of splits.
 
     Raises:
-        ValueError: fewer images than splits, or NaN.
+        ConfigError: fewer images than splits, NaN or Inf.
     """
     from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
 
@@ -66,22 +69,26 @@ def inception_score(logits: Tensor, splits: int = SPLITS) -> Score:
 
 
 def prdc(
-    features: Tensor, real: Tensor, neighbors: int = NEAREST, density_neighbors: int = NEAREST_DENSITY
+    features: Float[Tensor, "n d"],
+    real: Float[Tensor, "m d_real"],
+    neighbors: int = NEAREST,
+    density_neighbors: int = NEAREST_DENSITY,
 ) -> dict[str, float]:
-    """Precision, recall, density and coverage by nearest neighbors.
+    """Return precision, recall, density and coverage, by nearest neighbors.
 
-    A ball around each image of a set reaches its k-th nearest neighbor of that set. Precision: the share of samples in some
-    real ball; recall: of real images in some ball of a sample (Kynkäänniemi et al. 2019). Density: in how many real balls a
-    sample lies, divided by k; coverage: the share of real balls that hold a sample (Naeem et al. 2020, eq. 4 and 6).
+    The ball of an image has the distance to its k-th nearest neighbor in the same set as radius. Precision: fraction of samples
+    in any real ball. Recall: fraction of real images in any ball of a sample (Kynkäänniemi et al. 2019). Density: mean number
+    of real balls that contain a sample, divided by k. Coverage: fraction of real balls that contain a sample (Naeem et al.
+    2020, eq. 4 and 6).
 
     Args:
-        features: of the samples, float (N, D).
-        real: of the data, float (M, D).
+        features: of the samples.
+        real: of the data, as many features.
         neighbors: k of precision and recall.
         density_neighbors: k of density and coverage.
 
     Raises:
-        ValueError: no more than the larger k images in a set, or NaN.
+        ConfigError: not more images than the larger k in a set, different numbers of features, NaN or Inf.
     """
     from torch_fidelity.metric_prc import calculate_precision_recall_part
 
@@ -89,9 +96,9 @@ def prdc(
     precision, recall = calculate_precision_recall_part(features, real, neighbors, BLOCK)
     inside, covered = 0, []
     for balls, radii in _balls(real, density_neighbors):
-        held = torch.cat([torch.cdist(balls, part) <= radii for part in features.split(BLOCK)], dim=1)
-        inside += int(held.sum())
-        covered.append(held.any(1))
+        contains = torch.cat([torch.cdist(balls, part) <= radii for part in features.split(BLOCK)], dim=1)
+        inside += int(contains.sum())
+        covered.append(contains.any(1))
     return {
         "precision": precision,
         "recall": recall,
@@ -100,8 +107,8 @@ def prdc(
     }
 
 
-def _balls(real: Tensor, k: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Blocks of centres (b, D) with the distance (b, 1) to their k-th nearest neighbour among `real`, themselves not counted."""
+def _balls(real: Float[Tensor, "m d"], k: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield blocks of centers (b, D) with the distance (b, 1) to their k-th nearest neighbor in `real`, themselves excluded."""
     for part in real.split(BLOCK):
         distances = torch.cat([torch.cdist(part, other) for other in real.split(BLOCK)], dim=1)
         yield part, distances.kthvalue(k + 1, dim=1, keepdim=True).values
@@ -113,5 +120,5 @@ def _check(features: Tensor, real: Tensor, least: int, of: str) -> None:
         refuse_nan(side, of=name)
     if features.shape[1] != real.shape[1]:
         raise ConfigError(
-            f"features of size {features.shape[1]} and {real.shape[1]} do not compare: take one extractor"
+            f"features of size {features.shape[1]} and {real.shape[1]} do not compare: compute both with one extractor"
         )

@@ -1,6 +1,6 @@
-"""Fitting the optimal variance of a trained network: its second moments in one pass, or a second head. Plain torch."""
+"""Fit the optimal variance of a trained network: second moments of ε̂ in one pass, or a second head."""
 
-import math
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -18,24 +18,29 @@ from diffusion_lab.models import VarianceHead
 from diffusion_lab.noise import Stream, normal, permutation
 from diffusion_lab.schedules import Schedule
 from diffusion_lab.time_samplers import TimeSampler
+from diffusion_lab.training.averages import WeightAverage
 from diffusion_lab.training.draws import training_draw
+from diffusion_lab.training.loop import train_steps
 
-WHOLE = 1000  # times of a continuous curve
-ROW = 100  # steps of a head's training in a row of its losses
+CURVE_NODES = 1000  # of a continuous curve
 
 
 def fit_times(schedule: Schedule, count: int | None = None) -> Tensor:
-    """Where the moments are measured: `count` nodes of a table evenly spread, or times of a curve, the last 1; float64 (N,).
+    """Return evenly spaced times for the moments, the last one 1: nodes of a table, or points of a curve; float64 (N,).
+
+    Args:
+        schedule: the curve.
+        count: N; None is every node of a table, 1000 points of a curve.
 
     Raises:
-        ValueError: fewer than 1, or more than the table has.
+        ConfigError: fewer than 1, or more than the table has nodes.
     """
-    most = schedule.steps or WHOLE
-    n = most if count is None else count
-    if n < 1 or (schedule.steps is not None and n > most):
-        raise ConfigError(f"nodes={n} is outside 1 … {most}: write nodes=null for all of them")
-    ends = torch.arange(1, n + 1, dtype=torch.float64) / n
-    return (ends * most).round() / most if schedule.steps is not None else ends
+    available = schedule.steps or CURVE_NODES
+    n = available if count is None else count
+    if n < 1 or (schedule.steps is not None and n > available):
+        raise ConfigError(f"nodes={n} is outside 1 … {available}: write nodes=null for all nodes")
+    times = torch.arange(1, n + 1, dtype=torch.float64) / n
+    return (times * available).round() / available if schedule.steps is not None else times
 
 
 @torch.no_grad()
@@ -52,67 +57,72 @@ def second_moments(
     world: int = 1,
     progress: bool = False,
 ) -> Tensor:
-    """Σ mean(ε̂² − ε²) over n images for each time, and their number: float64 (2, N) on the CPU, this process's share.
+    """Return Σ mean(ε̂² − ε²) over n images for each time, and their number: float64 (2, N) on the CPU, this process's share.
 
-    Add the shares of all processes; `moments` makes E mean(ε̂²) of the sum. Evaluation k is of time k mod N, of the k-th image
-    of keyed epochs laid end to end, with noise keyed by k: so all processes together do what one does alone.
+    The sum of all processes' shares is the input of `moments`. Evaluation k has time k mod N, the k-th image of keyed epochs
+    laid end to end, and noise keyed by k, so that the sum does not depend on the number of processes.
 
-    E mean(ε²) = 1 is known, so its error in the sample is taken away: near t = 1, where ε̂ ≈ ε, nearly all of the spread is.
+    E mean(ε²) = 1 is known, so the sample's deviation from it is subtracted: near t = 1, where ε̂ ≈ ε, it is nearly all of the
+    variance of the estimate.
 
     Args:
-        denoiser: its clipping plays no part. In eval mode.
-        examples: images, and labels if the condition wants them.
+        denoiser: in eval mode; its clipping is not applied.
+        examples: images, with labels if the condition needs them.
         times: float64 (N,).
         n: images for each time.
-        condition: which labels reach the network; none is dropped.
+        condition: the network's keyword arguments; labels are not dropped.
         seed: of noise and order.
-        batch_size: evaluations at a time; changes nothing.
+        batch_size: evaluations at a time; the result does not depend on it.
         rank, world: this process takes the evaluations rank, rank + world, …
-        progress: show a bar.
+        progress: show a progress bar.
     """
     denoiser = replace(denoiser, clip=None)
     device = next((p.device for p in denoiser.network.parameters()), torch.device("cpu"))  # type: ignore[attr-defined]
     sums = torch.zeros(2, len(times), dtype=torch.float64)
     keys = torch.arange(rank, n * len(times), world)
-    places = _Places(len(examples), seed)
+    image_order = _ImageOrder(len(examples), seed)
     for k in show_progress(keys.split(batch_size), "second moments", "batch", progress):
-        batch = examples.take(places(k))
+        batch = examples.take(image_order(k))
         x0 = batch["image"].to(device, torch.float64)
         noise = normal(tuple(x0.shape[1:]), seed=seed, index=k.to(device), stream=Stream.VARIANCE, dtype=torch.float64)
-        which = k % len(times)
-        t, given = times[which], {name: v.to(device) for name, v in condition(batch).items()}
+        node = k % len(times)
+        t, arguments = times[node], {name: v.to(device) for name, v in condition(batch).items()}
         x_t = denoiser.schedule.corrupt(x0, noise, t)
-        previous = denoiser(x_t, t, **given).x0 if denoiser.self_conditioning else None
-        guess = denoiser(x_t, t, previous, **given).noise
-        each = (guess.square() - noise.square()).flatten(1).mean(1).cpu()
-        sums.index_add_(1, which, torch.stack([each, torch.ones_like(each)]))
+        previous = denoiser(x_t, t, **arguments).x0 if denoiser.self_conditioning else None
+        predicted = denoiser(x_t, t, previous, **arguments).noise
+        difference = (predicted.square() - noise.square()).flatten(1).mean(1).cpu()
+        sums.index_add_(1, node, torch.stack([difference, torch.ones_like(difference)]))
     return sums
 
 
 def moments(sums: Tensor) -> Tensor:
-    """E mean(ε̂²), float64 (N,), of the sums of all processes; ValueError where the network gave NaN."""
+    """Return E mean(ε̂²), float64 (N,), from the sums (2, N) of all processes.
+
+    Raises:
+        ConfigError: NaN or Inf.
+    """
     value = 1 + sums[0] / sums[1]
     if not bool(value.isfinite().all()):
         raise ConfigError(
-            "the network gave NaN or infinity: fit in float32, or take a checkpoint from before the training diverged"
+            "the network output is NaN or Inf: fit in float32, or take a checkpoint from before the training diverged"
         )
     return value
 
 
-class _Places:
-    """The k-th image of keyed epochs laid end to end."""
+class _ImageOrder:
+    """Return the index of the k-th image of keyed epochs laid end to end."""
 
     def __init__(self, count: int, seed: int) -> None:
         self.count, self.seed = count, seed
-        self._orders: dict[int, Tensor] = {}
+        self._orders: dict[int, Tensor] = {}  # of at most two epochs
 
     def __call__(self, k: Tensor) -> Any:
-        epoch, place = k // self.count, k % self.count
+        epoch, position = k // self.count, k % self.count
         index = torch.empty_like(k)
         for e in epoch.unique().tolist():
             if e not in self._orders:
                 self._orders = {**dict(list(self._orders.items())[-1:]), e: self._order(e)}
-            index[epoch == e] = self._orders[e][place[epoch == e]]
+            index[epoch == e] = self._orders[e][position[epoch == e]]
         return index.numpy()
 
     def _order(self, epoch: int) -> Tensor:
@@ -123,7 +133,7 @@ def train_head(
     denoiser: Denoiser,
     kind: str,
     stream: BatchStream,
-    times: TimeSampler,
+    time_sampler: TimeSampler,
     condition: Condition,
     *,
     steps: int,
@@ -132,7 +142,7 @@ def train_head(
     seed: int = 0,
     progress: bool = False,
 ) -> list[tuple[int, float]]:
-    """Train the head of `denoiser.network`, a `VarianceHead`, by Adam. Its weights end as their average, if there is one.
+    """Train the head of `denoiser.network`, a `VarianceHead`, by Adam. The head ends with its averaged weights, if averaged.
 
     t, ε and label drops are keyed as in training.
 
@@ -140,61 +150,45 @@ def train_head(
         denoiser: without clipping.
         kind: "sn" or "npr".
         stream: training batches.
-        times: how t is drawn, as for the network itself.
-        condition: which tensors of a batch reach the network.
-        steps: how many.
+        time_sampler: of t, as in the training of the network.
+        condition: the network's keyword arguments, made of a batch.
+        steps: number of steps.
         lr: learning rate.
-        decay: of the head's average, begun as the networks' averages are: min(d, (1 + n)/(10 + n)); None for no average.
+        decay: d of the head's average, with the warm-up min(d, (1 + n)/(10 + n)); None does not average.
         seed: of all noise.
-        progress: show a bar.
+        progress: show a progress bar.
 
     Returns:
-        (step, mean loss since the last row) each 100 steps and at the end.
+        (step, mean loss since the previous row), every 100 steps and at the end.
 
     Raises:
-        ValueError: a loss that is not finite.
+        ConfigError: the loss is NaN or Inf.
     """
     network = denoiser.network
     assert isinstance(network, VarianceHead)
-    device, head = next(network.parameters()).device, list(network.head.parameters())
-    average = [p.detach().clone() for p in head]
-    optimiser, total = torch.optim.Adam(head, lr), torch.zeros((), dtype=torch.float64, device=device)
-    rows: list[tuple[int, float]] = []
-    network.train()
+    device = next(network.parameters()).device
+    average = None if decay is None else WeightAverage(copy.deepcopy(network.head), network.head, decay)
     batches = iter(stream)
-    for step in show_progress(range(steps), f"head {kind}", "step", progress):
-        batch = next(batches)
-        batch = {name: v.to(device) if isinstance(v, Tensor) and name != "position" else v for name, v in batch.items()}
-        loss = _head_step(denoiser, kind, batch, times, condition, stream.batch_size, seed)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        optimiser.step()
-        total += loss.detach()
-        if decay is not None:
-            d = min(decay, (2 + step) / (11 + step))
-            torch._foreach_lerp_(average, [p.detach() for p in head], 1 - d)
-        if (step + 1) % ROW == 0 or step == steps - 1:
-            rows.append((step + 1, float(total) / (step % ROW + 1)))
-            if not math.isfinite(rows[-1][1]):
-                raise ConfigError(
-                    f"the loss of the head is {rows[-1][1]} at step {step + 1}: lower lr=, or fit in float32"
-                )
-            total.zero_()
-    if decay is not None:
-        torch._foreach_copy_([p.detach() for p in head], average)
+
+    def loss_of_step(step: int) -> Tensor:
+        batch = {
+            name: v.to(device) if isinstance(v, Tensor) and name != "position" else v
+            for name, v in next(batches).items()
+        }
+        draw = training_draw(denoiser, time_sampler, condition, batch, batch_size=stream.batch_size, seed=seed)
+        return head_loss(denoiser, kind, batch["image"], draw.noise, draw.t, draw.previous, **draw.condition).mean()
+
+    network.train()
+    rows = train_steps(
+        loss_of_step,
+        steps,
+        torch.optim.Adam(network.head.parameters(), lr),
+        name=f"variance head {kind}",
+        remedy="lower lr=, or fit in float32",
+        average=average,
+        progress=progress,
+    )
+    if average is not None:
+        network.head.load_state_dict(average.network.state_dict())
     network.eval()
     return rows
-
-
-def _head_step(
-    denoiser: Denoiser,
-    kind: str,
-    batch: dict[str, Any],
-    times: TimeSampler,
-    condition: Condition,
-    batch_size: int,
-    seed: int,
-) -> Tensor:
-    """The loss of one step."""
-    t, noise, previous, arguments = training_draw(denoiser, times, condition, batch, batch_size=batch_size, seed=seed)
-    return head_loss(denoiser, kind, batch["image"], noise, t, previous, **arguments).mean()

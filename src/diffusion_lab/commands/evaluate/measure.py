@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from diffusion_lab.checkpoint.guidance import is_guided
-from diffusion_lab.commands.evaluate import likelihoods
+from diffusion_lab.commands.evaluate import likelihoods, nll_files
 from diffusion_lab.commands.evaluate.prepare import Prepared
 from diffusion_lab.commands.evaluate.samplers import SamplerSpec
 from diffusion_lab.generation import batch_of, generate
 from diffusion_lab.io import progress
-from diffusion_lab.metrics import nll
 from diffusion_lab.metrics.collect import Processes, blocks, collect
 from diffusion_lab.metrics.measure import measure, protocol
 from diffusion_lab.metrics.nll import Measured
@@ -90,7 +89,7 @@ def _add_likelihoods(prepared: Prepared, results: list[Row]) -> None:
         if not prepared.measures_samples:
             row |= {"n": m["n"], "nfe": round(m["nfe"]), "split": prepared.settings["nll_split"]}
         by_name[f"{spec.name}, {spec.sampler.steps or 'all'} steps"] = m
-    nll.write(prepared.out, by_name)
+    nll_files.write(prepared.out, by_name)
 
 
 def _head(prepared: Prepared, spec: SamplerSpec | None, nfe: float) -> Row:

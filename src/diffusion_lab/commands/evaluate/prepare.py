@@ -30,6 +30,7 @@ from diffusion_lab.metrics.measure import Plan
 from diffusion_lab.metrics.moments import singular
 from diffusion_lab.metrics.reference import Reference
 from diffusion_lab.metrics.scores import MOST
+from diffusion_lab.training.classifier import train_classifier
 
 
 @dataclass
@@ -213,7 +214,7 @@ def _image_metrics(chosen: metrics.Chosen, real: reference.Images, target: str) 
 def _extractor(name: str, settings: Mapping[str, Any], data: DataModule, shape: tuple[int, int, int]) -> Extractor:
     if name == "classifier":
         return classifier.ClassifierExtractor(
-            classifier.for_dataset(data, Path(settings["cache"]), device(settings["device"]))
+            classifier.for_dataset(data, Path(settings["cache"]), train_classifier, device(settings["device"]))
         )
     if name == "own":
         module = instantiate(settings["extractor"])
