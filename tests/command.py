@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 import sys
 import traceback
 from collections.abc import Sequence
@@ -142,3 +143,15 @@ def train(folder: Path, *arguments: str, capfd: pytest.CaptureFixture[str]) -> O
     outcome = command("train", [*(() if resumed else TINY), f"hydra.run.dir={folder}", *arguments], capfd)
     assert outcome.code == 0, outcome.err
     return outcome
+
+
+def evaluated(arguments: Sequence[str], out: Path, capfd: pytest.CaptureFixture[str], code: int = 0) -> Any:
+    """`evaluate.py` into `out`: (outcome, rows of metrics.json), or the one line of a refusal where `code` is expected."""
+    outcome = command("evaluate", [f"out={out}", "overwrite=true", *arguments], capfd)
+    assert outcome.code == code, outcome.err
+    if code:
+        assert not out.exists()
+        assert outcome.err.count("error: ") == 1
+        assert "Traceback" not in outcome.err
+        return outcome.err.splitlines()[-1]
+    return outcome, json.loads((out / "metrics.json").read_text())

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from command import command, composed
+from command import command, composed, evaluated
 from PIL import Image
 
 from diffusion_lab import composition
@@ -38,17 +38,9 @@ def evaluate(run, cache, tmp_path, capfd):
     """evaluate(*arguments) → (outcome, rows), as a command; of the tiny run unless another is named."""
 
     def call(*arguments, code=0):
-        out = tmp_path / "out"
         given = {a.split("=")[0] for a in arguments}
         common = [a for a in (*QUICK, f"cache={cache}", f"ckpt={run}") if a.split("=")[0] not in given]
-        outcome = command("evaluate", [*common, f"out={out}", "overwrite=true", *arguments], capfd)
-        assert outcome.code == code, outcome.err
-        if code:
-            assert not out.exists()
-            assert outcome.err.count("error: ") == 1
-            assert "Traceback" not in outcome.err
-            return outcome.err.splitlines()[-1]
-        return outcome, json.loads((out / "metrics.json").read_text())
+        return evaluated([*common, *arguments], tmp_path / "out", capfd, code)
 
     return call
 

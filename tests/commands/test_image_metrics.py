@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from command import command, composed
+from command import command, composed, evaluated
 from own_features import Pooled
 
 from diffusion_lab.checkpoint import load_checkpoint
@@ -35,17 +35,9 @@ def evaluate(given, cache, tmp_path, capfd):
     """evaluate(*arguments) → (outcome, rows) as a command, of the given images unless a checkpoint is named."""
 
     def call(*arguments, code=0):
-        out = tmp_path / "out"
         of = () if any(a.startswith("ckpt=") for a in arguments) else (f"images={given[0]}", "data=digits")
-        common = ["batch_size=16", "device=cpu", f"cache={cache}", f"out={out}", "overwrite=true"]
-        outcome = command("evaluate", [*common, *of, *arguments], capfd)
-        assert outcome.code == code, outcome.err
-        if code:
-            assert not out.exists()
-            assert outcome.err.count("error: ") == 1
-            assert "Traceback" not in outcome.err
-            return outcome.err.splitlines()[-1]
-        return outcome, json.loads((out / "metrics.json").read_text())
+        common = ["batch_size=16", "device=cpu", f"cache={cache}"]
+        return evaluated([*common, *of, *arguments], tmp_path / "out", capfd, code)
 
     return call
 

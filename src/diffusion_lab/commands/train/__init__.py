@@ -64,7 +64,7 @@ def run(config: DictConfig) -> Result:
     network, settings["model"] = build.model(settings, condition, learned, make)
     if settings["init"]:
         summary.print_once(f"weights from {initialize(network, settings['init'])}")
-    saved = build.saved(configuration, run_identity.id, data.class_names)
+    saved = configuration.entries(run_identity.id, data.class_names)
     module = build.module(settings, network, condition, saved, make)
 
     make(settings["sampler"], "sampler").check(module.denoiser)

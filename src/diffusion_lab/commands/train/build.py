@@ -1,12 +1,9 @@
 """Build the objects of a training run from its configuration: data, condition, network, module, callbacks, loggers."""
 
 import copy
-import platform
-import subprocess
-from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -23,8 +20,6 @@ from pytorch_lightning.loggers import CSVLogger, Logger
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-import diffusion_lab
-from diffusion_lab.checkpoint import FORMAT
 from diffusion_lab.conditions import Condition
 from diffusion_lab.data.datamodule import DataModule
 from diffusion_lab.denoiser import Denoiser, Prediction
@@ -34,9 +29,6 @@ from diffusion_lab.training.callbacks import GracefulStop
 from diffusion_lab.training.loggers import Identity
 from diffusion_lab.training.module import DiffusionModule
 from diffusion_lab.training.optim import LRSchedule, OptimizerConfig, TorchSchedule
-
-if TYPE_CHECKING:
-    from diffusion_lab.commands.train.configuration import Configuration
 
 Config = Mapping[str, Any]
 Make = Callable[..., Any]  # `instantiate`, or `instantiate_untrusted` for the configuration of a checkpoint
@@ -298,35 +290,3 @@ def loggers(config: Config, folder: Path, identity: Identity, make: Make = insta
     if not any(isinstance(logger, CSVLogger) and Path(logger.log_dir) == folder for logger in built):
         built.insert(0, CSVLogger(str(folder), name="", version="", flush_logs_every_n_steps=100))
     return built
-
-
-def saved(configuration: "Configuration", wandb_id: str, class_names: Sequence[str]) -> dict[str, Any]:
-    """Return the entries that this project adds to a checkpoint: plain values, which load with weights_only=True."""
-    packages = ("torchvision", "numpy", "hydra-core", "omegaconf", "torchmetrics")
-    return {
-        "choices": dict(configuration.choices),
-        "wandb_id": wandb_id,
-        "class_names": list(class_names),
-        "config": copy.deepcopy(configuration.settings),
-        "overrides": list(configuration.overrides),
-        "composed": copy.deepcopy(configuration.composed),
-        "diffusion_lab": {
-            "format": FORMAT,
-            "version": diffusion_lab.__version__,
-            "torch": str(torch.__version__),
-            "lightning": str(pl.__version__),
-            "python": platform.python_version(),
-            **{name: version(name) for name in packages},
-            "commit": _commit(),
-        },
-    }
-
-
-def _commit() -> str:
-    """Return the commit of this package's checkout; "unknown" outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:  # no git on this machine
-        return "unknown"
-    return result.stdout.strip() or "unknown"

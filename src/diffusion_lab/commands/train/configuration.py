@@ -1,14 +1,21 @@
 """The configuration of a training run: the command line's, or a checkpoint's with the command line's overrides on top."""
 
+import copy
 import functools
+import platform
+import subprocess
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytorch_lightning as pl
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
+import diffusion_lab
 from diffusion_lab import checkpoint as checkpoints
 from diffusion_lab import composition
 from diffusion_lab.commands.train.build import Make
@@ -73,6 +80,27 @@ class Configuration(NamedTuple):
             if settings["init"]:
                 raise ConfigError("ckpt= resumes a run and init= begins one from weights: write one of them")
         return cls(settings, composed, overrides, choices, resume, make)
+
+    def entries(self, wandb_id: str, class_names: Sequence[str]) -> dict[str, Any]:
+        """Return the entries that this project adds to a checkpoint: plain values, which load with weights_only=True."""
+        packages = ("torchvision", "numpy", "hydra-core", "omegaconf", "torchmetrics")
+        return {
+            "choices": dict(self.choices),
+            "wandb_id": wandb_id,
+            "class_names": list(class_names),
+            "config": copy.deepcopy(self.settings),
+            "overrides": list(self.overrides),
+            "composed": copy.deepcopy(self.composed),
+            "diffusion_lab": {
+                "format": checkpoints.FORMAT,
+                "version": diffusion_lab.__version__,
+                "torch": str(torch.__version__),
+                "lightning": str(pl.__version__),
+                "python": platform.python_version(),
+                **{name: version(name) for name in packages},
+                "commit": _commit(),
+            },
+        }
 
 
 def _resume(ckpt: str) -> Resume:
@@ -173,3 +201,13 @@ def refuse_other_optimizer(resume: Resume, settings: Mapping[str, Any]) -> None:
             f"optimizer._target_={now} cannot load the state of {before} in {resume.path}: write init={resume.path} to "
             "begin another run with its weights, or leave the optimizer out"
         )
+
+
+def _commit() -> str:
+    """Return the commit of this package's checkout; "unknown" outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:  # no git on this machine
+        return "unknown"
+    return result.stdout.strip() or "unknown"
