@@ -243,8 +243,10 @@ mask = torch.zeros(1, 1, 8, 8)
 mask[..., 4:, :] = 1  # 1 where pixels are generated
 none = {"label": torch.full((32,), 10)}
 known = originals.repeat_interleave(8, dim=0)
+index = torch.arange(32)
+x_T = samplers.prior(denoiser.schedule, normal((1, 8, 8), seed=0, index=index))
 filled = editing.inpaint(
-    samplers.DDPM(20), denoiser, known, mask, index=torch.arange(32), condition=none, jump_length=5, resample=5
+    samplers.DDPM(20), denoiser, x_T, known, mask, index=index, condition=none, jump_length=5, resample=5
 ).x
 assert torch.equal(filled[..., :4, :], known[..., :4, :])  # bit for bit
 

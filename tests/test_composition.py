@@ -202,7 +202,7 @@ def test_known_pixels_are_exact_in_every_order(names: tuple[str, ...]) -> None:
         assert torch.equal(x[..., [0, 2]], KNOWN[..., [0, 2]].expand(6, -1, -1, -1))
         assert (x[..., 1] - KNOWN[..., 1]).abs().min() > 0
     guided = composed([name for name in names if name != "known"], Denoiser(Network(s, PredV()), s, PredV()))
-    got = inpaint(DDPM(6), guided, KNOWN, MASK, index=torch.arange(6), condition={"label": LABEL}, resample=1)
+    got = inpaint(DDPM(6), guided, start, KNOWN, MASK, index=torch.arange(6), condition={"label": LABEL}, resample=1)
     whole = DDPM(6)(den, start, condition={"label": LABEL})
     assert torch.equal(got.x, whole.x)
     assert got.nfe == whole.nfe == 6

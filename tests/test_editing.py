@@ -229,6 +229,11 @@ def moments(sampler: Sampler, schedule: Schedule, jump_length: int, resample: in
     return float(mean[1]), float(covariance[1, 1])
 
 
+def initial(denoiser: Denoiser, known: torch.Tensor, index: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """Return x_T of the images `index` in the shape and dtype of the known one."""
+    return prior(denoiser.schedule, normal(tuple(known.shape[1:]), seed=seed, index=index, dtype=known.dtype))
+
+
 def bias(mean: float, variance: float) -> tuple[float, float]:
     """Return the error of the mean in conditional standard deviations, and the relative error of the variance."""
     return abs(mean - MEAN) / VARIANCE**0.5, abs(variance / VARIANCE - 1)
@@ -240,8 +245,9 @@ def test_inpainting_against_propagated_moments_and_the_effect_of_resampling(samp
     resampling the mean is off by over 0.6 conditional standard deviations; with resample=4 by less than 0.6 of that."""
     schedule, off = Cosine(), []
     for resample in (1, 4):
+        x_T = initial(correlated(schedule), IMAGE, torch.arange(6000))
         x = inpaint(
-            sampler, correlated(schedule), IMAGE, MASK, index=torch.arange(6000), jump_length=4, resample=resample
+            sampler, correlated(schedule), x_T, IMAGE, MASK, index=torch.arange(6000), jump_length=4, resample=resample
         ).x[:, 0, 0, 1]
         mean, variance = moments(sampler, schedule, 4, resample)
         assert abs(float(x.mean()) - mean) < 4 * (variance / 6000) ** 0.5
@@ -284,22 +290,22 @@ def few(name: str) -> Sampler:
 def test_known_pixels_are_exact_with_every_sampler(name: str, curve: str) -> None:
     """A sampler's final state has them up to rounding errors and `inpaint` bit for bit; the other pixels are generated."""
     denoiser, index = oracle(BLOBS, SCHEDULES[curve], PredV()), torch.arange(3)
+    x_T = initial(denoiser, PICTURE, index)
     for resample in (1, 2):
-        x = inpaint(few(name), denoiser, PICTURE, HOLE, index=index, jump_length=2, resample=resample).x
+        x = inpaint(few(name), denoiser, x_T, PICTURE, HOLE, index=index, jump_length=2, resample=resample).x
         assert torch.equal(x[..., :2], PICTURE[..., :2].expand(3, -1, -1, -1))
         assert x.isfinite().all()
         assert (x[..., 2:] - PICTURE[..., 2:]).abs().min() > 0
-    start = prior(denoiser.schedule, normal((1, 4, 4), seed=0, index=index, dtype=D))
-    final = few(name)(InpaintingTransform(denoiser, PICTURE, HOLE), start).x
+    final = few(name)(InpaintingTransform(denoiser, PICTURE, HOLE), x_T).x
     assert torch.allclose(final[..., :2], PICTURE[..., :2].expand(3, -1, -1, -1), atol=1e-12)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_one_pass_without_known_pixels_is_the_sampler(name: str) -> None:
     denoiser, index = oracle(BLOBS, SCHEDULES["Linear"], PredV()), torch.arange(5, 8)
-    start = prior(denoiser.schedule, normal((1, 4, 4), seed=2, index=index, dtype=D))
-    want = few(name)(denoiser, start, seed=2, index=index)
-    got = inpaint(few(name), denoiser, PICTURE, torch.ones_like(HOLE), seed=2, index=index, resample=1)
+    x_T = initial(denoiser, PICTURE, index, seed=2)
+    want = few(name)(denoiser, x_T, seed=2, index=index)
+    got = inpaint(few(name), denoiser, x_T, PICTURE, torch.ones_like(HOLE), seed=2, index=index, resample=1)
     assert torch.allclose(got.x, want.x, atol=1e-12)
     assert got.nfe == want.nfe
 
@@ -308,7 +314,10 @@ def test_an_image_is_independent_of_its_batch() -> None:
     denoiser = oracle(BLOBS, SCHEDULES["Cosine"], PredV())
     whole, split = (
         torch.cat([
-            inpaint(DDPM(8), denoiser, PICTURE, HOLE, seed=1, index=index, jump_length=2, resample=3).x
+            inpaint(
+                DDPM(8), denoiser, initial(denoiser, PICTURE, index, seed=1), PICTURE, HOLE,
+                seed=1, index=index, jump_length=2, resample=3,
+            ).x
             for index in batches
         ])
         for batches in (torch.arange(6)[None], torch.arange(6).split(2))
@@ -338,7 +347,7 @@ def test_errors() -> None:
     denoiser = oracle(BLOBS, SCHEDULES["Cosine"], PredNoise())
     two = PICTURE.expand(2, -1, -1, -1)
     with pytest.raises(ValueError, match="one image at a time"):
-        inpaint(ODE(), denoiser, two, HOLE, index=torch.arange(2))
-    assert inpaint(DDIM(3), denoiser, two, HOLE, index=torch.arange(2), resample=1).x.shape == two.shape
+        inpaint(ODE(), denoiser, two, two, HOLE, index=torch.arange(2))
+    assert inpaint(DDIM(3), denoiser, two, two, HOLE, index=torch.arange(2), resample=1).x.shape == two.shape
     with pytest.raises(ValueError, match="must be at least 1"):
-        inpaint(DDIM(3), denoiser, PICTURE, HOLE, index=torch.arange(2), resample=0)
+        inpaint(DDIM(3), denoiser, two, PICTURE, HOLE, index=torch.arange(2), resample=0)

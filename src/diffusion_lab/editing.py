@@ -11,8 +11,8 @@ from torch import Tensor
 from diffusion_lab.denoiser import Denoiser, Prediction
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.gaussian import transition
-from diffusion_lab.noise import Draws, normal
-from diffusion_lab.samplers.base import Sampler, Samples, prior, progress_range
+from diffusion_lab.noise import Draws
+from diffusion_lab.samplers.base import Sampler, Samples, progress_range
 from diffusion_lab.schedules import PerExample, Schedule, append_dims_like, to_device
 from diffusion_lab.variances import FixedSmall, Variance
 from diffusion_lab.variances.base import StepVariance
@@ -138,6 +138,7 @@ def passes(steps: int, jump_length: int, resample: int) -> list[GridSegment]:
 def inpaint(
     sampler: Sampler,
     denoiser: Denoiser,
+    x_T: Float[Tensor, "b c h w"],
     known: Float[Tensor, "n c h w"],
     mask: Shaped[Tensor, "..."],
     *,
@@ -165,6 +166,7 @@ def inpaint(
     Args:
         sampler: the sampler, whose grid is divided into segments of `jump_length` steps.
         denoiser: the denoiser; its guidance and other transforms are kept.
+        x_T: the state at t = 1, σ(1) · noise; its noise is draw 0 of the key, so that no step uses it again.
         known: (1 or B, C, H, W) in [−1, 1].
         mask: 1 where pixels are generated, 0 where `known` is kept; broadcastable to `known`.
         seed: with `index` the key of all noise. Pass k uses the draws from k · 2¹⁶ on, so that no draw is used twice and a
@@ -194,7 +196,7 @@ def inpaint(
     inpainting, variance = InpaintingTransform(denoiser, known, mask), getattr(sampler, "variance", None)
     if variance is not None and not isinstance(variance, FixedSmall):  # FixedSmall is the floor everywhere
         variance = MaskedVariance(variance, unknown)
-    x, nfe = prior(denoiser.schedule, normal(shape, seed=seed, index=index, dtype=known.dtype)), 0
+    x, nfe = x_T, 0
     evaluations: Tensor | None = None
     for k in progress_range(len(segments), progress and len(segments) > 1):
         segment = segments[k]

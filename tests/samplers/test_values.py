@@ -72,7 +72,7 @@ def test_a_call_returns_what_it_counted_and_leaves_the_sampler_as_it_was(name: s
         sampler(den, first.x, start=0.0, stop=1.0)
     known, mask = torch.zeros(1, *SHAPE, dtype=D), torch.ones(1, *SHAPE, dtype=D)
     mask[..., :2] = 0
-    inpaint(sampler, den, known, mask, index=torch.arange(2), jump_length=2, resample=2)
+    inpaint(sampler, den, start(5)[:2], known, mask, index=torch.arange(2), jump_length=2, resample=2)
     if isinstance(sampler, DDCM):
         code = sampler.compress(den, start(3))
         sampler.decompress(den, code.indices, code.image)
@@ -104,6 +104,6 @@ def test_inpainting_masks_the_variance_of_this_run_alone() -> None:
     variance, before = sampler.variance, sampler(den, start(0), seed=1).x
     known, mask = torch.zeros(1, *SHAPE, dtype=D), torch.zeros(1, *SHAPE, dtype=D)
     mask[..., 2:] = 1
-    inpaint(sampler, den, known, mask, index=torch.arange(3))
+    inpaint(sampler, den, start(5), known, mask, index=torch.arange(3))
     assert sampler.variance is variance
     assert torch.equal(sampler(den, start(0), seed=1).x, before)

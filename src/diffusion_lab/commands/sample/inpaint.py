@@ -9,7 +9,7 @@ from diffusion_lab.data.inputs import read_one
 from diffusion_lab.data.pictures import Panel, save_sheet
 from diffusion_lab.editing import inpaint, passes
 from diffusion_lab.errors import ConfigError
-from diffusion_lab.generation import join
+from diffusion_lab.generation import initial_state, join
 
 
 def run_task(context: SamplingContext) -> str:
@@ -26,6 +26,7 @@ def run_task(context: SamplingContext) -> str:
         inpaint(
             context.sampler,
             run.denoiser,
+            initial_state(run.denoiser, run.shape, batch.indices, settings["seed"]),
             known.to(run.device),
             mask.to(run.device),
             seed=settings["seed"],
