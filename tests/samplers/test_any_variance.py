@@ -186,15 +186,15 @@ def mixture_fit(curve: Schedule, count: int) -> Analytic:
     """Return the fit Γ = 1 − (α²/σ²) E Var[x_0 | x_t] of the mixture, by a sum over 400 values of x_t."""
     fit = torch.arange(1, count + 1, dtype=D) / count
     x = torch.linspace(-6, 6, 400, dtype=D)
-    found = []
+    variances = []
     for t in fit:
         alpha, sigma = curve.alpha_sigma(t)
         std = ((alpha * MIXTURE.stds) ** 2 + sigma**2).sqrt()
         gap = (x[:, None] - alpha * MIXTURE.means.flatten()) / std
         density = (MIXTURE.weights / std * (-0.5 * gap**2).exp()).sum(1)
         spread = MIXTURE.spread(x.reshape(-1, 1, 1, 1), alpha, sigma).flatten()
-        found.append(1 - (alpha / sigma) ** 2 * (density * spread).sum() / density.sum())
-    return Analytic(fit, torch.stack(found))
+        variances.append(1 - (alpha / sigma) ** 2 * (density * spread).sum() / density.sum())
+    return Analytic(fit, torch.stack(variances))
 
 
 @pytest.mark.parametrize("cls", [DDPM, DDIM])
@@ -275,9 +275,9 @@ def two(x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
 def test_learned_range_matches_improved_ddpm(steps: int | None) -> None:
     """Improved DDPM's sampling computed from β: means of the respaced chain, log σ² between its two bounds."""
     bar = torch.cat([torch.ones(1, dtype=D), (1 - torch.linspace(1e-4 * 25, 0.02 * 25, 40, dtype=D)).cumprod(0)])
-    kept = [round(float(t) * 40) for t in make_grid("linspace", Linear(40), steps)]
+    nodes = [round(float(t) * 40) for t in make_grid("linspace", Linear(40), steps)]
     x = X
-    for k, (t, s) in enumerate(itertools.pairwise(kept)):
+    for k, (t, s) in enumerate(itertools.pairwise(nodes)):
         out = two(x, torch.full((5,), t - 1, dtype=D))
         x0 = (x - (1 - bar[t]).sqrt() * out[:, :1]) / bar[t].sqrt()
         beta = 1 - bar[t] / bar[s]

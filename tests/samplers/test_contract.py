@@ -1,6 +1,6 @@
 """The contract of all samplers, tested with the exact denoiser of known data: a sampler must return their distribution.
 
-Every sampler class of the package is found and tested. What a case asserts depends on properties that the class declares
+Every sampler class of the package is discovered and tested. What a case asserts depends on properties that the class declares
 (`deterministic`, `uses_previous`, its arguments, `check`), never on its name, so a new class needs no entry in a table.
 """
 

@@ -94,7 +94,7 @@ def ddpm_case(schedule: str, prediction: str, variance: str, clip: bool, spacing
     sampler = DDPM(n, FixedLarge() if variance == "fixed_large" else FixedSmall(), grid=spacing)
     seen, end = run(sampler, curve, OBJECTIVES[prediction], 1.0 if clip else None)
     assert [round(t * 1000) - 1 for t, _, _ in seen] == theirs.timesteps.tolist()
-    for k, ((t, x, p), arrived) in enumerate(zip(seen, states(seen, end), strict=True)):
+    for k, ((t, x, p), reached) in enumerate(zip(seen, states(seen, end), strict=True)):
         i = round(t * 1000) - 1
         want = theirs.step(p.output, i, x, generator=torch.Generator().manual_seed(k)).prev_sample
         if i > 0:
@@ -102,7 +102,7 @@ def ddpm_case(schedule: str, prediction: str, variance: str, clip: bool, spacing
             std = theirs._get_variance(i).double().sqrt()
             last = k == len(seen) - 1  # diffusers adds noise to data there unless i = 0; see the test below
             want = want - std * z + (0 if last else std * ours(k))
-        agree(arrived, want, k)
+        agree(reached, want, k)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
@@ -132,7 +132,7 @@ def ddim_case(
     theirs.set_timesteps(n)
     seen, end = run(DDIM(n, eta=eta, grid=spacing), curve, OBJECTIVES[prediction], 1.0 if clip else None)
     assert [round(t * 1000) - 1 for t, _, _ in seen] == theirs.timesteps.tolist()
-    for k, ((t, x, p), arrived) in enumerate(zip(seen, states(seen, end), strict=True)):
+    for k, ((t, x, p), reached) in enumerate(zip(seen, states(seen, end), strict=True)):
         want = theirs.step(
             p.output,
             round(t * 1000) - 1,
@@ -141,7 +141,7 @@ def ddim_case(
             use_clipped_model_output=clip,
             variance_noise=ours(k) if eta else None,
         ).prev_sample
-        agree(arrived, want, k, 1e-5 if float32 else 1e-9)
+        agree(reached, want, k, 1e-5 if float32 else 1e-9)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
@@ -180,11 +180,11 @@ def test_diffusers_keeps_the_noise_of_the_unclipped_prediction() -> None:
     t, x, p = seen[0]
     alpha, sigma = Linear().alpha_sigma(torch.tensor(t, dtype=D))
     torch.testing.assert_close(alpha * p.x0 + sigma * p.noise, x, rtol=0, atol=1e-12)
-    apart = [
-        float((theirs.step(p.output, round(t * 1000) - 1, x).prev_sample - arrived).abs().max())
-        for (t, x, p), arrived in zip(seen, states(seen, end), strict=True)
+    differences = [
+        float((theirs.step(p.output, round(t * 1000) - 1, x).prev_sample - reached).abs().max())
+        for (t, x, p), reached in zip(seen, states(seen, end), strict=True)
     ]
-    assert max(apart) > 1e-3
+    assert max(differences) > 1e-3
 
 
 def test_diffusers_computes_s_as_t_minus_a_stride() -> None:
@@ -195,13 +195,13 @@ def test_diffusers_computes_s_as_t_minus_a_stride() -> None:
     seen, end = run(DDIM(30), Linear(), PredNoise(), None)
     nodes = [round(t * 1000) for t, _, _ in seen] + [0]
     wrong = 0
-    for k, ((_, x, p), arrived) in enumerate(zip(seen, states(seen, end), strict=True)):
+    for k, ((_, x, p), reached) in enumerate(zip(seen, states(seen, end), strict=True)):
         want = theirs.step(p.output, nodes[k] - 1, x).prev_sample
         if nodes[k] - nodes[k + 1] == 33:
-            agree(arrived, want, k)
+            agree(reached, want, k)
         elif k < 29:
             wrong += 1
-            assert float((arrived - want).abs().max()) > 1e-4
+            assert float((reached - want).abs().max()) > 1e-4
     assert wrong == 10
 
 

@@ -87,16 +87,16 @@ def test_a_row_does_not_depend_on_other_rows() -> None:
 
 def test_only_active_rows_are_evaluated() -> None:
     """`evaluations` counts the calls of f with each row of `rows`, and the batch shrinks as rows reach the end."""
-    asked, sizes = torch.zeros(len(Y), dtype=torch.int64), []
+    counts, sizes = torch.zeros(len(Y), dtype=torch.int64), []
 
     def f(t: torch.Tensor, y: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         assert len(t) == len(y) == len(rows)
-        asked[rows] += 1
+        counts[rows] += 1
         sizes.append(len(rows))
         return rotation(t, y)
 
     got = integrate(f, Y, 0.0, 2.0)
-    assert torch.equal(asked, got.evaluations)
+    assert torch.equal(counts, got.evaluations)
     assert len(sizes) == got.calls
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-1] < len(Y)
@@ -122,8 +122,8 @@ def test_the_error_follows_the_tolerance() -> None:
 
 
 def test_integration_is_reversible() -> None:
-    there = integrate(rotation, Y, 0.0, 1.0, rtol=1e-10, atol=1e-12)
-    back = integrate(rotation, there.y, 1.0, 0.0, rtol=1e-10, atol=1e-12)
+    forward = integrate(rotation, Y, 0.0, 1.0, rtol=1e-10, atol=1e-12)
+    back = integrate(rotation, forward.y, 1.0, 0.0, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(back.y, Y, rtol=1e-7, atol=1e-8)
 
 

@@ -1,6 +1,6 @@
 """Deterministic solvers step by step against diffusers, on the same network outputs, and documented differences.
 
-Our sampler runs the chain; each network output goes through their step at the state where it was asked. Their σ/α are set to
+Our sampler runs the chain; each network output goes through their step at the same state. Their σ/α are set to
 ours in float64, because their float32 tables would be all that is measured. Several of their steps round the state to
 float32: 1e-5 is what they can reach.
 """
@@ -74,8 +74,8 @@ def agree(got: torch.Tensor, want: torch.Tensor, step: int, margin: float = 1e-5
 
 def compare(theirs: Any, seen: list[Step], end: torch.Tensor, noisy: bool = False, count: int | None = None) -> None:
     """Assert that every step of diffusers from our states and outputs returns our next state."""
-    arrived = [x for _, x, _ in seen[1:]] + [end]
-    for k, ((_, x, p), to) in enumerate(itertools.islice(zip(seen, arrived, strict=True), count)):
+    reached = [x for _, x, _ in seen[1:]] + [end]
+    for k, ((_, x, p), to) in enumerate(itertools.islice(zip(seen, reached, strict=True), count)):
         extra = {"variance_noise": ours(k)} if noisy else {}
         agree(to, theirs.step(p.output, theirs.timesteps[k], x, **extra).prev_sample, k)
 
@@ -164,8 +164,8 @@ def test_diffusers_has_a_wrong_sign_in_the_third_order_sde() -> None:
     sigmas = levels(sampler, "linear")
     theirs = prepared(multistep(solver_order=3, algorithm_type="sde-dpmsolver++"), sigmas)
     alpha, lam = 1 / (1 + sigmas.square()).sqrt(), -sigmas.log()
-    arrived = [x for _, x, _ in seen[1:]] + [end]
-    for k, ((_, x, p), to) in enumerate(zip(seen, arrived, strict=True)):
+    reached = [x for _, x, _ in seen[1:]] + [end]
+    for k, ((_, x, p), to) in enumerate(zip(seen, reached, strict=True)):
         got = theirs.step(p.output, theirs.timesteps[k], x, variance_noise=ours(k)).prev_sample
         if 2 <= k < 19:
             h = lam[k + 1] - lam[k]
@@ -258,8 +258,8 @@ def test_euler_of_tables(curve: str, start: float) -> None:
     theirs = prepared(diffusers.EulerDiscreteScheduler(timestep_spacing="trailing"), sigmas)
     theirs.is_scale_input_called = True
     alpha = 1 / (1 + sigmas.square()).sqrt()
-    arrived = [x for _, x, _ in seen[1:]] + [end]
-    for k, ((_, x, p), to) in enumerate(zip(seen, arrived, strict=True)):
+    reached = [x for _, x, _ in seen[1:]] + [end]
+    for k, ((_, x, p), to) in enumerate(zip(seen, reached, strict=True)):
         want = theirs.step(p.output, theirs.timesteps[k], x / alpha[k]).prev_sample * alpha[k + 1]
         agree(to, want, k)
 

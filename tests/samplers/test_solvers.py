@@ -123,15 +123,15 @@ def test_the_published_third_order_has_order_two() -> None:
 @pytest.mark.parametrize("b", ["bh1", "bh2"])
 def test_unipc_is_of_order_p_plus_1_from_an_exact_start(p: int, b: str) -> None:
     """The first p − 1 steps have lower order, so the run starts with p − 1 steps of length h³, whose errors are negligible."""
-    s, found = SCHEDULES["EDM"], []
+    s, differences = SCHEDULES["EDM"], []
     for n in (20, 40, 80):
         h = (FAR[1] - FAR[0]) / n
         lam = [FAR[0] + k * h**3 for k in range(p)] + [FAR[0] + k * h for k in range(1, n + 1)]
         times = s.time(torch.tensor(lam, dtype=D))
         context = EvaluationContext(ExactDenoiser(s), {}, None, Draws((1, 1, 1), 0, torch.arange(len(X))))
         x = UniPC(order=p, b=b, lower_last=False).integrate(X * math.exp(2), times, context, range(len(lam) - 1))
-        found.append(float((x - exact()).abs().mean()))
-    assert slopes(found)[-1] == pytest.approx(p + 1, abs=0.3), found
+        differences.append(float((x - exact()).abs().mean()))
+    assert slopes(differences)[-1] == pytest.approx(p + 1, abs=0.3), differences
 
 
 @pytest.mark.parametrize("name", ["2M", "3M corrected", "UniPC-2"])
