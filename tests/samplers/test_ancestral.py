@@ -39,8 +39,8 @@ def test_ddim_with_eta_1_over_a_long_chain_is_ddpm() -> None:
 def test_ddim_with_eta_1_is_ddpm_on_the_same_strided_grid(n: int) -> None:
     den = oracle(MIXTURE, Cosine(), PredV())
     for grid in ("trailing", "leading", "linspace", "quadratic"):
-        got, want = DDIM(n, eta=1.0, grid=grid)(den, X, seed=5).x, DDPM(n, grid=grid)(den, X, seed=5).x
-        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+        got, expected = DDIM(n, eta=1.0, grid=grid)(den, X, seed=5).x, DDPM(n, grid=grid)(den, X, seed=5).x
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("variance", [FixedSmall(), FixedLarge()])
@@ -88,9 +88,9 @@ def test_ddim_matches_the_published_equations(eta: float) -> None:
 def test_ddim_is_first_order(schedule: str, grid: str) -> None:
     """From 0.9 to 0.1 against the exact solution: doubling the steps divides the error by 1.8 to 2.2."""
     s = SCHEDULES[schedule]
-    want = DATA.flow(X, s, 0.9, 0.1)
+    expected = DATA.flow(X, s, 0.9, 0.1)
     den = oracle(DATA, s, PredV())
-    error = [float((DDIM(n, grid=grid)(den, X, start=0.9, stop=0.1).x - want).abs().max()) for n in (20, 40, 80)]
+    error = [float((DDIM(n, grid=grid)(den, X, start=0.9, stop=0.1).x - expected).abs().max()) for n in (20, 40, 80)]
     for coarse, fine in itertools.pairwise(error):
         assert 1.8 < coarse / fine < 2.2, error
 

@@ -65,12 +65,12 @@ def test_the_optimal_variance_keeps_the_marginal_of_gaussian_data_at_any_stride(
     curve, x = SCHEDULES[schedule], Prediction(X, X, X)
     grid = torch.linspace(1, 0.1, n + 1, dtype=D)
     alpha, sigma = curve.alpha_sigma(grid[-1])
-    want = float(alpha**2 * VAR + sigma**2)
+    expected = float(alpha**2 * VAR + sigma**2)
     got = propagated(curve, fitted(curve), grid, eta, x)
-    assert got == pytest.approx(want, rel=1e-3 if curve.zero_terminal_snr else 1e-7)
+    assert got == pytest.approx(expected, rel=1e-3 if curve.zero_terminal_snr else 1e-7)
     if eta == 1:
-        assert propagated(curve, FixedSmall(), grid, 1, x) < 0.98 * want
-        assert propagated(curve, FixedLarge(), grid, 1, x) > 1.02 * want
+        assert propagated(curve, FixedSmall(), grid, 1, x) < 0.98 * expected
+        assert propagated(curve, FixedLarge(), grid, 1, x) > 1.02 * expected
 
 
 @pytest.mark.parametrize("name", ["analytic", "sn", "npr"])
@@ -105,13 +105,13 @@ def test_second_heads_give_each_image_its_variance() -> None:
     _, den = best("npr", curve, MIXTURE)
     each = NPR()(curve, t, s, den(x, t), floor)
     gain = posterior(curve, t, s).c0 ** 2
-    want = floor + gain * true
+    expected = floor + gain * true
 
     def kl(guess: torch.Tensor) -> float:
-        return float((0.5 * (guess.log() - want.log() - 1 + want / guess)).mean())
+        return float((0.5 * (guess.log() - expected.log() - 1 + expected / guess)).mean())
 
     assert kl(each) < 1e-12
-    assert kl(one.expand_as(want)) > 1e-3
+    assert kl(one.expand_as(expected)) > 1e-3
 
 
 @pytest.mark.parametrize("schedule", ["Linear-40", "Cosine-40", "Cosine-40-zero"])

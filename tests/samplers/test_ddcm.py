@@ -114,10 +114,10 @@ def test_generation_draws_from_the_codebook_by_key() -> None:
 def test_compression_does_not_change_the_sampler() -> None:
     den, sampler = oracle(DATA, Cosine(), PredV()), DDCM(10)
     x = normal(SHAPE, seed=2, index=torch.arange(3), dtype=D)
-    want = sampler(den, x, seed=5).x
+    expected = sampler(den, x, seed=5).x
     sampler.compress(den, X0)
-    assert torch.equal(sampler(den, x, seed=5).x, want)
-    assert not torch.equal(want, DDPM(10)(den, x, seed=5).x)
+    assert torch.equal(sampler(den, x, seed=5).x, expected)
+    assert not torch.equal(expected, DDPM(10)(den, x, seed=5).x)
 
 
 def test_the_code_of_one_step_is_empty() -> None:

@@ -50,9 +50,9 @@ def ours(step: int) -> torch.Tensor:
     return normal(SHAPE, seed=1, index=torch.arange(2), draw=step + 1, dtype=D)
 
 
-def agree(got: torch.Tensor, want: torch.Tensor, step: int, margin: float = 1e-9) -> None:
+def agree(got: torch.Tensor, expected: torch.Tensor, step: int, margin: float = 1e-9) -> None:
     size = max(1.0, float(got.abs().max()))
-    assert float((got - want).abs().max()) < margin * size, f"step {step}"
+    assert float((got - expected).abs().max()) < margin * size, f"step {step}"
 
 
 def theirs_in_float64(scheduler: Any) -> Any:
@@ -78,9 +78,9 @@ def states(seen: list[Step], end: torch.Tensor) -> list[torch.Tensor]:
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_the_tables_are_the_same(schedule: str) -> None:
     curve, theirs = SCHEDULES[schedule]
-    want = diffusers.DDPMScheduler(**theirs).alphas_cumprod.double()
+    expected = diffusers.DDPMScheduler(**theirs).alphas_cumprod.double()
     got = curve.alpha_sigma(torch.arange(1, 1001, dtype=D) / 1000)[0].square()
-    torch.testing.assert_close(got, want, rtol=2e-5, atol=0)
+    torch.testing.assert_close(got, expected, rtol=2e-5, atol=0)
 
 
 def ddpm_case(schedule: str, prediction: str, variance: str, clip: bool, spacing: str, n: int) -> None:
@@ -96,13 +96,13 @@ def ddpm_case(schedule: str, prediction: str, variance: str, clip: bool, spacing
     assert [round(t * 1000) - 1 for t, _, _ in seen] == theirs.timesteps.tolist()
     for k, ((t, x, p), reached) in enumerate(zip(seen, states(seen, end), strict=True)):
         i = round(t * 1000) - 1
-        want = theirs.step(p.output, i, x, generator=torch.Generator().manual_seed(k)).prev_sample
+        expected = theirs.step(p.output, i, x, generator=torch.Generator().manual_seed(k)).prev_sample
         if i > 0:
             z = torch.randn(x.shape, generator=torch.Generator().manual_seed(k), dtype=D)
             std = theirs._get_variance(i).double().sqrt()
             last = k == len(seen) - 1  # diffusers adds noise to data there unless i = 0; see the test below
-            want = want - std * z + (0 if last else std * ours(k))
-        agree(reached, want, k)
+            expected = expected - std * z + (0 if last else std * ours(k))
+        agree(reached, expected, k)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
@@ -133,7 +133,7 @@ def ddim_case(
     seen, end = run(DDIM(n, eta=eta, grid=spacing), curve, OBJECTIVES[prediction], 1.0 if clip else None)
     assert [round(t * 1000) - 1 for t, _, _ in seen] == theirs.timesteps.tolist()
     for k, ((t, x, p), reached) in enumerate(zip(seen, states(seen, end), strict=True)):
-        want = theirs.step(
+        expected = theirs.step(
             p.output,
             round(t * 1000) - 1,
             x,
@@ -141,7 +141,7 @@ def ddim_case(
             use_clipped_model_output=clip,
             variance_noise=ours(k) if eta else None,
         ).prev_sample
-        agree(reached, want, k, 1e-5 if float32 else 1e-9)
+        agree(reached, expected, k, 1e-5 if float32 else 1e-9)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
@@ -196,12 +196,12 @@ def test_diffusers_computes_s_as_t_minus_a_stride() -> None:
     nodes = [round(t * 1000) for t, _, _ in seen] + [0]
     wrong = 0
     for k, ((_, x, p), reached) in enumerate(zip(seen, states(seen, end), strict=True)):
-        want = theirs.step(p.output, nodes[k] - 1, x).prev_sample
+        expected = theirs.step(p.output, nodes[k] - 1, x).prev_sample
         if nodes[k] - nodes[k + 1] == 33:
-            agree(reached, want, k)
+            agree(reached, expected, k)
         elif k < 29:
             wrong += 1
-            assert float((reached - want).abs().max()) > 1e-4
+            assert float((reached - expected).abs().max()) > 1e-4
     assert wrong == 10
 
 

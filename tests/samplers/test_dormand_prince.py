@@ -69,20 +69,20 @@ def test_each_row_takes_scipys_steps(
     got = integrate(f, y, start, stop, rtol=rtol, atol=atol, on_step=on_step)
     assert got.calls == int(got.evaluations.max())
     for i, row in enumerate(y):
-        want = solve_with_scipy(f, row, start, stop, rtol=rtol, atol=atol)
-        assert int(got.evaluations[i]) == want.nfev
-        np.testing.assert_allclose(seen[i], want.t, rtol=0, atol=1e-7)
-        np.testing.assert_allclose(got.y[i], want.y[:, -1], rtol=1e-10, atol=1e-12)
+        expected = solve_with_scipy(f, row, start, stop, rtol=rtol, atol=atol)
+        assert int(got.evaluations[i]) == expected.nfev
+        np.testing.assert_allclose(seen[i], expected.t, rtol=0, atol=1e-7)
+        np.testing.assert_allclose(got.y[i], expected.y[:, -1], rtol=1e-10, atol=1e-12)
 
 
 def test_a_row_does_not_depend_on_other_rows() -> None:
     """Alone, in another order, with rows that need more steps: equal to 1e-13, with the same evaluations."""
-    want = integrate(rotation, Y, 0.0, 0.5)
-    assert len(set(want.evaluations.tolist())) > 2
+    expected = integrate(rotation, Y, 0.0, 0.5)
+    assert len(set(expected.evaluations.tolist())) > 2
     for rows in ([0], [3, 1], [4, 3, 2, 1, 0], [2, 2, 3]):
         got = integrate(rotation, Y[rows], 0.0, 0.5)
-        assert torch.equal(got.evaluations, want.evaluations[rows])
-        torch.testing.assert_close(got.y, want.y[rows], rtol=1e-13, atol=1e-13)
+        assert torch.equal(got.evaluations, expected.evaluations[rows])
+        torch.testing.assert_close(got.y, expected.y[rows], rtol=1e-13, atol=1e-13)
 
 
 def test_only_active_rows_are_evaluated() -> None:
@@ -135,8 +135,8 @@ def test_the_state_is_float64_and_the_argument_is_not_modified() -> None:
     assert torch.equal(single, before)
     for same in (lambda t, y, rows: y, lambda t, y, rows: torch.ones_like(y)):  # f may return its argument
         end = integrate(same, Y, 0.0, 1.0, rtol=1e-9, atol=1e-9).y
-        want = Y * math.e if torch.equal(same(None, Y, None), Y) else Y + 1
-        torch.testing.assert_close(end, want, rtol=1e-7, atol=1e-8)
+        expected = Y * math.e if torch.equal(same(None, Y, None), Y) else Y + 1
+        torch.testing.assert_close(end, expected, rtol=1e-7, atol=1e-8)
 
 
 def test_an_empty_interval_or_batch_needs_no_evaluation() -> None:

@@ -127,15 +127,15 @@ def half_even(value: Fraction) -> int:
 def test_leading_matches_ddim() -> None:
     """range(0, T, T // n)[:n], with steps counted from 0 (DDIM's code; diffusers' "leading")."""
     for n in range(1, 1001):
-        want = [1 + i for i in range(0, 1000, 1000 // n)][:n]
-        assert node(make_grid("leading", Linear(), n)) == [*want[::-1], 0]
+        expected = [1 + i for i in range(0, 1000, 1000 // n)][:n]
+        assert node(make_grid("leading", Linear(), n)) == [*expected[::-1], 0]
 
 
 def test_trailing_matches_lin_et_al() -> None:
     """round(T − iT/n), i < n (Lin et al. 2023, table 2), in exact arithmetic."""
     for n in [*range(1, 1001, 7), 16, 48, 64, 80, 400, 625, 1000]:
-        want = [half_even(1000 - Fraction(i * 1000, n)) for i in range(n)]
-        assert node(make_grid("trailing", Linear(), n)) == [*want, 0], n
+        expected = [half_even(1000 - Fraction(i * 1000, n)) for i in range(n)]
+        assert node(make_grid("trailing", Linear(), n)) == [*expected, 0], n
 
 
 def test_an_arange_has_the_wrong_length() -> None:
@@ -186,10 +186,10 @@ def test_karras_is_the_published_ramp(schedule: Schedule, n: int) -> None:
     least = 1 / schedule.steps if schedule.steps else schedule.t_min
     alpha, sigma = schedule.alpha_sigma(torch.tensor([1.0, least], dtype=D))
     high, low = (float(v) for v in (sigma / alpha) ** (1 / 7))
-    want = torch.tensor([(high + i / (n - 1) * (low - high)) ** 7 for i in range(n)], dtype=D)
+    expected = torch.tensor([(high + i / (n - 1) * (low - high)) ** 7 for i in range(n)], dtype=D)
     grid = make_grid("karras", schedule, n)
     alpha, sigma = schedule.alpha_sigma(grid)
-    torch.testing.assert_close((sigma / alpha)[:-1], want, rtol=1e-9, atol=0)
+    torch.testing.assert_close((sigma / alpha)[:-1], expected, rtol=1e-9, atol=0)
     assert float(grid[-1]) == 0
     inner = make_grid("karras", schedule, n, 0.9, 0.2)
     alpha, sigma = schedule.alpha_sigma(inner)
@@ -202,8 +202,8 @@ def test_on_edms_curve_karras_is_linspace(n: int) -> None:
     """EDM's curve is linear in σ^(1/ρ), so both are its published time steps, to 1e-6 of σ because t_min is 1e-9."""
     (_, karras), (_, line) = (EDM().alpha_sigma(make_grid(name, EDM(), n)) for name in ("karras", "linspace"))
     torch.testing.assert_close(karras, line, rtol=1e-6, atol=0)
-    want = [(80 ** (1 / 7) + i / (n - 1) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(n)]
-    torch.testing.assert_close(karras, torch.tensor([*want, 0.0], dtype=D), rtol=1e-6, atol=0)
+    expected = [(80 ** (1 / 7) + i / (n - 1) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(n)]
+    torch.testing.assert_close(karras, torch.tensor([*expected, 0.0], dtype=D), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(("name", "schedule"), NO_FINITE_LAMBDA)

@@ -62,8 +62,8 @@ def test_the_published_algorithm(n: int, churn: tuple[float, float, float, float
     names = ("s_churn", "s_min", "s_max", "s_noise")
     sampler = Heun(n, "linspace", **dict(zip(names, churn, strict=True)))  # type: ignore[arg-type]
     got = sampler(oracle(MIXTURE, EDM(), Preconditioned()), prior(EDM(), X), seed=2)
-    want = algorithm_2(80 * X, n, noise, *churn)
-    torch.testing.assert_close(got.x, want, rtol=1e-6, atol=1e-6)
+    expected = algorithm_2(80 * X, n, noise, *churn)
+    torch.testing.assert_close(got.x, expected, rtol=1e-6, atol=1e-6)
     assert got.nfe == 2 * n - 1
 
 

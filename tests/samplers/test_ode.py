@@ -36,10 +36,10 @@ def test_the_exact_flow(name: str, start: float, stop: float) -> None:
     schedule = SCHEDULES[name]
     x = begin(schedule)
     got = ODE(1e-6, 1e-6)(oracle(DATA, schedule, PredV()), x, start=start, stop=stop).x
-    want = DATA.flow(x, schedule, start, stop or schedule.t_min)
+    expected = DATA.flow(x, schedule, start, stop or schedule.t_min)
     if stop == 0:
-        want = DATA.denoise(want, *schedule.alpha_sigma(torch.tensor(schedule.t_min, dtype=D)))
-    assert float((got - want).abs().max()) < 1e-5 * max(1.0, float(x.abs().max()))
+        expected = DATA.denoise(expected, *schedule.alpha_sigma(torch.tensor(schedule.t_min, dtype=D)))
+    assert float((got - expected).abs().max()) < 1e-5 * max(1.0, float(x.abs().max()))
 
 
 def solve_with_scipy(schedule: Schedule, x: torch.Tensor, start: float, stop: float, tolerance: float) -> Any:
@@ -66,9 +66,9 @@ def test_single_images_match_scipy(schedule: Schedule) -> None:
     got, _, evaluations = ODE()(oracle(MIXTURE, schedule, PredNoise()), x, stop=stop)
     assert evaluations is not None
     for i, image in enumerate(x):
-        want = solve_with_scipy(schedule, image[None], 1.0, stop, 1e-5)
-        assert int(evaluations[i]) == want.nfev
-        end = torch.from_numpy(want.y[:, -1]).reshape(SHAPE)
+        expected = solve_with_scipy(schedule, image[None], 1.0, stop, 1e-5)
+        assert int(evaluations[i]) == expected.nfev
+        end = torch.from_numpy(expected.y[:, -1]).reshape(SHAPE)
         torch.testing.assert_close(got[i], end, rtol=0, atol=1e-7 * float(x.abs().max()))
 
 
@@ -79,11 +79,11 @@ def test_an_image_does_not_depend_on_its_batch_but_does_in_scipy() -> None:
     x = begin(schedule)
     den = oracle(MIXTURE, schedule, PredV())
     sampler = ODE()
-    want, _, evaluations = sampler(den, x)
+    expected, _, evaluations = sampler(den, x)
     assert evaluations is not None
     for rows in ([0], [4, 0, 1], [4, 3, 2, 1, 0]):
         got = sampler(den, x[rows])
-        torch.testing.assert_close(got.x, want[rows], rtol=0, atol=1e-10)
+        torch.testing.assert_close(got.x, expected[rows], rtol=0, atol=1e-10)
         assert got.evaluations is not None
         assert torch.equal(got.evaluations, evaluations[rows])
     alone, among = (solve_with_scipy(schedule, rows, 1.0, 1e-3, 1e-5).y[:8, -1] for rows in (x[:1], x))
@@ -109,8 +109,8 @@ def test_evaluations_of_each_image() -> None:
 def test_budget() -> None:
     """The evaluations that a call needs suffice as its budget; one less is refused. A step needs at least nine."""
     den, x = oracle(DATA, VP(), PredV()), begin(VP())
-    want, nfe, _ = ODE(1e-3, 1e-3)(den, x)
-    assert torch.equal(ODE(1e-3, 1e-3, budget=nfe)(den, x).x, want)
+    expected, nfe, _ = ODE(1e-3, 1e-3)(den, x)
+    assert torch.equal(ODE(1e-3, 1e-3, budget=nfe)(den, x).x, expected)
     for budget in (nfe - 1, 8, 1):
         with pytest.raises(ValueError, match=r"raise the budget, or loosen rtol=0.001"):
             ODE(1e-3, 1e-3, budget=budget)(den, x)
@@ -155,9 +155,9 @@ def test_over_the_angle_a_table_is_smooth(name: str) -> None:
     """Over t, with a kink at each node, the solver needs more than twice the evaluations and has ten times the error."""
     schedule, x = SCHEDULES[name], begin(SCHEDULES[name], 3)
     den, t_min = oracle(DATA, schedule, PredV()), schedule.t_min
-    want = DATA.flow(x, schedule, 1.0, t_min)
+    expected = DATA.flow(x, schedule, 1.0, t_min)
     got = ODE()(den, x, stop=t_min)
-    error = float((got.x - want).abs().max())
+    error = float((got.x - expected).abs().max())
 
     def slope(t: torch.Tensor, y: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         prediction, (d_alpha, d_sigma) = den(y, t), schedule.derivatives(t)
@@ -165,7 +165,7 @@ def test_over_the_angle_a_table_is_smooth(name: str) -> None:
 
     over_t = integrate(slope, x, 1.0, t_min)
     assert error < 1e-4
-    assert float((over_t.y - want).abs().max()) > 10 * error
+    assert float((over_t.y - expected).abs().max()) > 10 * error
     assert over_t.calls > 2 * got.nfe
 
 
@@ -220,8 +220,8 @@ def test_the_callback_receives_states_and_the_networks_predictions() -> None:
     out = ODE(1e-4, 1e-4)(den, x, callback=lambda *report: seen.append(report)).x
     assert [i for i, *_ in seen] == list(range(len(seen)))
     for _, t, state, prediction in seen:  # one image, so that t is its time
-        want = den(state, torch.tensor(t, dtype=D))
-        for got, true in zip(prediction[:3], want[:3], strict=True):
+        expected = den(state, torch.tensor(t, dtype=D))
+        for got, true in zip(prediction[:3], expected[:3], strict=True):
             torch.testing.assert_close(got, true, rtol=1e-7, atol=1e-7)
     assert torch.equal(seen[0][2], x)
     assert seen[-1][1] == VP().t_min

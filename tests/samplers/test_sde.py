@@ -50,8 +50,8 @@ def z(draw: int) -> np.ndarray:
     return normal(SHAPE, seed=4, index=torch.arange(3), draw=draw + 1, dtype=D).numpy()
 
 
-def agree(got: torch.Tensor, want: np.ndarray, margin: float = 1e-9) -> None:
-    assert float((got - torch.from_numpy(want)).abs().max()) < margin * max(1.0, float(np.abs(want).max()))
+def agree(got: torch.Tensor, expected: np.ndarray, margin: float = 1e-9) -> None:
+    assert float((got - torch.from_numpy(expected)).abs().max()) < margin * max(1.0, float(np.abs(expected).max()))
 
 
 # ----------------------------------------------------------------------------------------------- published formulas
@@ -225,8 +225,8 @@ def test_samples_have_these_moments(cls: type[ReverseSDE], name: str) -> None:
     x_T = prior(schedule, normal((1, 2, 2), seed=2, index=torch.arange(4000), dtype=D))
     x = cls(30)(oracle(Gaussian(means.reshape(1, 2, 2), 0.5), schedule, PredV()), x_T, seed=3).x.flatten(1)
     std = moments(cls(30), schedule, 0.0, 0.5)[1]
-    want = torch.tensor([moments(cls(30), schedule, float(m), 0.5)[0] for m in means], dtype=D)
-    assert float((x.mean(0) - want).abs().max()) < 4.5 * std / 4000**0.5
+    expected = torch.tensor([moments(cls(30), schedule, float(m), 0.5)[0] for m in means], dtype=D)
+    assert float((x.mean(0) - expected).abs().max()) < 4.5 * std / 4000**0.5
     gap = (x.T.cov() - std**2 * torch.eye(4, dtype=D)).abs()
     assert float(gap.max()) < 4.5 * std**2 * (2 / 4000) ** 0.5
 
@@ -237,8 +237,8 @@ def test_a_stop_before_data_is_a_noisy_state(sampler: Sampler) -> None:
     den = oracle(Gaussian(torch.zeros(1, 1, 1), 0.5), VP(), PredV())
     x = sampler(den, normal((1, 8, 8), seed=2, index=torch.arange(200), dtype=D), seed=3, stop=0.4).x
     alpha, sigma = (float(v) for v in VP().alpha_sigma(torch.tensor(0.4, dtype=D)))
-    want = alpha**2 / 4 + sigma**2
-    assert abs(float(x.var()) - want) < 4 * want * (2 / x.numel()) ** 0.5 + 0.01
+    expected = alpha**2 / 4 + sigma**2
+    assert abs(float(x.var()) - expected) < 4 * expected * (2 / x.numel()) ** 0.5 + 0.01
 
 
 # ------------------------------------------------------------------------------------------------------------ Langevin
@@ -276,8 +276,8 @@ def test_a_zero_score_is_no_langevin_step() -> None:
     sampler = PredictorCorrector(5)
     grid = sampler.time_grid(den)
     spread = sampler.predictor.coefficients(VE(), grid[:-1], grid[1:])[2]
-    want = 50 * X.numpy() + sum(float(spread[i]) * z(2 * i + 1) for i in range(4))
-    agree(sampler(den, 50 * X, seed=4).x, want)
+    expected = 50 * X.numpy() + sum(float(spread[i]) * z(2 * i + 1) for i in range(4))
+    agree(sampler(den, 50 * X, seed=4).x, expected)
 
 
 # --------------------------------------------------------------------------------------------------------------- peers

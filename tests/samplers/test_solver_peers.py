@@ -1,8 +1,8 @@
 """Deterministic solvers step by step against diffusers, on the same network outputs, and documented differences.
 
-Our sampler runs the chain; each network output goes through their step at the same state. Their σ/α are set to
-ours in float64, because their float32 tables would be all that is measured. Several of their steps round the state to
-float32: 1e-5 is what they can reach.
+Our sampler runs the chain, and each of its states and outputs is stepped once by diffusers. Its σ/α are replaced by ours in
+float64, because the comparison would otherwise measure its float32 tables. Several of its steps round the state to float32, so
+they agree to 1e-5.
 """
 
 import itertools
@@ -67,9 +67,9 @@ def prepared(scheduler: Any, sigmas: torch.Tensor) -> Any:
     return scheduler
 
 
-def agree(got: torch.Tensor, want: torch.Tensor, step: int, margin: float = 1e-5) -> None:
+def agree(got: torch.Tensor, expected: torch.Tensor, step: int, margin: float = 1e-5) -> None:
     size = max(1.0, float(got.abs().max()))
-    assert float((got - want).abs().max()) < margin * size, f"step {step}"
+    assert float((got - expected).abs().max()) < margin * size, f"step {step}"
 
 
 def compare(theirs: Any, seen: list[Step], end: torch.Tensor, noisy: bool = False, count: int | None = None) -> None:
@@ -260,8 +260,8 @@ def test_euler_of_tables(curve: str, start: float) -> None:
     alpha = 1 / (1 + sigmas.square()).sqrt()
     reached = [x for _, x, _ in seen[1:]] + [end]
     for k, ((_, x, p), to) in enumerate(zip(seen, reached, strict=True)):
-        want = theirs.step(p.output, theirs.timesteps[k], x / alpha[k]).prev_sample * alpha[k + 1]
-        agree(to, want, k)
+        expected = theirs.step(p.output, theirs.timesteps[k], x / alpha[k]).prev_sample * alpha[k + 1]
+        agree(to, expected, k)
 
 
 def heun(sigmas: torch.Tensor) -> Any:

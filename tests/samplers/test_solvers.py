@@ -150,8 +150,8 @@ def test_phi(z: float) -> None:
     """φ_k(z) = ∫_0^1 e^{(1−u)z} u^{k−1}/(k−1)! du, to 1e-12 on both sides of the switch to the series."""
     assert phi(0, z) == pytest.approx(math.exp(z), rel=1e-14)
     for k in (1, 2, 3, 4):
-        want = quad(lambda u, k=k: math.exp((1 - u) * z) * u ** (k - 1) / math.factorial(k - 1), 0, 1, epsabs=0)[0]
-        assert phi(k, z) == pytest.approx(want, rel=1e-12)
+        expected = quad(lambda u, k=k: math.exp((1 - u) * z) * u ** (k - 1) / math.factorial(k - 1), 0, 1, epsabs=0)[0]
+        assert phi(k, z) == pytest.approx(expected, rel=1e-12)
 
 
 def integral(h: float, power: int) -> float:
@@ -180,10 +180,10 @@ def test_unipc_is_exact_for_polynomials(h: float, b: str) -> None:
     for r in ([-1.3], [-0.6, -1.7], [-1.0, -2.0, -3.5]):
         weights = UniPC(order=len(r) + 1, b=b).weights(h, r)
         for power in range(1, len(r) + 2):
-            want = pytest.approx(integral(h, power), rel=1e-8, abs=1e-13)
-            assert sum(w * at**power for w, at in zip(weights.corrector, [1.0, *r], strict=True)) == want
+            expected = pytest.approx(integral(h, power), rel=1e-8, abs=1e-13)
+            assert sum(w * at**power for w, at in zip(weights.corrector, [1.0, *r], strict=True)) == expected
             if len(r) > 1 and power <= len(r):
-                assert sum(w * at**power for w, at in zip(weights.predictor, r, strict=True)) == want
+                assert sum(w * at**power for w, at in zip(weights.predictor, r, strict=True)) == expected
 
 
 # ---------------------------------------------------------------------------------------------------------- identities
@@ -196,9 +196,9 @@ def test_first_order_solvers_are_equal(curve: str) -> None:
     den = ExactDenoiser(s)
     for start, stop in ((1.0, 0.0), (0.9, 0.2), (0.0, 1.0), (0.1, 1.0)):
         x = X * s.alpha_sigma(torch.tensor(start, dtype=D))[1] if start else X
-        want = DDIM(11)(den, x, start=start, stop=stop).x
+        expected = DDIM(11)(den, x, start=start, stop=stop).x
         for sampler in (DPMSolverPP(11, 1), Euler(11)):
-            torch.testing.assert_close(sampler(den, x, start=start, stop=stop).x, want, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(sampler(den, x, start=start, stop=stop).x, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("curve", [*CURVES, "SubVP", "VE", "Cosine-40-zero"])
@@ -247,8 +247,8 @@ def test_the_order_of_the_sde(order: int, corrected: bool, measures: int, n: int
     for steps in (n, 2 * n):
         sampler = DPMSolverPP(steps, order, sde=True, corrected=corrected, grid="uniform_lambda")
         known, zero = (sampler(cls(s), X, start=start, stop=stop).x for cls in (KnownEstimate, ZeroEstimate))
-        want = quad(lambda lam: 2 * math.exp(-2 * (FAR[1] - lam)) * math.sin(2 * lam), *FAR, epsabs=1e-13)[0]
-        differences.append(abs(float((known - zero).mean() / scale(s, stop)) - want))
+        expected = quad(lambda lam: 2 * math.exp(-2 * (FAR[1] - lam)) * math.sin(2 * lam), *FAR, epsabs=1e-13)[0]
+        differences.append(abs(float((known - zero).mean() / scale(s, stop)) - expected))
     assert slopes(differences)[0] == pytest.approx(measures, abs=0.2), differences
 
 

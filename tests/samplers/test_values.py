@@ -89,11 +89,11 @@ def test_no_use_changes_the_sampler(name: str) -> None:
 def test_two_threads_share_a_sampler(name: str) -> None:
     """Eight concurrent calls on different states equal single calls: images, evaluations, and the sampler's attributes."""
     sampler, den = BUILDERS[name](), denoiser()
-    want = [BUILDERS[name]()(den, start(k), seed=k) for k in range(8)]
+    expected = [BUILDERS[name]()(den, start(k), seed=k) for k in range(8)]
     before = contents(sampler)
     with ThreadPoolExecutor(2) as pool:
         got = list(pool.map(lambda k: sampler(den, start(k), seed=k), range(8)))
-    for a, b in zip(got, want, strict=True):
+    for a, b in zip(got, expected, strict=True):
         assert torch.equal(a.x, b.x)
         assert a.nfe == b.nfe
     assert unchanged(sampler, before)
