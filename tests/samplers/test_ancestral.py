@@ -1,4 +1,4 @@
-"""DDPM and DDIM: their identities, the order of DDIM, encoding, and splitting a run."""
+"""DDPM and DDIM: identities, the order of DDIM, encoding, and split runs."""
 
 import itertools
 
@@ -39,13 +39,13 @@ def test_ddim_with_eta_1_over_a_long_chain_is_ddpm() -> None:
 def test_ddim_with_eta_1_is_ddpm_on_the_same_strided_grid(n: int) -> None:
     den = oracle(MIXTURE, Cosine(), PredV())
     for grid in ("trailing", "leading", "linspace", "quadratic"):
-        got, want = DDIM(n, eta=1.0, grid=grid)(den, X, seed=5).x, DDPM(n, grid=grid)(den, X, seed=5).x
-        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+        got, expected = DDIM(n, eta=1.0, grid=grid)(den, X, seed=5).x, DDPM(n, grid=grid)(den, X, seed=5).x
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("variance", [FixedSmall(), FixedLarge()])
-def test_ddpm_by_hand(variance: FixedSmall | FixedLarge) -> None:
-    """Ho et al. 2020, algorithm 2: x_{i−1} = (x − β/√(1−ᾱ) ε)/√α + σ z, from β alone; noise of step k is draw k + 1."""
+def test_ddpm_matches_the_published_algorithm(variance: FixedSmall | FixedLarge) -> None:
+    """Ho et al. 2020, algorithm 2: x_{i−1} = (x − β/√(1−ᾱ) ε)/√α + σ z, computed from β; the noise of step k is draw k + 1."""
     beta = torch.linspace(1e-4 * 25, 0.02 * 25, 40, dtype=D)
     bar = (1 - beta).cumprod(0)
 
@@ -65,7 +65,7 @@ def test_ddpm_by_hand(variance: FixedSmall | FixedLarge) -> None:
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
-def test_ddim_by_hand(eta: float) -> None:
+def test_ddim_matches_the_published_equations(eta: float) -> None:
     """Song et al. 2021, eq. 12 and 16, over the nodes 40, 30, 20, 10, 0."""
     bar = torch.cat([torch.ones(1, dtype=D), (1 - torch.linspace(1e-4 * 25, 0.02 * 25, 40, dtype=D)).cumprod(0)])
 
@@ -86,19 +86,19 @@ def test_ddim_by_hand(eta: float) -> None:
 @pytest.mark.parametrize("schedule", ["Linear", "Cosine", "Linear-zero"])
 @pytest.mark.parametrize("grid", ["trailing", "linspace", "quadratic", "uniform_lambda"])
 def test_ddim_is_first_order(schedule: str, grid: str) -> None:
-    """From 0.9 to 0.1 against the exact solution: every doubling halves the error, 1.8 to 2.2 measured."""
+    """From 0.9 to 0.1 against the exact solution: doubling the steps divides the error by 1.8 to 2.2."""
     s = SCHEDULES[schedule]
-    want = DATA.flow(X, s, 0.9, 0.1)
+    expected = DATA.flow(X, s, 0.9, 0.1)
     den = oracle(DATA, s, PredV())
-    error = [float((DDIM(n, grid=grid)(den, X, start=0.9, stop=0.1).x - want).abs().max()) for n in (20, 40, 80)]
+    error = [float((DDIM(n, grid=grid)(den, X, start=0.9, stop=0.1).x - expected).abs().max()) for n in (20, 40, 80)]
     for coarse, fine in itertools.pairwise(error):
         assert 1.8 < coarse / fine < 2.2, error
 
 
 @pytest.mark.parametrize("variance", [FixedSmall(), FixedLarge()])
-def test_ddpm_brackets_the_right_spread(variance: FixedSmall | FixedLarge) -> None:
-    """For data with a deviation between 0 and 1 fixed_small comes out too narrow, fixed_large too wide (Ho 2020, 3.2): exact
-    second moments by propagating the affine map of each step, no sampling."""
+def test_fixed_variances_bracket_the_standard_deviation_of_the_data(variance: FixedSmall | FixedLarge) -> None:
+    """For data with a standard deviation in (0, 1) fixed_small is too narrow and fixed_large too wide (Ho et al. 2020, section
+    3.2). The expected second moment is exact: each step is affine."""
     s: Schedule = Linear()
     from diffusion_lab.samplers.grids import make_grid
 
@@ -121,21 +121,21 @@ def test_ddpm_brackets_the_right_spread(variance: FixedSmall | FixedLarge) -> No
 
 
 @pytest.mark.parametrize("schedule", [Linear(), Cosine()])
-def test_round_trip_between_noisy_times_falls_as_one_over_steps(schedule: Schedule) -> None:
-    """Encode 0.1 → 0.9 and decode again on mixture data: each doubling halves the distance, 1.7 to 2.3 measured."""
+def test_round_trip_error_between_noisy_times_is_first_order(schedule: Schedule) -> None:
+    """Encode 0.1 → 0.9 and decode on mixture data: doubling the steps divides the error by 1.7 to 2.3."""
     den = oracle(MIXTURE, schedule, PredV())
     x = torch.linspace(-0.9, 1.2, 15, dtype=D).reshape(-1, 1, 1, 1)
     error = []
     for n in (40, 80, 160):
-        there = DDIM(n)(den, x, start=0.1, stop=0.9).x
-        assert (there - x).abs().mean() > 0.2, "something was encoded"
-        error.append(float((DDIM(n)(den, there, start=0.9, stop=0.1).x - x).abs().mean()))
+        latent = DDIM(n)(den, x, start=0.1, stop=0.9).x
+        assert (latent - x).abs().mean() > 0.2, "the latent differs from the data"
+        error.append(float((DDIM(n)(den, latent, start=0.9, stop=0.1).x - x).abs().mean()))
     for coarse, fine in itertools.pairwise(error):
         assert 1.7 < coarse / fine < 2.3, error
 
 
-def test_round_trip_of_data_falls() -> None:
-    """From data itself σ̇ is infinite at t = 0, so the error falls more slowly: by 1.25 at least with each doubling."""
+def test_round_trip_error_of_data_falls() -> None:
+    """σ̇ is infinite at t = 0, so doubling the steps divides the error by at least 1.25 only."""
     den = oracle(DATA, Cosine(), PredV())
     x = torch.linspace(-0.9, 1.2, 15, dtype=D).reshape(-1, 1, 1, 1)
     error = [float((DDIM(n)(den, DDIM(n)(den, x, start=0.0, stop=1.0).x).x - x).abs().mean()) for n in (50, 100, 200)]
@@ -143,8 +143,8 @@ def test_round_trip_of_data_falls() -> None:
     assert error[-1] < 0.03
 
 
-def test_encoding_begins_with_the_data_itself() -> None:
-    """At t = 0 no network was trained: x̂_0 is x_0, ε̂ that of the next time; the callback sees x_0 at time 0."""
+def test_encoding_starts_with_the_noise_of_the_next_time() -> None:
+    """No network is trained at t = 0: x̂_0 is x_0 there, ε̂ is that of the next time, and the callback receives x_0 at time 0."""
     den, seen = oracle(DATA, Cosine(), PredV()), []
     DDIM(5)(den, X, start=0.0, stop=1.0, callback=lambda i, t, x, p: seen.append((i, t, x, p)))
     assert [round(s[1], 9) for s in seen] == [0.0, 0.2, 0.4, 0.6, 0.8]
@@ -154,8 +154,8 @@ def test_encoding_begins_with_the_data_itself() -> None:
 
 
 @pytest.mark.parametrize("at", [0.9, 0.5, 0.1])
-def test_a_split_run_is_the_whole_run(at: float) -> None:
-    """Bit for bit on the same grid, in both directions."""
+def test_a_split_run_equals_the_whole_run(at: float) -> None:
+    """Bit-equal on the same grid, in both directions."""
     den, n = oracle(MIXTURE, Cosine(), PredV()), 50
     first = round(n * (1 - at))
     half = DDIM(first)(den, X, start=1.0, stop=at).x

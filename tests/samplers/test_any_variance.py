@@ -1,5 +1,5 @@
-"""DDPM and DDIM with every variance: the data's own spread at few steps, DDIM with η = 1 as DDPM, the bound on the last noisy
-step, the optimal grid, improved DDPM's range against diffusers."""
+"""DDPM and DDIM with every variance: standard deviation at few steps, identity at η = 1, bound on the last stochastic step,
+optimal grid, the learned range against diffusers."""
 
 import itertools
 import math
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from contracts import SAMPLERS, SCHEDULES
+from contracts import SAMPLERS, SCHEDULES, takes
 from oracle import Gaussian, Mixture, WithHead, oracle
 
 from diffusion_lab.denoiser import Denoiser, Prediction
@@ -26,7 +26,7 @@ MEAN, VAR = 0.3, 0.25
 DATA = Gaussian(torch.full((1, 1, 1), MEAN), VAR**0.5)
 MIXTURE = Mixture(torch.tensor([-0.6, 0.6]).reshape(2, 1, 1, 1), torch.tensor([0.1, 0.2]), torch.tensor([0.3, 0.7]))
 X = torch.tensor([-2.0, -0.5, 0.3, 1.0, 2.0], dtype=D).reshape(5, 1, 1, 1)
-FREE = math.inf  # no bound on the last noisy step
+FREE = math.inf  # no bound on the last stochastic step
 
 
 def fitted(curve: Schedule, count: int = 1000) -> Analytic:
@@ -36,14 +36,14 @@ def fitted(curve: Schedule, count: int = 1000) -> Analytic:
 
 
 def best(name: str, curve: Schedule, data: Mixture = DATA) -> tuple[Variance, Denoiser]:
-    """A variance and a denoiser whose network gives what it reads."""
+    """Return a variance, and a denoiser whose network outputs the extra channels that it reads."""
     if name == "analytic":
         return fitted(curve), oracle(data, curve, PredV())
     return {"sn": SN(), "npr": NPR()}[name], Denoiser(WithHead(data, curve, PredV(), name), curve, PredV())
 
 
 def propagated(curve: Schedule, variance: Variance, grid: torch.Tensor, eta: float, x: Prediction) -> float:
-    """Var[x] at the end of the grid, exactly: each step is affine in x for Gaussian data, x̂_0 = m + αv(x − αm)/(α²v + σ²)."""
+    """Return the exact Var[x] at the end of the grid. Steps are affine for Gaussian data: x̂_0 = m + αv(x − αm)/(α²v + σ²)."""
     var = curve.alpha_sigma(grid[0])[1] ** 2 + curve.alpha_sigma(grid[0])[0] ** 2 * VAR
     for t, s in itertools.pairwise(grid):
         (alpha, sigma), (alpha_s, sigma_s) = curve.alpha_sigma(t), curve.alpha_sigma(s)
@@ -60,24 +60,24 @@ def propagated(curve: Schedule, variance: Variance, grid: torch.Tensor, eta: flo
 def test_the_optimal_variance_keeps_the_marginal_of_gaussian_data_at_any_stride(
     schedule: str, n: int, eta: float
 ) -> None:
-    """Var[x_s] = α_s²v + σ_s² at the end of 2 and 5 steps to s = 0.1, exactly (1e-7: with α² = 2e-9 a moment near 1 has that many
-    digits; 1e-3 from α = 0, where c is that of the next time); the fixed ones miss it by 2 %, from opposite sides."""
+    """Var[x_s] = α_s²v + σ_s² at the end of 2 and 5 steps to s = 0.1, to 1e-7, the precision of a moment near 1 with
+    α² = 2e-9 (1e-3 from α = 0, where c is that of the next time); the fixed variances miss it by 2 %, from opposite sides."""
     curve, x = SCHEDULES[schedule], Prediction(X, X, X)
     grid = torch.linspace(1, 0.1, n + 1, dtype=D)
     alpha, sigma = curve.alpha_sigma(grid[-1])
-    want = float(alpha**2 * VAR + sigma**2)
+    expected = float(alpha**2 * VAR + sigma**2)
     got = propagated(curve, fitted(curve), grid, eta, x)
-    assert got == pytest.approx(want, rel=1e-3 if curve.zero_terminal_snr else 1e-7)
+    assert got == pytest.approx(expected, rel=1e-3 if curve.zero_terminal_snr else 1e-7)
     if eta == 1:
-        assert propagated(curve, FixedSmall(), grid, 1, x) < 0.98 * want
-        assert propagated(curve, FixedLarge(), grid, 1, x) > 1.02 * want
+        assert propagated(curve, FixedSmall(), grid, 1, x) < 0.98 * expected
+        assert propagated(curve, FixedLarge(), grid, 1, x) > 1.02 * expected
 
 
 @pytest.mark.parametrize("name", ["analytic", "sn", "npr"])
 @pytest.mark.parametrize("cls", [DDPM, DDIM])
-def test_few_steps_return_the_spread_of_the_data(name: str, cls: Any) -> None:
-    """5 steps, 20,000 images of N(0.3, 0.25): the deviation within 4 standard errors of that of x̂_0 at the first node, 0.5; with
-    fixed_small it is 10 % short for DDPM. DDIM with η = 0 alike."""
+def test_few_steps_return_the_standard_deviation_of_the_data(name: str, cls: Any) -> None:
+    """5 steps, 20,000 images of N(0.3, 0.25): the standard deviation within 4 standard errors of that of x̂_0 at the first node,
+    0.5; with fixed_small it is 10 % too small for DDPM. The same for DDIM with η = 0."""
     curve = Linear()
     variance, den = best(name, curve)
     x_T = normal((1, 1, 1), seed=3, index=torch.arange(20000), dtype=D)
@@ -89,9 +89,9 @@ def test_few_steps_return_the_spread_of_the_data(name: str, cls: Any) -> None:
     assert float(DDPM(5)(den, x_T, seed=4).x.std()) < 0.9 * std
 
 
-def test_second_heads_keep_both_modes_narrow_where_one_number_cannot() -> None:
-    """Mixture data, from t = 0.35 to 0.2 in one step: NPR and SN give each image its own spread, so that all lie closer to the
-    exact Var[x_s] per image than with Γ. In closed form, no sampling: KL-optimal σ² is floor + gain · Var[x_0 | x_t]."""
+def test_second_heads_give_each_image_its_variance() -> None:
+    """Mixture data, from t = 0.35 to 0.2 in one step: NPR and SN give a variance per image, closer to the exact Var[x_s] than
+    with Γ. In closed form: the KL-optimal σ² is floor + gain · Var[x_0 | x_t]."""
     curve, t, s = Cosine(), torch.tensor(0.35, dtype=D), torch.tensor(0.2, dtype=D)
     index = torch.arange(4000)
     x0 = torch.where(normal((1, 1, 1), seed=0, index=index, dtype=D) < -0.524, -0.6, 0.6)
@@ -105,33 +105,33 @@ def test_second_heads_keep_both_modes_narrow_where_one_number_cannot() -> None:
     _, den = best("npr", curve, MIXTURE)
     each = NPR()(curve, t, s, den(x, t), floor)
     gain = posterior(curve, t, s).c0 ** 2
-    want = floor + gain * true
+    expected = floor + gain * true
 
     def kl(guess: torch.Tensor) -> float:
-        return float((0.5 * (guess.log() - want.log() - 1 + want / guess)).mean())
+        return float((0.5 * (guess.log() - expected.log() - 1 + expected / guess)).mean())
 
     assert kl(each) < 1e-12
-    assert kl(one.expand_as(want)) > 1e-3
+    assert kl(one.expand_as(expected)) > 1e-3
 
 
 @pytest.mark.parametrize("schedule", ["Linear-40", "Cosine-40", "Cosine-40-zero"])
 @pytest.mark.parametrize("name", ["analytic", "sn", "npr"])
 @pytest.mark.parametrize("grid", ["linspace", "trailing"])
-def test_ddim_with_eta_1_is_ddpm_for_every_variance_that_knows_a_floor(schedule: str, name: str, grid: str) -> None:
-    """All steps and 7 of 40, with the default bound on the last: 1e-9."""
+def test_ddim_with_eta_1_is_ddpm_for_every_variance_with_a_floor(schedule: str, name: str, grid: str) -> None:
+    """All steps and 7 of 40, with the default bound on the last stochastic step, to 1e-9."""
     variance, den = best(name, SCHEDULES[schedule], MIXTURE)
     for n in (None, 7):
         got = DDIM(n, eta=1.0, variance=variance, grid=grid)(den, X, seed=5).x
         torch.testing.assert_close(got, DDPM(n, variance, grid=grid)(den, X, seed=5).x, rtol=1e-9, atol=1e-9)
 
 
-def test_the_bound_acts_on_the_last_noisy_step_alone() -> None:
-    """σ² ≤ (y · 2/255 · √(π/2))², so that E|σz| = y levels: seen by the noise it lets through, step by step."""
+def test_max_final_noise_bounds_the_last_stochastic_step_only() -> None:
+    """σ² ≤ (y · 2/255 · √(π/2))², so that E|σz| ≤ y levels: compared with the noise of each step."""
     curve, n = Linear(), 6
     variance, den = best("analytic", curve)
 
-    def kicks(sampler: DDPM | DDIM, stop: float = 0.0) -> list[float]:
-        """|noise| of each step of one image, from the states and what the step would be without noise."""
+    def noise_scales(sampler: DDPM | DDIM, stop: float = 0.0) -> list[float]:
+        """Return σ of each step of one image, from the difference of the state and its mean."""
         seen: list[tuple[float, torch.Tensor, Prediction]] = []
         end = sampler(den, X[:1], seed=2, stop=stop, callback=lambda i, t, x, p: seen.append((t, x, p))).x
         grid, out = [*sampler.time_grid(den, stop=stop)], []
@@ -146,21 +146,23 @@ def test_the_bound_acts_on_the_last_noisy_step_alone() -> None:
             )
         return out
 
-    free, bound, half = (kicks(DDPM(n, variance, max_final_noise=y)) for y in (FREE, None, 0.5))
+    free, bound, half = (noise_scales(DDPM(n, variance, max_final_noise=y)) for y in (FREE, None, 0.5))
     assert free[:-2] == pytest.approx(bound[:-2], rel=1e-9)
     assert free[-2] > LEVEL
     assert bound[-2] == pytest.approx(2 / 255 * (math.pi / 2) ** 0.5, rel=1e-9)
     assert half[-2] == pytest.approx(bound[-2] / 2, rel=1e-9)
     assert free[-1] == bound[-1] == 0
     assert 2 * LEVEL * (2 / math.pi) ** 0.5 * 255 / 2 == pytest.approx(2)  # y = 2: two levels of 2/255 on average
-    assert kicks(DDPM(n, variance), stop=0.2) == pytest.approx(kicks(DDPM(n, variance, max_final_noise=FREE), stop=0.2))
-    assert kicks(DDPM(n, FixedLarge()))[-2] > LEVEL, "no bound unless asked for"
-    assert kicks(DDPM(n, FixedLarge(), max_final_noise=1))[-2] == pytest.approx(LEVEL, rel=1e-9)
+    assert noise_scales(DDPM(n, variance), stop=0.2) == pytest.approx(
+        noise_scales(DDPM(n, variance, max_final_noise=FREE), stop=0.2)
+    )
+    assert noise_scales(DDPM(n, FixedLarge()))[-2] > LEVEL, "no bound by default"
+    assert noise_scales(DDPM(n, FixedLarge(), max_final_noise=1))[-2] == pytest.approx(LEVEL, rel=1e-9)
     with pytest.raises(ValueError, match="not above 0"):
         DDPM(n, max_final_noise=0)
 
 
-def test_a_sampler_refuses_a_variance_that_the_network_does_not_have() -> None:
+def test_a_variance_without_its_extra_channels_is_refused() -> None:
     class Net:
         extra = None
 
@@ -181,24 +183,24 @@ def test_a_sampler_refuses_a_variance_that_the_network_does_not_have() -> None:
 
 
 def mixture_fit(curve: Schedule, count: int) -> Analytic:
-    """Γ of the mixture: 1 − (α²/σ²) E Var[x_0 | x_t], by a sum over 400 values of x_t."""
+    """Return the fit Γ = 1 − (α²/σ²) E Var[x_0 | x_t] of the mixture, by a sum over 400 values of x_t."""
     fit = torch.arange(1, count + 1, dtype=D) / count
     x = torch.linspace(-6, 6, 400, dtype=D)
-    found = []
+    variances = []
     for t in fit:
         alpha, sigma = curve.alpha_sigma(t)
         std = ((alpha * MIXTURE.stds) ** 2 + sigma**2).sqrt()
         gap = (x[:, None] - alpha * MIXTURE.means.flatten()) / std
         density = (MIXTURE.weights / std * (-0.5 * gap**2).exp()).sum(1)
         spread = MIXTURE.spread(x.reshape(-1, 1, 1, 1), alpha, sigma).flatten()
-        found.append(1 - (alpha / sigma) ** 2 * (density * spread).sum() / density.sum())
-    return Analytic(fit, torch.stack(found))
+        variances.append(1 - (alpha / sigma) ** 2 * (density * spread).sum() / density.sum())
+    return Analytic(fit, torch.stack(variances))
 
 
 @pytest.mark.parametrize("cls", [DDPM, DDIM])
-def test_the_optimal_grid_loses_less_of_the_bound_than_any_other(cls: Any) -> None:
-    """On mixture data, at 5 and 10 steps by 1 % at least; for Gaussian data every grid is as good, because
-    q(x_s | x_t) is a Gaussian for every pair."""
+def test_the_optimal_grid_has_a_smaller_bound_than_others(cls: Any) -> None:
+    """On mixture data, at 5 and 10 steps by at least 1 %. For Gaussian data the bound is the same for every grid, because
+    q(x_s | x_t) is Gaussian for every pair."""
     curve, nodes = Linear(200), torch.arange(1, 201, dtype=D) / 200
     mixture, gaussian = mixture_fit(curve, 200), fitted(curve, 200)
     table, flat = (costs(v, curve, nodes) for v in (mixture, gaussian))
@@ -210,16 +212,16 @@ def test_the_optimal_grid_loses_less_of_the_bound_than_any_other(cls: Any) -> No
 
     for n in (5, 10, 50):
         sampler = cls(n, variance=mixture, grid="optimal")
-        found = sampler.time_grid(den)
-        assert len(found) == n + 1
-        assert (found.diff() < 0).all()
-        assert (float(found[0]), float(found[-2]), float(found[-1])) == (1.0, 0.005, 0.0)
-        assert found is sampler.time_grid(den), "computed once"
+        grid = sampler.time_grid(den)
+        assert len(grid) == n + 1
+        assert (grid.diff() < 0).all()
+        assert (float(grid[0]), float(grid[-2]), float(grid[-1])) == (1.0, 0.005, 0.0)
+        assert grid is sampler.time_grid(den), "computed once"
         for name in ("linspace", "quadratic"):
             other = make_grid(name, curve, n)
             other[-2] = 0.005
-            assert loss(table, found) < (1 if n == 50 else 0.99) * loss(table, other)
-            assert loss(flat, found) == pytest.approx(loss(flat, other), rel=1e-9)
+            assert loss(table, grid) < (1 if n == 50 else 0.99) * loss(table, other)
+            assert loss(flat, grid) == pytest.approx(loss(flat, other), rel=1e-9)
         x, nfe, _ = sampler(den, X, seed=1)
         assert nfe == n
         assert x.isfinite().all()
@@ -235,10 +237,10 @@ def test_the_optimal_grid_between_two_times_and_on_a_curve() -> None:
     free = SCHEDULES["VP"]
     grid = optimal_grid(fitted(free, 50), free, 7, 1.0, 0.0)
     assert len(grid) == 8
-    assert float(grid[-2]) == 0.02, "the least fitted time"
+    assert float(grid[-2]) == 0.02, "the smallest fitted time"
 
 
-def test_the_optimal_grid_is_refused_where_it_cannot_be() -> None:
+def test_the_optimal_grid_needs_a_fit_enough_times_and_start_above_stop() -> None:
     curve = Linear(40)
     for cls in (DDPM, DDIM):
         for variance in (FixedSmall(), SN()):
@@ -248,12 +250,16 @@ def test_the_optimal_grid_is_refused_where_it_cannot_be() -> None:
             cls(41, variance=fitted(curve), grid="optimal").check(oracle(DATA, curve, PredV()))
         with pytest.raises(ValueError, match=r"karras, optimal$"):
             cls(5, grid="nonesuch")
-    for name in set(SAMPLERS) - {"DDPM", "DDIM", "ODE"}:
-        if "grid" in SAMPLERS[name].__init__.__code__.co_varnames:
-            with pytest.raises(ValueError, match="unknown time grid 'optimal'"):
-                SAMPLERS[name](5, grid="optimal")
     with pytest.raises(ValueError, match="from noise to data"):
         optimal_grid(fitted(curve), curve, 5, 0.2, 0.8)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n, cls in SAMPLERS.items() if takes(cls, "grid") and "optimal" not in cls.grid_names]
+)
+def test_samplers_without_a_variance_refuse_the_optimal_grid(name: str) -> None:
+    with pytest.raises(ValueError, match="unknown time grid 'optimal'"):
+        SAMPLERS[name](5, grid="optimal")
 
 
 # ------------------------------------------------------------------------------------------------ improved DDPM
@@ -266,12 +272,12 @@ def two(x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("steps", [None, 7])
-def test_learned_range_by_hand(steps: int | None) -> None:
-    """Improved DDPM's sampling from β alone: means of the respaced chain, log σ² between its two bounds."""
+def test_learned_range_matches_improved_ddpm(steps: int | None) -> None:
+    """Improved DDPM's sampling computed from β: means of the respaced chain, log σ² between its two bounds."""
     bar = torch.cat([torch.ones(1, dtype=D), (1 - torch.linspace(1e-4 * 25, 0.02 * 25, 40, dtype=D)).cumprod(0)])
-    kept = [round(float(t) * 40) for t in make_grid("linspace", Linear(40), steps)]
+    nodes = [round(float(t) * 40) for t in make_grid("linspace", Linear(40), steps)]
     x = X
-    for k, (t, s) in enumerate(itertools.pairwise(kept)):
+    for k, (t, s) in enumerate(itertools.pairwise(nodes)):
         out = two(x, torch.full((5,), t - 1, dtype=D))
         x0 = (x - (1 - bar[t]).sqrt() * out[:, :1]) / bar[t].sqrt()
         beta = 1 - bar[t] / bar[s]
@@ -288,7 +294,7 @@ def test_learned_range_by_hand(steps: int | None) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("kind", "n"), [("learned_range", 10), ("learned_range", 250), ("fixed_small_log", 10)])
 def test_learned_range_against_diffusers(kind: str, n: int) -> None:
-    """Every step of our chain through theirs, on a float64 table and our noise: 1e-9."""
+    """Every step of our chain by diffusers, with a float64 table and our noise, to 1e-9."""
     diffusers = pytest.importorskip("diffusers")
     theirs = diffusers.DDPMScheduler(variance_type=kind, clip_sample=True, timestep_spacing="leading")
     theirs.alphas_cumprod = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=D)).cumprod(0)
@@ -310,9 +316,9 @@ def test_learned_range_against_diffusers(kind: str, n: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_where_diffusers_variances_are_wrong() -> None:
-    """`fixed_large_log` takes the square root of a logarithm, NaN; `learned` the root of what the network gives, where the
-    published network (Nichol & Dhariwal's learn_sigma without a range) gives the logarithm, here −4."""
+def test_wrong_variances_of_diffusers() -> None:
+    """`fixed_large_log` takes the square root of a logarithm, NaN. `learned` takes the square root of the network's output, but
+    the published network (Nichol & Dhariwal's learn_sigma without a range) outputs the logarithm, here −4."""
     diffusers = pytest.importorskip("diffusers")
     x = torch.zeros(1, 1, 2, 2)
     theirs = diffusers.DDPMScheduler(variance_type="fixed_large_log")

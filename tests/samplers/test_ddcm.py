@@ -1,4 +1,4 @@
-"""DDCM: the published rule by hand, codes that come back bit for bit, distortion against bits."""
+"""DDCM: the published rule, bit-equal reconstructions, distortion against bits."""
 
 import math
 from typing import Any
@@ -16,9 +16,9 @@ from diffusion_lab.schedules import VE, Cosine, Schedule
 
 D = torch.float64
 SHAPE = (2, 4, 4)
-CENTRES = torch.randn(6, *SHAPE, generator=torch.Generator().manual_seed(0)) / 2
-DATA = Mixture(CENTRES, torch.full((6,), 0.15))
-X0 = CENTRES[[0, 3, 3, 5, 1]].double() + 0.15 * normal(SHAPE, seed=1, index=torch.arange(5), dtype=D)
+CENTERS = torch.randn(6, *SHAPE, generator=torch.Generator().manual_seed(0)) / 2
+DATA = Mixture(CENTERS, torch.full((6,), 0.15))
+X0 = CENTERS[[0, 3, 3, 5, 1]].double() + 0.15 * normal(SHAPE, seed=1, index=torch.arange(5), dtype=D)
 
 
 def book(step: int, size: int, seed: int = 0) -> torch.Tensor:
@@ -46,8 +46,8 @@ def test_compression_by_hand(schedule: Schedule) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, D])
-def test_a_code_comes_back_bit_for_bit(dtype: torch.dtype) -> None:
-    """The reconstruction is a function of indices and network; for a single image, whose kernels may differ, to 1e-4."""
+def test_reconstructions_are_bit_equal(dtype: torch.dtype) -> None:
+    """The reconstruction depends on indices and network alone; for a single image, whose kernels may differ, to 1e-4."""
     torch.manual_seed(0)
     net = torch.nn.Conv2d(2, 2, 3, padding=1).to(dtype)
 
@@ -67,8 +67,8 @@ def test_a_code_comes_back_bit_for_bit(dtype: torch.dtype) -> None:
 
 
 def test_more_bits_less_distortion() -> None:
-    """Mean squared error of 30 and 200 steps with 2, 16 and 256 vectors: it falls along both, at 1,592 bits below 0.0225, the
-    variance within a component, where choosing the component alone would leave it."""
+    """Mean squared error of 30 and 200 steps with 2, 16 and 256 vectors: it falls with both. At 1,592 bits it is below
+    0.0225, the variance within a component, which is the error of selecting the component alone."""
     den = oracle(DATA, Cosine(), PredV())
     error, bits = {}, {}
     for steps in (30, 200):
@@ -82,8 +82,9 @@ def test_more_bits_less_distortion() -> None:
     assert error[200, 256] < 0.015, error
 
 
-def test_a_generator_draws_from_the_codebook_by_key() -> None:
-    """Every z is a vector of the step's book, all are used alike (χ² within 5 deviations), an image's choice is its key's."""
+def test_generation_draws_from_the_codebook_by_key() -> None:
+    """Every z is a vector of the step's codebook, all vectors are equally likely (χ² within 5 standard deviations), and the
+    vector of an image depends on its key alone."""
     seen: list[torch.Tensor] = []
 
     class Recording(DDCM):
@@ -110,17 +111,16 @@ def test_a_generator_draws_from_the_codebook_by_key() -> None:
     assert torch.equal(draws(torch.tensor([17, 5])), chosen[[17, 5]])
 
 
-def test_a_compressor_stays_a_generator() -> None:
-    """Compressing leaves nothing behind in the sampler."""
+def test_compression_does_not_change_the_sampler() -> None:
     den, sampler = oracle(DATA, Cosine(), PredV()), DDCM(10)
     x = normal(SHAPE, seed=2, index=torch.arange(3), dtype=D)
-    want = sampler(den, x, seed=5).x
+    expected = sampler(den, x, seed=5).x
     sampler.compress(den, X0)
-    assert torch.equal(sampler(den, x, seed=5).x, want)
-    assert not torch.equal(want, DDPM(10)(den, x, seed=5).x)
+    assert torch.equal(sampler(den, x, seed=5).x, expected)
+    assert not torch.equal(expected, DDPM(10)(den, x, seed=5).x)
 
 
-def test_one_step_has_nothing_to_choose() -> None:
+def test_the_code_of_one_step_is_empty() -> None:
     den = oracle(DATA, Cosine(), PredV())
     code = DDCM(1).compress(den, X0)
     assert (code.bits, code.indices.shape) == (0.0, (5, 0))
@@ -142,6 +142,6 @@ def test_indices_of_another_code_are_refused(wrong: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("options", [{"codebook": 1}, {"codebook": 0}])
-def test_arguments(options: dict[str, Any]) -> None:
+def test_a_codebook_needs_two_vectors(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="codebook >= 2"):
         DDCM(**options)

@@ -1,8 +1,8 @@
-"""Step by step against diffusers on the same states and network outputs, and where the two differ and why.
+"""DDPM and DDIM step by step against diffusers on the same states and network outputs, and documented differences.
 
-Our sampler runs the chain; each of its states goes through one step of theirs. Their noise is drawn by a generator that is
-seeded here, so that it can be exchanged for ours. Their tables are float32, where 1 − ᾱ keeps three digits at the first steps;
-so their step is fed a float64 table of the same β, and must then agree to 1e-9. With their own tables 1e-5 is what they reach.
+Our sampler runs the chain, and each of its states is stepped once by diffusers. The generator of diffusers' noise is seeded, so
+that its noise can be exchanged for ours. In diffusers' float32 tables 1 − ᾱ has three digits at the first steps, so its steps
+use a float64 table of the same β and must agree to 1e-9; with the float32 tables they agree to 1e-5.
 """
 
 import itertools
@@ -22,7 +22,7 @@ from diffusion_lab.schedules import Cosine, Linear, Schedule
 from diffusion_lab.variances import FixedLarge, FixedSmall
 
 diffusers = pytest.importorskip("diffusers")
-pytestmark = pytest.mark.filterwarnings("ignore")  # theirs
+pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of diffusers
 
 D = torch.float64
 SHAPE = (2, 3, 3)
@@ -39,7 +39,7 @@ Step = tuple[float, torch.Tensor, Prediction]
 def run(
     sampler: Sampler, schedule: Schedule, objective: Objective, clip: float | None
 ) -> tuple[list[Step], torch.Tensor]:
-    """Our chain from keyed noise: what every step saw, and the end."""
+    """Run our sampler from keyed noise; return the reports of every step and the result."""
     seen: list[Step] = []
     x = normal(SHAPE, seed=1, index=torch.arange(2), dtype=D)
     den = oracle(DATA, schedule, objective, clip=clip)
@@ -50,13 +50,13 @@ def ours(step: int) -> torch.Tensor:
     return normal(SHAPE, seed=1, index=torch.arange(2), draw=step + 1, dtype=D)
 
 
-def agree(got: torch.Tensor, want: torch.Tensor, step: int, margin: float = 1e-9) -> None:
+def agree(got: torch.Tensor, expected: torch.Tensor, step: int, margin: float = 1e-9) -> None:
     size = max(1.0, float(got.abs().max()))
-    assert float((got - want).abs().max()) < margin * size, f"step {step}"
+    assert float((got - expected).abs().max()) < margin * size, f"step {step}"
 
 
 def theirs_in_float64(scheduler: Any) -> Any:
-    """The same β, from their formulas, in float64."""
+    """Replace the tables by float64 ones, computed from the same formulas of β."""
     config = scheduler.config
     if config.beta_schedule == "linear":
         beta = torch.linspace(1e-4, 0.02, 1000, dtype=D)
@@ -71,16 +71,16 @@ def theirs_in_float64(scheduler: Any) -> Any:
 
 
 def states(seen: list[Step], end: torch.Tensor) -> list[torch.Tensor]:
-    """Where each step arrived."""
+    """Return the state after each step."""
     return [x for _, x, _ in seen[1:]] + [end]
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_the_tables_are_the_same(schedule: str) -> None:
     curve, theirs = SCHEDULES[schedule]
-    want = diffusers.DDPMScheduler(**theirs).alphas_cumprod.double()
+    expected = diffusers.DDPMScheduler(**theirs).alphas_cumprod.double()
     got = curve.alpha_sigma(torch.arange(1, 1001, dtype=D) / 1000)[0].square()
-    torch.testing.assert_close(got, want, rtol=2e-5, atol=0)
+    torch.testing.assert_close(got, expected, rtol=2e-5, atol=0)
 
 
 def ddpm_case(schedule: str, prediction: str, variance: str, clip: bool, spacing: str, n: int) -> None:
@@ -94,15 +94,15 @@ def ddpm_case(schedule: str, prediction: str, variance: str, clip: bool, spacing
     sampler = DDPM(n, FixedLarge() if variance == "fixed_large" else FixedSmall(), grid=spacing)
     seen, end = run(sampler, curve, OBJECTIVES[prediction], 1.0 if clip else None)
     assert [round(t * 1000) - 1 for t, _, _ in seen] == theirs.timesteps.tolist()
-    for k, ((t, x, p), arrived) in enumerate(zip(seen, states(seen, end), strict=True)):
+    for k, ((t, x, p), reached) in enumerate(zip(seen, states(seen, end), strict=True)):
         i = round(t * 1000) - 1
-        want = theirs.step(p.output, i, x, generator=torch.Generator().manual_seed(k)).prev_sample
+        expected = theirs.step(p.output, i, x, generator=torch.Generator().manual_seed(k)).prev_sample
         if i > 0:
             z = torch.randn(x.shape, generator=torch.Generator().manual_seed(k), dtype=D)
             std = theirs._get_variance(i).double().sqrt()
-            last = k == len(seen) - 1  # theirs adds noise to data there unless i = 0; see the test below
-            want = want - std * z + (0 if last else std * ours(k))
-        agree(arrived, want, k)
+            last = k == len(seen) - 1  # diffusers adds noise to data there unless i = 0; see the test below
+            expected = expected - std * z + (0 if last else std * ours(k))
+        agree(reached, expected, k)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
@@ -132,8 +132,8 @@ def ddim_case(
     theirs.set_timesteps(n)
     seen, end = run(DDIM(n, eta=eta, grid=spacing), curve, OBJECTIVES[prediction], 1.0 if clip else None)
     assert [round(t * 1000) - 1 for t, _, _ in seen] == theirs.timesteps.tolist()
-    for k, ((t, x, p), arrived) in enumerate(zip(seen, states(seen, end), strict=True)):
-        want = theirs.step(
+    for k, ((t, x, p), reached) in enumerate(zip(seen, states(seen, end), strict=True)):
+        expected = theirs.step(
             p.output,
             round(t * 1000) - 1,
             x,
@@ -141,7 +141,7 @@ def ddim_case(
             use_clipped_model_output=clip,
             variance_noise=ours(k) if eta else None,
         ).prev_sample
-        agree(arrived, want, k, 1e-5 if float32 else 1e-9)
+        agree(reached, expected, k, 1e-5 if float32 else 1e-9)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
@@ -169,44 +169,45 @@ def test_ddim_with_zero_terminal_snr(prediction: str, eta: float) -> None:
     ddim_case("zero", prediction, eta, False, "trailing", 50)
 
 
-# ------------------------------------------------------------------------------------------------ where theirs is different
+# ------------------------------------------------------------------------------------------------ differences from diffusers
 
 
-def test_theirs_keeps_the_noise_of_the_unclipped_prediction() -> None:
-    """Without use_clipped_model_output their ε̂ no longer belongs to their x̂_0; ours does: α x̂_0 + σ ε̂ = x_t."""
+def test_diffusers_keeps_the_noise_of_the_unclipped_prediction() -> None:
+    """Without use_clipped_model_output diffusers' ε̂ is not that of the clipped x̂_0; ours is: α x̂_0 + σ ε̂ = x_t."""
     theirs = theirs_in_float64(diffusers.DDIMScheduler(clip_sample=True, timestep_spacing="trailing"))
     theirs.set_timesteps(40)
     seen, end = run(DDIM(40), Linear(), PredNoise(), 1.0)
     t, x, p = seen[0]
     alpha, sigma = Linear().alpha_sigma(torch.tensor(t, dtype=D))
     torch.testing.assert_close(alpha * p.x0 + sigma * p.noise, x, rtol=0, atol=1e-12)
-    apart = [
-        float((theirs.step(p.output, round(t * 1000) - 1, x).prev_sample - arrived).abs().max())
-        for (t, x, p), arrived in zip(seen, states(seen, end), strict=True)
+    differences = [
+        float((theirs.step(p.output, round(t * 1000) - 1, x).prev_sample - reached).abs().max())
+        for (t, x, p), reached in zip(seen, states(seen, end), strict=True)
     ]
-    assert max(apart) > 1e-3
+    assert max(differences) > 1e-3
 
 
-def test_theirs_indexes_s_by_t_minus_a_stride() -> None:
-    """30 trailing steps: T // n = 33 but the list falls by 33 or 34, so their state is made for another time than the next
-    evaluation is told. Where the list falls by 33 both agree, elsewhere not."""
+def test_diffusers_computes_s_as_t_minus_a_stride() -> None:
+    """30 trailing steps: T // n = 33, but the times fall by 33 or 34, so diffusers' state belongs to another time than the next
+    evaluation. The steps of 33 agree, the others do not."""
     theirs = theirs_in_float64(diffusers.DDIMScheduler(clip_sample=False, timestep_spacing="trailing"))
     theirs.set_timesteps(30)
     seen, end = run(DDIM(30), Linear(), PredNoise(), None)
     nodes = [round(t * 1000) for t, _, _ in seen] + [0]
     wrong = 0
-    for k, ((_, x, p), arrived) in enumerate(zip(seen, states(seen, end), strict=True)):
-        want = theirs.step(p.output, nodes[k] - 1, x).prev_sample
+    for k, ((_, x, p), reached) in enumerate(zip(seen, states(seen, end), strict=True)):
+        expected = theirs.step(p.output, nodes[k] - 1, x).prev_sample
         if nodes[k] - nodes[k + 1] == 33:
-            agree(arrived, want, k)
+            agree(reached, expected, k)
         elif k < 29:
             wrong += 1
-            assert float((arrived - want).abs().max()) > 1e-4
+            assert float((reached - expected).abs().max()) > 1e-4
     assert wrong == 10
 
 
-def test_theirs_adds_noise_to_data_where_the_last_time_is_not_the_first_node() -> None:
-    """The last of 40 trailing steps leaves from node 25: theirs, asked whether i > 0, adds σ²_{t|0} of noise; ours none."""
+def test_diffusers_adds_noise_to_data_if_the_last_time_is_not_the_first_node() -> None:
+    """The last of 40 trailing steps starts at node 25: diffusers tests i > 0 and adds noise of variance σ²_{t|0},
+    ours adds none."""
     theirs = theirs_in_float64(
         diffusers.DDPMScheduler(variance_type="fixed_large", timestep_spacing="trailing", clip_sample=False)
     )
@@ -221,8 +222,9 @@ def test_theirs_adds_noise_to_data_where_the_last_time_is_not_the_first_node() -
     assert torch.equal(end, p.x0)
 
 
-def test_theirs_clamps_the_variance_of_the_first_step() -> None:
-    """β̃_1 = 0 becomes 1e-20 there, which as a lower bound of a learned variance is 16 orders from improved DDPM's β̃_2."""
+def test_diffusers_clamps_the_variance_of_the_first_step() -> None:
+    """diffusers replaces β̃_1 = 0 by 1e-20, as a lower bound of a learned variance 16 orders of magnitude below improved
+    DDPM's β̃_2."""
     from diffusion_lab.gaussian import posterior
 
     assert float(diffusers.DDPMScheduler()._get_variance(0)) == pytest.approx(1e-20)

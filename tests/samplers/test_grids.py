@@ -1,4 +1,4 @@
-"""Time grids: the contract of all for every n, then each against its published formula in exact arithmetic."""
+"""Time grids: the contract of every grid for every n, then each grid against its published formula in exact arithmetic."""
 
 import math
 from fractions import Fraction
@@ -14,11 +14,13 @@ from diffusion_lab.samplers.grids import GRIDS, NAMES, WARPS, make_grid
 from diffusion_lab.schedules import EDM, VE, VP, Cosine, Flow, Linear, Schedule
 
 D = torch.float64
-ON_NODES = list(GRIDS)
+REVERSIBLE = [name for name in NAMES if name != "leading"]  # grids that contain both ends
+CONTINUOUS = [(name, s) for name in NAMES for s, curve in SCHEDULES.items() if curve.steps is None]
+NO_FINITE_LAMBDA = [(name, s) for name, s in CONTINUOUS if name in WARPS and SCHEDULES[s].zero_terminal_snr]
 
 
 def node(grid: torch.Tensor, steps: int = 1000) -> list[int]:
-    """The nodes of a grid; fails where a time is none."""
+    """Return the nodes of a grid; fails if a time is not a node."""
     at = (grid * steps).round()
     assert ((grid * steps - at).abs() < 1e-9).all()
     return at.long().tolist()
@@ -26,7 +28,7 @@ def node(grid: torch.Tensor, steps: int = 1000) -> list[int]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_number_of_steps(name: str) -> None:
-    """n + 1 strictly decreasing times that end in 0 exactly, for all n ≤ T = 1000; all but `leading` begin at 1 exactly."""
+    """n + 1 strictly decreasing times that end at exactly 0, for all n ≤ T = 1000; all but `leading` start at exactly 1."""
     s = Linear()
     for n in range(1, 1001):
         grid = make_grid(name, s, n)
@@ -39,11 +41,13 @@ def test_every_number_of_steps(name: str) -> None:
             node(grid)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_step_is_every_node(name: str) -> None:
-    if name in WARPS:
-        assert len(make_grid(name, Linear(), None)) == 1001
-        return
+@pytest.mark.parametrize("name", WARPS)
+def test_all_steps_of_a_grid_in_lambda(name: str) -> None:
+    assert len(make_grid(name, Linear(), None)) == 1001
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_all_steps_are_all_nodes(name: str) -> None:
     assert node(make_grid(name, Linear(), None)) == list(range(1000, -1, -1))
     assert node(make_grid(name, Linear(), 1000)) == list(range(1000, -1, -1))
 
@@ -56,37 +60,38 @@ def test_every_step_is_every_node(name: str) -> None:
     schedule=st.sampled_from(["Linear", "Cosine-40", "Linear-zero"]),
 )
 def test_any_interval(name: str, ends: tuple[float, float], steps: int | None, schedule: str) -> None:
-    """Either a strictly decreasing grid from start (at most, for leading) to stop exactly, or a refusal with a remedy."""
+    """A strictly decreasing grid from exactly start (for leading at most start) to exactly stop, or a refusal with a remedy."""
     stop, start = sorted(ends)
     grid = refusal = None
     try:
         grid = make_grid(name, SCHEDULES[schedule], steps, start, stop)
     except ValueError as error:
         refusal = str(error)
-    if grid is None:
+    if grid is not None:
+        assert (grid.diff() < 0).all()
+        assert float(grid[-1]) == stop
+        assert float(grid[0]) == start or (name == "leading" and float(grid[0]) < start)
+        assert steps is None or len(grid) == steps + 1
+    else:
         assert any(word in str(refusal) for word in ("fewer", "different times", "trailing"))
         if steps is None and name in {"trailing", "linspace"}:
             nodes = SCHEDULES[schedule].steps or 0
-            assert (start - stop) * nodes < 1.01e-3, "every step between two different times is always possible"
-        return
-    assert (grid.diff() < 0).all()
-    assert float(grid[-1]) == stop
-    assert float(grid[0]) == start or (name == "leading" and float(grid[0]) < start)
-    if steps is not None:
-        assert len(grid) == steps + 1
+            assert (start - stop) * nodes < 1.01e-3, "all steps between two different times are always possible"
 
 
-def test_a_start_that_rounding_misses() -> None:
-    """193.3·59²/59² is not 193.3 in float64; the grid begins at `start` exactly all the same."""
+def test_the_start_is_exact_despite_rounding() -> None:
+    """193.3·59²/59² is not 193.3 in float64, but the grid starts at exactly `start`."""
     assert float(make_grid("quadratic", Linear(), 59, 0.25, 0.0566997629788797)[0]) == 0.25
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_reversed(name: str) -> None:
-    if name == "leading":  # never reaches its far end, so an encoding would stop short of `stop` without a word
-        with pytest.raises(ValueError, match="grid=trailing"):
-            make_grid(name, Cosine(), 7, 0.0, 1.0)
-        return
+def test_leading_is_not_reversible() -> None:
+    """It omits its largest time, so an encoding would end before `stop`."""
+    with pytest.raises(ValueError, match="grid=trailing"):
+        make_grid("leading", Cosine(), 7, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("name", REVERSIBLE)
+def test_a_grid_towards_noise_is_the_reversed_grid(name: str) -> None:
     for start, stop in ((0.0, 1.0), (0.2, 0.8), (0.0, 0.3)):
         assert torch.equal(make_grid(name, Cosine(), 7, start, stop), make_grid(name, Cosine(), 7, stop, start).flip(0))
 
@@ -119,27 +124,27 @@ def half_even(value: Fraction) -> int:
     return round(value)  # exact: Python rounds a Fraction half to even
 
 
-def test_leading_is_ddims() -> None:
-    """range(0, T, T // n)[:n], counted from 0 as the networks are (DDIM's code; diffusers' "leading")."""
+def test_leading_matches_ddim() -> None:
+    """range(0, T, T // n)[:n], with steps counted from 0 (DDIM's code; diffusers' "leading")."""
     for n in range(1, 1001):
-        want = [1 + i for i in range(0, 1000, 1000 // n)][:n]
-        assert node(make_grid("leading", Linear(), n)) == [*want[::-1], 0]
+        expected = [1 + i for i in range(0, 1000, 1000 // n)][:n]
+        assert node(make_grid("leading", Linear(), n)) == [*expected[::-1], 0]
 
 
-def test_trailing_is_lins() -> None:
+def test_trailing_matches_lin_et_al() -> None:
     """round(T − iT/n), i < n (Lin et al. 2023, table 2), in exact arithmetic."""
     for n in [*range(1, 1001, 7), 16, 48, 64, 80, 400, 625, 1000]:
-        want = [half_even(1000 - Fraction(i * 1000, n)) for i in range(n)]
-        assert node(make_grid("trailing", Linear(), n)) == [*want, 0], n
+        expected = [half_even(1000 - Fraction(i * 1000, n)) for i in range(n)]
+        assert node(make_grid("trailing", Linear(), n)) == [*expected, 0], n
 
 
 def test_an_arange_has_the_wrong_length() -> None:
-    """Why `trailing` counts: REFERENCE 4 says that np.arange(T, 0, −T/n) is wrong for 62 of n ≤ 1000."""
+    """np.arange(T, 0, −T/n) has a wrong length for 62 of n ≤ 1000, so `trailing` counts its steps."""
     wrong = [n for n in range(1, 1001) if len(np.round(np.arange(1000, 0, -1000 / n))) != n]
     assert len(wrong) == 62
 
 
-def test_linspace_is_round_of_exact_fractions() -> None:
+def test_linspace_rounds_exact_fractions() -> None:
     """round(1 + (T−1)k/(K−1)), k < K (improved DDPM, Analytic-DPM)."""
     for n in [*range(2, 1001, 7), 3, 4, 334, 500, 667, 1000]:
         exact = [1 + Fraction(999 * k, n - 1) for k in range(n)]
@@ -149,8 +154,8 @@ def test_linspace_is_round_of_exact_fractions() -> None:
     assert node(make_grid("linspace", Linear(), 1)) == [1000, 0]
 
 
-def test_quadratic() -> None:
-    """T(k/n)² rounded, pushed apart near data where two meet."""
+def test_quadratic_rounds_exact_fractions_without_duplicates() -> None:
+    """T(k/n)² rounded; near data duplicates are raised to the next node."""
     for n in (2, 5, 10, 20):
         got = node(make_grid("quadratic", Linear(), n))[::-1][1:]
         for k, g in enumerate(got, start=1):
@@ -161,7 +166,7 @@ def test_quadratic() -> None:
 @pytest.mark.parametrize("schedule", ["Linear", "Cosine", "Sigmoid", "Linear-40"])
 @pytest.mark.parametrize("n", [1, 2, 5, 20])
 def test_uniform_lambda_has_equal_distances(schedule: str, n: int) -> None:
-    """From t = 1 to the first node and then into data; between two noisy times all n steps are equal."""
+    """n − 1 equal steps from t = 1 to the first node and one into data; between two noisy times all n steps are equal."""
     s = SCHEDULES[schedule]
     assert s.steps is not None
     grid = make_grid("uniform_lambda", s, n)
@@ -181,10 +186,10 @@ def test_karras_is_the_published_ramp(schedule: Schedule, n: int) -> None:
     least = 1 / schedule.steps if schedule.steps else schedule.t_min
     alpha, sigma = schedule.alpha_sigma(torch.tensor([1.0, least], dtype=D))
     high, low = (float(v) for v in (sigma / alpha) ** (1 / 7))
-    want = torch.tensor([(high + i / (n - 1) * (low - high)) ** 7 for i in range(n)], dtype=D)
+    expected = torch.tensor([(high + i / (n - 1) * (low - high)) ** 7 for i in range(n)], dtype=D)
     grid = make_grid("karras", schedule, n)
     alpha, sigma = schedule.alpha_sigma(grid)
-    torch.testing.assert_close((sigma / alpha)[:-1], want, rtol=1e-9, atol=0)
+    torch.testing.assert_close((sigma / alpha)[:-1], expected, rtol=1e-9, atol=0)
     assert float(grid[-1]) == 0
     inner = make_grid("karras", schedule, n, 0.9, 0.2)
     alpha, sigma = schedule.alpha_sigma(inner)
@@ -194,21 +199,22 @@ def test_karras_is_the_published_ramp(schedule: Schedule, n: int) -> None:
 
 @pytest.mark.parametrize("n", [2, 5, 18, 40])
 def test_on_edms_curve_karras_is_linspace(n: int) -> None:
-    """EDM's curve is straight in σ^(1/ρ): its published time steps are both. 1e-6 of σ is what least = 1e-9 allows."""
+    """EDM's curve is linear in σ^(1/ρ), so both are its published time steps, to 1e-6 of σ because t_min is 1e-9."""
     (_, karras), (_, line) = (EDM().alpha_sigma(make_grid(name, EDM(), n)) for name in ("karras", "linspace"))
     torch.testing.assert_close(karras, line, rtol=1e-6, atol=0)
-    want = [(80 ** (1 / 7) + i / (n - 1) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(n)]
-    torch.testing.assert_close(karras, torch.tensor([*want, 0.0], dtype=D), rtol=1e-6, atol=0)
+    expected = [(80 ** (1 / 7) + i / (n - 1) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(n)]
+    torch.testing.assert_close(karras, torch.tensor([*expected, 0.0], dtype=D), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("schedule", [s for s, curve in SCHEDULES.items() if curve.steps is None])
+@pytest.mark.parametrize(("name", "schedule"), NO_FINITE_LAMBDA)
+def test_a_grid_in_lambda_is_refused_at_alpha_0(name: str, schedule: str) -> None:
+    with pytest.raises(ValueError, match="grid=trailing"):
+        make_grid(name, SCHEDULES[schedule], 10)
+
+
+@pytest.mark.parametrize(("name", "schedule"), [pair for pair in CONTINUOUS if pair not in NO_FINITE_LAMBDA])
 def test_continuous_curves(name: str, schedule: str) -> None:
     s = SCHEDULES[schedule]
-    if name in WARPS and s.zero_terminal_snr:
-        with pytest.raises(ValueError, match="grid=trailing"):
-            make_grid(name, s, 10)
-        return
     for n in (1, 2, 10, 250):
         grid = make_grid(name, s, n)
         assert len(grid) == n + 1
@@ -239,5 +245,5 @@ def test_refusals(arguments: tuple[object, ...], remedy: str) -> None:
         make_grid(*arguments)  # type: ignore[arg-type]
 
 
-def test_uniform_lambda_works_below_zero_terminal_snr() -> None:
+def test_uniform_lambda_starts_below_zero_terminal_snr() -> None:
     assert len(make_grid("uniform_lambda", Linear(zero_terminal_snr=True), 10, 0.999, 0.0)) == 11

@@ -1,4 +1,4 @@
-"""Heun's method with churn against the algorithm as the paper prints it, and what churn must keep."""
+"""Heun's method with churn against the published algorithm, and the distribution under churn."""
 
 import itertools
 import math
@@ -31,7 +31,7 @@ def algorithm_2(
     s_max: float,
     s_noise: float,
 ) -> torch.Tensor:
-    """Karras et al. 2022, algorithm 2, line by line, for MIXTURE: t is σ, D the best denoiser."""
+    """Karras et al. 2022, algorithm 2, line by line, for MIXTURE: t is σ, D the exact denoiser."""
 
     def denoise(x: torch.Tensor, t: float) -> torch.Tensor:
         return MIXTURE.denoise(x, torch.ones((), dtype=D), torch.tensor(t, dtype=D))
@@ -54,7 +54,7 @@ def algorithm_2(
     [(18, (0.0, 0.0, math.inf, 1.0)), (18, (30.0, 0.01, 1.0, 1.007)), (40, (40.0, 0.05, 50.0, 1.003)), (2, (0.0, 0.0, 9.0, 1.0))],
 )  # fmt: skip
 def test_the_published_algorithm(n: int, churn: tuple[float, float, float, float]) -> None:
-    """On EDM's curve with its preconditioned network, to 1e-6: the grid's least time is 0+, where σ is σ_min to 1e-7."""
+    """On EDM's curve with its preconditioned network, to 1e-6, since the smallest time of the grid has σ = σ_min to 1e-7."""
 
     def noise(i: int) -> torch.Tensor:
         return normal((1, 1, 1), seed=2, index=torch.arange(5), draw=i + 1, dtype=D)
@@ -62,12 +62,12 @@ def test_the_published_algorithm(n: int, churn: tuple[float, float, float, float
     names = ("s_churn", "s_min", "s_max", "s_noise")
     sampler = Heun(n, "linspace", **dict(zip(names, churn, strict=True)))  # type: ignore[arg-type]
     got = sampler(oracle(MIXTURE, EDM(), Preconditioned()), prior(EDM(), X), seed=2)
-    want = algorithm_2(80 * X, n, noise, *churn)
-    torch.testing.assert_close(got.x, want, rtol=1e-6, atol=1e-6)
+    expected = algorithm_2(80 * X, n, noise, *churn)
+    torch.testing.assert_close(got.x, expected, rtol=1e-6, atol=1e-6)
     assert got.nfe == 2 * n - 1
 
 
-def test_euler_on_edms_curve_is_edms() -> None:
+def test_euler_on_edms_curve_matches_karras_et_al() -> None:
     """x_s = x + (σ_s − σ_t)(x − D)/σ_t over the published times."""
     den, x = oracle(MIXTURE, EDM(), Preconditioned()), 80 * X
     t = [(80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(18)] + [0.0]
@@ -78,8 +78,8 @@ def test_euler_on_edms_curve_is_edms() -> None:
 
 
 @pytest.mark.parametrize("method", [Euler, Heun])
-def test_on_the_straight_line_it_is_flow_matching(method: type) -> None:
-    """dx/dt = v: Euler's and Heun's textbook steps in t, from α = 0 on; the last one into data is Euler's for both."""
+def test_on_the_straight_line_the_steps_are_those_of_flow_matching(method: type) -> None:
+    """dx/dt = v: Euler's and Heun's textbook steps in t, starting at α = 0; the step into data is Euler's for both."""
 
     def velocity(x: torch.Tensor, t: float) -> torch.Tensor:
         sigma = torch.tensor(t, dtype=D)
@@ -97,20 +97,22 @@ def test_on_the_straight_line_it_is_flow_matching(method: type) -> None:
 
 @pytest.mark.parametrize("curve", ["Cosine", "Flow", "EDM"])
 def test_churn_keeps_the_distribution(curve: str) -> None:
-    """N(0.3, 0.5²) from 4,000 images, 80 steps and the most churn there is: 4 standard errors and 0.01 of bias."""
+    """N(0.3, 0.5²) from 4,000 images, 80 steps and maximal churn, with 4 standard errors and a bias of 0.01."""
     s = SCHEDULES[curve]
     x_T = prior(s, normal((1, 1, 1), seed=3, index=torch.arange(4000), dtype=D))
     den = oracle(DATA, s, PredV())
     x = Heun(80, s_churn=100.0)(den, x_T, seed=4).x
     assert float(x.mean()) == pytest.approx(0.3, abs=4 * 0.5 / 4000**0.5 + 0.01)
     assert float(x.std()) == pytest.approx(0.5, abs=4 * 0.5 / 8000**0.5 + 0.01)
-    still = Heun(80)(den, x_T).x
-    assert abs(float(torch.corrcoef(torch.stack([x.flatten(), still.flatten()]))[0, 1])) < 0.5, "most noise was renewed"
+    without_churn = Heun(80)(den, x_T).x
+    assert abs(float(torch.corrcoef(torch.stack([x.flatten(), without_churn.flatten()]))[0, 1])) < 0.5, (
+        "most of the noise is renewed"
+    )
 
 
 @pytest.mark.parametrize("curve", ["Cosine", "Flow", "EDM", "VE", "Cosine-40-zero"])
-def test_where_churn_goes(curve: str) -> None:
-    """To the time where σ/α is 1 + γ times as large, inside [s_min, s_max] alone, and never beyond t = 1."""
+def test_churn_raises_the_time(curve: str) -> None:
+    """To the time at which σ/α is 1 + γ times as large, inside [s_min, s_max] only, and never beyond t = 1."""
     s = SCHEDULES[curve]
     sampler = Heun(10, s_churn=2.0, s_min=0.1, s_max=5.0, grid="trailing")
     times = sampler.time_grid(oracle(DATA, s, PredV()))
@@ -129,8 +131,8 @@ def test_where_churn_goes(curve: str) -> None:
     assert max(seen) <= 1
 
 
-def test_noise_is_scaled() -> None:
-    """s_noise multiplies what is added at the first raised time, and nothing else."""
+def test_s_noise_scales_the_noise() -> None:
+    """s_noise multiplies the noise added at the first raised time, and nothing else."""
     ends = []
     for s_noise in (0.0, 1.0, 3.0):
         states: list[torch.Tensor] = []
@@ -143,7 +145,7 @@ def test_noise_is_scaled() -> None:
 
 
 def test_the_state_is_float64() -> None:
-    """A float32 run is the float64 run rounded once at its end: nothing is lost on the way."""
+    """A float32 run equals the float64 run rounded once at its end."""
     den = Denoiser(lambda x, c: x.tanh(), Cosine(), PredV())
     x = X.float()
     assert torch.equal(Heun(100)(den, x).x, Heun(100)(den, x.double()).x.float())

@@ -1,4 +1,4 @@
-"""The adaptive probability-flow ODE: against the exact flow, against SciPy image by image, and apart from its neighbours."""
+"""The adaptive probability-flow ODE against the exact flow and SciPy, and its independence of the rest of the batch."""
 
 from typing import Any
 
@@ -32,18 +32,18 @@ def begin(schedule: Schedule, count: int = 5) -> torch.Tensor:
 @pytest.mark.parametrize("name", CURVES)
 @pytest.mark.parametrize(("start", "stop"), [(1.0, 0.0), (0.9, 0.1)])
 def test_the_exact_flow(name: str, start: float, stop: float) -> None:
-    """Within ten tolerances of the Gaussian's own solution, relative to the state it starts from; into data: then x̂_0."""
+    """Within 10 tolerances of the exact solution for Gaussian data, relative to the initial state; into data x̂_0 follows."""
     schedule = SCHEDULES[name]
     x = begin(schedule)
     got = ODE(1e-6, 1e-6)(oracle(DATA, schedule, PredV()), x, start=start, stop=stop).x
-    want = DATA.flow(x, schedule, start, stop or schedule.t_min)
+    expected = DATA.flow(x, schedule, start, stop or schedule.t_min)
     if stop == 0:
-        want = DATA.denoise(want, *schedule.alpha_sigma(torch.tensor(schedule.t_min, dtype=D)))
-    assert float((got - want).abs().max()) < 1e-5 * max(1.0, float(x.abs().max()))
+        expected = DATA.denoise(expected, *schedule.alpha_sigma(torch.tensor(schedule.t_min, dtype=D)))
+    assert float((got - expected).abs().max()) < 1e-5 * max(1.0, float(x.abs().max()))
 
 
-def scipys(schedule: Schedule, x: torch.Tensor, start: float, stop: float, tolerance: float) -> Any:
-    """One image, or a batch under one error norm; right-hand side f x − ½ g² score, the published form."""
+def solve_with_scipy(schedule: Schedule, x: torch.Tensor, start: float, stop: float, tolerance: float) -> Any:
+    """Solve for one image, or for a batch with one error norm. The right-hand side is the published f x − ½ g² score."""
 
     def slope(t: float, flat: np.ndarray) -> np.ndarray:
         time = torch.tensor(t, dtype=D)
@@ -56,66 +56,68 @@ def scipys(schedule: Schedule, x: torch.Tensor, start: float, stop: float, toler
 
 
 @pytest.mark.parametrize("schedule", [VP(), SubVP(), VE()])
-def test_single_images_are_scipys(schedule: Schedule) -> None:
-    """Published settings, 1e-5 from 1 to the curve's end: the same number of evaluations, states equal to 1e-7 of σ_max.
-    The right-hand side is written in another form, so the roundings differ, and with them the steps by a little."""
+def test_single_images_match_scipy(schedule: Schedule) -> None:
+    """Published settings, 1e-5 from 1 to the smallest time: equal numbers of evaluations, states equal to 1e-7 of σ_max.
+
+    The right-hand sides are written in different forms, so rounding errors and with them the steps differ slightly.
+    """
     x = begin(schedule, 2)
     stop = schedule.t_min
     got, _, evaluations = ODE()(oracle(MIXTURE, schedule, PredNoise()), x, stop=stop)
     assert evaluations is not None
     for i, image in enumerate(x):
-        want = scipys(schedule, image[None], 1.0, stop, 1e-5)
-        assert int(evaluations[i]) == want.nfev
-        end = torch.from_numpy(want.y[:, -1]).reshape(SHAPE)
+        expected = solve_with_scipy(schedule, image[None], 1.0, stop, 1e-5)
+        assert int(evaluations[i]) == expected.nfev
+        end = torch.from_numpy(expected.y[:, -1]).reshape(SHAPE)
         torch.testing.assert_close(got[i], end, rtol=0, atol=1e-7 * float(x.abs().max()))
 
 
-def test_an_image_does_not_know_its_neighbours_and_scipys_does() -> None:
-    """In batches of 1, 3 and 5 the same to 1e-10. One step for the whole batch, as published codes take it, moves an
-    image by more than 1e-6 when the others change."""
+def test_an_image_does_not_depend_on_its_batch_but_does_in_scipy() -> None:
+    """In batches of 1, 3 and 5 images are equal to 1e-10. With one step size for the whole batch, as in published code, an
+    image changes by more than 1e-6 with the rest of the batch."""
     schedule = VP()
     x = begin(schedule)
     den = oracle(MIXTURE, schedule, PredV())
     sampler = ODE()
-    want, _, evaluations = sampler(den, x)
+    expected, _, evaluations = sampler(den, x)
     assert evaluations is not None
     for rows in ([0], [4, 0, 1], [4, 3, 2, 1, 0]):
         got = sampler(den, x[rows])
-        torch.testing.assert_close(got.x, want[rows], rtol=0, atol=1e-10)
+        torch.testing.assert_close(got.x, expected[rows], rtol=0, atol=1e-10)
         assert got.evaluations is not None
         assert torch.equal(got.evaluations, evaluations[rows])
-    alone, among = (scipys(schedule, rows, 1.0, 1e-3, 1e-5).y[:8, -1] for rows in (x[:1], x))
+    alone, among = (solve_with_scipy(schedule, rows, 1.0, 1e-3, 1e-5).y[:8, -1] for rows in (x[:1], x))
     assert np.abs(alone - among).max() > 1e-6
 
 
 def test_evaluations_of_each_image() -> None:
-    """What the network was really asked: rows that have arrived are left out; nfe is the most, the step into data included."""
-    asked: list[int] = []
+    """Images that have reached the end are not evaluated; nfe is the largest number, including the step into data."""
+    batches: list[int] = []
     inner = oracle(MIXTURE, Cosine(), PredV())
 
     def network(x: torch.Tensor, c: torch.Tensor, **_: Any) -> torch.Tensor:
-        asked.append(len(x))
+        batches.append(len(x))
         return inner.network(x, c)
 
     got = ODE(1e-3, 1e-3)(Denoiser(network, Cosine(), PredV()), begin(Cosine(), 8))
     assert got.evaluations is not None
-    assert got.nfe == len(asked) == int(got.evaluations.max())
-    assert int(got.evaluations.sum()) == sum(asked) < 8 * len(asked)
+    assert got.nfe == len(batches) == int(got.evaluations.max())
+    assert int(got.evaluations.sum()) == sum(batches) < 8 * len(batches)
     assert got.evaluations.dtype == torch.int64
 
 
 def test_budget() -> None:
-    """What suffices is used, one less is refused in one line; no step is possible with less than nine."""
+    """The evaluations that a call needs suffice as its budget; one less is refused. A step needs at least nine."""
     den, x = oracle(DATA, VP(), PredV()), begin(VP())
-    want, nfe, _ = ODE(1e-3, 1e-3)(den, x)
-    assert torch.equal(ODE(1e-3, 1e-3, budget=nfe)(den, x).x, want)
+    expected, nfe, _ = ODE(1e-3, 1e-3)(den, x)
+    assert torch.equal(ODE(1e-3, 1e-3, budget=nfe)(den, x).x, expected)
     for budget in (nfe - 1, 8, 1):
         with pytest.raises(ValueError, match=r"raise the budget, or loosen rtol=0.001"):
             ODE(1e-3, 1e-3, budget=budget)(den, x)
 
 
 def test_the_condition_follows_its_image() -> None:
-    """Every image gets its own label while others drop out: as if each were sampled alone."""
+    """Every image keeps its label when other images have reached the end: the result is that of each image alone."""
 
     def network(x: torch.Tensor, c: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         assert len(label) == len(x)
@@ -135,35 +137,35 @@ def test_the_condition_follows_its_image() -> None:
 
 
 @pytest.mark.parametrize("name", ["Cosine", "Linear-40", "Linear-zero", "VE", "SubVP"])
-def test_the_parametrization_runs_along_the_curve(name: str) -> None:
-    """u ↦ t and back, and (dα/du, dσ/du) against differences of (α, σ)(t(u)), at times between nodes."""
-    schedule, clock = SCHEDULES[name], TimeParametrization(SCHEDULES[name])
+def test_the_parametrization_is_invertible_and_its_tangent_matches_differences(name: str) -> None:
+    """(dα/du, dσ/du) against finite differences of (α, σ)(t(u)), at times between nodes."""
+    schedule, parametrization = SCHEDULES[name], TimeParametrization(SCHEDULES[name])
     for t in (1.0, 0.9876, 0.5013, 0.1234, 0.0312):
-        u = torch.tensor(clock.at(t), dtype=D)
-        assert float(clock.time(u)) == pytest.approx(t, abs=1e-12)
-        if t == 1:
-            continue
-        low, high = (schedule.alpha_sigma(clock.time(u + h)) for h in (-1e-6, 1e-6))
-        for slope, a, b in zip(clock.tangent(u), low, high, strict=True):
+        u = torch.tensor(parametrization.at(t), dtype=D)
+        assert float(parametrization.time(u)) == pytest.approx(t, abs=1e-12)
+    for t in (0.9876, 0.5013, 0.1234, 0.0312):  # at t = 1 a central difference leaves the curve
+        u = torch.tensor(parametrization.at(t), dtype=D)
+        low, high = (schedule.alpha_sigma(parametrization.time(u + h)) for h in (-1e-6, 1e-6))
+        for slope, a, b in zip(parametrization.tangent(u), low, high, strict=True):
             assert float(slope) == pytest.approx(float(b - a) / 2e-6, rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", ["Linear-40", "Cosine-40"])
 def test_over_the_angle_a_table_is_smooth(name: str) -> None:
-    """Why not over t: with a kink at each node it takes more than twice the evaluations and is ten times as far off."""
+    """Over t, with a kink at each node, the solver needs more than twice the evaluations and has ten times the error."""
     schedule, x = SCHEDULES[name], begin(SCHEDULES[name], 3)
-    den, least = oracle(DATA, schedule, PredV()), schedule.t_min
-    want = DATA.flow(x, schedule, 1.0, least)
-    got = ODE()(den, x, stop=least)
-    ours = float((got.x - want).abs().max())
+    den, t_min = oracle(DATA, schedule, PredV()), schedule.t_min
+    expected = DATA.flow(x, schedule, 1.0, t_min)
+    got = ODE()(den, x, stop=t_min)
+    error = float((got.x - expected).abs().max())
 
     def slope(t: torch.Tensor, y: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         prediction, (d_alpha, d_sigma) = den(y, t), schedule.derivatives(t)
         return append_dims_like(d_alpha, y) * prediction.x0 + append_dims_like(d_sigma, y) * prediction.noise
 
-    over_t = integrate(slope, x, 1.0, least)
-    assert ours < 1e-4
-    assert float((over_t.y - want).abs().max()) > 10 * ours
+    over_t = integrate(slope, x, 1.0, t_min)
+    assert error < 1e-4
+    assert float((over_t.y - expected).abs().max()) > 10 * error
     assert over_t.calls > 2 * got.nfe
 
 
@@ -171,33 +173,33 @@ def test_over_the_angle_a_table_is_smooth(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["SubVP", "VE", "Cosine"])
-def test_there_and_back(name: str) -> None:
-    """Encode 0.1 → 0.9 and decode: back to 1e-3 at tolerance 1e-6."""
+def test_encoding_and_decoding_between_noisy_times(name: str) -> None:
+    """Encode 0.1 → 0.9 and decode: equal to 1e-3 at tolerance 1e-6."""
     schedule, x = SCHEDULES[name], torch.linspace(-1, 1, 24, dtype=D).reshape(3, *SHAPE)
     den = oracle(MIXTURE, schedule, PredV())
-    there = ODE(1e-6, 1e-6)(den, x, start=0.1, stop=0.9).x
-    assert (there - x).abs().mean() > 0.1
-    back = ODE(1e-6, 1e-6)(den, there, start=0.9, stop=0.1).x
+    latent = ODE(1e-6, 1e-6)(den, x, start=0.1, stop=0.9).x
+    assert (latent - x).abs().mean() > 0.1
+    back = ODE(1e-6, 1e-6)(den, latent, start=0.9, stop=0.1).x
     torch.testing.assert_close(back, x, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("schedule", [VP(), VE(), Cosine()])
-def test_data_is_encoded_and_comes_back(schedule: Schedule) -> None:
-    """From t = 0 the step out of data is that of DDIM, ε̂ asked of x_0 at the least time: what comes back is x_0 but for σ²."""
+def test_encoding_and_decoding_data(schedule: Schedule) -> None:
+    """The step out of data is DDIM's, with ε̂ predicted from x_0 at the smallest time; decoding returns x_0 up to σ²."""
     x = torch.linspace(-0.5, 1.1, 24, dtype=D).reshape(3, *SHAPE)
     den = oracle(DATA, schedule, PredV())
     sampler = ODE()
     latent = sampler(den, x, start=0.0, stop=1.0).x
-    least = torch.tensor(schedule.t_min, dtype=D)
-    alpha, sigma = schedule.alpha_sigma(least)
-    first = alpha * x + sigma * den(x, least).noise
+    t_min = torch.tensor(schedule.t_min, dtype=D)
+    alpha, sigma = schedule.alpha_sigma(t_min)
+    first = alpha * x + sigma * den(x, t_min).noise
     torch.testing.assert_close(latent, DATA.flow(first, schedule, schedule.t_min, 1.0), rtol=1e-3, atol=1e-3)
     back = sampler(den, latent).x
     assert float((back - x).abs().max()) < 10 * float(sigma) ** 2 + 1e-4
 
 
-def test_ends_below_the_least_time() -> None:
-    """stop inside (0, least) is gone to; from there into data no ODE is left to solve; as for encoding up to there."""
+def test_ends_below_the_smallest_time() -> None:
+    """A stop in (0, t_min) is reached; from there into data, and back, no ODE remains to be solved."""
     den, x = oracle(DATA, VP(), PredV()), begin(VP())
     sampler = ODE(1e-6, 1e-6)
     torch.testing.assert_close(sampler(den, x, stop=5e-4).x, DATA.flow(x, VP(), 1.0, 5e-4), rtol=0, atol=1e-4)
@@ -210,16 +212,16 @@ def test_ends_below_the_least_time() -> None:
 # -------------------------------------------------------------------------------------------------- callback, dtypes
 
 
-def test_the_callback_sees_each_image_at_its_own_time() -> None:
-    """The prediction solved from x and dx/dt is the network's: the states fall towards data, t is the image farthest behind,
-    the last report is the step into data."""
+def test_the_callback_receives_states_and_the_networks_predictions() -> None:
+    """The prediction solved from x and dx/dt is the network's. t is the time of the image farthest behind; the last report is
+    the step into data."""
     seen: list[Any] = []
     den, x = oracle(DATA, VP(), PredV()), begin(VP(), 1)
     out = ODE(1e-4, 1e-4)(den, x, callback=lambda *report: seen.append(report)).x
     assert [i for i, *_ in seen] == list(range(len(seen)))
     for _, t, state, prediction in seen:  # one image, so that t is its time
-        want = den(state, torch.tensor(t, dtype=D))
-        for got, true in zip(prediction[:3], want[:3], strict=True):
+        expected = den(state, torch.tensor(t, dtype=D))
+        for got, true in zip(prediction[:3], expected[:3], strict=True):
             torch.testing.assert_close(got, true, rtol=1e-7, atol=1e-7)
     assert torch.equal(seen[0][2], x)
     assert seen[-1][1] == VP().t_min
@@ -230,7 +232,7 @@ def test_the_callback_sees_each_image_at_its_own_time() -> None:
 
 
 def test_a_float32_network_and_state() -> None:
-    """The state is float64 inside, the network's and the result's dtype their own; images within 1e-3 of float64's."""
+    """The state is float64 internally, the network and the result stay float32; images within 1e-5 of those of float64."""
     net = torch.nn.Conv2d(2, 2, 1)
     torch.nn.init.constant_(net.weight, 0.1)
 
@@ -252,7 +254,7 @@ def test_a_float32_network_and_state() -> None:
 
 
 def test_clipping_is_part_of_the_equation() -> None:
-    """With x̂_0 clipped to ±0.1 the end is a clipped x̂_0, and the callback is told the clipped one."""
+    """With x̂_0 clipped to ±0.1 the result is a clipped x̂_0, and the callback receives clipped ones."""
     seen: list[Any] = []
     den = oracle(DATA, VP(), PredV(), clip=0.1)
     assert float(ODE(1e-3, 1e-3)(den, begin(VP()), callback=lambda *r: seen.append(r)).x.abs().max()) <= 0.1
@@ -263,7 +265,7 @@ def test_clipping_is_part_of_the_equation() -> None:
 
 
 def test_nan_is_named_with_its_evaluation_and_time() -> None:
-    """One image of three goes bad below t = 0.5: found there, not at the time of its neighbours."""
+    """The network returns NaN for one image of three below t = 0.5; the message names this time, not that of the others."""
     inner = oracle(DATA, VP(), PredV())
 
     def network(x: torch.Tensor, c: torch.Tensor, bad: torch.Tensor) -> torch.Tensor:

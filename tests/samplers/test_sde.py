@@ -1,4 +1,4 @@
-"""The reverse SDE's samplers: against the published formulas written anew, exact moments, peers, Langevin norms of an image."""
+"""Samplers of the reverse SDE against published formulas, exact moments and diffusers; Langevin steps per image."""
 
 import itertools
 import math
@@ -36,28 +36,28 @@ WORK = [(c, n) for c in (EulerMaruyama, ReverseDiffusion) for n in CURVES if (c,
 
 
 def network(x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-    """Some ε̂ of the size of a noise, different for each time."""
+    """Return an ε̂ of the scale of noise that depends on time."""
     return (x * (0.5 + (c[:, None, None, None] / 7).sin() ** 2)).tanh()
 
 
 def epsilon(x: np.ndarray, schedule: Schedule, t: float) -> np.ndarray:
-    told = schedule.conditioning(torch.tensor(t, dtype=D)).expand(len(x))
-    return network(torch.from_numpy(x), told).numpy()
+    c = schedule.conditioning(torch.tensor(t, dtype=D)).expand(len(x))
+    return network(torch.from_numpy(x), c).numpy()
 
 
 def z(draw: int) -> np.ndarray:
-    """The keyed noise: that of noise(i) is draw i + 1."""
+    """Return the keyed noise of noise(i), i = draw, which is draw i + 1 of the key."""
     return normal(SHAPE, seed=4, index=torch.arange(3), draw=draw + 1, dtype=D).numpy()
 
 
-def agree(got: torch.Tensor, want: np.ndarray, margin: float = 1e-9) -> None:
-    assert float((got - torch.from_numpy(want)).abs().max()) < margin * max(1.0, float(np.abs(want).max()))
+def agree(got: torch.Tensor, expected: np.ndarray, margin: float = 1e-9) -> None:
+    assert float((got - torch.from_numpy(expected)).abs().max()) < margin * max(1.0, float(np.abs(expected).max()))
 
 
 # ----------------------------------------------------------------------------------------------- published formulas
 
 
-def test_reverse_diffusion_on_ve_is_songs() -> None:
+def test_reverse_diffusion_on_ve_matches_song_et_al() -> None:
     """x ← x + (σ_i² − σ_{i−1}²) score + √(σ_i² − σ_{i−1}²) z, σ_i geometric, σ_0 = 0; the last mean is returned (eq. 47)."""
     n, x = 50, 50 * X.numpy()
     t = np.append(np.linspace(1, 1e-5, n), 0)
@@ -72,7 +72,7 @@ def test_reverse_diffusion_on_ve_is_songs() -> None:
 
 
 @pytest.mark.parametrize(("first", "last"), [(1000, 900), (100, 0)])
-def test_reverse_diffusion_on_ddpms_chain_is_songs(first: int, last: int) -> None:
+def test_reverse_diffusion_on_ddpms_chain_matches_song_et_al(first: int, last: int) -> None:
     """x ← (2 − √(1−β_i)) x + β_i score + √β_i z, the first and the last 100 of 1000 steps (eq. 46). The last mean is x̂_0
     to β_1²/8 = 1e-9."""
     x, beta = X.numpy(), np.linspace(0.1, 20, 1000) / 1000
@@ -97,7 +97,7 @@ def bar(t: float) -> float:
     return 0.1 * t + t**2 * 19.9 / 2
 
 
-FORWARD: dict[str, Callable[[float], tuple[float, float, float]]] = {  # published f, g², σ of each SDE, typed in
+FORWARD: dict[str, Callable[[float], tuple[float, float, float]]] = {  # published f, g², σ of each SDE
     "vp": lambda t: (-beta(t) / 2, beta(t), math.sqrt(1 - math.exp(-bar(t)))),
     "sub_vp": lambda t: (-beta(t) / 2, beta(t) * (1 - math.exp(-2 * bar(t))), 1 - math.exp(-bar(t))),
     "ve": lambda t: (0.0, 2 * (0.01 * 5000**t) ** 2 * math.log(5000), 0.01 * 5000**t),
@@ -106,8 +106,8 @@ FORWARD: dict[str, Callable[[float], tuple[float, float, float]]] = {  # publish
 
 
 @pytest.mark.parametrize("name", FORWARD)
-def test_euler_maruyama_is_songs(name: str) -> None:
-    """x ← x − [f x − g² score] h + g √h z, f and g² from the papers, from 0.9 over 30 steps to 0.3, where noise still belongs."""
+def test_euler_maruyama_matches_song_et_al(name: str) -> None:
+    """x ← x − [f x − g² score] h + g √h z, f and g² from the papers, from 0.9 to 0.3 in 30 steps, all of them stochastic."""
     x, n, schedule = X.numpy(), 30, CURVES[name]
     t = [0.9 - 0.6 * k / n for k in range(n + 1)]
     for k in range(n):
@@ -121,7 +121,7 @@ def test_euler_maruyama_is_songs(name: str) -> None:
 
 
 class _NoiseOnFlow(PredNoise):
-    """ε̂ from a network also on a curve that ends in α = 0, which is not reached here."""
+    """PredNoise without the refusal of curves that end in α = 0; the test does not reach this end."""
 
     def check(self, schedule: Schedule) -> None:
         pass
@@ -130,7 +130,7 @@ class _NoiseOnFlow(PredNoise):
 @pytest.mark.parametrize("corrector_steps", [1, 2])
 @pytest.mark.parametrize("name", ["ve", "linear", "sub_vp"])
 def test_predictor_corrector_by_hand(name: str, corrector_steps: int) -> None:
-    """M Langevin steps, κ = 2a(r‖z‖/‖g‖)² of each image by itself, then the predictor; no draw is used twice."""
+    """M Langevin steps, κ = 2a(r‖z‖/‖g‖)² per image, then the predictor; no draw is used twice."""
     schedule, n, m = CURVES[name], 20, corrector_steps
     scale = 50 if name == "ve" else 1
     x, t, drawn = scale * X.numpy(), make_grid("trailing", schedule, n).tolist(), []
@@ -162,8 +162,8 @@ def test_predictor_corrector_by_hand(name: str, corrector_steps: int) -> None:
 
 
 def test_the_published_scale_of_a_langevin_step() -> None:
-    """1 − β_i on DDPM's chain, 1 on VE and EDM; the forward SDE gives it to sub_vp, where published code has none: as for vp,
-    since their drifts are the same. Where α = 0 it is 0: at pure noise nothing is corrected."""
+    """1 − β_i on DDPM's chain, 1 on VE and EDM; on sub_vp, for which published code has none, the same as on vp, since their
+    drifts are equal. It is 0 at α = 0: pure noise is not corrected."""
     sampler, t = PredictorCorrector(10), torch.tensor([0.001, 0.3, 1.0], dtype=D)
     chain = 1 - torch.linspace(1e-4, 0.02, 1000, dtype=D)[torch.tensor([0, 299, 999])]
     torch.testing.assert_close(sampler.scale(Linear(), t), chain, rtol=1e-12, atol=0)
@@ -176,7 +176,7 @@ def test_the_published_scale_of_a_langevin_step() -> None:
 
 
 @pytest.mark.parametrize("name", ["reverse_diffusion", "euler_maruyama"])
-def test_without_a_corrector_it_is_the_predictor(name: str) -> None:
+def test_without_corrector_steps_it_equals_the_predictor(name: str) -> None:
     den = Denoiser(network, VP(), PredNoise())
     alone: Sampler = (ReverseDiffusion if name == "reverse_diffusion" else EulerMaruyama)(15)
     assert torch.equal(
@@ -188,7 +188,7 @@ def test_without_a_corrector_it_is_the_predictor(name: str) -> None:
 
 
 def moments(sampler: ReverseSDE, schedule: Schedule, mean: float, std: float) -> tuple[float, float]:
-    """Mean and deviation that the sampler gives to Gaussian data: each step is affine, so no sampling is needed."""
+    """Return the exact mean and standard deviation for Gaussian data: each step is affine, so no sampling is needed."""
     grid = sampler.time_grid(oracle(Gaussian(torch.zeros(1, 1, 1), 1.0), schedule, PredV()))
     alpha, sigma = schedule.alpha_sigma(grid)
     at, var = torch.zeros((), dtype=D), sigma[0] ** 2
@@ -206,8 +206,8 @@ def moments(sampler: ReverseSDE, schedule: Schedule, mean: float, std: float) ->
 
 @pytest.mark.parametrize(("cls", "name"), WORK)
 def test_moments_converge_at_first_order(cls: type[ReverseSDE], name: str) -> None:
-    """Exact mean and deviation on N(0.3, 0.5²): the bias at 125, 250, 500 and 1000 steps halves, by 1.7 to 2.4, until what
-    is left is below 2e-3: starting from N(0, σ_1²) and ending in x̂_0 have a bias of their own."""
+    """Exact mean and standard deviation on N(0.3, 0.5²): the bias at 125, 250, 500 and 1000 steps falls by 1.7 to 2.4 each time,
+    until it is below 2e-3, the bias of starting from N(0, σ_1²) and of ending at x̂_0."""
     bias = []
     for n in (125, 250, 500, 1000):
         mean, std = moments(cls(n), CURVES[name], 0.3, 0.5)
@@ -225,65 +225,66 @@ def test_samples_have_these_moments(cls: type[ReverseSDE], name: str) -> None:
     x_T = prior(schedule, normal((1, 2, 2), seed=2, index=torch.arange(4000), dtype=D))
     x = cls(30)(oracle(Gaussian(means.reshape(1, 2, 2), 0.5), schedule, PredV()), x_T, seed=3).x.flatten(1)
     std = moments(cls(30), schedule, 0.0, 0.5)[1]
-    want = torch.tensor([moments(cls(30), schedule, float(m), 0.5)[0] for m in means], dtype=D)
-    assert float((x.mean(0) - want).abs().max()) < 4.5 * std / 4000**0.5
+    expected = torch.tensor([moments(cls(30), schedule, float(m), 0.5)[0] for m in means], dtype=D)
+    assert float((x.mean(0) - expected).abs().max()) < 4.5 * std / 4000**0.5
     gap = (x.T.cov() - std**2 * torch.eye(4, dtype=D)).abs()
     assert float(gap.max()) < 4.5 * std**2 * (2 / 4000) ** 0.5
 
 
 @pytest.mark.parametrize("sampler", [EulerMaruyama(200), ReverseDiffusion(200)])
 def test_a_stop_before_data_is_a_noisy_state(sampler: Sampler) -> None:
-    """At t = 0.4 on VP the variance is α²0.25 + σ², to 4 standard errors and 0.01: the last step keeps its noise there."""
+    """At t = 0.4 on VP the variance is α²0.25 + σ², to 4 standard errors and 0.01: the last step adds noise."""
     den = oracle(Gaussian(torch.zeros(1, 1, 1), 0.5), VP(), PredV())
     x = sampler(den, normal((1, 8, 8), seed=2, index=torch.arange(200), dtype=D), seed=3, stop=0.4).x
     alpha, sigma = (float(v) for v in VP().alpha_sigma(torch.tensor(0.4, dtype=D)))
-    want = alpha**2 / 4 + sigma**2
-    assert abs(float(x.var()) - want) < 4 * want * (2 / x.numel()) ** 0.5 + 0.01
+    expected = alpha**2 / 4 + sigma**2
+    assert abs(float(x.var()) - expected) < 4 * expected * (2 / x.numel()) ** 0.5 + 0.01
 
 
 # ------------------------------------------------------------------------------------------------------------ Langevin
 
 
 def langevin_chain(shape: tuple[int, ...], std: float, count: int, snr: float) -> torch.Tensor:
-    """Where `count` Langevin steps at t = 0.5 on VE bring data N(0, 1) from a state of the wrong deviation."""
+    """Return the state, in units of its exact standard deviation, after `count` Langevin steps at t = 0.5 on VE for data N(0, 1),
+    starting from `std` in these units."""
     sampler, schedule = PredictorCorrector(10, snr=snr), VE()
     sigma = float(schedule.alpha_sigma(torch.tensor(0.5, dtype=D))[1])
-    right = math.sqrt(1 + sigma**2)
-    x = std * right * normal(shape, seed=2, index=torch.arange(60), dtype=D)
+    exact_std = math.sqrt(1 + sigma**2)
+    x = std * exact_std * normal(shape, seed=2, index=torch.arange(60), dtype=D)
     for i in range(count):
-        eps = sigma * x / right**2
+        eps = sigma * x / exact_std**2
         x = sampler.langevin(x, eps, sigma, 1.0, normal(shape, seed=3, index=torch.arange(60), draw=i, dtype=D))
-    return x / right
+    return x / exact_std
 
 
 @pytest.mark.parametrize("std", [0.8, 1.25])
-def test_langevin_steps_lead_to_the_right_distribution(std: float) -> None:
-    """Images of 1,024 numbers from either side to the right deviation within 0.02: the step's own bias (1.3 % for r = 0.16)
-    and 2/d for norms of an image."""
+def test_langevin_steps_converge_to_the_exact_distribution(std: float) -> None:
+    """Images of 1,024 numbers converge from both sides to the exact standard deviation within 0.02, the bias of the step
+    (1.3 % for r = 0.16) plus 2/d for the norms of one image."""
     assert abs(float(langevin_chain((1, 32, 32), std, 150, 0.16).std()) - 1) < 0.02
 
 
 def test_norms_of_few_pixels_bias_langevin_steps() -> None:
-    """What the documentation says of small images: with 16 numbers the variance comes out (1 + 2/d)² too large."""
+    """With d = 16 numbers per image the variance is too large by (1 + 2/d)²."""
     got = float(langevin_chain((1, 4, 4), 1.0, 400, 0.05).var())
     assert got == pytest.approx((1 + 2 / 16) ** 2, abs=0.1)
 
 
-def test_no_score_is_no_step() -> None:
-    """A fresh network gives ε̂ = 0: κ would be infinite."""
+def test_a_zero_score_is_no_langevin_step() -> None:
+    """A newly initialized network returns ε̂ = 0, for which κ would be infinite."""
     den = Denoiser(lambda x, c: torch.zeros_like(x), VE(), PredNoise())
     sampler = PredictorCorrector(5)
     grid = sampler.time_grid(den)
     spread = sampler.predictor.coefficients(VE(), grid[:-1], grid[1:])[2]
-    want = 50 * X.numpy() + sum(float(spread[i]) * z(2 * i + 1) for i in range(4))
-    agree(sampler(den, 50 * X, seed=4).x, want)
+    expected = 50 * X.numpy() + sum(float(spread[i]) * z(2 * i + 1) for i in range(4))
+    agree(sampler(den, 50 * X, seed=4).x, expected)
 
 
 # --------------------------------------------------------------------------------------------------------------- peers
 
 
 def peer(name: str, n: int) -> Any:
-    """Their scheduler, ready for n steps."""
+    """Return diffusers' scheduler for n steps."""
     pytest.importorskip("diffusers")
     from diffusers import ScoreSdeVeScheduler
     from diffusers.schedulers.deprecated.scheduling_sde_vp import ScoreSdeVpScheduler
@@ -301,7 +302,7 @@ def generated() -> tuple[torch.Generator, torch.Tensor]:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("i", [39, 20, 1])
 def test_diffusers_predictor_on_ve(i: int) -> None:
-    """Reverse diffusion from σ_i to σ_{i−1}, 40 of them: mean and noisy state, to their float32 table's 1e-5."""
+    """Reverse diffusion from σ_i to σ_{i−1}, 40 of them: mean and noisy state, to 1e-5, the precision of their float32 table."""
     theirs, (generator, noise) = peer("ve", 40), generated()
     t, s = torch.tensor([i / 39], dtype=D), torch.tensor([max((i - 1) / 39, 1e-12)], dtype=D)
     sigma = VE().alpha_sigma(t)[1]
@@ -317,8 +318,8 @@ def test_diffusers_predictor_on_ve(i: int) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("t", [1.0, 0.5, 0.025])
 def test_diffusers_predictor_on_vp(t: float) -> None:
-    """Euler–Maruyama by h = 1/N, to their float32 coefficients' 1e-5: our steps on grid=trailing. Their own times
-    1 … 1e-3 are (1 − 1e-3)/(N − 1) apart, and the step stays 1/N: of 40 times 39 are left, and the SDE ends too early."""
+    """Euler–Maruyama with h = 1/N equals our steps on grid=trailing, to 1e-5, the precision of their float32 coefficients.
+    diffusers' times 1 … 1e-3 are (1 − 1e-3)/(N − 1) apart but its step is 1/N, so its SDE ends too early."""
     theirs, (generator, noise) = peer("vp", 40), generated()
     now = torch.tensor([t], dtype=D)
     eps = network(X, now)
@@ -332,8 +333,8 @@ def test_diffusers_predictor_on_vp(t: float) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_diffusers_corrector_mixes_the_batch() -> None:
-    """For one image their Langevin step is ours. For two their step size is that of the mean norms, so that an image moves
-    otherwise beside another neighbour; ours does not."""
+    """For one image diffusers' Langevin step equals ours. For two images its step size is computed from mean norms, so an image
+    depends on the other one; ours does not."""
     theirs, sampler = peer("ve", 10), PredictorCorrector(10, snr=0.15)  # their default
     x, sigma = 3 * X.float(), 3.0
     eps = network(x, torch.zeros(3)) * torch.tensor([1.0, 0.2, 5.0])[:, None, None, None]
@@ -354,8 +355,8 @@ def test_diffusers_corrector_mixes_the_batch() -> None:
 
 
 @pytest.mark.parametrize("schedule", [Flow(), Linear(zero_terminal_snr=True)])
-def test_an_infinite_drift_is_refused_and_avoidable(schedule: Schedule) -> None:
-    """At α = 0 Euler–Maruyama names the sampler that works; from a time below it runs itself."""
+def test_an_infinite_drift_is_refused(schedule: Schedule) -> None:
+    """At α = 0 the message names a sampler that works; from a later time Euler–Maruyama itself works."""
     den = oracle(Gaussian(torch.zeros(1, 1, 1), 0.5), schedule, PredV())
     x = normal((1, 1, 1), seed=1, index=torch.arange(4), dtype=D)
     for sampler in (EulerMaruyama(20), PredictorCorrector(20, predictor="euler_maruyama")):
@@ -388,7 +389,7 @@ def test_arguments(options: dict[str, Any], remedy: str) -> None:
 
 @pytest.mark.parametrize(("budget", "m", "n"), [(21, 1, 10), (20, 1, 10), (9, 2, 3), (7, 0, 7)])
 def test_budget(budget: int, m: int, n: int) -> None:
-    """N(M + 1) evaluations at most, counted where they happen."""
+    """N(M + 1) evaluations at most."""
     sampler = PredictorCorrector(budget=budget, corrector_steps=m)
     assert sampler.steps == n
     nfe = sampler(Denoiser(network, VE(), PredNoise()), 50 * X).nfe

@@ -1,8 +1,8 @@
-"""The deterministic solvers step by step against diffusers, on the same network outputs; and where theirs are different.
+"""Deterministic solvers step by step against diffusers, on the same network outputs, and documented differences.
 
-Our sampler runs the chain; each network output goes through their step at the state where it was asked. Their σ/α are set to
-ours in float64, because their float32 tables would be all that is measured. Several of their steps round the state to
-float32: 1e-5 is what they can reach.
+Our sampler runs the chain, and each of its states and outputs is stepped once by diffusers. Its σ/α are replaced by ours in
+float64, because the comparison would otherwise measure its float32 tables. Several of its steps round the state to float32, so
+they agree to 1e-5.
 """
 
 import itertools
@@ -21,7 +21,7 @@ from diffusion_lab.samplers.grids import make_grid
 from diffusion_lab.schedules import EDM, VP, Cosine, Flow, Linear, Schedule
 
 diffusers = pytest.importorskip("diffusers")
-pytestmark = pytest.mark.filterwarnings("ignore")  # theirs
+pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of diffusers
 
 D = torch.float64
 SHAPE = (2, 3, 3)
@@ -38,7 +38,7 @@ def ours(step: int) -> torch.Tensor:
 
 
 def run(sampler: Sampler, curve: str, prediction: str, start: float = 1.0) -> tuple[list[Step], torch.Tensor]:
-    """Our chain from keyed noise: every evaluation in turn (a step may have two), and the end."""
+    """Run our sampler from keyed noise; return every evaluation in order (a step may have two) and the result."""
     schedule, seen = CURVES[curve], []
     inner = oracle(DATA, schedule, OBJECTIVES[prediction])
 
@@ -53,13 +53,13 @@ def run(sampler: Sampler, curve: str, prediction: str, start: float = 1.0) -> tu
 
 
 def levels(sampler: Sampler, curve: str, start: float = 1.0) -> torch.Tensor:
-    """What they call sigmas, at our times: σ/α; of flow σ."""
+    """Return diffusers' sigmas at our times: σ/α; for flow σ."""
     alpha, sigma = CURVES[curve].alpha_sigma(make_grid(sampler.grid, CURVES[curve], sampler.steps, start, 0.0))
     return sigma if curve == "flow" else sigma / alpha
 
 
 def prepared(scheduler: Any, sigmas: torch.Tensor) -> Any:
-    """Their scheduler at the first of the given times."""
+    """Return diffusers' scheduler, set to the first of these sigmas."""
     n = len(sigmas) - 1
     scheduler.set_timesteps(n)
     scheduler.sigmas = sigmas
@@ -67,15 +67,15 @@ def prepared(scheduler: Any, sigmas: torch.Tensor) -> Any:
     return scheduler
 
 
-def agree(got: torch.Tensor, want: torch.Tensor, step: int, margin: float = 1e-5) -> None:
+def agree(got: torch.Tensor, expected: torch.Tensor, step: int, margin: float = 1e-5) -> None:
     size = max(1.0, float(got.abs().max()))
-    assert float((got - want).abs().max()) < margin * size, f"step {step}"
+    assert float((got - expected).abs().max()) < margin * size, f"step {step}"
 
 
 def compare(theirs: Any, seen: list[Step], end: torch.Tensor, noisy: bool = False, count: int | None = None) -> None:
-    """Every step of theirs from our states and outputs arrives where ours does."""
-    arrived = [x for _, x, _ in seen[1:]] + [end]
-    for k, ((_, x, p), to) in enumerate(itertools.islice(zip(seen, arrived, strict=True), count)):
+    """Assert that every step of diffusers from our states and outputs returns our next state."""
+    reached = [x for _, x, _ in seen[1:]] + [end]
+    for k, ((_, x, p), to) in enumerate(itertools.islice(zip(seen, reached, strict=True), count)):
         extra = {"variance_noise": ours(k)} if noisy else {}
         agree(to, theirs.step(p.output, theirs.timesteps[k], x, **extra).prev_sample, k)
 
@@ -85,8 +85,8 @@ def compare(theirs: Any, seen: list[Step], end: torch.Tensor, noisy: bool = Fals
 
 @pytest.mark.parametrize("n", [5, 20])
 @pytest.mark.parametrize("curve", ["linear", "cosine"])
-def test_karras_and_uniform_lambda_are_theirs(n: int, curve: str) -> None:
-    """Their σ/α from their float32 tables, to 1e-4 of it (1e-3 of cosine's first, which is 2e4)."""
+def test_karras_and_uniform_lambda_match_diffusers(n: int, curve: str) -> None:
+    """Relative error of σ/α below 1e-4, the precision of their float32 tables (1e-3 for the first of cosine, 2e4)."""
     name = "squaredcos_cap_v2" if curve == "cosine" else "linear"
     for grid, option in (("karras", "use_karras_sigmas"), ("uniform_lambda", "use_lu_lambdas")):
         theirs = diffusers.DPMSolverMultistepScheduler(beta_schedule=name, **{option: True})
@@ -132,7 +132,7 @@ def test_dpm_solver_on_grids_in_lambda(order: int, grid: str) -> None:
 
 @pytest.mark.parametrize(("order", "start"), [(1, 1.0), (2, 1.0), (3, 0.98)])
 def test_dpm_solver_on_the_straight_line(order: int, start: float) -> None:
-    """From α = 0 on, where λ is −∞ for both; at order 3 ours looks back across it in no step, theirs to the slope 0 in one."""
+    """From α = 0 on, where λ is −∞ for both. At order 3 ours uses no estimate from there; theirs uses one with slope 0."""
     sampler = DPMSolverPP(20, order)
     theirs = multistep(solver_order=order, prediction_type="flow_prediction", use_flow_sigmas=True)
     compare(prepared(theirs, levels(sampler, "flow", start)), *run(sampler, "flow", "flow_prediction", start))
@@ -140,14 +140,14 @@ def test_dpm_solver_on_the_straight_line(order: int, start: float) -> None:
 
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_dpm_solver_of_edm(order: int) -> None:
-    """Their own grid this time: Karras's, which on our curve is linspace."""
+    """With the default grid of diffusers: karras, on our curve linspace."""
     theirs = diffusers.EDMDPMSolverMultistepScheduler(solver_order=order)
     theirs.set_timesteps(20)
     compare(theirs, *run(DPMSolverPP(20, order, grid="linspace"), "edm", "edm"))
 
 
-def test_theirs_lowers_the_order_below_15_steps() -> None:
-    """12 steps: the second last is of order 3 by the authors' code, of order 2 by theirs; the others agree."""
+def test_diffusers_lowers_the_order_below_15_steps() -> None:
+    """12 steps: the second last has order 3 in the authors' code and order 2 in diffusers; the others agree."""
     sampler = DPMSolverPP(12, 3)
     seen, end = run(sampler, "linear", "epsilon")
     theirs = prepared(multistep(solver_order=3), levels(sampler, "linear"))
@@ -156,16 +156,16 @@ def test_theirs_lowers_the_order_below_15_steps() -> None:
     assert float((theirs.step(p.output, theirs.timesteps[10], x).prev_sample - seen[11][1]).abs().max()) > 1e-4
 
 
-def test_theirs_has_a_wrong_sign_in_the_third_order_sde() -> None:
-    """The coefficient of D2 must vanish with h. (1 − e^−2h − 2h)/(2h)² goes to −1/2 and wants + 1/2 on top; theirs takes 1/2 off,
-    so that their step is ours less α_s D2, and is of first order. The published form is ours."""
+def test_diffusers_has_a_wrong_sign_in_the_third_order_sde() -> None:
+    """The coefficient of D2 must vanish with h. (1 − e^−2h − 2h)/(2h)² tends to −1/2, so 1/2 must be added; diffusers subtracts
+    it. Its step is ours minus α_s D2, of first order. Ours is the published form."""
     sampler = DPMSolverPP(20, 3, sde=True)
     seen, end = run(sampler, "linear", "epsilon")
     sigmas = levels(sampler, "linear")
     theirs = prepared(multistep(solver_order=3, algorithm_type="sde-dpmsolver++"), sigmas)
     alpha, lam = 1 / (1 + sigmas.square()).sqrt(), -sigmas.log()
-    arrived = [x for _, x, _ in seen[1:]] + [end]
-    for k, ((_, x, p), to) in enumerate(zip(seen, arrived, strict=True)):
+    reached = [x for _, x, _ in seen[1:]] + [end]
+    for k, ((_, x, p), to) in enumerate(zip(seen, reached, strict=True)):
         got = theirs.step(p.output, theirs.timesteps[k], x, variance_noise=ours(k)).prev_sample
         if 2 <= k < 19:
             h = lam[k + 1] - lam[k]
@@ -190,7 +190,7 @@ def unipc(**options: Any) -> Any:
 )
 @pytest.mark.parametrize("steps", [6, 20])
 def test_unipc(order: int, b: str, curve: str, prediction: str, steps: int) -> None:
-    """All steps; of bh1 all but the one into data, see below."""
+    """All steps; with bh1 all but the step into data, see below."""
     sampler = UniPC(steps, order, b)
     theirs = unipc(solver_order=order, prediction_type=prediction, solver_type=b)
     count = steps - (b == "bh1")
@@ -199,15 +199,15 @@ def test_unipc(order: int, b: str, curve: str, prediction: str, steps: int) -> N
 
 @pytest.mark.parametrize("order", [2, 3])
 def test_unipc_on_the_straight_line(order: int) -> None:
-    """From t = 0.98: theirs cannot begin at α = 0, see below."""
+    """From t = 0.98, because diffusers cannot start at α = 0, see below."""
     sampler = UniPC(20, order)
     theirs = unipc(solver_order=order, prediction_type="flow_prediction", use_flow_sigmas=True)
     compare(prepared(theirs, levels(sampler, "flow", 0.98)), *run(sampler, "flow", "flow_prediction", start=0.98))
 
 
 @pytest.mark.parametrize("options", [{"solver_type": "bh1"}, {"lower_order_final": False}])
-def test_theirs_has_no_step_into_data(options: dict[str, Any]) -> None:
-    """With bh1, or without lowering, the step into σ = 0 multiplies or divides by h = ∞, where ours is x̂_0."""
+def test_diffusers_has_no_step_into_data(options: dict[str, Any]) -> None:
+    """With bh1, or without lowering the order, the step into σ = 0 multiplies or divides by h = ∞; ours returns x̂_0."""
     sampler = UniPC(8, 2, options.get("solver_type", "bh2"), lower_last=options.get("lower_order_final", True))
     seen, end = run(sampler, "linear", "epsilon")
     theirs = prepared(unipc(solver_order=2, **options), levels(sampler, "linear"))
@@ -217,9 +217,9 @@ def test_theirs_has_no_step_into_data(options: dict[str, Any]) -> None:
     assert torch.equal(end, p.x0)
 
 
-def test_theirs_corrects_across_alpha_0() -> None:
-    """From σ = 1 of the straight line (they start at 1 − 1e-6) bh1 gives NaN, and bh2 takes half of the change in the estimate,
-    whatever the step; ours has no corrector where a slope in λ has no meaning."""
+def test_diffusers_corrects_across_alpha_0() -> None:
+    """From σ = 1 on the straight line (diffusers starts at 1 − 1e-6) bh1 returns NaN, and bh2 adds half the change of the
+    estimate, whatever the step; ours has no corrector where no slope in λ exists."""
     sampler = UniPC(8, 2)
     seen, end = run(sampler, "flow", "flow_prediction")
     assert end.isfinite().all()
@@ -250,22 +250,22 @@ def test_euler_of_edm() -> None:
 
 @pytest.mark.parametrize(("curve", "start"), [("linear", 1.0), ("cosine", 0.95)])
 def test_euler_of_tables(curve: str, start: float) -> None:
-    """Theirs keeps x/α, for which Euler in σ/α is the same step. It rounds that to float32, and at the end of cosine, where it is
-    2e4, loses 1e-4 by it: hence the later start."""
+    """The state of diffusers is x/α, for which Euler in σ/α is the same step. It is rounded to float32, an error of 1e-4 at the
+    end of cosine, where it is 2e4; hence the later start."""
     sampler = Euler(20)
     seen, end = run(sampler, curve, "epsilon", start)
     sigmas = levels(sampler, curve, start)
     theirs = prepared(diffusers.EulerDiscreteScheduler(timestep_spacing="trailing"), sigmas)
     theirs.is_scale_input_called = True
     alpha = 1 / (1 + sigmas.square()).sqrt()
-    arrived = [x for _, x, _ in seen[1:]] + [end]
-    for k, ((_, x, p), to) in enumerate(zip(seen, arrived, strict=True)):
-        want = theirs.step(p.output, theirs.timesteps[k], x / alpha[k]).prev_sample * alpha[k + 1]
-        agree(to, want, k)
+    reached = [x for _, x, _ in seen[1:]] + [end]
+    for k, ((_, x, p), to) in enumerate(zip(seen, reached, strict=True)):
+        expected = theirs.step(p.output, theirs.timesteps[k], x / alpha[k]).prev_sample * alpha[k + 1]
+        agree(to, expected, k)
 
 
 def heun(sigmas: torch.Tensor) -> Any:
-    """Their machine of two calls a step, over given levels."""
+    """Return diffusers' Heun scheduler, which takes two calls a step, for these sigmas."""
     theirs = prepared(diffusers.HeunDiscreteScheduler(), sigmas)
     theirs.sigmas = torch.cat([sigmas[:1], sigmas[1:-1].repeat_interleave(2), sigmas[-1:]])
     return theirs
@@ -276,9 +276,9 @@ def test_heun_on_edms_curve() -> None:
     compare(heun(levels(sampler, "edm")), *run(sampler, "edm", "epsilon"))
 
 
-def test_theirs_is_heun_for_x_over_alpha() -> None:
-    """Where α moves these are two rules of second order: theirs the trapezium for d(x/α) = ε̂ d(σ/α), ours the one for
-    dx = x̂_0 dα + ε̂ dσ, which has α = 0 in it. What is between them falls as 1/N², by 3 at least when N doubles."""
+def test_diffusers_heun_integrates_x_over_alpha() -> None:
+    """If α changes, these are two different second-order rules: the trapezoidal rule for d(x/α) = ε̂ d(σ/α) in diffusers, for
+    dx = x̂_0 dα + ε̂ dσ, which includes α = 0, in ours. Their difference falls as 1/N², at least by 3 when N doubles."""
     gaps = []
     for n in (20, 40):
         sampler = Heun(n, grid="karras")

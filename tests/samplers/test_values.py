@@ -1,4 +1,4 @@
-"""A sampler is a value: calls leave it as it was, twice is the same, and two threads may share it. All that exist are tried."""
+"""Samplers are immutable: a call does not change them, equal calls give equal results, and threads can share one."""
 
 import pickle
 from concurrent.futures import ThreadPoolExecutor
@@ -26,17 +26,18 @@ FIT = Analytic([0.25, 0.5, 0.75, 1.0], [0.2, 0.5, 0.8, 0.95])
 
 def default(name: str) -> Sampler:
     cls: Any = SAMPLERS[name]
-    return cls(1e-3, 1e-3) if takes(cls, "rtol") else cls(steps=4)
+    options: dict[str, Any] = {"rtol": 1e-3, "atol": 1e-3} if takes(cls, "rtol") else {}
+    return cls(steps=4, **options) if takes(cls, "steps") else cls(**options)
 
 
-MADE: dict[str, Any] = {
+BUILDERS: dict[str, Any] = {
     **{name: (lambda name=name: default(name)) for name in SAMPLERS},
     "DDPM, optimal grid": lambda: DDPM(3, FIT, grid="optimal"),
     "DDPM, fixed_large": lambda: DDPM(4, FixedLarge()),
     "DDIM, analytic": lambda: DDIM(4, eta=0.5, variance=FIT, grid="optimal"),
     "Heun, budget": lambda: Heun(budget=6, s_churn=1.0),
 }
-every = pytest.mark.parametrize("name", MADE)
+every = pytest.mark.parametrize("name", BUILDERS)
 
 
 def denoiser() -> Denoiser:
@@ -48,7 +49,7 @@ def start(seed: int) -> torch.Tensor:
 
 
 def contents(sampler: Sampler) -> tuple[dict[str, Any], bytes]:
-    """The attributes, to be compared by identity, and all that hangs on them."""
+    """Return the attributes, to be compared by identity, and the pickled sampler."""
     return dict(vars(sampler)), pickle.dumps(sampler)
 
 
@@ -59,9 +60,9 @@ def unchanged(sampler: Sampler, before: tuple[dict[str, Any], bytes]) -> bool:
 
 
 @every
-def test_a_call_returns_what_it_counted_and_leaves_the_sampler_as_it_was(name: str) -> None:
-    """Whatever it is used for: a call, encoding, inpainting, compression; and the first call's result comes out again."""
-    sampler, den = MADE[name](), denoiser()
+def test_no_use_changes_the_sampler(name: str) -> None:
+    """Not a call, encoding, inpainting or compression; the first call's images and counts are reproduced afterwards."""
+    sampler, den = BUILDERS[name](), denoiser()
     before = contents(sampler)
     first = sampler(den, start(0), seed=1)
     assert type(first) is Samples
@@ -86,20 +87,20 @@ def test_a_call_returns_what_it_counted_and_leaves_the_sampler_as_it_was(name: s
 
 @every
 def test_two_threads_share_a_sampler(name: str) -> None:
-    """Eight calls on different states at once, each as alone: images, evaluations, and the sampler's attributes."""
-    sampler, den = MADE[name](), denoiser()
-    want = [MADE[name]()(den, start(k), seed=k) for k in range(8)]
+    """Eight concurrent calls on different states equal single calls: images, evaluations, and the sampler's attributes."""
+    sampler, den = BUILDERS[name](), denoiser()
+    expected = [BUILDERS[name]()(den, start(k), seed=k) for k in range(8)]
     before = contents(sampler)
     with ThreadPoolExecutor(2) as pool:
         got = list(pool.map(lambda k: sampler(den, start(k), seed=k), range(8)))
-    for a, b in zip(got, want, strict=True):
+    for a, b in zip(got, expected, strict=True):
         assert torch.equal(a.x, b.x)
         assert a.nfe == b.nfe
     assert unchanged(sampler, before)
 
 
-def test_inpainting_masks_the_variance_of_this_run_alone() -> None:
-    """The sampler's own variance is untouched, and acts again in the next call: with fixed_large the spread is that of before."""
+def test_inpainting_does_not_change_the_variance_of_the_sampler() -> None:
+    """After inpainting a call uses the sampler's variance again: with fixed_large the images are equal."""
     sampler, den = DDPM(4, FixedLarge()), denoiser()
     variance, before = sampler.variance, sampler(den, start(0), seed=1).x
     known, mask = torch.zeros(1, *SHAPE, dtype=D), torch.zeros(1, *SHAPE, dtype=D)

@@ -84,8 +84,7 @@ class ReverseDiffusion(ReverseSDE):
 
     The forward step is x_t = x_s + (α_{t|s} − 1) x_s + σ_{t|s} z; its discrete drift and diffusion replace f and g² in the
     reverse SDE. On the chains of DDPM and VE these are the published rules; the transition generalizes them to every curve and
-    stride.
-    Finite at α = 0. Arguments as in `ReverseSDE`.
+    stride. Finite at α = 0. Arguments as in `ReverseSDE`.
     """
 
     def coefficients(
