@@ -213,7 +213,10 @@ def test_references_are_exported_imported_and_not_mixed_up(measured, settings, t
     for values, said in (
         ({"reference": kept, "split": "val"}, "is the reference of split=all, and this evaluation has split=val"),
         ({"save_reference": kept}, "exists: name another file"),
-        ({"reference": kept, "split": "all", "metrics": ["prdc"], "extractor": "classifier"}, "leave them out"),
+        (
+            {"reference": kept, "split": "all", "metrics": ["prdc"], "extractor": "classifier"},
+            "leave out reference=, kid and prdc",
+        ),
         ({"reference": str(tmp_path / "inception.npz")}, "has 2048 features, and extractor=classifier has 64"),
     ):
         with pytest.raises(ValueError, match=said):
