@@ -82,5 +82,5 @@ def test_generation_is_decoding_of_the_initial_state_and_undone_by_encoding():
 
 def test_a_refused_batch_names_its_image():
     condition = {"label": torch.arange(20) % 10}
-    with pytest.raises(ConfigError, match="image 17: the network gave NaN"):
+    with pytest.raises(ConfigError, match="image 17: the network returned NaN or infinity"):
         generate(denoiser(), DDPM(4), SHAPE, batch_of(range(10, 20), condition, "cpu"))

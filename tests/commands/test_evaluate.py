@@ -213,8 +213,11 @@ def test_references_are_exported_imported_and_not_mixed_up(measured, settings, t
     for values, said in (
         ({"reference": kept, "split": "val"}, "is the reference of split=all, and this evaluation has split=val"),
         ({"save_reference": kept}, "exists: name another file"),
-        ({"reference": kept, "split": "all", "metrics": ["prdc"], "extractor": "classifier"}, "leave them out"),
-        ({"reference": str(tmp_path / "inception.npz")}, "of 2048 features"),
+        (
+            {"reference": kept, "split": "all", "metrics": ["prdc"], "extractor": "classifier"},
+            "leave out reference=, kid and prdc",
+        ),
+        ({"reference": str(tmp_path / "inception.npz")}, "has 2048 features, and extractor=classifier has 64"),
     ):
         with pytest.raises(ValueError, match=said):
             prepare(settings(**values))
@@ -351,7 +354,7 @@ def test_train_classifier_reports_its_accuracy(cache, tmp_path, capfd):
     outcome = command("train_classifier", [f"cache={cache}", f"out={out}"], capfd)
     assert outcome.code == 0, outcome.err
     report = json.loads((out / "accuracy.json").read_text())
-    assert f"{report['accuracy']:.2%} of 180 held-out images" in outcome.out
+    assert f"{report['accuracy']:.2%} accuracy on 180 held-out images" in outcome.out
     assert torch.load(out / "classifier.pt", weights_only=True)["config"]["data"]["name"] == "digits"
     for arguments, said in (([f"out={out}"], "overwrite=true"), (["data.num_classes=0"], "labeled data set")):
         refused = command("train_classifier", [f"cache={cache}", f"out={tmp_path / 'x'}", *arguments], capfd)

@@ -235,9 +235,9 @@ def test_a_network_that_gives_nan_is_refused_with_the_image():
         condition={"label": torch.arange(20) % 10},
     )
     assert bool(make(range(7)).x.isfinite().all())
-    with pytest.raises(ValueError, match="image 17: the network gave NaN"):
+    with pytest.raises(ValueError, match="image 17: the network returned NaN or infinity"):
         make(range(10, 20))
-    with pytest.raises(ValueError, match="image 7: the network gave NaN"):
+    with pytest.raises(ValueError, match="image 7: the network returned NaN or infinity"):
         collect(lambda block: make(block).x, 20, 10, [RandomClassifier()])
 
 

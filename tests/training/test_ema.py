@@ -92,7 +92,7 @@ def test_averages_are_apart_from_the_live_network(tmp_path):
 def _validation_loss(module, denoiser, batch, draw, images):
     t, noise, _, condition = validation_draw(denoiser, module.condition, batch, images=images, draw=draw)
     return diffusion_loss(
-        denoiser, module.weighting, module.error, batch["image"], noise, t, learned=module.learned_variance, **condition
+        denoiser, module.weighting, module.loss, batch["image"], noise, t, learned=module.learned_variance, **condition
     )
 
 

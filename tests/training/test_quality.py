@@ -126,7 +126,9 @@ def test_evaluations_that_would_take_too_much_of_the_time_are_warned_of(tmp_path
 
 @pytest.mark.integration
 def test_an_evaluation_of_a_network_that_diverges_ends_no_training(tmp_path, cache, capfd):
-    with pytest.warns(UserWarning, match="no fd_classifier_70 at step 2: .*image 0: the network gave NaN"):
+    with pytest.warns(
+        UserWarning, match="no fd_classifier_70 at step 2: .*image 0: the network returned NaN or infinity"
+    ):
         out = train(
             tmp_path / "run", *QUALITY, cache, "trainer.max_steps=2", "optimizer.lr=1e30", "trainer.gradient_clip_val=0",
             capfd=capfd,
