@@ -169,6 +169,7 @@ def guided_score(x: np.ndarray, t: float, s: Schedule, scale: float, k: int) -> 
     return (1 - scale) * unconditional + scale * each[k]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
 @pytest.mark.parametrize("kind", ["free", "classifier"])
 def test_the_guided_ode_against_scipy(kind: str, scale: float) -> None:

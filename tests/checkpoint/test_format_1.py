@@ -44,6 +44,7 @@ def test_an_exported_file_of_format_1_samples_as_its_checkpoint():
     assert (one.step, two.weights) == (4, "ema 0.9")
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", ["learned", "plain"])
 def test_a_run_of_format_1_goes_on_as_it_would_have(name, tmp_path, capfd):
     """Resumed to the step that it had, so that its configuration is the only thing that could differ: losses are finite and the
@@ -71,6 +72,7 @@ def test_a_run_begins_from_weights_of_format_1(tmp_path, capfd):
     assert "(ema 0.9)" in outcome.out
 
 
+@pytest.mark.integration
 def test_it_is_evaluated_by_its_fit_and_reported(tmp_path, capfd):
     asked = [f"ckpt={PLAIN}", "metrics=[nll]", "samplers=[ddpm]", "steps=[3]", "variance=analytic", "n=4"]
     outcome = command("evaluate", [*asked, f"out={tmp_path / 'out'}"], capfd)

@@ -20,6 +20,7 @@ def test_it_samples_the_images_that_it_did(tmp_path, capfd):
     assert (new["arr_1"] == old["arr_1"]).all()
 
 
+@pytest.mark.integration
 def test_it_is_continued_in_the_present_format(tmp_path, capfd):
     outcome = train(tmp_path / "run", f"ckpt={RUN}", "trainer.max_steps=6", capfd=capfd)
     assert "6 steps done" in outcome.out

@@ -152,6 +152,7 @@ def test_super_resolution_end_to_end(sample, tmp_path, cache, capfd):
     assert command("evaluate", [*common, "metrics=[fd_classifier,nll]", "samplers=[ddpm]"], capfd).code == 0
 
 
+@pytest.mark.integration
 def test_tensors_of_ones_own_data_set(tmp_path, capfd, monkeypatch):
     """`Examples.more` reaches a network of one's own by name, in training and from an .npz in sampling."""
     from pathlib import Path
@@ -177,6 +178,7 @@ def test_tensors_of_ones_own_data_set(tmp_path, capfd, monkeypatch):
     assert "condition_data=PATH" in outcome.err
 
 
+@pytest.mark.integration
 def test_attributes_by_their_names(tmp_path, capfd, monkeypatch):
     """The names come with the checkpoint; what is not named is not said; guidance moves away from saying nothing."""
     from pathlib import Path

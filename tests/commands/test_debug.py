@@ -68,6 +68,7 @@ def test_an_exported_file_samples_as_its_checkpoint(run, exported, tmp_path, cap
     assert a.class_names == b.class_names == tuple("0123456789")
 
 
+@pytest.mark.integration
 def test_live_weights_and_diffusers_names(run, tmp_path, capfd):
     live, theirs = tmp_path / "live.safetensors", tmp_path / "theirs.safetensors"
     assert command("export", [f"ckpt={run}", "weights=raw", f"out={live}"], capfd).code == 0
@@ -78,6 +79,7 @@ def test_live_weights_and_diffusers_names(run, tmp_path, capfd):
     assert "1 steps done" in begun.out
 
 
+@pytest.mark.integration
 def test_fine_tuning_begins_from_an_exported_file(exported, tmp_path, capfd):
     out = train(tmp_path / "run", "condition=label", "trainer.max_steps=1", f"init={exported}", capfd=capfd).out
     assert f"weights from {exported} (ema 0.5)" in out

@@ -170,6 +170,7 @@ def test_a_module_of_ones_own_measures(measured, made):
         measured("metrics=[is]", "data=digits", ckpt=None, images=images, extractor=own)
 
 
+@pytest.mark.integration
 def test_every_sampler_of_its_folder_is_known(measured):
     """Also one that chooses its own steps, with options of its own."""
     loose = {"ode": {"rtol": 0.5, "atol": 0.5}}
@@ -183,6 +184,7 @@ def test_every_sampler_of_its_folder_is_known(measured):
     assert found[0]["metrics"]["fd_classifier"] != found[1]["metrics"]["fd_classifier"]
 
 
+@pytest.mark.integration
 def test_likelihoods_stand_beside_the_distances(evaluate, measured, settings, tmp_path):
     """The bound of chains with noise, the density of the ODE; a deterministic chain has neither, and alone it is refused."""
     entries = ["ddim", "ddpm", {"ode": {"rtol": 0.5, "atol": 0.5}}]
@@ -342,6 +344,7 @@ def test_another_data_set_than_the_checkpoint_s(measured, settings, tmp_path):
         prepare(settings(*mine(8)))
 
 
+@pytest.mark.integration
 def test_a_wandb_table_offline(evaluate, monkeypatch, tmp_path):
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)

@@ -180,6 +180,7 @@ def test_a_key_that_nothing_reads_is_refused(arguments, remedy, tmp_path, capfd)
     refused(tmp_path / "run", remedy, capfd, *arguments, tiny=tiny)
 
 
+@pytest.mark.integration
 def test_a_key_that_nothing_reads_is_refused_on_resuming_and_in_sweeps(tmp_path, capfd):
     train(tmp_path / "first", "trainer.max_steps=1", capfd=capfd)
     for key in ("foo", "trainer.foo", "callbacks.ema.foo"):
