@@ -38,6 +38,7 @@ def test_digits_are_whole_and_on_the_grid(tmp_path):
     assert not digits.official
 
 
+@pytest.mark.integration
 def test_digits_need_no_torchvision():
     """Its import takes seconds."""
     code = """

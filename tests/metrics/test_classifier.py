@@ -27,6 +27,7 @@ from diffusion_lab.training.classifier import train_classifier
 TINY = replace(Recipe(), epochs=1, width=8)
 
 
+@pytest.mark.integration
 def test_the_digits_are_recognized(digits, tmp_path):
     """The recipe as evaluate.py uses it: at least 98 % of 180 held-out digits; a second call loads the file."""
     first = for_dataset(digits, tmp_path, train_classifier)
