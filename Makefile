@@ -53,7 +53,7 @@ test: setup ## the unit tests: under five minutes on two cores
 	$(PYTEST) $(ARGS)
 
 test-integration: setup ## several processes, README commands, notebooks, browser, other packages: under half an hour on two cores
-	$(PYTEST) -m "integration and not slow" $(ARGS)
+	$(PYTEST) -m "integration and not slow" --timeout 900 $(ARGS)
 
 test-slow: setup ## full-length runs and long statistics: an hour and a half on two cores
 	$(PYTEST) -m slow --timeout 7200 $(ARGS)
