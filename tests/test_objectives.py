@@ -1,4 +1,4 @@
-"""Objectives are coordinates of one prediction: with a common oracle all give the same x̂_0, ε̂ and loss."""
+"""Objectives are equivalent parametrizations: for the same prediction all have the same x̂_0, ε̂ and loss."""
 
 import math
 from collections.abc import Callable
@@ -145,7 +145,7 @@ def test_coefficients_of_noise_x0_and_v() -> None:
 
 @pytest.mark.parametrize("zero", [False, True])
 def test_mean_is_the_posterior_mean_of_ho_eq_7(zero: bool) -> None:
-    """μ̃ = √ᾱ_{i−1} β_i/(1−ᾱ_i) x_0 + √α_i (1−ᾱ_{i−1})/(1−ᾱ_i) x_i, from β alone."""
+    """μ̃ = √ᾱ_{i−1} β_i/(1−ᾱ_i) x_0 + √α_i (1−ᾱ_{i−1})/(1−ᾱ_i) x_i, computed from β."""
     s = Linear(zero_terminal_snr=zero)
     bar = torch.cat([torch.ones(1, dtype=D), s.alpha_sigma(torch.arange(1, 1001, dtype=D) / 1000)[0].square()])
     for i in (1, 2, 500, 999, 1000):

@@ -1,6 +1,6 @@
-"""Images of (seed, index, condition). The only module that draws x_T.
+"""Generate images from a seed, an index and a condition. x_T is drawn only in this module.
 
-Image i depends on (seed, i) alone, whatever the batch size and the number of processes.
+Image i depends on the seed, i and its condition, not on the batch size or the number of processes.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -48,9 +48,9 @@ def batches(
 
     Args:
         n: number of images.
-        size: images of a batch; None is all at once.
+        size: images of a batch; None generates all images in one batch.
         condition: keyword arguments for the network, each with n rows.
-        device: the network's.
+        device: the device of the network.
         progress: show a bar over the batches, or the sampler's where there is one batch.
 
     Raises:
@@ -97,11 +97,11 @@ def generate(
 
     Args:
         denoiser: its network on the batch's device, in eval mode.
-        sampler: any.
+        sampler: the sampler to use.
         shape: (C, H, W) of an image.
-        batch: of `batches` or `batch_of`.
-        seed: of all noise.
-        callback: the sampler's.
+        batch: a batch returned by `batches` or `batch_of`.
+        seed: random seed of all noise.
+        callback: called by the sampler at every step.
 
     Raises:
         ConfigError: NaN or Inf from the network, with the number of the first image; a sampler that cannot use the denoiser.

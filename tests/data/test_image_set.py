@@ -1,4 +1,4 @@
-"""Images at a path that an option names."""
+"""Read images from a path that is given as an option."""
 
 import zipfile
 from pathlib import Path
@@ -18,7 +18,7 @@ SHAPE = (3, 4, 6)
 
 
 def stored(tmp_path: Path, kind: str) -> tuple[Path, np.ndarray]:
-    """Three random images in a kind of file; the path, and the pixels (3, 3, 4, 6)."""
+    """Write three random images in the given format; return the path and the pixels (3, 3, 4, 6)."""
     pixels = np.stack([save(tmp_path / "folder" / f"{i}.png", 4, 6) for i in range(3)])
     path = tmp_path / ("folder" if kind == "folder" else f"x.{kind}")
     if kind == "npz":

@@ -10,7 +10,7 @@ from command import TINY, code, command, train
 pytestmark = [pytest.mark.ddp, pytest.mark.integration]
 
 
-# or Adam scales up the rounding of biases that have no gradient, which is another where sums are cut into parts
+# keeps Adam from amplifying rounding errors of biases with zero gradient, which differ where sums are split
 QUIET = "optimizer.eps=1e-4"
 
 
@@ -20,7 +20,7 @@ def _rows(folder, name):
 
 
 def _short(folder, *arguments):
-    """The arguments of a run of twenty steps, or of the continuation of one."""
+    """Return the arguments of a run of 20 steps, or of a resumed one."""
     tiny = [a for a in TINY if a not in ("trainer=cpu", "validation.every=0")]
     if any(a.startswith("callbacks.samples.") for a in arguments):
         tiny.remove("callbacks.samples=null")
@@ -30,8 +30,8 @@ def _short(folder, *arguments):
 
 
 def test_one_and_two_processes_train_the_same_run(tmp_path):
-    """The losses of 20 steps, and of the averaged weights in validation; also where the two are stopped and resumed. The times
-    are drawn by importance, so that every process must know the losses of all."""
+    """Training losses of 20 steps and validation losses of the averages are equal, also if the two are stopped and resumed.
+    Times are drawn by importance sampling, which needs the losses gathered from all processes."""
     printed, one, begun, two = (tmp_path / name for name in ("printed", "one", "begun", "two"))
     importance = (
         "time_sampler=importance",
@@ -55,12 +55,12 @@ def test_one_and_two_processes_train_the_same_run(tmp_path):
             assert b[step] == pytest.approx(a[step], rel=1e-5), (name, step)
     history = [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["times"] for run in (one, two)]
     torch.testing.assert_close(history[1], history[0], rtol=1e-5, atol=0)
-    assert len(list(tmp_path.iterdir())) == 4  # no second folder of a second process
+    assert len(list(tmp_path.iterdir())) == 4  # the second process creates no run folder
 
 
 def test_weights_cut_over_two_processes_train_the_same_run(tmp_path, capfd):
-    """FSDP, with dropped labels, self-conditioning and parts of a batch: what two processes began and one goes on with, and
-    the other way round, has the losses, weights, averages and moments of one that did all. Samples are drawn on the way."""
+    """FSDP with label dropout, self-conditioning and gradient accumulation: a run started on two processes and resumed on
+    one, and the reverse, equals a single-process run in losses, weights, averages and moments."""
     run = (
         "condition=label",
         "model.self_conditioning=true",
@@ -94,7 +94,7 @@ def test_weights_cut_over_two_processes_train_the_same_run(tmp_path, capfd):
 
 
 def test_spawned_processes_begin_the_same_run_and_bring_back_how_it_ended(tmp_path, capfd):
-    """What a spawned process knows is lost with it, unless it is in a file or in shared memory."""
+    """The state of a spawned process is lost when it exits, unless it is in a file or in shared memory."""
     one, lost = tmp_path / "one", tmp_path / "lost"
     train(one, "trainer.max_steps=1", capfd=capfd)
     spawned = ("trainer=ddp_spawn", "trainer.accelerator=cpu", "optimizer.lr=1e30", "callbacks.ema.decay=0")

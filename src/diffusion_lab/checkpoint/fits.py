@@ -35,14 +35,15 @@ def variance_for(node: Node | None, run: Run) -> tuple[Variance, Run]:
     Call it before guidance wraps the run's denoiser, and continue with the run that it returns.
 
     Args:
-        node: of `conf/variance`, resolved; None is the checkpoint's own.
+        node: of `conf/variance`, resolved; None uses the variance of the checkpoint.
         run: from `load_checkpoint`; fits are read from the folder of its file.
 
     Returns:
         The variance, and the run: the same object, or for sn and npr a run whose network has the fitted head.
 
     Raises:
-        ConfigError: a missing fit or one of other weights, with the command that fits; a variance that needs another network.
+        ConfigError: a fit that is missing or belongs to other weights (the message has the command to run); a variance that
+            needs another network.
     """
     if not node:
         stored = run.config.get("variance")

@@ -1,7 +1,7 @@
 """Fully sharded data parallel (Rajbhandari et al. 2020; Zhao et al. 2023) by torch's FSDP2.
 
 Each process keeps a shard of the raw weights, their gradients and the optimizer's moments, and gathers a block's weights while
-the block computes. The averages stay whole on every process, since validation and sampling use them.
+the block computes. The averages are not sharded, since validation and sampling use them.
 """
 
 import torch
@@ -31,7 +31,7 @@ def shard(network: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def is_sharded(network: nn.Module) -> bool:
-    """Whether `shard` was applied. Every process must call a sharded network, and equally often."""
+    """Whether `shard` was applied. All processes must call a sharded network the same number of times."""
     return isinstance(network, FSDPModule)
 
 

@@ -26,11 +26,11 @@ CURVE_NODES = 1000  # of a continuous curve
 
 
 def fit_times(schedule: Schedule, count: int | None = None) -> Tensor:
-    """Return evenly spaced times for the moments, the last one 1: nodes of a table, or points of a curve; float64 (N,).
+    """Return evenly spaced times for the moments, ending at 1: nodes of a table, or points of a curve; float64 (N,).
 
     Args:
         schedule: the curve.
-        count: N; None is every node of a table, 1000 points of a curve.
+        count: N; None uses all nodes of a table, or 1000 points of a continuous curve.
 
     Raises:
         ConfigError: fewer than 1, or more than the table has nodes.
@@ -71,7 +71,7 @@ def second_moments(
         times: float64 (N,).
         n: images for each time.
         condition: the network's keyword arguments; labels are not dropped.
-        seed: of noise and order.
+        seed: random seed of noise and image order.
         batch_size: evaluations at a time; the result does not depend on it.
         rank, world: this process takes the evaluations rank, rank + world, …
         progress: show a progress bar.
@@ -110,7 +110,7 @@ def moments(sums: Tensor) -> Tensor:
 
 
 class _ImageOrder:
-    """Return the index of the k-th image of keyed epochs laid end to end."""
+    """Return the index of the k-th image of the concatenated shuffled epochs."""
 
     def __init__(self, count: int, seed: int) -> None:
         self.count, self.seed = count, seed
@@ -142,7 +142,7 @@ def train_head(
     seed: int = 0,
     progress: bool = False,
 ) -> list[tuple[int, float]]:
-    """Train the head of `denoiser.network`, a `VarianceHead`, by Adam. The head ends with its averaged weights, if averaged.
+    """Train the head of `denoiser.network`, a `VarianceHead`, by Adam. With `decay`, the averaged weights are loaded at the end.
 
     t, ε and label drops are keyed as in training.
 
@@ -150,12 +150,12 @@ def train_head(
         denoiser: without clipping.
         kind: "sn" or "npr".
         stream: training batches.
-        time_sampler: of t, as in the training of the network.
+        time_sampler: distribution of t, as in the training of the network.
         condition: the network's keyword arguments, made of a batch.
         steps: number of steps.
         lr: learning rate.
         decay: d of the head's average, with the warm-up min(d, (1 + n)/(10 + n)); None does not average.
-        seed: of all noise.
+        seed: random seed of all noise.
         progress: show a progress bar.
 
     Returns:
