@@ -6,6 +6,7 @@ protocol buffer of W&B's own definition.
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 from wandb.proto import wandb_internal_pb2
 
 BLOCK, HEADER, FULL, LAST = 32768, 7, 1, 4
+PATIENCE = 20.0  # seconds for the last record
 
 
 class Recorded(NamedTuple):
@@ -46,9 +48,18 @@ def _records(path: Path) -> Iterator[bytes]:
             whole = b""
 
 
+def _kind(raw: bytes) -> str | None:
+    record = wandb_internal_pb2.Record()
+    record.ParseFromString(raw)
+    return record.WhichOneof("record_type")
+
+
 def read(folder: Path) -> Recorded:
-    """Return the records of the only offline run below a run folder."""
+    """Return the records of the only offline run below a run folder. W&B's process may still be writing the last ones."""
     (path,) = (folder / "wandb").glob("offline-run-*/*.wandb")
+    end = time.monotonic() + PATIENCE
+    while "exit" not in map(_kind, _records(path)) and time.monotonic() < end:
+        time.sleep(0.1)
     run, config, history, metrics, alerts, summary = None, {}, [], {}, [], {}
     for raw in _records(path):
         record = wandb_internal_pb2.Record()
