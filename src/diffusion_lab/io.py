@@ -7,12 +7,12 @@ import zipfile
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from diffusion_lab.errors import ConfigError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 SPARE = 64 << 20  # bytes that stay free on a disk
 
@@ -137,7 +137,7 @@ def os_errors() -> Iterator[None]:
 # reading --------------------------------------------------------------------------------------------------------------------
 
 
-def read_npz(path: Path, where: str = "", names: Collection[str] | None = None) -> dict[str, NDArray[Any]]:
+def read_npz(path: Path, where: str = "", names: Collection[str] | None = None) -> "dict[str, NDArray[Any]]":
     """Return the arrays of an .npz file by name. Nothing in it is unpickled.
 
     Args:
@@ -148,6 +148,8 @@ def read_npz(path: Path, where: str = "", names: Collection[str] | None = None) 
     Raises:
         ConfigError: a missing file, or one that is not an .npz of plain arrays.
     """
+    import numpy as np  # late: every command line imports this module before it is checked
+
     try:
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             return {name: file[name] for name in file.files if names is None or name in names}
