@@ -111,21 +111,18 @@ def _measure(prepared: Prepared, processes: Processes, spec: SamplerSpec | None,
     """Sample n images by one sampler and seed, or read those of the image set for None, and compute their metrics."""
     p, begin = prepared, time.perf_counter()
     work = torch.zeros(2, dtype=torch.float64)  # Σ network evaluations, number of images
+    desc = "reading"
     if spec is not None:
-        run = spec.run.to(p.device)
-        sample = lambda block: generate(  # noqa: E731
-            run.denoiser, spec.sampler, run.shape, batch_of(block, p.condition, p.device), seed=seed
-        )
+        spec.run.to(p.device)
         desc = f"{spec.name}, {spec.sampler.steps or 'all'} steps"
-    else:
-        sample, desc = None, "reading"
 
     def images(block: range) -> Tensor:
-        if sample is None:
+        if spec is None:
             assert p.image_set is not None
             work.add_(torch.tensor([0, len(block)]))
             return p.image_set.block(block)
-        samples = sample(block)
+        batch = batch_of(block, p.condition, p.device)
+        samples = generate(spec.run.denoiser, spec.sampler, spec.run.shape, batch, seed=seed)
         work.add_(torch.tensor([samples.nfe * len(block), len(block)]))
         return samples.x
 
