@@ -69,10 +69,10 @@ def test_dtypes(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("make", "remedy"),
     [
-        (lambda: StaticThreshold(0), "limit > 0"),
+        (lambda: StaticThreshold(0), r"limit=0: write a number in \(0, 1000\]"),
         (lambda: DynamicThreshold(0), "0.995"),
         (lambda: DynamicThreshold(1.1), "0.995"),
-        (lambda: DynamicThreshold(maximum=0.5), "maximum >= 1"),
+        (lambda: DynamicThreshold(maximum=0.5), r"maximum=0.5: write null, or a number in \[1, 1000\]"),
     ],
 )
 def test_threshold_errors(make: object, remedy: str) -> None:

@@ -46,7 +46,7 @@ def test_the_loss_is_a_mean_for_each_image(error: PointwiseLoss) -> None:
 
 
 def test_huber_refuses_a_delta_of_0() -> None:
-    with pytest.raises(ValueError, match="delta > 0"):
+    with pytest.raises(ValueError, match=r"delta=0: write a number in \[1e-6, 1e6\]"):
         Huber(0)
 
 

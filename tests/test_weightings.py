@@ -190,11 +190,11 @@ def test_native_ignores_the_objective() -> None:
 @pytest.mark.parametrize(
     ("make", "remedy"),
     [
-        (lambda: MinSNR(0), "gamma > 0"),
-        (lambda: SoftMinSNR(-1), "gamma > 0"),
-        (lambda: P2(k=0), "k > 0"),
-        (lambda: P2(gamma=-1), "gamma >= 0"),
-        (lambda: EDM(0), "sigma_data > 0"),
+        (lambda: MinSNR(0), r"gamma=0: write a number in \[0.001, 1e6\]"),
+        (lambda: SoftMinSNR(-1), "gamma=-1"),
+        (lambda: P2(k=0), r"k=0: write a number in \[0.001, 1000\]"),
+        (lambda: P2(gamma=-1), r"gamma=-1: write a number in \[0, 4\]"),
+        (lambda: EDM(0), r"sigma_data=0: write a number in \[0.001, 1000\]"),
     ],
 )
 def test_errors_name_the_remedy(make: Callable[[], object], remedy: str) -> None:

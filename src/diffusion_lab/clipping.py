@@ -3,7 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from diffusion_lab.errors import ConfigError
+from diffusion_lab.errors import check_number
 from diffusion_lab.schedules import append_dims_like, cast_like
 
 
@@ -24,15 +24,14 @@ class StaticThreshold:
     """Clamp x̂_0 to [−limit, limit] (Ho et al. 2020, the published sampler).
 
     Args:
-        limit: above 0; images lie in [−1, 1].
+        limit: in (0, 1000]; images lie in [−1, 1].
 
     Raises:
-        ConfigError: limit ≤ 0.
+        ConfigError: the limit is out of range.
     """
 
     def __init__(self, limit: float = 1.0) -> None:
-        if limit <= 0:
-            raise ConfigError(f"clip=static needs limit > 0, not limit={limit}: images lie in [-1, 1]")
+        check_number("clip.limit", limit, "(0, 1000]", "images lie in [-1, 1]; clip=none for no limit")
         self.limit = limit
 
     def __call__(self, x0: Float[Tensor, "b *chw"]) -> Float[Tensor, "b *chw"]:
@@ -44,19 +43,15 @@ class DynamicThreshold:
 
     Args:
         quantile: in (0, 1]; the published value is 0.995.
-        maximum: upper bound of s, at least 1; None for no bound.
+        maximum: upper bound of s, in [1, 1000]; None for no bound.
 
     Raises:
         ConfigError: an argument is out of range.
     """
 
     def __init__(self, quantile: float = 0.995, maximum: float | None = None) -> None:
-        if not 0 < quantile <= 1:
-            raise ConfigError(
-                f"clip=dynamic needs quantile in (0, 1], not quantile={quantile}: the published value is 0.995"
-            )
-        if maximum is not None and maximum < 1:
-            raise ConfigError(f"clip=dynamic needs maximum >= 1, not maximum={maximum}: images lie in [-1, 1]")
+        check_number("clip.quantile", quantile, "(0, 1]", "the published value is 0.995")
+        check_number("clip.maximum", maximum, "[1, 1000]", "images lie in [-1, 1]", optional=True)
         self.quantile, self.maximum = quantile, maximum
 
     def __call__(self, x0: Float[Tensor, "b *chw"]) -> Float[Tensor, "b *chw"]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Int64
 from torch import Tensor
 
-from diffusion_lab.errors import ConfigError
+from diffusion_lab.errors import ConfigError, check_number
 from diffusion_lab.noise import Stream, uniform
 from diffusion_lab.schedules import to_device
 
@@ -62,7 +62,7 @@ class Label(Condition):
     """The class label, `label` int64 (B,), replaced by the null label with probability `drop` in training (Ho & Salimans 2022).
 
     Args:
-        num_classes: number of classes of the data.
+        num_classes: number of classes of the data, at most a million.
         drop: probability in [0, 1); above 0 it also trains the unconditional model that classifier-free guidance uses.
 
     Raises:
@@ -72,6 +72,7 @@ class Label(Condition):
     of_data = False
 
     def __init__(self, num_classes: int, drop: float = 0.1) -> None:
+        check_number("data.num_classes", num_classes, "[0, 1000000]", whole=True)
         if num_classes < 1:
             raise ConfigError(
                 f"data.num_classes={num_classes}, but condition=label needs the number of classes: write data.num_classes=K for "
@@ -109,6 +110,7 @@ class Attributes(Condition):
     def __init__(
         self, num_attributes: int, drop: float = 0.1, drop_each: float = 0.5, names: Sequence[str] | None = None
     ) -> None:
+        check_number("data.num_attributes", num_attributes, "[0, 100000]", whole=True)
         if num_attributes < 1:
             raise ConfigError(
                 "condition=attributes needs data with attributes, and this data set has none: write data=celeba, or "
@@ -162,15 +164,15 @@ class LowResolution(Condition):
 
     Args:
         channels: C, the value of the network's `given_channels`.
-        factor: at least 2.
+        factor: in [2, 1024].
 
     Raises:
-        ConfigError: a factor below 2; in a call, a factor that does not divide height and width.
+        ConfigError: an argument out of range; in a call, a factor that does not divide height and width.
     """
 
     def __init__(self, channels: int, factor: int = 2) -> None:
-        if factor < 2:
-            raise ConfigError(f"condition.factor={factor}: write at least 2")
+        check_number("condition.channels", channels, "[1, 1024]", whole=True)
+        check_number("condition.factor", factor, "[2, 1024]", "a divisor of height and width", whole=True)
         self.channels, self.factor, self.given_channels = channels, factor, channels
 
     def __call__(self, batch: Mapping[str, Any], seed: int | None = None) -> Arguments:
@@ -185,9 +187,8 @@ class LowResolution(Condition):
 
 
 def _probability(name: str, value: float) -> float:
-    """Return `value`; ConfigError unless 0 ≤ value < 1."""
-    if not 0 <= value < 1:
-        raise ConfigError(f"condition.{name}={value} is outside [0, 1): the published value is 0.1")
+    """Return `value`. Raises ConfigError: it is outside [0, 1)."""
+    check_number(f"condition.{name}", value, "[0, 1)", "the published value is 0.1")
     return value
 
 

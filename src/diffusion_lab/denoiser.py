@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from diffusion_lab.errors import check_number
 from diffusion_lab.objectives import Objective, Prediction
 from diffusion_lab.schedules import PerExample, Schedule, append_dims_like, to_device
 
@@ -80,6 +81,8 @@ class Denoiser:
 
     def __post_init__(self) -> None:
         self.objective.check(self.schedule)
+        if not callable(self.clip):
+            check_number("clip", self.clip, "(0, 1000]", "a limit, or a function of x_0", optional=True)
         if getattr(self.clip, "identity", False):
             object.__setattr__(self, "clip", None)  # the fast path, in which ε̂ is not recomputed
         object.__setattr__(self, "on_output", tuple(self.on_output))

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser, Prediction
-from diffusion_lab.errors import ConfigError
+from diffusion_lab.errors import ConfigError, check_number
 from diffusion_lab.gaussian import transition
 from diffusion_lab.noise import Draws
 from diffusion_lab.samplers.base import Sampler, Samples, progress_range
@@ -122,11 +122,8 @@ def passes(steps: int, jump_length: int, resample: int) -> list[GridSegment]:
     Raises:
         ConfigError: jump_length or resample is below 1.
     """
-    if jump_length < 1 or resample < 1:
-        raise ConfigError(
-            f"inpaint.jump_length={jump_length} and inpaint.resample={resample} must be at least 1: write inpaint.resample=1 "
-            "for one pass without resampling"
-        )
+    check_number("inpaint.jump_length", jump_length, "[1, 100000]", whole=True)
+    check_number("inpaint.resample", resample, "[1, 10000]", "1 for one pass without resampling", whole=True)
     if resample == 1 or steps <= jump_length:
         return [GridSegment(0, steps, False)]
     first = (steps - 1) % jump_length + 1

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser, Prediction
-from diffusion_lab.errors import ConfigError
+from diffusion_lab.errors import ConfigError, check_number
 from diffusion_lab.io import progress as show_progress
 from diffusion_lab.noise import normal
 from diffusion_lab.samplers import Sampler, Samples, prior
@@ -56,10 +56,8 @@ def batches(
     Raises:
         ConfigError: n < 1, size < 1, or a condition of another number of rows.
     """
-    if not isinstance(n, int) or n < 1:
-        raise ConfigError(f"n={n}: write at least 1")
-    if size is not None and size < 1:
-        raise ConfigError(f"batch_size={size}: write at least 1")
+    check_number("n", n, "[1, 1000000000]", "at least 1", whole=True)
+    check_number("batch_size", size, "[1, 1000000]", "at least 1", whole=True, optional=True)
     for name, value in (condition or {}).items():
         if len(value) != n:
             raise ConfigError(f"condition {name} has {len(value)} rows for n={n} images: pass one row for each image")

@@ -5,7 +5,6 @@ Outputs are combined once, before the objective is solved and x̂_0 is clipped. 
 objective and variance, and composes: each transform evaluates those before it.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from diffusion_lab.denoiser import Denoiser, Evaluate, Output
-from diffusion_lab.errors import ConfigError
+from diffusion_lab.errors import ConfigError, check_number, check_numbers
 from diffusion_lab.objectives import Objective
 from diffusion_lab.schedules import PerExample, Scalars, Schedule, append_dims_like, to_device
 
@@ -39,7 +38,7 @@ def ClassifierFree(
 
     Args:
         denoiser: its network takes `label`, int64 (B,) with a null label or float (B, K) where zeros mean no label.
-        scale: s ≥ 0; 0 is the unconditional model.
+        scale: s in [0, 1000]; 0 is the unconditional model.
         rescale: φ in [0, 1]; the guided output is interpolated with weight φ to its rescaling to the standard deviation of the
             conditional one, for each image (Lin et al. 2024, eq. 15 and 16, who publish 0.7).
         interval: (low, high) in [0, 1]; guide at times t in (low, high] only (Kynkäänniemi et al. 2024, who state it in σ).
@@ -58,7 +57,7 @@ def ClassifierFree(
             "write guidance=classifier"
         )
     low, high = _interval(interval)
-    transform = ClassifierFreeTransform(_scale(scale), float(rescale), (low, high), int(classes))
+    transform = ClassifierFreeTransform(_scale(scale), rescale, (low, high), classes)
     return replace(denoiser, on_output=(*denoiser.on_output, transform))
 
 
@@ -82,7 +81,7 @@ def ClassifierGuidance(
         denoiser: the denoiser to guide; a network that takes labels gets them too.
         classifier: (x_t (B, C, H, W), t 0-d or (B,)) → logits (B, K), differentiable.
         num_classes: K; labels ≥ K are null labels. None uses the number of logits.
-        scale: s ≥ 0.
+        scale: s in [0, 1000].
         interval: (low, high) in [0, 1]; guide at times t in (low, high] only.
         form: "exact" or "published".
         labeled: whether the network itself takes labels; None means that it has the attribute `num_classes`. Otherwise this
@@ -122,8 +121,10 @@ class ClassifierFreeTransform:
     num_classes: int
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rescale <= 1:
-            raise ConfigError(f"guidance.rescale={self.rescale} is outside [0, 1]: the published value is 0.7")
+        _scale(self.scale)
+        _interval(self.interval)
+        check_number("guidance.rescale", self.rescale, "[0, 1]", "the published value is 0.7")
+        check_number("guidance.num_classes", self.num_classes, "[1, 1000000]", whole=True)
 
     def __call__(
         self,
@@ -186,6 +187,11 @@ class ClassifierTransform:
     form: str
     passes_label: bool
 
+    def __post_init__(self) -> None:
+        _scale(self.scale)
+        _interval(self.interval)
+        check_number("guidance.num_classes", self.num_classes, "[1, 1000000]", whole=True, optional=True)
+
     @property
     def moves_mean(self) -> bool:
         """Whether the gradient shifts the mean of ancestral steps instead of ε̂."""
@@ -246,15 +252,15 @@ class ClassifierTransform:
 
 
 def _scale(scale: float) -> float:
-    """Return `scale`; ConfigError where it is negative or not finite."""
-    if not 0 <= scale < math.inf:
-        raise ConfigError(f"guidance.scale={scale}: write a finite number >= 0")
+    """Return `scale`. Raises ConfigError: it is outside [0, 1000]."""
+    check_number("guidance.scale", scale, "[0, 1000]")
     return float(scale)
 
 
 def _interval(interval: Sequence[float]) -> tuple[float, float]:
     """Return (low, high); ConfigError unless 0 ≤ low < high ≤ 1."""
-    if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
+    check_numbers("guidance.interval", interval, "[0, 1]", "[low,high] with low < high", length=2)
+    if interval[0] >= interval[1]:
         raise ConfigError(f"guidance.interval={list(interval)}: write two times [low,high] with 0 <= low < high <= 1")
     return float(interval[0]), float(interval[1])
 

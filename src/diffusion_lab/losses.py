@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffusion_lab.denoiser import Denoiser, Prediction
-from diffusion_lab.errors import ConfigError
+from diffusion_lab.errors import ConfigError, check_number
 from diffusion_lab.gaussian import discretized_log_likelihood, kl, posterior
 from diffusion_lab.schedules import NODE_TOLERANCE, append_dims_like, to_device
 from diffusion_lab.variances import Learned
@@ -47,15 +47,14 @@ class Huber(PointwiseLoss):
     """Quadratic up to `delta`, linear beyond: ½e² or δ(|e| − ½δ) (Huber 1964).
 
     Args:
-        delta: δ > 0.
+        delta: δ in [1e-6, 1e6].
 
     Raises:
-        ConfigError: delta ≤ 0.
+        ConfigError: δ is out of range.
     """
 
     def __init__(self, delta: float = 1.0) -> None:
-        if delta <= 0:
-            raise ConfigError(f"loss=huber needs delta > 0, not delta={delta}")
+        check_number("loss.delta", delta, "[1e-6, 1e6]")
         self.delta = delta
 
     def elementwise(self, output: Float[Tensor, "b *chw"], target: Float[Tensor, "b *chw"]) -> Float[Tensor, "b *chw"]:

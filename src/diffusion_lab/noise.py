@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from diffusion_lab.errors import ConfigError
+from diffusion_lab.errors import SEEDS, ConfigError, check_number
 
 _MASK = 0xFFFFFFFF
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57  # multipliers and Weyl increments of Philox4x32
@@ -78,8 +78,7 @@ def words(
     Raises:
         ConfigError: `seed` or `draw` is out of range.
     """
-    if not 0 <= seed < 2**64:
-        raise ConfigError(f"seed={seed} is outside [0, 2^64): write a non-negative integer")
+    check_number("seed", seed, SEEDS, "non-negative", whole=True)
     if not 0 <= draw < 2**32:
         raise ConfigError(f"draw={draw} is outside [0, 2^32): draws and training steps are 32-bit integers")
     blocks = torch.arange(-(-count // 4), device=index.device)[None, :]

@@ -8,7 +8,6 @@ so an error Δy of the output is Δε = (α/D) Δy on the noise and Δx_0 = −(
 stated once, on ε.
 """
 
-import math
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffusion_lab.errors import ConfigError
+from diffusion_lab.errors import ConfigError, check_number
 from diffusion_lab.schedules import PerExample, Scalars, Schedule, append_dims_like, cast_like, noise_level
 
 
@@ -37,17 +36,16 @@ class Objective(ABC):
     Args:
         scale_input: divide the network's input x_t by its standard deviation √(α²σ_d² + σ²). Recommended on curves with α = 1,
             where x_t reaches the size of σ_max; where α² + σ² = 1 it has little effect.
-        sigma_data: σ_d > 0, the standard deviation of the data; EDM uses 0.5 for images in [−1, 1].
+        sigma_data: σ_d in [0.001, 1000], the standard deviation of the data; EDM uses 0.5 for images in [−1, 1].
 
     Raises:
-        ConfigError: σ_d is not a finite number above 0.
+        ConfigError: σ_d is out of range.
     """
 
     def __init__(self, scale_input: bool = False, sigma_data: float = 0.5) -> None:
-        if not 0 < sigma_data < math.inf:
-            raise ConfigError(
-                f"objective.sigma_data={sigma_data}: write the standard deviation of the data, finite and above 0 (EDM: 0.5)"
-            )
+        check_number(
+            "objective.sigma_data", sigma_data, "[0.001, 1000]", "the standard deviation of the data (EDM: 0.5)"
+        )
         self.scale_input, self.sigma_data = scale_input, sigma_data
 
     @abstractmethod
@@ -147,10 +145,10 @@ class EDM(Objective):
     −v/√(α² + σ²). The input is always scaled by 1/n, and the time-conditioning input is ln(s)/4.
 
     Args:
-        sigma_data: σ_d > 0, the standard deviation of the data.
+        sigma_data: σ_d in [0.001, 1000], the standard deviation of the data.
 
     Raises:
-        ConfigError: σ_d is not a finite number above 0.
+        ConfigError: σ_d is out of range.
     """
 
     def __init__(self, sigma_data: float = 0.5) -> None:

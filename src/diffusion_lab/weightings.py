@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 
 import torch
 
-from diffusion_lab.errors import ConfigError
+from diffusion_lab.errors import check_number
 from diffusion_lab.objectives import Objective
 from diffusion_lab.schedules import Scalars, Schedule, cast_like
 
@@ -67,14 +67,15 @@ class MinSNR(OnNoise):
     """w = min(SNR, γ)/SNR (Hang et al. 2023, eq. 7–8).
 
     Args:
-        gamma: γ > 0.
+        gamma: γ in [0.001, 1e6].
 
     Raises:
-        ConfigError: gamma ≤ 0.
+        ConfigError: γ is out of range.
     """
 
     def __init__(self, gamma: float = 5.0) -> None:
-        self.gamma = _positive("min_snr", "gamma", gamma)
+        check_number("weighting.gamma", gamma, "[0.001, 1e6]", "the published value is 5")
+        self.gamma = gamma
 
     def alpha2w(self, schedule: Schedule, t: Scalars, alpha2: Scalars, sigma2: Scalars) -> Scalars:
         return torch.minimum(alpha2, self.gamma * sigma2)
@@ -84,14 +85,15 @@ class SoftMinSNR(OnNoise):
     """w = γ/(SNR + γ), the smooth form of MinSNR (Crowson et al. 2024, section 3.3).
 
     Args:
-        gamma: γ > 0.
+        gamma: γ in [0.001, 1e6].
 
     Raises:
-        ConfigError: gamma ≤ 0.
+        ConfigError: γ is out of range.
     """
 
     def __init__(self, gamma: float = 5.0) -> None:
-        self.gamma = _positive("soft_min_snr", "gamma", gamma)
+        check_number("weighting.gamma", gamma, "[0.001, 1e6]", "the published value is 5")
+        self.gamma = gamma
 
     def alpha2w(self, schedule: Schedule, t: Scalars, alpha2: Scalars, sigma2: Scalars) -> Scalars:
         return alpha2 * (self.gamma * sigma2) / (alpha2 + self.gamma * sigma2)
@@ -101,18 +103,17 @@ class P2(OnNoise):
     """w = (k + SNR)^−γ (Choi et al. 2022, eq. 8).
 
     Args:
-        k: k > 0.
-        gamma: γ ≥ 0; 0 gives w = 1.
+        k: in [0.001, 1000].
+        gamma: γ in [0, 4]; 0 gives w = 1.
 
     Raises:
-        ConfigError: k ≤ 0 or gamma < 0.
+        ConfigError: an argument is out of range.
     """
 
     def __init__(self, k: float = 1.0, gamma: float = 1.0) -> None:
-        self.k = _positive("p2", "k", k)
-        if gamma < 0:
-            raise ConfigError(f"weighting=p2 needs gamma >= 0, not gamma={gamma}")
-        self.gamma = gamma
+        check_number("weighting.k", k, "[0.001, 1000]", "the published value is 1")
+        check_number("weighting.gamma", gamma, "[0, 4]", "the published values are 0.5 and 1")
+        self.k, self.gamma = k, gamma
 
     def alpha2w(self, schedule: Schedule, t: Scalars, alpha2: Scalars, sigma2: Scalars) -> Scalars:
         return alpha2 * (self.k + alpha2 / sigma2) ** -self.gamma
@@ -144,10 +145,14 @@ class Sigmoid(OnNoise):
     """w = e^b/(e^b + SNR) (Kingma & Gao 2023; Hoogeboom et al. 2024), without the published factor −d ln SNR/dt.
 
     Args:
-        bias: b, added to −ln SNR.
+        bias: b in [-20, 20], added to −ln SNR.
+
+    Raises:
+        ConfigError: b is out of range.
     """
 
     def __init__(self, bias: float = 0.0) -> None:
+        check_number("weighting.bias", bias, "[-20, 20]", "the published values are -3 to 3")
         self.bias = bias
 
     def alpha2w(self, schedule: Schedule, t: Scalars, alpha2: Scalars, sigma2: Scalars) -> Scalars:
@@ -161,21 +166,17 @@ class EDM(OnNoise):
     It is 1 on the output of objectives.EDM with the same σ_d.
 
     Args:
-        sigma_data: σ_d > 0.
+        sigma_data: σ_d in [0.001, 1000].
 
     Raises:
-        ConfigError: sigma_data ≤ 0.
+        ConfigError: σ_d is out of range.
     """
 
     def __init__(self, sigma_data: float = 0.5) -> None:
-        self.sigma_data = _positive("edm", "sigma_data", sigma_data)
+        check_number(
+            "weighting.sigma_data", sigma_data, "[0.001, 1000]", "the standard deviation of the data (EDM: 0.5)"
+        )
+        self.sigma_data = sigma_data
 
     def alpha2w(self, schedule: Schedule, t: Scalars, alpha2: Scalars, sigma2: Scalars) -> Scalars:
         return alpha2 + sigma2 / self.sigma_data**2
-
-
-def _positive(name: str, argument: str, value: float) -> float:
-    """Return `value`; ConfigError where it is not above 0."""
-    if value <= 0:
-        raise ConfigError(f"weighting={name} needs {argument} > 0, not {argument}={value}")
-    return value

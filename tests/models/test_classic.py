@@ -56,7 +56,9 @@ def test_learned_variance_doubles_the_channels():
     assert network(torch.zeros(2, 3, 5, 3), torch.zeros(2)).shape == (2, 6, 5, 3)
 
 
-@pytest.mark.parametrize(("options", "remedy"), [({"levels": 0}, "at least 1"), ({"width": 5}, "even")])
+@pytest.mark.parametrize(
+    ("options", "remedy"), [({"levels": 0}, r"levels=0: write a whole number in \[1, 12\]"), ({"width": 5}, "even")]
+)
 def test_refusals_name_the_remedy(options, remedy):
     with pytest.raises(ValueError, match=remedy):
         ClassicUNet(channels=1, image_size=[8, 8], **options)

@@ -15,7 +15,7 @@ from diffusion_lab.data.images import Examples, Index, Rows
 from diffusion_lab.data.sources import Dataset, Source
 from diffusion_lab.data.splits import split
 from diffusion_lab.data.stream import BatchStream, EvalBatches
-from diffusion_lab.errors import ConfigError
+from diffusion_lab.errors import SEEDS, ConfigError, check_number, check_numbers
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class DataModule(pl.LightningDataModule):
         seed: the run's; key of the order and of flips.
 
     Raises:
-        ConfigError: `image_size` is not [H, W].
+        ConfigError: a number out of range.
     """
 
     def __init__(
@@ -73,8 +73,18 @@ class DataModule(pl.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if len(image_size) != 2:
-            raise ConfigError(f"data.image_size={list(image_size)}: write [height,width]")
+        check_number("data.channels", channels, "[1, 1024]", whole=True)
+        check_numbers("data.image_size", image_size, "[1, 65536]", "[height,width]", whole=True, length=2)
+        check_number("data.num_classes", num_classes, "[0, 1000000]", "0 leaves labels unused", whole=True)
+        check_number("data.num_attributes", num_attributes, "[0, 100000]", "0 leaves them unused", whole=True)
+        check_number("data.batch_size", batch_size, "[1, 1000000]", whole=True)
+        check_number("data.eval_batch_size", eval_batch_size, "[1, 1000000]", whole=True)
+        for name, amount in (("val", val), ("test", test)):
+            interval = "[0, 1)" if isinstance(amount, float) else "[0, 1000000000]"
+            check_number(f"data.{name}", amount, interval, "a fraction, or a whole number of images", optional=True)
+        check_number("data.limit", limit, "[1, 1000000000]", "training images, null for all", whole=True, optional=True)
+        check_number("data.split_seed", split_seed, SEEDS, whole=True)
+        check_number("seed", seed, SEEDS, whole=True)
         self.source, self.root, self.download = source, Path(root).expanduser(), download
         self.channels, self.image_size, self.num_classes = channels, list(image_size), num_classes
         self.num_attributes = num_attributes

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from diffusion_lab.errors import ConfigError
+from diffusion_lab.errors import ConfigError, check_number, check_numbers
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 FILTERS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
@@ -118,29 +118,34 @@ class Decoder:
 
     Args:
         shape: (C, H, W), C = 1 (grayscale) or 3 (RGB).
-        box: crop before resizing: the side of a central square in pixels, (top, left, height, width), or None.
+        box: crop before resizing: the side of a central square in pixels, (top, left, height, width), or None; in [0, 65536].
         resize: "shorter" scales until the image just covers H×W, "exact" to H×W whatever its aspect ratio, "none" not at all.
         center: crop the central H×W after resizing; otherwise the image must have that size by then.
         filter: Pillow's, antialiased when it shrinks: one of `FILTERS`.
 
     Raises:
-        ConfigError: an unknown option.
+        ConfigError: an unknown option, a number out of range.
     """
 
     shape: tuple[int, int, int]
-    box: int | tuple[int, ...] | None = None
+    box: int | Sequence[int] | None = None
     resize: str = "shorter"
     center: bool = True
     filter: str = "lanczos"
 
     def __post_init__(self) -> None:
+        check_numbers("data.image_size", self.shape[1:], "[1, 65536]", whole=True, length=2)
         _mode(self.shape[0])
         if self.resize not in ("shorter", "exact", "none"):
             raise ConfigError(f"data.source.resize={self.resize}: write shorter, exact or none")
         if self.filter not in FILTERS:
             raise ConfigError(f"data.source.filter={self.filter}: write one of {', '.join(FILTERS)}")
-        if not (self.box is None or isinstance(self.box, int) or len(self.box) == 4):
-            raise ConfigError(f"data.source.crop={list(self.box)}: a box is [top,left,height,width]")
+        if isinstance(self.box, list | tuple):
+            check_numbers("data.source.crop", self.box, "[0, 65536]", "[top,left,height,width]", whole=True, length=4)
+            check_numbers("data.source.crop", self.box[2:], "[1, 65536]", "[height,width] of the box", whole=True)
+        else:
+            hint = "the side of a square, or [top,left,height,width]"
+            check_number("data.source.crop", self.box, "[1, 65536]", hint, whole=True, optional=True)
 
     def __call__(self, data: bytes, name: str) -> NDArray[np.uint8]:
         """Decode the bytes of a file as `open_image` does, to uint8 (C, H, W).

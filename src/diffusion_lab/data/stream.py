@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffusion_lab import noise
 from diffusion_lab.data.images import Examples, Index
-from diffusion_lab.errors import ConfigError
+from diffusion_lab.errors import SEEDS, ConfigError, check_number
 
 
 class BatchStream:
@@ -40,7 +40,7 @@ class BatchStream:
         repeat: repeat the images of the first `repeat` steps, with new noise (to overfit them); 0 uses all images.
 
     Raises:
-        ConfigError: no examples, or B is not a multiple of W·A.
+        ConfigError: no examples, a number out of range, or B is not a multiple of W·A.
     """
 
     def __init__(
@@ -59,8 +59,15 @@ class BatchStream:
     ) -> None:
         if len(examples) == 0:
             raise ConfigError("the training split is empty: lower data.val and data.test, or give more images")
+        check_number("data.batch_size", batch_size, "[1, 1000000]", whole=True)
+        check_number("seed", seed, SEEDS, whole=True)
+        check_number("world_size", world_size, "[1, 1000000]", whole=True)
+        check_number("rank", rank, f"[0, {world_size})", whole=True)
+        check_number("trainer.accumulate_grad_batches", accumulate, "[1, 1000000]", whole=True)
+        check_number("start_step", start_step, "[0, 4294967295]", whole=True)
+        check_number("trainer.overfit_batches", repeat, "[0, 1000000]", whole=True)
         shares = world_size * accumulate
-        if batch_size < 1 or batch_size % shares:
+        if batch_size % shares:
             near = max(round(batch_size / shares), 1) * shares
             raise ConfigError(
                 f"data.batch_size={batch_size} (global) does not divide into {world_size} process(es) × {accumulate} "
@@ -118,14 +125,15 @@ class EvalBatches:
         pin_memory: page-locked tensors.
 
     Raises:
-        ConfigError: `batch_size` is not positive.
+        ConfigError: a number out of range.
     """
 
     def __init__(
         self, examples: Examples, batch_size: int, *, world_size: int = 1, rank: int = 0, pin_memory: bool = False
     ) -> None:
-        if batch_size < 1:
-            raise ConfigError(f"data.eval_batch_size={batch_size}: give a positive number")
+        check_number("data.eval_batch_size", batch_size, "[1, 1000000]", whole=True)
+        check_number("world_size", world_size, "[1, 1000000]", whole=True)
+        check_number("rank", rank, f"[0, {world_size})", whole=True)
         self.examples, self.batch_size, self.pin_memory = examples, batch_size, pin_memory
         self.index = np.arange(rank, len(examples), world_size)
 

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Float64, Int64, Shaped
 from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser
-from diffusion_lab.errors import ConfigError
+from diffusion_lab.errors import ConfigError, check_number
 from diffusion_lab.gaussian import discretized_log_likelihood, kl, posterior
 from diffusion_lab.io import progress as show_progress
 from diffusion_lab.likelihood.base import bits, keys, ready
@@ -198,11 +198,8 @@ def _check(schedule: Schedule, variance: Variance, decoder: str, last: str, eta:
         raise ConfigError(
             "last=full uses a pair of neighboring nodes of a table, and this schedule is a continuous curve: write last=strided"
         )
-    if not 0 < eta <= 1:
-        raise ConfigError(
-            f"eta={eta} is outside (0, 1]: the bound is infinite for steps without noise (sampler=ddim with eta=0); write "
-            "eta=1, or use likelihood.ode"
-        )
+    hint = "the bound is infinite for steps without noise (sampler=ddim with eta=0); eta=1, or likelihood.ode"
+    check_number("eta", eta, "(0, 1]", hint)
     if eta < 1 and variance.ancestral_only:
         raise ConfigError(
             f"variance {type(variance).__name__} works with ancestral steps only, not with eta={eta}: write eta=1 or "

@@ -9,7 +9,7 @@ from jaxtyping import Float64, Int64, Shaped
 from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser
-from diffusion_lab.errors import ConfigError
+from diffusion_lab.errors import ConfigError, check_number
 from diffusion_lab.likelihood.base import keys, ready
 from diffusion_lab.noise import Stream, uniform, words
 from diffusion_lab.samplers.dormand_prince import integrate
@@ -65,13 +65,13 @@ def ode(
         condition: keyword arguments for the network, each with B rows.
         seed: with `index` the key of u and z.
         index: index of the image in each row; default 0 … B − 1.
-        rtol: relative tolerance of the solver.
-        atol: absolute tolerance of the solver.
+        rtol: relative tolerance of the solver, in [1e-14, 1].
+        atol: absolute tolerance of the solver, in [1e-14, 1].
         start: in (0, 1); default 1e-5, and for a table 1/T, below which the network is not trained and σ̇ is unbounded.
         dequantise: former spelling of `dequantize`; refused.
 
     Raises:
-        ConfigError: an unknown divergence; too many dimensions for the exact one; `start` out of range; NaN or Inf from the
+        ConfigError: an unknown divergence; too many dimensions for the exact one; a number out of range; NaN or Inf from the
             network; a self-conditioning network; transforms `on_x0` (known pixels).
     """
     if dequantise is not None:
@@ -88,8 +88,9 @@ def ode(
     schedule = denoiser.schedule
     if start is None:
         start = START if schedule.steps is None else schedule.t_min
-    if not 0 < start < 1:
-        raise ConfigError(f"start={start} is outside (0, 1): the published value is 1e-5")
+    check_number("start", start, "(0, 1)", "the published value is 1e-5")
+    check_number("rtol", rtol, "[1e-14, 1]", "the published value is 1e-5")
+    check_number("atol", atol, "[1e-14, 1]", "the published value is 1e-5")
     with torch.inference_mode(False), torch.no_grad():
         shape, key = tuple(x0.shape[1:]), keys(x0, index)
         x = x0.double().clone()

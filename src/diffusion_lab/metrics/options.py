@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
-from diffusion_lab.errors import ConfigError
+from diffusion_lab.errors import check_number
 from diffusion_lab.metrics.collect import Collected
 from diffusion_lab.metrics.extractors import Extractor
 from diffusion_lab.metrics.frechet import frechet_distance
@@ -85,18 +85,19 @@ class KID(FeatureMetric):
     """Kernel Inception distance: squared MMD with a cubic kernel, mean and standard deviation (Bińkowski et al. 2018).
 
     Args:
-        subsets: random subsets, at least 1.
-        subset_size: images of a subset, at least 2; fewer where a set is smaller.
+        subsets: random subsets, in [1, 10000].
+        subset_size: images of a subset, in [2, 1000000]; fewer where a set is smaller.
 
     Raises:
-        ConfigError: smaller values.
+        ConfigError: a number out of range.
     """
 
     key, of_inception, keeps_features = "kid", True, True
 
     def __init__(self, subsets: int = SUBSETS, subset_size: int = SUBSET) -> None:
-        self.subsets = _at_least(1, "kid", "subsets", subsets)
-        self.subset_size = _at_least(2, "kid", "subset_size", subset_size)
+        check_number("metrics.kid.subsets", subsets, "[1, 10000]", whole=True)
+        check_number("metrics.kid.subset_size", subset_size, "[2, 1000000]", whole=True)
+        self.subsets, self.subset_size = subsets, subset_size
 
     def figures(self, key: str, extractor: Extractor, collected: Collected, reference: Reference) -> dict[str, float]:
         assert collected.features is not None
@@ -112,16 +113,17 @@ class InceptionScore(FeatureMetric):
     """exp E KL(p(y|x) ‖ p(y)) of an extractor with logits, mean and standard deviation (Salimans et al. 2016).
 
     Args:
-        splits: parts of the shuffled samples, at least 1.
+        splits: parts of the shuffled samples, in [1, 10000].
 
     Raises:
-        ConfigError: fewer.
+        ConfigError: a number out of range.
     """
 
     key, of_inception, keeps_logits = "is", True, True
 
     def __init__(self, splits: int = SPLITS) -> None:
-        self.splits = _at_least(1, "is", "splits", splits)
+        check_number("metrics.is.splits", splits, "[1, 10000]", whole=True)
+        self.splits = splits
         self.least = max(2, splits)
 
     def figures(self, key: str, extractor: Extractor, collected: Collected, reference: Reference) -> dict[str, float]:
@@ -136,18 +138,19 @@ class PRDC(FeatureMetric):
     """Precision and recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020) by nearest neighbors.
 
     Args:
-        neighbors: k of precision and recall, at least 1.
-        density_neighbors: k of density and coverage, at least 1.
+        neighbors: k of precision and recall, in [1, 1000].
+        density_neighbors: k of density and coverage, in [1, 1000].
 
     Raises:
-        ConfigError: smaller values.
+        ConfigError: a number out of range.
     """
 
     key, keeps_features = "prdc", True
 
     def __init__(self, neighbors: int = NEAREST, density_neighbors: int = NEAREST_DENSITY) -> None:
-        self.neighbors = _at_least(1, "prdc", "neighbors", neighbors)
-        self.density_neighbors = _at_least(1, "prdc", "density_neighbors", density_neighbors)
+        check_number("metrics.prdc.neighbors", neighbors, "[1, 1000]", whole=True)
+        check_number("metrics.prdc.density_neighbors", density_neighbors, "[1, 1000]", whole=True)
+        self.neighbors, self.density_neighbors = neighbors, density_neighbors
         self.least = max(neighbors, density_neighbors) + 1
 
     def figures(self, key: str, extractor: Extractor, collected: Collected, reference: Reference) -> dict[str, float]:
@@ -177,9 +180,3 @@ def _score(metric: FeatureMetric, key: str, extractor: Extractor, score: Score) 
     published = key if extractor.name == "inception" else f"{key}_{extractor.name}"
     name = published if key == metric.key else key
     return {name: score.mean, f"{name}_std": score.std}
-
-
-def _at_least(least: int, metric: str, name: str, value: int) -> int:
-    if value < least:
-        raise ConfigError(f"metrics.{metric}.{name}={value}: write at least {least}")
-    return value

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from diffusion_lab.errors import ConfigError
+from diffusion_lab.errors import ConfigError, check_number, check_numbers
 from diffusion_lab.models.embeddings import Embedding
 
 
@@ -15,14 +15,15 @@ class UNetBase(nn.Module):
     """(x, c, label, previous, given) → output, for images of any size. A subclass implements `body` and `output_head`.
 
     Args:
-        channels: C of the images.
-        image_size: [H, W] of the training images; other sizes work too.
+        channels: C of the images, in [1, 1024].
+        image_size: [H, W] of the training images, each in [1, 65536]; other sizes work too.
         levels: number of resolutions; H and W are padded to multiples of 2^(levels − 1).
         feature_channels: output channels of `body`.
         embedding: embeds c and the label.
         self_conditioning: concatenate the previous x̂_0 to the input, C more channels (Chen et al. 2022, "Analog bits").
         learned_variance: return 2C channels, the second half for the variance (Nichol & Dhariwal 2021).
-        given_channels: channels of conditioning images, concatenated to the input (Saharia et al. 2021, "SR3"); 0: none.
+        given_channels: channels of conditioning images, concatenated to the input (Saharia et al. 2021, "SR3");
+            in [0, 1024], 0: none.
 
     Attributes:
         channels, image_size, num_classes, self_conditioning, given_channels: as the arguments.
@@ -33,7 +34,7 @@ class UNetBase(nn.Module):
         side: H and W are padded to multiples of it.
 
     Raises:
-        ConfigError: a size that is not positive.
+        ConfigError: a number out of range.
     """
 
     def __init__(
@@ -49,10 +50,9 @@ class UNetBase(nn.Module):
         given_channels: int = 0,
     ) -> None:
         super().__init__()
-        if channels < 1 or len(image_size) != 2 or min(image_size) < 1:
-            raise ConfigError(
-                f"channels={channels}, image_size={list(image_size)}: write a positive number of channels, and a positive [H, W]"
-            )
+        check_number("model.channels", channels, "[1, 1024]", whole=True)
+        check_numbers("model.image_size", image_size, "[1, 65536]", "[height,width]", whole=True, length=2)
+        check_number("model.given_channels", given_channels, "[0, 1024]", whole=True)
         self.channels = channels
         self.image_size = (image_size[0], image_size[1])
         self.num_classes = embedding.num_classes

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from diffusion_lab.errors import ConfigError
+from diffusion_lab.errors import ConfigError, check_number
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,20 @@ class BlockConfig:
     heads: int
     head_channels: int | None
 
+    def __post_init__(self) -> None:
+        check_number("model.width", self.embedding, "[1, 1000000]", whole=True)
+        check_number("model.groups", self.groups, "[1, 65536]", whole=True)
+        check_number("model.dropout", self.dropout, "[0, 1)")
+        check_number("model.heads", self.heads, "[1, 65536]", whole=True)
+        check_number("model.head_channels", self.head_channels, "[1, 65536]", whole=True, optional=True)
+
     def norm(self, channels: int) -> nn.GroupNorm:
         """Return a group normalization of `channels` channels.
 
         Raises:
             ConfigError: `groups` does not divide `channels`.
         """
-        if self.groups < 1 or channels % self.groups:
+        if channels % self.groups:
             divisors = [g for g in range(1, channels + 1) if channels % g == 0 and g <= 64]
             raise ConfigError(f"groups={self.groups} does not divide {channels} channels: write one of {divisors}")
         return nn.GroupNorm(self.groups, channels, eps=1e-6)
@@ -42,7 +49,7 @@ class BlockConfig:
         """
         by_size = self.head_channels is not None
         name, divisor = ("head_channels", self.head_channels or 0) if by_size else ("heads", self.heads)
-        if divisor < 1 or channels % divisor:
+        if channels % divisor:
             raise ConfigError(f"{name}={divisor} does not divide {channels} channels: write a divisor of {channels}")
         return channels // divisor if by_size else divisor
 

@@ -6,9 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from diffusion_lab.errors import ConfigError
+from diffusion_lab.errors import check_number
 from diffusion_lab.models.base import UNetBase, initialize
 from diffusion_lab.models.embeddings import Embedding
+from diffusion_lab.models.options import require_memory
 
 
 class DoubleConv(nn.Module):
@@ -39,12 +40,12 @@ class ClassicUNet(UNetBase):
     Args:
         channels: C of the images.
         image_size: [H, W] of the training images; other sizes work too.
-        width: channels of the first level (64 in the paper).
-        levels: number of resolutions (5 in the paper).
+        width: channels of the first level (64 in the paper), even, in [4, 65536].
+        levels: number of resolutions (5 in the paper), in [1, 12].
         num_classes, self_conditioning, learned_variance, given_channels, channels_last: as in `UNet`.
 
     Raises:
-        ConfigError: a number that is not positive, an odd width.
+        ConfigError: a number out of range, an odd width, weights that exceed the memory.
     """
 
     def __init__(
@@ -60,8 +61,12 @@ class ClassicUNet(UNetBase):
         given_channels: int = 0,
         channels_last: bool = False,
     ) -> None:
-        if levels < 1:
-            raise ConfigError(f"levels={levels}: write at least 1")
+        check_number("model.width", width, "[4, 65536]", whole=True)
+        check_number("model.levels", levels, "[1, 12]", "each halves the image", whole=True)
+        # of a level with c channels: two convolutions down and two up
+        require_memory(
+            sum(36 * (width * 2**i) ** 2 for i in range(levels)), f"model.width={width} model.levels={levels}"
+        )
         super().__init__(
             channels=channels,
             image_size=image_size,

@@ -5,8 +5,9 @@ from itertools import pairwise
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from diffusion_lab.errors import ConfigError
+from diffusion_lab.errors import ConfigError, check_number
 from diffusion_lab.models.embeddings import Embedding
+from diffusion_lab.models.options import require_memory
 
 GROUPS = 8  # of the group normalization
 
@@ -21,18 +22,25 @@ class Classifier(nn.Module):
     Args:
         channels: C of the images.
         num_classes: K, the number of logits.
-        width: channels of the first convolution, a multiple of 8; the other convolutions have 2 · width.
+        width: channels of the first convolution, a multiple of 8 in [8, 65536]; the other convolutions have 2 · width.
         features: size of the hidden layer.
         time: None for clean images; "sinusoidal" for c in [0, 1000], "fourier" for c = ln(σ/α)/4.
 
     Raises:
-        ConfigError: an unknown kind of time features.
+        ConfigError: an unknown kind of time features, a number out of range.
     """
 
     def __init__(
         self, *, channels: int, num_classes: int, width: int = 32, features: int = 64, time: str | None = None
     ) -> None:
         super().__init__()
+        check_number("channels", channels, "[1, 1024]", whole=True)
+        check_number("num_classes", num_classes, "[1, 1000000]", whole=True)
+        check_number("width", width, "[8, 65536]", f"a multiple of {GROUPS}", whole=True)
+        check_number("features", features, "[1, 65536]", whole=True)
+        if width % GROUPS:
+            raise ConfigError(f"width={width}: write a multiple of {GROUPS}")
+        require_memory(54 * width**2 + (8 * width + num_classes) * features, f"width={width} features={features}")
         self.time = time
         widths = [channels, width, 2 * width, 2 * width]
         self.convolutions = nn.ModuleList(

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from diffusion_lab.errors import ConfigError
+from diffusion_lab.errors import ConfigError, check_number
 from diffusion_lab.models.options import choose
 
 
@@ -16,15 +16,16 @@ class Sinusoidal(nn.Module):
     It works for c = ln(σ/α)/4, too: EDM's DDPM++ networks use it, and on the digits it trains slightly better than `Fourier`.
 
     Args:
-        features: n, even and at least 4.
+        features: n, even, in [4, 65536].
 
     Raises:
-        ConfigError: n is odd or below 4.
+        ConfigError: n is odd or out of range.
     """
 
     def __init__(self, features: int) -> None:
         super().__init__()
-        if features < 4 or features % 2:
+        check_number("model.width", features, "[4, 65536]", "even, for sinusoidal features", whole=True)
+        if features % 2:
             raise ConfigError(f"sinusoidal features need an even width of at least 4, not width={features}")
         self.features = features
 
@@ -41,17 +42,18 @@ class Fourier(nn.Module):
     """[sin(2π f c), cos(2π f c)] with fixed f ~ N(0, 16²), designed for c = ln(σ/α)/4 (Song et al. 2021).
 
     Args:
-        features: n, even and at least 2.
+        features: n, even, in [2, 65536].
 
     Raises:
-        ConfigError: n is odd or below 2.
+        ConfigError: n is odd or out of range.
     """
 
     frequencies: Tensor
 
     def __init__(self, features: int) -> None:
         super().__init__()
-        if features < 2 or features % 2:
+        check_number("model.width", features, "[2, 65536]", "even, for Fourier features", whole=True)
+        if features % 2:
             raise ConfigError(f"Fourier features need an even, positive width, not width={features}")
         # A separate generator gives the same frequencies in every run; a buffer stores them in the checkpoint.
         noise = torch.randn(features // 2, generator=torch.Generator().manual_seed(0), device="cpu")
@@ -81,8 +83,8 @@ class Embedding(nn.Module):
 
     def __init__(self, width: int, features: str, activation: type[nn.Module], num_classes: int | None) -> None:
         super().__init__()
-        if num_classes is not None and num_classes < 1:
-            raise ConfigError(f"num_classes={num_classes}: write at least 1, or null for a network without labels")
+        check_number("model.num_classes", num_classes, "[1, 1000000]", "null without labels", whole=True, optional=True)
+        check_number("model.width", width, "[2, 65536]", whole=True)
         self.features = choose("time features", features, FEATURES)(width)
         self.linear1 = nn.Linear(width, 4 * width)
         self.linear2 = nn.Linear(4 * width, 4 * width)

@@ -8,11 +8,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from diffusion_lab.errors import ConfigError
+from diffusion_lab.errors import ConfigError, check_number, check_numbers
 from diffusion_lab.models.base import UNetBase, initialize
 from diffusion_lab.models.blocks import DOWNSAMPLE, UPSAMPLE, Attention, BlockConfig, ResAttnBlock, Residual
 from diffusion_lab.models.embeddings import Embedding
-from diffusion_lab.models.options import ACTIVATIONS, choose
+from diffusion_lab.models.options import ACTIVATIONS, choose, require_memory
 
 
 class Level(nn.Module):
@@ -32,15 +32,15 @@ class UNet(UNetBase):
     Args:
         channels: C of the images.
         image_size: [H, W] of the training images; other sizes work too. `attention` refers to this size.
-        width: channels of the first level, and number of time features.
-        multipliers: channels of each level in units of `width`; their number is the number of levels.
-        blocks: residual blocks of a down level; an up level has one more.
+        width: channels of the first level, and number of time features; even, in [2, 65536].
+        multipliers: channels of each level in units of `width`, each in [1, 64]; their number, at most 12, is that of levels.
+        blocks: residual blocks of a down level, in [1, 64]; an up level has one more.
         attention: resolutions with self-attention, by the longer side of the feature map, e.g. [16].
         middle_attention: self-attention between the two middle blocks, at the lowest resolution.
         heads: number of attention heads; ignored with `head_channels`.
         head_channels: channels of an attention head.
         groups: groups of the group normalization; divides the channels of every level.
-        dropout: dropout probability before the second convolution of a block.
+        dropout: dropout probability in [0, 1) before the second convolution of a block.
         conditioning: `additive` (DDPM) or `scale_shift` (improved DDPM).
         features: time features, `sinusoidal` for c in [0, 1000] or `fourier` for c = ln(σ/α)/4.
         downsample: `conv`, `average` or `max`.
@@ -55,7 +55,8 @@ class UNet(UNetBase):
         gradient_checkpointing: recompute each block in the backward pass: less memory, a third more time.
 
     Raises:
-        ConfigError: an unknown option, numbers that do not fit each other, attention at a resolution that does not occur.
+        ConfigError: an unknown option, numbers that do not fit each other, attention at a resolution that does not occur,
+            weights that exceed the memory.
     """
 
     def __init__(
@@ -85,11 +86,17 @@ class UNet(UNetBase):
         channels_last: bool = False,
         gradient_checkpointing: bool = False,
     ) -> None:
-        if width < 1 or blocks < 1 or not multipliers or min(multipliers) < 1 or not 0 <= dropout < 1:
-            raise ConfigError(
-                f"width={width}, multipliers={list(multipliers)}, blocks={blocks}, dropout={dropout}: write positive "
-                "integers, and a dropout in [0, 1)"
-            )
+        check_number("model.width", width, "[2, 65536]", whole=True)
+        check_numbers("model.multipliers", multipliers, "[1, 64]", whole=True)
+        check_number("model.blocks", blocks, "[1, 64]", whole=True)
+        check_numbers("model.attention", attention, "[1, 65536]", whole=True)
+        if not 1 <= len(multipliers) <= 12:
+            raise ConfigError(f"model.multipliers={list(multipliers)}: write 1 to 12 of them, one for each level")
+        # of each residual block down and up: two 3×3 convolutions
+        require_memory(
+            sum((2 * blocks + 1) * 18 * (width * m) ** 2 for m in multipliers),
+            f"model.width={width} model.multipliers={list(multipliers)} model.blocks={blocks}",
+        )
         nonlinearity = choose("activation", activation, ACTIVATIONS)
         super().__init__(
             channels=channels,
@@ -225,5 +232,6 @@ class UNetForImageSize(UNet):
     """
 
     def __init__(self, *, channels: int, image_size: Sequence[int], **options: Any) -> None:
+        check_numbers("model.image_size", image_size, "[1, 65536]", "[height,width]", whole=True, length=2)
         preset = next(options for side, options in PRESETS.items() if max(image_size) <= side)
         super().__init__(channels=channels, image_size=image_size, **{**preset, **options})

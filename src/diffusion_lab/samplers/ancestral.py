@@ -9,7 +9,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser, Prediction
-from diffusion_lab.errors import ConfigError
+from diffusion_lab.errors import ConfigError, check_number
 from diffusion_lab.gaussian import Posterior, posterior
 from diffusion_lab.samplers import grids
 from diffusion_lab.samplers.base import EvaluationContext, Sampler
@@ -50,10 +50,8 @@ class Ancestral(Sampler):
         self.variance = variance or FixedSmall()
         if grid == "optimal" and not isinstance(self.variance, Analytic):
             raise ConfigError("grid=optimal needs a fitted variance: write variance=analytic, or sampler.grid=trailing")
-        if max_final_noise is not None and not max_final_noise > 0:
-            raise ConfigError(
-                f"sampler.max_final_noise={max_final_noise} is not above 0: write 1 or 2 (levels), or .inf for no bound"
-            )
+        hint = "1 or 2 levels, or .inf for no bound"
+        check_number("sampler.max_final_noise", max_final_noise, "(0, inf]", hint, optional=True)
         self.max_final_noise = self.variance.max_final_noise if max_final_noise is None else max_final_noise
 
     def check(self, denoiser: Denoiser) -> None:
@@ -164,8 +162,7 @@ class DDIM(Ancestral):
         max_final_noise: float | None = None,
     ) -> None:
         super().__init__(steps, variance, grid, budget, max_final_noise)
-        if not 0 <= eta <= 1:
-            raise ConfigError(f"sampler=ddim needs eta in [0, 1], not eta={eta}: 0 is deterministic, 1 is ancestral")
+        check_number("sampler.eta", eta, "[0, 1]", "0 is deterministic, 1 is ancestral")
         if self.variance.ancestral_only:
             raise ConfigError(
                 f"variance {type(self.variance).__name__} is for ancestral steps only: write sampler=ddpm or variance=fixed_small"

@@ -13,7 +13,7 @@ from jaxtyping import Float, Float64, Int, Shaped
 from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser, Prediction
-from diffusion_lab.errors import ConfigError
+from diffusion_lab.errors import ConfigError, check_number
 from diffusion_lab.io import progress as show_progress
 from diffusion_lab.noise import Draws
 from diffusion_lab.samplers import grids
@@ -132,14 +132,14 @@ class Sampler(ABC):
     def __init__(self, steps: int | None, grid: str, budget: int | None = None) -> None:
         if grid not in self.grid_names:
             raise ConfigError(f"unknown time grid {grid!r}: write one of {', '.join(self.grid_names)}")
+        check_number("sampler.budget", budget, "[1, 1000000]", "network evaluations", whole=True, optional=True)
+        check_number("sampler.steps", steps, "[1, 100000]", whole=True, optional=True)
         if budget is not None:
             steps = self.steps_for_budget(budget)
             if steps < 1:
                 raise ConfigError(
                     f"sampler.budget={budget} is too small for one step of {type(self).__name__}: write a larger budget"
                 )
-        if steps is not None and steps < 1:
-            raise ConfigError(f"a sampler needs steps >= 1, not steps={steps}")
         self.steps, self.grid = steps, grid
 
     @property

@@ -9,7 +9,7 @@ from jaxtyping import Float, Float64, Int, Shaped
 from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser, Prediction
-from diffusion_lab.errors import ConfigError
+from diffusion_lab.errors import SEEDS, ConfigError, check_number
 from diffusion_lab.noise import Draws, Stream, normal
 from diffusion_lab.samplers.ancestral import DDPM, Draw
 from diffusion_lab.samplers.base import EvaluationContext, Samples, prior
@@ -37,12 +37,12 @@ class DDCM(DDPM):
     network and this configuration. Reconstructions are bit-equal with equal batches and threads, since kernels differ otherwise.
 
     Args:
-        codebook: K ≥ 2, the number of vectors of a step.
+        codebook: K in [2, 65536], the number of vectors of a step.
         codebook_seed: seed of the codebooks and of x_T, in [0, 2⁶⁴).
         steps, variance, grid, budget, max_final_noise: as in `DDPM`.
 
     Raises:
-        ConfigError: K < 2, and as `DDPM`.
+        ConfigError: an argument is out of range, and as `DDPM`.
     """
 
     def __init__(
@@ -56,8 +56,8 @@ class DDCM(DDPM):
         codebook_seed: int = 0,
     ) -> None:
         super().__init__(steps, variance, grid, budget, max_final_noise)
-        if codebook < 2:
-            raise ConfigError(f"sampler=ddcm needs codebook >= 2 (vectors a step), not codebook={codebook}")
+        check_number("sampler.codebook", codebook, "[2, 65536]", "vectors of a step", whole=True)
+        check_number("sampler.codebook_seed", codebook_seed, SEEDS, whole=True)
         self.codebook, self.codebook_seed = codebook, codebook_seed
 
     def integrate(

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from diffusion_lab.errors import ConfigError
+from diffusion_lab.errors import ConfigError, check_number
 from diffusion_lab.samplers.multistep import Multistep, Weights, phi
 
 
@@ -42,8 +42,7 @@ class DPMSolverPP(Multistep):
         grid: str = "trailing",
         budget: int | None = None,
     ) -> None:
-        if order not in (1, 2, 3):
-            raise ConfigError(f"sampler=dpm_solver_pp needs order=1, 2 or 3, not order={order}")
+        check_number("sampler.order", order, "[1, 3]", whole=True)
         if corrected and order == 1:
             raise ConfigError("sampler=dpm_solver_pp has no correction at order=1: write order=3 or corrected=false")
         super().__init__(steps, grid, budget, order=order, lower_below=10 if lower_last else 0, sde=sde)

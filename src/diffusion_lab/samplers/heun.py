@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from diffusion_lab.errors import ConfigError
+from diffusion_lab.errors import ConfigError, check_number
 from diffusion_lab.gaussian import transition
 from diffusion_lab.samplers.base import EvaluationContext, Sampler
 from diffusion_lab.schedules import Schedule
@@ -28,10 +28,10 @@ class Heun(Sampler):
         steps: N, the number of steps; None: every step of the schedule.
         grid: the time grid.
         budget: maximal number of network evaluations; replaces `steps`. The last step is an Euler step if the budget ends there.
-        s_churn: amount of noise renewed over all steps; 0 is deterministic.
+        s_churn: amount of noise renewed over all steps, in [0, 100000]; 0 is deterministic.
         s_min: the smallest σ/α with churn.
         s_max: the largest σ/α with churn.
-        s_noise: factor on the noise; slightly above 1 compensates for detail that the network removes.
+        s_noise: factor on the noise, in [0, 10]; slightly above 1 compensates for detail that the network removes.
 
     Raises:
         ConfigError: a churn argument outside its range.
@@ -48,11 +48,12 @@ class Heun(Sampler):
         s_noise: float = 1.0,
     ) -> None:
         super().__init__(steps, grid, budget)
-        if not (0 <= s_churn < math.inf and 0 <= s_min <= s_max and 0 <= s_noise < math.inf):
-            raise ConfigError(
-                "sampler=heun needs s_churn >= 0, 0 <= s_min <= s_max and s_noise >= 0, not "
-                f"s_churn={s_churn}, s_min={s_min}, s_max={s_max}, s_noise={s_noise}; s_churn=0 is deterministic"
-            )
+        check_number("sampler.s_churn", s_churn, "[0, 100000]", "0 is deterministic, the published values are up to 80")
+        check_number("sampler.s_min", s_min, "[0, inf)")
+        check_number("sampler.s_max", s_max, "[0, inf]", ".inf for no bound")
+        check_number("sampler.s_noise", s_noise, "[0, 10]", "the published values are 1 to 1.01")
+        if s_min > s_max:
+            raise ConfigError(f"sampler=heun needs s_min <= s_max, not s_min={s_min}, s_max={s_max}")
         self.budget = budget
         self.s_churn, self.s_min, self.s_max, self.s_noise = s_churn, s_min, s_max, s_noise
 

@@ -8,7 +8,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser, Prediction
-from diffusion_lab.errors import ConfigError
+from diffusion_lab.errors import ConfigError, check_number
 from diffusion_lab.samplers import grids
 from diffusion_lab.samplers.base import EvaluationContext, Sampler
 from diffusion_lab.samplers.dormand_prince import integrate
@@ -38,12 +38,12 @@ class ODE(Sampler):
     A call returns the evaluations of each image; `nfe` is the largest of them.
 
     Args:
-        rtol: relative tolerance, > 0.
-        atol: absolute tolerance, > 0, in units of the images' range [−1, 1].
+        rtol: relative tolerance, in [1e-14, 1].
+        atol: absolute tolerance, in [1e-14, 1], in units of the images' range [−1, 1].
         budget: maximal number of network evaluations of an image; a call that needs more raises ConfigError.
 
     Raises:
-        ConfigError: a tolerance that is not positive, a budget below 1.
+        ConfigError: an argument is out of range.
     """
 
     deterministic = True
@@ -51,12 +51,9 @@ class ODE(Sampler):
 
     def __init__(self, rtol: float = 1e-5, atol: float = 1e-5, budget: int | None = None) -> None:
         super().__init__(None, "trailing")
-        if not (rtol > 0 and atol > 0):
-            raise ConfigError(
-                f"sampler=ode needs rtol > 0 and atol > 0, not rtol={rtol} and atol={atol}: write 1e-5 for both, as published"
-            )
-        if budget is not None and budget < 1:
-            raise ConfigError(f"sampler.budget={budget} is too small for one evaluation: write a larger budget")
+        check_number("sampler.rtol", rtol, "[1e-14, 1]", "the published value is 1e-5")
+        check_number("sampler.atol", atol, "[1e-14, 1]", "the published value is 1e-5")
+        check_number("sampler.budget", budget, "[1, 1000000]", "network evaluations", whole=True, optional=True)
         self.rtol, self.atol, self.budget = rtol, atol, budget
 
     def time_grid(self, denoiser: Denoiser, start: float = 1.0, stop: float = 0.0) -> Float64[Tensor, " n_plus_1"]:

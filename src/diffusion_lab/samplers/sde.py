@@ -12,7 +12,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser
-from diffusion_lab.errors import ConfigError
+from diffusion_lab.errors import ConfigError, check_number
 from diffusion_lab.gaussian import transition
 from diffusion_lab.samplers.base import EvaluationContext, Sampler
 from diffusion_lab.schedules import Schedule, append_dims_like
@@ -114,8 +114,8 @@ class PredictorCorrector(Sampler):
         grid: the time grid.
         budget: maximal number of network evaluations, M + 1 a step; replaces `steps`.
         predictor: reverse_diffusion or euler_maruyama.
-        corrector_steps: M ≥ 0; 0 is the predictor alone.
-        snr: r > 0, signal-to-noise ratio of a Langevin step; 0.16 is the published value for CIFAR-10 on VE.
+        corrector_steps: M in [0, 1000]; 0 is the predictor alone.
+        snr: r in (0, 10], signal-to-noise ratio of a Langevin step; 0.16 is the published value for CIFAR-10 on VE.
 
     Raises:
         ConfigError: an unknown predictor, or an argument out of range.
@@ -134,11 +134,8 @@ class PredictorCorrector(Sampler):
     ) -> None:
         if predictor not in PREDICTORS:
             raise ConfigError(f"unknown predictor {predictor!r}: write one of {', '.join(PREDICTORS)}")
-        if not (corrector_steps >= 0 and snr > 0):
-            raise ConfigError(
-                f"sampler=predictor_corrector needs corrector_steps >= 0 and snr > 0, not corrector_steps={corrector_steps} "
-                f"and snr={snr}"
-            )
+        check_number("sampler.corrector_steps", corrector_steps, "[0, 1000]", "0 is the predictor alone", whole=True)
+        check_number("sampler.snr", snr, "(0, 10]", "the published value is 0.16")
         self.corrector_steps, self.snr = corrector_steps, snr
         super().__init__(steps, grid, budget)
         self.predictor = PREDICTORS[predictor](self.steps, grid)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from diffusion_lab.errors import ConfigError
+from diffusion_lab.errors import ConfigError, check_number
 from diffusion_lab.samplers.multistep import Multistep, Weights, phi
 
 
@@ -23,7 +23,7 @@ class UniPC(Multistep):
 
     Args:
         steps: number of steps, at least `order`; None: every step of the schedule.
-        order: p ≥ 1; 2 and 3 are published.
+        order: p in [1, 10]; 2 and 3 are published.
         b: B, bh1 or bh2.
         lower_last: lower the order of the last steps.
         grid: the time grid.
@@ -44,8 +44,7 @@ class UniPC(Multistep):
     ) -> None:
         if b not in ("bh1", "bh2"):
             raise ConfigError(f"sampler=unipc needs b=bh1 or b=bh2, not b={b}")
-        if order < 1:
-            raise ConfigError(f"sampler=unipc needs order >= 1 (published: 2 and 3), not order={order}")
+        check_number("sampler.order", order, "[1, 10]", "the published values are 2 and 3", whole=True)
         super().__init__(steps, grid, budget, order=order, lower_below=math.inf if lower_last else 0)
         self.b = b
 

@@ -1,13 +1,12 @@
 """The base class of all noise schedules, and the arithmetic they share."""
 
-import math
 from abc import ABC, abstractmethod
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from diffusion_lab.errors import ConfigError
+from diffusion_lab.errors import check_number
 
 Scalars = Float[Tensor, "*shape"]  # the tensors of one signature have one shape
 PerExample = Float[Tensor, ""] | Float[Tensor, " b"]  # one value for the whole batch, or one for each example
@@ -106,15 +105,8 @@ def noise_level(schedule: Schedule, t: Scalars) -> Scalars:
 
 
 def checked_shift(shift: float) -> float:
-    """Return `shift`.
-
-    Raises:
-        ConfigError: `shift` is not a finite number above 0.
-    """
-    if not 0 < shift < math.inf:
-        raise ConfigError(
-            f"schedule.shift={shift}: write a finite shift > 0, the factor on sigma/alpha (1 leaves the curve unchanged)"
-        )
+    """Return `shift`. Raises ConfigError: it is outside [0.001, 1000]."""
+    check_number("schedule.shift", shift, "[0.001, 1000]", "the factor on sigma/alpha, 1 leaves the curve unchanged")
     return shift
 
 

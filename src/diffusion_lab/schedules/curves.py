@@ -6,7 +6,7 @@ from functools import cached_property
 
 import torch
 
-from diffusion_lab.errors import ConfigError
+from diffusion_lab.errors import ConfigError, check_number
 from diffusion_lab.schedules.base import Scalars, Schedule, cast_like, checked_shift, noise_level, shifted
 
 
@@ -33,10 +33,11 @@ class _Exponential(_Curve):
     """α = e^−M, M(t) = t²(β_max − β_min)/4 + tβ_min/2 = ½∫β, common to VP and sub-VP (Song et al. 2021, appendix B)."""
 
     def __init__(self, name: str, beta_min: float, beta_max: float) -> None:
-        if not 0 < beta_min <= beta_max < math.inf:
+        for key, value in (("beta_min", beta_min), ("beta_max", beta_max)):
+            check_number(f"schedule.{key}", value, "(0, 100]", "the published values are 0.1 and 20")
+        if beta_min > beta_max:
             raise ConfigError(
-                f"schedule={name} needs 0 < beta_min <= beta_max (published: 0.1 and 20), not beta_min={beta_min} and "
-                f"beta_max={beta_max}"
+                f"schedule={name} needs beta_min <= beta_max, not beta_min={beta_min}, beta_max={beta_max}"
             )
         self.beta_min, self.beta_max = beta_min, beta_max
 
@@ -60,8 +61,8 @@ class VP(_Exponential):
     """α = e^−M, σ² = 1 − e^−2M, the limit of DDPM's chain for T → ∞ (Song et al. 2021, eq. 29 and appendix C).
 
     Args:
-        beta_min: β(0) > 0.
-        beta_max: β(1) ≥ β(0).
+        beta_min: β(0), in (0, 100].
+        beta_max: β(1), in [β(0), 100].
         shift: factor on σ/α, λ' = λ − ln shift with α² + σ² = 1. For images of d×d pixels, shift = d/64 preserves the SNR of the
             coarse structure at each t as at 64×64 (Hoogeboom et al. 2023).
 
@@ -101,8 +102,8 @@ class SubVP(_Exponential):
     """α = e^−M, σ = 1 − e^−2M: less noise than VP at every t, and α² + σ² < 1 (Song et al. 2021, eq. 29).
 
     Args:
-        beta_min: β(0) > 0.
-        beta_max: β(1) ≥ β(0).
+        beta_min: β(0), in (0, 100].
+        beta_max: β(1), in [β(0), 100].
 
     Raises:
         ConfigError: an argument is out of range.
@@ -128,9 +129,11 @@ class _Exploding(_Curve):
     """α = 1, and σ rises from σ_min at 0+ to σ_max. At t = 0, which is data, σ jumps to 0. Time-conditioning input: ln(σ)/4."""
 
     def __init__(self, name: str, sigma_min: float, sigma_max: float) -> None:
-        if not 0 < sigma_min < sigma_max < math.inf:
+        for key, value in (("sigma_min", sigma_min), ("sigma_max", sigma_max)):
+            check_number(f"schedule.{key}", value, "[1e-6, 1e6]", "in units of the images' range [-1, 1]")
+        if sigma_min >= sigma_max:
             raise ConfigError(
-                f"schedule={name} needs 0 < sigma_min < sigma_max < inf, not sigma_min={sigma_min} and sigma_max={sigma_max}"
+                f"schedule={name} needs sigma_min < sigma_max, not sigma_min={sigma_min}, sigma_max={sigma_max}"
             )
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
 
@@ -158,8 +161,8 @@ class VE(_Exploding):
     It has no shift: for a higher resolution raise `sigma_max`, which must exceed the distances between images.
 
     Args:
-        sigma_min: σ(0+) > 0.
-        sigma_max: σ(1) > σ_min; 50 for CIFAR-10.
+        sigma_min: σ(0+), in [1e-6, 1e6].
+        sigma_max: σ(1), above σ_min and at most 1e6; 50 for CIFAR-10.
 
     Raises:
         ConfigError: an argument is out of range.
@@ -187,9 +190,9 @@ class EDM(_Exploding):
     Equal steps in t are the published time steps. It has no shift: for a higher resolution raise `sigma_max`.
 
     Args:
-        sigma_min: σ(0+) > 0.
-        sigma_max: σ(1) > σ_min.
-        rho: ρ > 0; a larger value allots more of [0, 1] to small σ.
+        sigma_min: σ(0+), in [1e-6, 1e6].
+        sigma_max: σ(1), above σ_min and at most 1e6.
+        rho: ρ, in [0.1, 100]; a larger value allots more of [0, 1] to small σ.
 
     Raises:
         ConfigError: an argument is out of range.
@@ -199,8 +202,7 @@ class EDM(_Exploding):
 
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> None:
         super().__init__("edm", sigma_min, sigma_max)
-        if not 0 < rho < math.inf:
-            raise ConfigError(f"schedule=edm needs a finite rho > 0 (published: 7), not rho={rho}")
+        check_number("schedule.rho", rho, "[0.1, 100]", "the published value is 7")
         self.rho = rho
         self._ends = math.pow(sigma_min, 1 / rho), math.pow(sigma_max, 1 / rho)
 
@@ -223,7 +225,7 @@ class Flow(_Curve):
         shift: factor s on σ/α, giving σ = t' = st/(1 + (s − 1)t) (Esser et al. 2024, eq. 23, who use 3 for 1024×1024).
 
     Raises:
-        ConfigError: `shift` is not a finite number above 0.
+        ConfigError: `shift` is outside [0.001, 1000].
     """
 
     def __init__(self, shift: float = 1.0) -> None:

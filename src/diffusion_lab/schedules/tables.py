@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
-from diffusion_lab.errors import ConfigError
+from diffusion_lab.errors import ConfigError, check_number
 from diffusion_lab.schedules.base import Scalars, Schedule, cast_like, checked_shift, shifted
 
 NODE_TOLERANCE = 1e-3  # in cells: a time this close to a node counts as that node, because float32 rounds i/T
@@ -30,6 +30,7 @@ class Table(Schedule):
     steps: int
 
     def __init__(self, log_alpha_bar: Float[Tensor, " T"], zero_terminal_snr: bool = False, shift: float = 1.0) -> None:
+        checked_shift(shift)
         alpha = (log_alpha_bar.double() / 2).exp()
         sigma = (-torch.expm1(log_alpha_bar.double())).sqrt()
         if len(alpha) < 2 or not bool((alpha.diff() < 0).all() and 0 < alpha[0] < 1):
@@ -37,7 +38,7 @@ class Table(Schedule):
         if zero_terminal_snr:
             alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
             sigma = torch.cat([sigma[:1], ((1 - alpha[1:]) * (1 + alpha[1:])).sqrt()])
-        if checked_shift(shift) != 1:
+        if shift != 1:
             alpha, sigma = shifted(alpha, sigma, shift)
         self.steps, self.t_min, self.t_eps = len(alpha), 1 / len(alpha), 2 * NODE_TOLERANCE / len(alpha)
         start = torch.tensor([1.0, 0.0], dtype=torch.float64)
@@ -142,14 +143,14 @@ class Linear(Table):
     For another T both ends scale by 1000/T (Nichol & Dhariwal 2021), which leaves the curve ᾱ(t) nearly unchanged.
 
     Args:
-        steps: T; at least 21 with the default ends, since β_T = 20/T must be below 1.
-        beta_start: β_1 at T = 1000.
-        beta_end: β_T at T = 1000.
+        steps: T in [2, 100000]; at least 21 with the default ends, since β_T = 20/T must be below 1.
+        beta_start: β_1 at T = 1000, in [1e-7, 100].
+        beta_end: β_T at T = 1000, at least β_1.
         zero_terminal_snr: see `Table`.
         shift: see `Table`.
 
     Raises:
-        ConfigError: β_T ≥ 1, or not 0 < beta_start ≤ beta_end.
+        ConfigError: an argument is out of range, or β_T ≥ 1.
     """
 
     def __init__(
@@ -185,14 +186,14 @@ class Cosine(Table):
     """ᾱ = f(t)/f(0), f(t) = cos²((t + s)/(1 + s)·π/2), with β ≤ `beta_max` (Nichol & Dhariwal 2021, eq. 17).
 
     Args:
-        steps: T ≥ 2.
-        offset: s, which keeps β_1 away from 0.
-        beta_max: upper limit of β, which affects the last step.
+        steps: T in [2, 100000].
+        offset: s in [0, 1], which keeps β_1 away from 0.
+        beta_max: upper limit of β in [1e-4, 1), which affects the last step.
         zero_terminal_snr: see `Table`.
         shift: see `Table`.
 
     Raises:
-        ConfigError: fewer than 2 steps, or `beta_max` outside (0, 1).
+        ConfigError: an argument is out of range.
     """
 
     def __init__(
@@ -203,7 +204,8 @@ class Cosine(Table):
         zero_terminal_snr: bool = False,
         shift: float = 1.0,
     ) -> None:
-        t = _nodes("cosine", steps)
+        t = _nodes(steps)
+        check_number("schedule.offset", offset, "[0, 1]", "the published value is 0.008")
         alpha_bar = ((t + offset) / (1 + offset) * (math.pi / 2)).cos().square()
         super().__init__(_clip_beta(alpha_bar / alpha_bar[0], beta_max), zero_terminal_snr, shift)
 
@@ -215,16 +217,16 @@ class Sigmoid(Table):
     diffusers' `sigmoid` schedule is a sigmoid in β instead.
 
     Args:
-        steps: T ≥ 2.
-        start: argument of the sigmoid at t = 0.
-        end: argument of the sigmoid at t = 1; start < end.
-        tau: temperature τ > 0.
-        beta_max: upper limit of β, which affects the last step.
+        steps: T in [2, 100000].
+        start: argument of the sigmoid at t = 0, in [-100, 100].
+        end: argument of the sigmoid at t = 1, above `start` and at most 100.
+        tau: temperature τ in [0.01, 100].
+        beta_max: upper limit of β in [1e-4, 1), which affects the last step.
         zero_terminal_snr: see `Table`.
         shift: see `Table`.
 
     Raises:
-        ConfigError: fewer than 2 steps, or an argument out of range.
+        ConfigError: an argument is out of range.
     """
 
     def __init__(
@@ -237,27 +239,29 @@ class Sigmoid(Table):
         zero_terminal_snr: bool = False,
         shift: float = 1.0,
     ) -> None:
-        if not (start < end and tau > 0):
-            raise ConfigError(
-                f"schedule=sigmoid needs start < end and tau > 0, not start={start}, end={end}, tau={tau}"
-            )
-        s = torch.sigmoid((start + _nodes("sigmoid", steps) * (end - start)) / tau)
+        check_number("schedule.start", start, "[-100, 100]")
+        check_number("schedule.end", end, "[-100, 100]")
+        check_number("schedule.tau", tau, "[0.01, 100]")
+        if start >= end:
+            raise ConfigError(f"schedule=sigmoid needs start < end, not start={start}, end={end}")
+        s = torch.sigmoid((start + _nodes(steps) * (end - start)) / tau)
         super().__init__(_clip_beta((s[-1] - s) / (s[-1] - s[0]), beta_max), zero_terminal_snr, shift)
 
 
-def _nodes(name: str, steps: int) -> Float64[Tensor, " nodes"]:
-    """Return i/T for i = 0 … T."""
-    if steps < 2:
-        raise ConfigError(f"schedule={name} needs steps >= 2, not steps={steps}")
+def _nodes(steps: int) -> Float64[Tensor, " nodes"]:
+    """Return i/T for i = 0 … T. Raises ConfigError: T outside [2, 100000]."""
+    check_number("schedule.steps", steps, "[2, 100000]", "the published values are 1000 and 4000", whole=True)
     return torch.linspace(0, 1, steps + 1, dtype=torch.float64)
 
 
 def _scaled_ends(name: str, steps: int, beta_start: float, beta_end: float) -> tuple[float, float]:
     """Return β_1 and β_T for T = `steps` from the ends stated for T = 1000."""
-    _nodes(name, steps)
-    if not 0 < beta_start <= beta_end:
+    _nodes(steps)
+    for key, value in (("beta_start", beta_start), ("beta_end", beta_end)):
+        check_number(f"schedule.{key}", value, "[1e-7, 100]", "of 1000 steps, published: 1e-4 and 0.02")
+    if beta_start > beta_end:
         raise ConfigError(
-            f"schedule={name} needs 0 < beta_start <= beta_end, not beta_start={beta_start} and beta_end={beta_end}"
+            f"schedule={name} needs beta_start <= beta_end, not beta_start={beta_start}, beta_end={beta_end}"
         )
     if beta_end * 1000 / steps >= 1:
         min_steps = math.floor(beta_end * 1000) + 1
@@ -270,6 +274,5 @@ def _scaled_ends(name: str, steps: int, beta_start: float, beta_end: float) -> t
 
 def _clip_beta(alpha_bar: Float64[Tensor, " nodes"], beta_max: float) -> Float64[Tensor, " nodes-1"]:
     """Return ln ᾱ_i, i = 1 … T, with β_i = 1 − ᾱ_i/ᾱ_{i−1} limited to `beta_max`; `alpha_bar` starts at ᾱ_0 = 1."""
-    if not 0 < beta_max < 1:
-        raise ConfigError(f"schedule.beta_max={beta_max} is outside (0, 1): the published value is 0.999")
+    check_number("schedule.beta_max", beta_max, "[1e-4, 1)", "the published value is 0.999")
     return torch.log1p(-(1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=beta_max)).cumsum(0)

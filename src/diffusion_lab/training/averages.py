@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from diffusion_lab.errors import check_number
 from diffusion_lab.training.sharding import whole
 
 Pair = tuple[list[Tensor], list[Tensor]]  # of the average, of the live network
@@ -20,6 +21,7 @@ class WeightAverage:
     """
 
     def __init__(self, network: nn.Module, live: nn.Module, decay: float, warmup: bool = True) -> None:
+        check_number("decay", decay, "[0, 1)")
         self.network, self.decay, self.warmup = network, decay, warmup
         # Listed once: walking the modules takes longer than the update.
         self._parameters: Pair = list(network.parameters()), list(live.parameters())

@@ -14,7 +14,7 @@ from urllib.request import getproxies
 import pytorch_lightning.loggers as lightning_loggers
 from pytorch_lightning.loggers import Logger
 
-from diffusion_lab.errors import ConfigError
+from diffusion_lab.errors import ConfigError, check_number
 
 CONNECT_SECONDS = 3.0
 FINISH_SECONDS = 120.0  # for W&B to send its last data when a run ends; `wandb sync` sends the rest
@@ -109,8 +109,7 @@ class WandbLogger(lightning_loggers.WandbLogger):
         job_type: str = "train",
         **kwargs: Any,
     ) -> None:
-        if gradients < 0:
-            raise ConfigError(f"logger.wandb.gradients={gradients} is negative: write a number of steps, or 0 for none")
+        check_number("logger.wandb.gradients", gradients, "[0, 1000000000]", "steps, 0 for none", whole=True)
         offline = runs_offline(mode)
         if offline:
             os.environ.setdefault("WANDB_SILENT", "true")  # an offline run has no page to announce

@@ -12,6 +12,7 @@ from torchmetrics import MeanMetric
 
 from diffusion_lab.conditions import Condition
 from diffusion_lab.denoiser import Denoiser
+from diffusion_lab.errors import SEEDS, check_number
 from diffusion_lab.losses import PointwiseLoss, chain_steps, diffusion_loss
 from diffusion_lab.noise import Stream, word
 from diffusion_lab.objectives import Objective
@@ -85,6 +86,9 @@ class DiffusionModule(pl.LightningModule):
         saved: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        check_number("data.batch_size", batch_size, "[1, 1000000]", whole=True)
+        check_number("seed", seed, SEEDS, whole=True)
+        check_number("validation.draws", validation_draws, "[1, 100000]", whole=True)
         self.network = network
         # The denoiser alone refers to the compiled network, and is no nn.Module: state_dict has no `_orig_mod.` keys.
         self.denoiser = Denoiser(torch.compile(network) if compiled else network, schedule, objective)

@@ -23,25 +23,26 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
 )
 
-from diffusion_lab.errors import ConfigError
+from diffusion_lab.errors import ConfigError, check_number
 from diffusion_lab.instantiation import foreign
 
 Make = Callable[..., torch.optim.Optimizer]
+
+WARMUP = "[0, 10000000]"
 
 
 class LRSchedule(ABC):
     """schedule(step, max_steps) → the factor on the learning rate, in [0, 1], for the update after `step` updates.
 
     Args:
-        warmup: updates over which the factor rises linearly from 1/warmup; 0 for none.
+        warmup: updates over which the factor rises linearly from 1/warmup, at most ten million; 0 for none.
 
     Raises:
-        ConfigError: a negative warmup.
+        ConfigError: a warmup out of range.
     """
 
     def __init__(self, warmup: int = 0) -> None:
-        if warmup < 0:
-            raise ConfigError(f"lr_scheduler.warmup={warmup} is negative: write 0 for none")
+        check_number("lr_scheduler.warmup", warmup, WARMUP, "updates, 0 for none", whole=True)
         self.warmup = warmup
 
     @abstractmethod
@@ -86,7 +87,7 @@ class TorchSchedule:
         plateau: whether the scheduler is `ReduceLROnPlateau`.
 
     Raises:
-        ConfigError: a negative warmup.
+        ConfigError: a warmup out of range.
     """
 
     make: Callable[..., LRScheduler]
@@ -95,8 +96,7 @@ class TorchSchedule:
     plateau: bool = False
 
     def __post_init__(self) -> None:
-        if self.warmup < 0:
-            raise ConfigError(f"lr_scheduler.warmup={self.warmup} is negative: write 0 for none")
+        check_number("lr_scheduler.warmup", self.warmup, WARMUP, "updates, 0 for none", whole=True)
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,7 @@ def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter])
     Raises:
         ConfigError: a class that is no optimizer, or whose constructor refuses its arguments or these parameters.
     """
+    check_finite("optimizer", config.make)
     trained = [p for p in parameters if p.requires_grad]
     kind = getattr(config.make, "func", config.make)
     if isinstance(kind, type) and issubclass(kind, getattr(torch.optim, "Muon", ())):
@@ -144,6 +145,14 @@ def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter])
             f"optimizer._target_: {name} is no optimizer: write a class derived from torch.optim.Optimizer"
         )
     return optimizer
+
+
+def check_finite(where: str, make: Callable[..., Any]) -> None:
+    """Raise ConfigError for a number of a bound constructor of another package that no training has: NaN, Inf, 1e30."""
+    for name, value in getattr(make, "keywords", {}).items():
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, int | float) and not isinstance(number, bool):
+                check_number(f"{where}.{name}", number, "[-1e9, 1e9]")
 
 
 class Joined(torch.optim.Optimizer):
@@ -212,6 +221,7 @@ def lr_schedulers(
     warm: list[LRScheduler] = []
     if schedule.warmup:
         warm = [LinearLR(optimizer, start_factor=1 / schedule.warmup, total_iters=schedule.warmup - 1 or 1)]
+    check_finite("lr_scheduler", schedule.make)
     _refuse_functions(schedule.make)
     main: Any = foreign(functools.partial(schedule.make, optimizer), "lr_scheduler")
     if isinstance(main, ReduceLROnPlateau):

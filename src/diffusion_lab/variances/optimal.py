@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from diffusion_lab.errors import ConfigError
+from diffusion_lab.errors import ConfigError, check_numbers
 from diffusion_lab.objectives import Prediction
 from diffusion_lab.schedules import PerExample, Scalars, Schedule, append_dims_like
 from diffusion_lab.variances.base import FromExtra, StepVariance, Variance, floor_is_variance, to_float64
@@ -48,6 +48,9 @@ class Analytic(Variance):
                 "variance=analytic is fitted to a trained network: train with variance=fixed_small, then run "
                 "python src/fit_variance.py ckpt=PATH variance=analytic"
             )
+        for name, values in (("times", times), ("moments", moments)):
+            if not isinstance(values, Tensor):
+                check_numbers(f"variance.{name}", values, "(0, 1]" if name == "times" else "[0, 1e6]")
         self.times, self.moments = (torch.as_tensor(v, dtype=torch.float64).cpu() for v in (times, moments))
         if self.times.ndim != 1 or self.times.shape != self.moments.shape or len(self.times) == 0:
             raise ConfigError(

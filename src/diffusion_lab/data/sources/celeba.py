@@ -33,7 +33,7 @@ class CelebA(Source):
     """
 
     def __init__(self, crop: int | Sequence[int] = 140, filter: str = "bilinear", cache: str | None = None) -> None:
-        self.crop = crop if isinstance(crop, int) else tuple(crop)
+        self.crop = crop
         self.filter, self.cache = filter, cache
         self._decoder((3, 1, 1))  # refuse unknown options early
 

@@ -46,7 +46,7 @@ class ImageFolder(Source):
     ) -> None:
         if isinstance(crop, str) and crop not in ("center", "none"):
             raise ConfigError(f"data.source.crop={crop}: write center, none or [top,left,height,width]")
-        self.box = None if isinstance(crop, str) or crop is None else tuple(crop)
+        self.box = None if isinstance(crop, str) else crop
         self.resize, self.center, self.filter = resize, crop not in ("none", None), filter
         self.cache = cache
         self._decoder((3, 1, 1))  # refuse unknown options early

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from diffusion_lab.errors import ConfigError
+from diffusion_lab.errors import check_number
 from diffusion_lab.training.callbacks.loss_logger import LossLogger
 from diffusion_lab.training.optim import evaluation_weights
 
@@ -35,8 +35,7 @@ class Checkpoints(pl.Callback):
     """
 
     def __init__(self, folder: str, every: int = 1000, monitor: str = "val/loss") -> None:
-        if every < 1:
-            raise ConfigError(f"callbacks.checkpoints.every={every}: write at least 1")
+        check_number("callbacks.checkpoints.every", every, "[1, 1000000000]", "at least 1 step", whole=True)
         self.folder, self.every, self.monitor = Path(folder), every, monitor
         self.best: float | None = None
         self.latest: tuple[float, int] | None = None

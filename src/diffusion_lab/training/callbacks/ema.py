@@ -7,7 +7,7 @@ from typing import Any
 import pytorch_lightning as pl
 from torch import nn
 
-from diffusion_lab.errors import ConfigError
+from diffusion_lab.errors import ConfigError, check_numbers
 from diffusion_lab.training.averages import WeightAverage
 from diffusion_lab.training.module import DiffusionModule
 
@@ -29,11 +29,10 @@ class EMA(pl.Callback):
     """
 
     def __init__(self, decay: float | Sequence[float] = 0.9999, warmup: bool = True) -> None:
-        self.decays = [decay] if isinstance(decay, (int, float)) else list(decay)
-        if not self.decays or len(set(self.decays)) < len(self.decays) or not all(0 <= d < 1 for d in self.decays):
-            raise ConfigError(
-                f"callbacks.ema.decay={decay} must be one or several different numbers in [0, 1), e.g. 0.9999"
-            )
+        self.decays: Sequence[Any] = list(decay) if isinstance(decay, list | tuple) else [decay]
+        check_numbers("callbacks.ema.decay", self.decays, "[0, 1)", "one or several, e.g. 0.9999")
+        if len(set(self.decays)) < max(1, len(self.decays)):
+            raise ConfigError(f"callbacks.ema.decay={decay}: write one or several different numbers in [0, 1)")
         self.warmup = warmup
         self.updates = 0
         self.networks: dict[float, nn.Module] = {}

@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import WandbLogger
 
-from diffusion_lab.errors import ConfigError
+from diffusion_lab.errors import ConfigError, check_numbers
 from diffusion_lab.schedules import to_device
 from diffusion_lab.training.module import DiffusionModule
 
@@ -28,6 +28,8 @@ class LossLogger(pl.Callback):
     """
 
     def __init__(self, edges: list[float] | None = None) -> None:
+        if edges is not None:
+            check_numbers("callbacks.losses.edges", edges, "[-100, 100]", "or null for none")
         if edges is not None and sorted(set(edges)) != list(edges):
             raise ConfigError(f"callbacks.losses.edges={edges} must increase: write e.g. [-4,0,4]")
         self.edges = edges or []

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from diffusion_lab.data.datamodule import DataModule
 from diffusion_lab.denoiser import Clip, Denoiser
-from diffusion_lab.errors import ConfigError
+from diffusion_lab.errors import SEEDS, ConfigError, check_number
 from diffusion_lab.generation import batch_of, generate, initial_state
 from diffusion_lab.metrics import classifier, extractors, reference
 from diffusion_lab.metrics.collect import Processes, classes, collect
@@ -66,7 +66,7 @@ class QualityMonitor(pl.Callback):
         value: the latest figure.
 
     Raises:
-        ConfigError: every < 1, n < 2 or batch_size < 1.
+        ConfigError: a number out of range.
     """
 
     def __init__(
@@ -83,10 +83,11 @@ class QualityMonitor(pl.Callback):
         weights_path: str | None = None,
         cache: str = "outputs/cache",
     ) -> None:
-        if every < 1 or n < 2 or batch_size < 1:
-            raise ConfigError(
-                f"callbacks.quality needs every >= 1, n >= 2, batch_size >= 1, not {every}, {n} and {batch_size}"
-            )
+        check_number("callbacks.quality.every", every, "[1, 1000000000]", "at least 1 step", whole=True)
+        check_number("callbacks.quality.n", n, "[2, 10000000]", "images", whole=True)
+        check_number("callbacks.quality.batch_size", batch_size, "[1, 1000000]", whole=True)
+        check_number("callbacks.quality.seed", seed, SEEDS, whole=True)
+        check_number("callbacks.quality.share", share, "(0, 1)", "a fraction of the time")
         self.sampler, self.clip, self.extractor, self.every, self.n = sampler, clip, extractor, every, n
         self.split, self.batch_size, self.seed, self.share = split, batch_size, seed, share
         self.weights_path, self.cache = weights_path, Path(cache)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffusion_lab.data.pictures import Panel, grid, save_sheet
 from diffusion_lab.denoiser import Clip
-from diffusion_lab.errors import ConfigError
+from diffusion_lab.errors import SEEDS, ConfigError, check_number, check_numbers
 from diffusion_lab.generation import Batch, generate
 from diffusion_lab.samplers import Sampler
 from diffusion_lab.training.callbacks.graceful_stop import GracefulStop
@@ -31,8 +31,8 @@ class Samples(pl.Callback):
         folder: of the files.
         sampler: any sampler.
         clip: the clipping of x̂_0.
-        every: training steps between two files.
-        n: images of each grid.
+        every: training steps between two files, at least 1.
+        n: images of each grid, in [1, 10000].
         seed: of the noise, the same for every file of a run.
         strip: number of images and of steps in the strip, e.g. [4, 10]; null for no strip.
     """
@@ -47,8 +47,11 @@ class Samples(pl.Callback):
         seed: int = 0,
         strip: tuple[int, int] | None = (4, 10),
     ) -> None:
-        if every < 1 or n < 1:
-            raise ConfigError(f"callbacks.samples.every={every}, callbacks.samples.n={n}: write at least 1")
+        check_number("callbacks.samples.every", every, "[1, 1000000000]", "at least 1 step", whole=True)
+        check_number("callbacks.samples.n", n, "[1, 10000]", "at least 1 image", whole=True)
+        check_number("callbacks.samples.seed", seed, SEEDS, whole=True)
+        if strip is not None:
+            check_numbers("callbacks.samples.strip", strip, "[1, 1000]", "or null for none", whole=True, length=2)
         self.folder, self.sampler, self.clip = Path(folder), sampler, clip
         self.every, self.n, self.seed, self.strip = every, n, seed, strip
         self.path: Path | None = None  # the newest grid
