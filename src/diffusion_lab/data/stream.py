@@ -65,7 +65,7 @@ class BatchStream:
         check_number("rank", rank, f"[0, {world_size})", whole=True)
         check_number("trainer.accumulate_grad_batches", accumulate, "[1, 1000000]", whole=True)
         check_number("start_step", start_step, "[0, 4294967295]", whole=True)
-        check_number("trainer.overfit_batches", repeat, "[0, 1000000]", whole=True)
+        check_number("repeat", repeat, "[0, 1000000]", whole=True)
         shares = world_size * accumulate
         if batch_size % shares:
             near = max(round(batch_size / shares), 1) * shares

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from diffusion_lab.errors import ConfigError
+from diffusion_lab.errors import ConfigError, check_number
 from diffusion_lab.schedules import NODE_TOLERANCE, Schedule
 
 
@@ -68,6 +68,7 @@ def make_grid(
     """
     if name not in NAMES:
         raise ConfigError(f"unknown time grid {name!r}: write one of {', '.join(NAMES)}")
+    check_number("sampler.steps", steps, "[1, 100000]", whole=True, optional=True)
     count = schedule.steps or 1 / schedule.t_min  # the cell size of a continuous curve is its smallest time
     cells = round(abs(start - stop) * count, 6)
     if not (0 <= start <= 1 and 0 <= stop <= 1 and cells > NODE_TOLERANCE):
@@ -81,8 +82,6 @@ def make_grid(
     if steps is None and schedule.steps is None:
         raise ConfigError("this schedule is continuous and has no default number of steps: write e.g. sampler.steps=50")
     n = math.ceil(cells) if steps is None else steps
-    if n < 1:
-        raise ConfigError(f"a sampler needs steps >= 1, not steps={n}")
     if schedule.steps is not None and name not in WARPS and n > math.ceil(cells):
         raise ConfigError(
             f"steps={n} exceeds the {cells:g} steps of the schedule between t={start} and t={stop}: write fewer steps"

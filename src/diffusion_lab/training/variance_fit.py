@@ -11,7 +11,7 @@ from diffusion_lab.conditions import Condition
 from diffusion_lab.data.images import Examples
 from diffusion_lab.data.stream import BatchStream
 from diffusion_lab.denoiser import Denoiser
-from diffusion_lab.errors import ConfigError
+from diffusion_lab.errors import ConfigError, check_number
 from diffusion_lab.io import progress as show_progress
 from diffusion_lab.losses import head_loss
 from diffusion_lab.models import VarianceHead
@@ -36,9 +36,9 @@ def fit_times(schedule: Schedule, count: int | None = None) -> Tensor:
         ConfigError: fewer than 1, or more than the table has nodes.
     """
     available = schedule.steps or CURVE_NODES
+    interval = f"[1, {schedule.steps or 100_000}]"
+    check_number("nodes", count, interval, "null for all nodes (the count of times)", whole=True, optional=True)
     n = available if count is None else count
-    if n < 1 or (schedule.steps is not None and n > available):
-        raise ConfigError(f"nodes={n} is outside 1 … {available}: write nodes=null for all nodes")
     times = torch.arange(1, n + 1, dtype=torch.float64) / n
     return (times * available).round() / available if schedule.steps is not None else times
 

@@ -24,7 +24,8 @@ class CelebA(Source):
     row 121 (DDIM, Analytic-DPM).
 
     Args:
-        crop: side of the central square in pixels, or [top, left, height, width]; it is resized to the image size.
+        crop: side of the central square in pixels, [top, left, height, width], or None for the whole image; it is resized to
+            the image size.
         filter: Pillow's, antialiased: bilinear, bicubic, lanczos, box, hamming or nearest.
         cache: folder of decoded images. None is `ROOT/celeba/.cache`, or the user's cache folder if that is read-only.
 
@@ -32,7 +33,9 @@ class CelebA(Source):
         ConfigError: an unknown option.
     """
 
-    def __init__(self, crop: int | Sequence[int] = 140, filter: str = "bilinear", cache: str | None = None) -> None:
+    def __init__(
+        self, crop: int | Sequence[int] | None = 140, filter: str = "bilinear", cache: str | None = None
+    ) -> None:
         self.crop = crop
         self.filter, self.cache = filter, cache
         self._decoder((3, 1, 1))  # refuse unknown options early
