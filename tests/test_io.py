@@ -1,13 +1,27 @@
 """Files are replaced whole, or not at all; .npz files are read without unpickling; bars are shown on request."""
 
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 
 import numpy as np
 import pytest
 
 from diffusion_lab.errors import ConfigError
-from diffusion_lab.io import claimed, progress, read_npz, refuse_filled, replacing, require_space, write_file
+from diffusion_lab.io import (
+    _cleaned,
+    claimed,
+    claimed_folder,
+    progress,
+    read_npz,
+    refuse_filled,
+    remove_partials,
+    replacing,
+    require_space,
+    write_file,
+    write_new_file,
+)
 
 
 def test_a_file_is_replaced_whole(tmp_path):
@@ -32,6 +46,59 @@ def test_a_failure_keeps_the_file_before_and_leaves_nothing(tmp_path):
         fail()
     assert path.read_text() == "before"
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_write_removes_the_partial_files_of_killed_processes_alone(tmp_path):
+    """A file that a living process writes is locked."""
+    code = "import os, sys; from pathlib import Path; from diffusion_lab.io import replacing\n"
+    code += (
+        "with replacing(Path(sys.argv[1])): print('writing', flush=True); sys.stdin.read(1); os.kill(os.getpid(), 9)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "other.txt")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "writing\n"
+        (partial,) = tmp_path.iterdir()
+        download = partial.with_name(f"{partial.name}.0f1e2d3c.partial")  # torch.hub's own temporary name
+        download.write_text("half")
+        remove_partials(tmp_path)
+        assert partial.is_file()
+        writer.communicate("x")
+    _cleaned.clear()
+    write_file(tmp_path / "a.txt", "whole")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_new_file_is_written_once(tmp_path):
+    path = tmp_path / "a.txt"
+    write_new_file(path, b"one")
+    with pytest.raises(ConfigError, match="just written by another process"):
+        write_new_file(path, b"two")
+    assert path.read_bytes() == b"one"
+    write_new_file(path, b"three", overwrite=True)
+    assert path.read_bytes() == b"three"
+
+
+def test_a_folder_is_claimed_once_and_left_as_it_was_if_nothing_is_written(tmp_path):
+    def fail(folder, overwrite=False) -> None:
+        with claimed_folder(folder, "out", "n: 1", overwrite):
+            raise KeyboardInterrupt
+
+    folder = tmp_path / "new" / "folder"
+    with pytest.raises(KeyboardInterrupt):
+        fail(folder)
+    assert list(tmp_path.iterdir()) == []
+    with claimed_folder(folder, "out", "n: 1"):
+        (folder / "result").write_text("")
+        with pytest.raises(ConfigError, match="just created by another run: retry, or write another out="):
+            fail(folder)
+    assert {path.name for path in folder.iterdir()} == {"config.yaml", "result"}
+    with pytest.raises(KeyboardInterrupt):
+        fail(folder, overwrite=True)
+    assert (folder / "config.yaml").read_text() == "n: 1"
+    with claimed_folder(folder, "out", "n: 2", overwrite=True):
+        pass
+    assert (folder / "config.yaml").read_text() == "n: 2"
 
 
 def test_a_claim_is_made_once(tmp_path):

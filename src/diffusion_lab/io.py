@@ -1,11 +1,13 @@
 """Atomic writes, locks, disk space, .npz files and progress bars."""
 
+import glob
 import os
+import secrets
 import shutil
 import sys
 import zipfile
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
@@ -24,20 +26,24 @@ T = TypeVar("T")
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the folder of `path`, which is created; sync and rename it to `path` if the body succeeds.
+    """Yield an empty temporary file in the folder of `path`, which is created; sync and rename it to `path` if the body succeeds.
 
-    If the body raises, the temporary file is removed and `path` stays as it was.
+    If the body raises, the temporary file is removed and `path` stays as it was. The first call for a folder also removes the
+    temporary files that killed processes left in it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    remove_partials(path.parent)
+    partial, lock = _new_partial(path)
+    with lock:
+        try:
+            yield partial
+            with partial.open("rb") as file:  # opened again: the body may have replaced the file
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+    _sync_folder(path.parent)
 
 
 def write_file(path: Path, content: str | bytes) -> None:
@@ -50,6 +56,22 @@ def write_file(path: Path, content: str | bytes) -> None:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def write_new_file(path: Path, content: bytes, overwrite: bool = False) -> None:
+    """Write a file atomically, where no other process has written it in the meantime or `overwrite` is true.
+
+    Raises:
+        ConfigError: the file exists.
+        OSError: as the file system reports it.
+    """
+    if overwrite:
+        write_file(path, content)
+        return
+    with claimed(path) as file:
+        if file is None:
+            raise ConfigError(f"{path} was just written by another process: write overwrite=true to replace it")
+        file.write(content)
+
+
 @contextmanager
 def claimed(path: Path) -> Iterator[BinaryIO | None]:
     """Yield an empty file, renamed to `path` if the body succeeds and removed if it raises; None if another process wrote `path`.
@@ -58,7 +80,8 @@ def claimed(path: Path) -> Iterator[BinaryIO | None]:
     process dies; the next process then overwrites the partial file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
+    remove_partials(path.parent)
+    part = path.with_name(f".{path.name}.partial")
     while True:
         with open(part, "a+b") as file:
             _lock(file)
@@ -79,14 +102,64 @@ def claimed(path: Path) -> Iterator[BinaryIO | None]:
             except BaseException:
                 part.unlink(missing_ok=True)
                 raise
+            _sync_folder(path.parent)
             return
 
 
-def _lock(file: BinaryIO) -> None:
-    if sys.platform != "win32":
-        import fcntl
+_cleaned: set[Path] = set()  # folders whose partial files this process has removed
 
-        fcntl.flock(file, fcntl.LOCK_EX)
+
+def remove_partials(folder: Path) -> None:
+    """Remove the temporary files that killed processes left in `folder`, once per process.
+
+    A process that writes a file holds its lock, so that an unlocked one belongs to no process. Nothing is removed from a folder
+    that is read-only or whose file system has no locks.
+    """
+    if (real := folder.resolve()) in _cleaned:
+        return
+    _cleaned.add(real)
+    for partial in folder.glob(".*.partial"):
+        with suppress(OSError), partial.open("r+b") as file:
+            if _lock(file, wait=False):
+                for other in folder.glob(f"{glob.escape(partial.name)}.*"):  # torch.hub downloads to a name of its own
+                    other.unlink(missing_ok=True)
+                partial.unlink(missing_ok=True)
+
+
+def _new_partial(path: Path) -> tuple[Path, BinaryIO]:
+    """Create an empty temporary file for `path`; return its path and the open file, which holds its lock."""
+    while True:
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+        file = partial.open("xb")
+        with suppress(OSError):  # a file system without locks
+            _lock(file)
+        if _same(file, partial):  # else another process removed it before the lock was taken
+            return partial, file
+        file.close()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Write a folder's entries to the disk: without it, a renamed file may be lost when the machine stops."""
+    if sys.platform == "win32":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(file: BinaryIO, wait: bool = True) -> bool:
+    """Lock a file until it is closed; return False where another process holds the lock and `wait` is false."""
+    if sys.platform == "win32":
+        return wait
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _same(file: BinaryIO, path: Path) -> bool:
@@ -94,6 +167,44 @@ def _same(file: BinaryIO, path: Path) -> bool:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     except FileNotFoundError:
         return False
+
+
+@contextmanager
+def claimed_folder(folder: Path, key: str, config: str, overwrite: bool = False) -> Iterator[None]:
+    """Create `folder` with its config.yaml for the body; if the body raises and nothing else was written, remove both.
+
+    Args:
+        folder: the output folder of a command.
+        key: the option that names it, for the message.
+        config: the content of config.yaml.
+        overwrite: use a folder that has a config.yaml.
+
+    Raises:
+        ConfigError: another command has claimed the folder, e.g. in the same second.
+    """
+    file = folder / "config.yaml"
+    missing = [parent for parent in (folder.absolute(), *folder.absolute().parents) if not parent.exists()]
+    with os_errors():
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            file.open("x").close()  # created exclusively: two commands of one second must not share a folder
+            write_file(file, config)
+            replaced = False
+        except FileExistsError:
+            replaced = True
+    if replaced and not overwrite:
+        raise ConfigError(f"{folder} was just created by another run: retry, or write another {key}=")
+    try:
+        yield
+        if replaced:  # at the end: until then it describes the files that are in the folder
+            write_file(file, config)
+    except BaseException:
+        if not replaced and {path.name for path in folder.iterdir()} <= {file.name, ".hydra"}:
+            file.unlink(missing_ok=True)
+            with suppress(OSError):  # the first folder that holds something else stays
+                for created in missing:
+                    created.rmdir()
+        raise
 
 
 # refusals -------------------------------------------------------------------------------------------------------------------

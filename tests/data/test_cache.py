@@ -145,7 +145,7 @@ def test_an_interrupted_build_leaves_nothing_in_the_way(slow_images, tmp_path, h
     cache = tmp_path / "cache"
     build = start(slow_images, cache)
     deadline = time.monotonic() + 60
-    while not any(path.stat().st_size for path in cache.glob("*.part")):
+    while not any(path.stat().st_size for path in cache.glob(".*.partial")):
         assert build.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.005)
