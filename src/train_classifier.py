@@ -1,8 +1,6 @@
 """`python src/train_classifier.py --help` prints its options."""
 
-import sys
-
-from diffusion_lab.cli import main
+from diffusion_lab.cli import start
 
 if __name__ == "__main__":
-    sys.exit(main("train_classifier"))
+    start("train_classifier")

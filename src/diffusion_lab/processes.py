@@ -1,16 +1,20 @@
-"""The result of a command, one-line errors, and launchers (torchrun, SLURM). Imports the standard library alone.
+"""The result of a command, one-line errors, stop signals, and launchers (torchrun, SLURM). Imports the standard library alone.
 
 Under torchrun or srun, rank 0 runs the command as a single process does. The other processes wait for the configuration that
 rank 0 writes and join it, like the processes that Lightning starts.
 """
 
+import io
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 from diffusion_lab.errors import ConfigError
@@ -57,6 +61,124 @@ def one_line() -> Iterator[None]:
         line = " ".join(str(error).split())
         print(f"error: {line}", file=sys.stderr, flush=True)
         raise Refusal(line) from None
+
+
+# stop signals ---------------------------------------------------------------------------------------------------------------
+
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # Windows has the first two
+
+
+class Interrupted(SystemExit):
+    """Ends a command after a stop signal, with exit code 128 + the signal's number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.number = number
+
+
+class StopSignals:
+    """The stop signals of this process: SIGINT, SIGTERM, SIGHUP (unless nohup ignores it) and SIGUSR1.
+
+    The handler sets `received` and `count`, and prints nothing: the terminal or the pipe of the output may be gone. Where the
+    command has nothing to save, the first signal also raises `Interrupted`; the second one meets the cleaning up after the
+    first and raises nothing, and further ones raise again.
+
+    Attributes:
+        received: the number of the first signal, or None.
+        count: number of signals.
+        deferred: signals are only recorded, because the command itself saves and ends.
+        notify: called with the number of each signal, e.g. to pass it to other processes.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.count = 0
+        self.deferred = False
+        self.notify: Callable[[int], None] | None = None
+        self._before: dict[int, Any] = {}
+
+    def install(self) -> None:
+        """Install the handler, in the main thread alone; Python has none in others. Repeated calls change nothing."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in (getattr(signal, name) for name in _NAMES if hasattr(signal, name)):
+            handler = signal.getsignal(number)
+            ignored = number != signal.SIGINT and handler is signal.SIG_IGN  # by nohup
+            if handler != self._handle and not ignored:
+                self._before.setdefault(number, handler)
+                signal.signal(number, self._handle)
+
+    def restore(self) -> None:
+        """Install the handlers from before `install`, and forget what was received."""
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+        self._before = {}
+        self.received, self.count, self.deferred, self.notify = None, 0, False, None
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.count += 1
+        if self.received is None:
+            self.received = number
+        if self.notify is not None:
+            self.notify(number)
+        if not self.deferred and self.count != 2:
+            raise Interrupted(number)
+
+
+stop_signals = StopSignals()
+
+
+@contextmanager
+def handling_signals() -> Iterator[None]:
+    """Handle stop signals by `stop_signals` in the body, and as before after it."""
+    stop_signals.install()
+    try:
+        yield
+    finally:
+        stop_signals.restore()
+
+
+# output ---------------------------------------------------------------------------------------------------------------------
+
+
+class _Lossy(io.FileIO):
+    """A stream whose write errors are ignored: a reader that is gone, a full disk, a closed terminal."""
+
+    def write(self, content: Any) -> int:
+        try:
+            return super().write(content)
+        except OSError:
+            return len(content)
+
+
+def protect_output() -> None:
+    """Make stdout and stderr streams that never raise: losing a line must not lose a run.
+
+    Errors of writing are ignored, characters that the encoding lacks are escaped, and a closed stream becomes the null device,
+    so that no file is opened under its number.
+    """
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is `descriptor`
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        before = getattr(sys, name)
+        if before is not None and before is not getattr(sys, f"__{name}__"):
+            continue  # replaced by a caller, as pytest does
+        if before is not None:
+            with suppress(OSError):
+                before.flush()
+        raw = _Lossy(descriptor, "w", closefd=False)
+        stream = io.TextIOWrapper(
+            io.BufferedWriter(raw),
+            encoding=getattr(before, "encoding", None) or "utf-8",
+            errors="backslashreplace",
+            line_buffering=name == "stderr" or raw.isatty(),
+        )
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
 
 
 # launchers ------------------------------------------------------------------------------------------------------------------
@@ -157,6 +279,15 @@ def wait_for(path: Path) -> Path:
     return path
 
 
+def limit_threads(env: Any = os.environ) -> None:
+    """Set OMP_NUM_THREADS to the CPUs of this process's SLURM task, before torch is imported; a value that is set stays.
+
+    Without a limit on the affinity, each task of a node would compute with as many threads as the machine has.
+    """
+    if "SLURM_CPUS_PER_TASK" in env and "SLURM_PROCID" in env:
+        env.setdefault("OMP_NUM_THREADS", env["SLURM_CPUS_PER_TASK"])
+
+
 def requeue(env: Mapping[str, str] = os.environ) -> str | None:
     """Requeue this SLURM job, submitted with `--requeue`; return its id, None outside SLURM.
 
@@ -170,3 +301,18 @@ def requeue(env: Mapping[str, str] = os.environ) -> str | None:
         job = f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
     subprocess.run(["scontrol", "requeue", job], check=True)
     return job
+
+
+def ended_by(stop: Interrupted, requeues: bool) -> int:
+    """Print that a signal ended the command before it had anything to save; return the exit code.
+
+    On SIGUSR1, which SLURM sends before a time limit, a command that `requeues` is queued again.
+    """
+    print(f"stopped by {signal.Signals(stop.number).name}", file=sys.stderr, flush=True)
+    if not requeues or signal.Signals(stop.number).name != "SIGUSR1":
+        return 128 + stop.number
+    if rank() > 0:
+        return 0  # with another code, srun --kill-on-bad-exit may end rank 0 before it has requeued the job
+    if job := requeue():
+        print(f"requeued SLURM's job {job}", flush=True)
+    return 128 + stop.number

@@ -28,12 +28,8 @@ from diffusion_lab.io import write_file
 from diffusion_lab.processes import CONFIG_ENV, Result, one_line
 
 
-def main(name: str) -> int:
-    """Run the command `name`, with the configuration of conf/NAME.yaml and the function `run` of commands/NAME.
-
-    Returns:
-        The exit code: 0, 2 for a refusal, 128 + a signal's number, 1 for a sweep with a failed job.
-    """
+def run(name: str) -> int:
+    """Run the command `name`; return the exit code, as `cli.main`."""
     if os.getcwd() not in sys.path:  # for classes of the user, also found on PYTHONPATH
         sys.path.append(os.getcwd())
     with one_line():
