@@ -18,7 +18,7 @@ from diffusion_lab.checkpoint import Run
 from diffusion_lab.checkpoint.upgrade import condition_of_format_1
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.instantiation import instantiate, instantiate_untrusted, locate
-from diffusion_lab.io import write_file
+from diffusion_lab.io import write_new_file
 from diffusion_lab.models import VarianceHead
 from diffusion_lab.samplers import Sampler
 from diffusion_lab.variances import Analytic, FixedSmall, Variance
@@ -109,11 +109,15 @@ def place(run: Run, kind: str) -> Path:
     return run.path.with_name(f"variance_{kind}_{fingerprint(run)[:16]}.pt")
 
 
-def write(run: Run, kind: str, fit: Mapping[str, Any]) -> Path:
-    """Write a fit atomically, readable with weights_only=True; return its path."""
+def write(run: Run, kind: str, fit: Mapping[str, Any], overwrite: bool = True) -> Path:
+    """Write a fit atomically, readable with weights_only=True; return its path.
+
+    Raises:
+        ConfigError: another process has written the fit in the meantime, and `overwrite` is false.
+    """
     path, packed = place(run, kind), io.BytesIO()
     torch.save({"format": FORMAT, "kind": kind, "weights": fingerprint(run), "of": run.weights, **fit}, packed)
-    write_file(path, packed.getvalue())
+    write_new_file(path, packed.getvalue(), overwrite)
     return path
 
 

@@ -24,7 +24,7 @@ from diffusion_lab.cli import sweeps
 from diffusion_lab.cli.schema import COMMANDS, POSITIONAL
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.instantiation import CONF
-from diffusion_lab.io import write_file
+from diffusion_lab.io import claimed_folder
 from diffusion_lab.processes import CONFIG_ENV, Result, one_line
 
 
@@ -149,13 +149,19 @@ def _under_hydra(name: str, flags: list[str], overrides: list[str], config_dir: 
     return max(codes, default=0)
 
 
+# Commands that write to a folder: `out`, else the run folder. train.py claims its own after its checks.
+CLAIMING = ("sample", "evaluate", "fit_variance", "train_classifier")
+
+
 def _command(name: str, config: Any) -> Result:
-    """Run a command; write its configuration to config.yaml in its output folder."""
-    result = importlib.import_module(f"diffusion_lab.commands.{name}").run(config)
-    if name != "train":  # train.py writes its own before the first step
-        folder = Path(str(config.get("out") or config.run_dir))
-        if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.yaml").exists():
-            write_file(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+    """Run a command; its configuration becomes config.yaml in its output folder."""
+    module = importlib.import_module(f"diffusion_lab.commands.{name}")
+    if name in CLAIMING:
+        folder, key = Path(str(config.get("out") or config.run_dir)), "out" if "out" in config else "hydra.run.dir"
+        with claimed_folder(folder, key, OmegaConf.to_yaml(config, resolve=True), bool(config.get("overwrite"))):
+            result = module.run(config)
+    else:
+        result = module.run(config)
     return result if isinstance(result, Result) else Result(result)
 
 

@@ -11,7 +11,7 @@ from diffusion_lab import checkpoint as checkpoints
 from diffusion_lab.checkpoint import EXPORTED
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.interop.diffusers import to_diffusers
-from diffusion_lab.io import os_errors, write_file
+from diffusion_lab.io import os_errors, write_new_file
 from diffusion_lab.models.unet import UNet
 
 
@@ -38,7 +38,7 @@ def run(config: DictConfig) -> int:
             tensors = network.state_dict()  # type: ignore[attr-defined]
             metadata = {EXPORTED: json.dumps({**header, "weights": loaded.weights})}
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}  # channels_last ones are not
-        write_file(out, save(tensors, metadata=metadata or None))
+        write_new_file(out, save(tensors, metadata=metadata or None), bool(settings["overwrite"]))
     count = sum(tensor.numel() for tensor in tensors.values())
     print(f"{file} ({loaded.weights}, step {loaded.step:,}): {count:,} numbers, {out.stat().st_size / 2**20:.1f} MiB")
     print(f"written to {out}")

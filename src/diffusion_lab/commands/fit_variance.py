@@ -57,7 +57,7 @@ def fit(settings: dict[str, Any], processes: Processes) -> None:
     prepared = processes.build(lambda: prepare(settings, processes.rank))
     result = (_analytic if prepared.kind == "analytic" else _head)(prepared, processes)
     if processes.rank == 0:
-        path = fits.write(prepared.run, prepared.kind, result.stored)
+        path = fits.write(prepared.run, prepared.kind, result.stored, settings["overwrite"])
         table = Path(settings["run_dir"]) / f"{prepared.kind}.csv"
         write_file(table, _csv(result))
         print(

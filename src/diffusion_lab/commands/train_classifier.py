@@ -11,7 +11,7 @@ from diffusion_lab.data.datamodule import DataModule
 from diffusion_lab.device import device
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.instantiation import check, instantiate
-from diffusion_lab.io import os_errors, refuse_filled, write_file
+from diffusion_lab.io import os_errors, write_file
 from diffusion_lab.metrics.classifier import Noise, for_dataset
 from diffusion_lab.training.classifier import train_classifier
 
@@ -21,7 +21,6 @@ def run(config: DictConfig) -> int:
     with os_errors():
         settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
         out = Path(settings["out"] or settings["run_dir"])
-        refuse_filled(out, "out", settings["overwrite"])
         if settings["steps"] is not None and not (isinstance(settings["steps"], int) and settings["steps"] >= 1):
             raise ConfigError(f"steps={settings['steps']}: write at least 1, or null for the recipe's number")
         check(settings["data"], "data")

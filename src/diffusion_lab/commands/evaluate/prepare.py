@@ -21,7 +21,6 @@ from diffusion_lab.data.images import Examples
 from diffusion_lab.device import device
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.instantiation import check, check_named, instantiate, instantiate_untrusted
-from diffusion_lab.io import refuse_filled
 from diffusion_lab.metrics import classifier, extractors, measure, reference
 from diffusion_lab.metrics.collect import classes
 from diffusion_lab.metrics.extractors import Extractor
@@ -148,7 +147,6 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             raise ConfigError(f"{key}={settings[key]}: write at least {smallest}")
     if settings["save_reference"] and Path(settings["save_reference"]).exists():
         raise ConfigError(f"save_reference={settings['save_reference']} exists: name another file")
-    refuse_filled(Path(settings["out"] or settings["run_dir"]), "out", settings["overwrite"])
     _extractor_name(settings)
     if settings["images"] and is_guided(settings["guidance"]):
         raise ConfigError("guidance= is for samples of a checkpoint: write ckpt=PATH, not images=")

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_lab.errors import ConfigError
-from diffusion_lab.io import refuse_filled
 
 NEEDS = {  # options that a task requires
     "generate": (),
@@ -50,7 +49,6 @@ def check(settings: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"strength={settings['strength']} is outside (0, 1]: it is the time to noise to, e.g. strength=0.5"
         )
-    refuse_filled(Path(settings["out"] or settings["run_dir"]), "out", settings["overwrite"])
 
 
 def _check_paths(key: str, value: Any) -> None:
