@@ -113,7 +113,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, capfd, 
     assert bool(one["times"]) == bool(times)
     if times:
         assert int(one["times"]["counts"].sum()) == 8 * 16
-    assert {k: v for k, v in _losses(whole).items() if k > 5} == _losses(second)
+    assert _losses(whole) == _losses(second)  # the rows before the stop are carried over
     assert one["callbacks"]["Checkpoints"] == two["callbacks"]["Checkpoints"]
 
 
@@ -155,7 +155,7 @@ def test_the_best_checkpoint_is_resumed_as_exactly(tmp_path, capfd):
     one, two = _state(whole), _state(again)
     for key in ("state_dict", "ema", "optimizer_states", "lr_schedulers"):
         _assert_same(one[key], two[key], key)
-    assert {k: v for k, v in _losses(whole).items() if k > step} == _losses(again)
+    assert _losses(whole) == _losses(again)
     assert one["callbacks"]["Checkpoints"] == two["callbacks"]["Checkpoints"]
 
 

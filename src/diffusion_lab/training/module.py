@@ -1,7 +1,7 @@
 """The LightningModule: one step of training, and one of validation."""
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -61,6 +61,7 @@ class DiffusionModule(pl.LightningModule):
 
     Attributes:
         network: the network with its raw weights; no other weights are ever loaded into it.
+        between_draws: called before each (t, ε) of the validation, e.g. to save at a stop signal.
         averages: decay → network with averaged weights (EMA), the first one evaluated; empty without callbacks.ema.
 
     Raises:
@@ -104,6 +105,9 @@ class DiffusionModule(pl.LightningModule):
         self.averages: dict[str, nn.Module] = {}  # a dict hides the averages from nn.Module's registration
         self._validation_loss = MeanMetric(nan_strategy="disable")
         self._resumption: Resumption | None = None
+        self.between_draws: Callable[[], None] = lambda: None
+        self._stopping = False  # whether the run ends before the next step
+        self._validating = False  # whether the validation of this step is not yet complete
         self._drawn: list[Tensor] = []  # (position, t, loss) of a step's parts, for importance sampling
 
     # evaluation ---------------------------------------------------------------------------------------------------------
@@ -169,6 +173,24 @@ class DiffusionModule(pl.LightningModule):
         weight = to_device(self.time_sampler.weight(self.schedule, t), x0.device).to(each.dtype)
         return {"loss": (weight * loss.weighted).mean(), "each": each, "weight": weight, "t": t}
 
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Turn `trainer.should_stop` into a stop before the next step.
+
+        Lightning would first run a validation that an uninterrupted run does not have, and that might decide best.ckpt.
+        """
+        if self.trainer.should_stop and self.global_step >= (self.trainer.min_steps or 0):
+            self._stopping, self.trainer.should_stop = True, False
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """End the run if it is to stop. Gradients of an accumulated batch, which no checkpoint holds, are completed first.
+
+        Raises:
+            StopIteration: by which Lightning's loops end an epoch.
+        """
+        if self._stopping and batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self.trainer.should_stop = True
+            raise StopIteration
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Update the time sampler by the losses of the global batch, in the order of their positions.
 
@@ -194,12 +216,14 @@ class DiffusionModule(pl.LightningModule):
         switch(self.trainer.optimizers, "train")
 
     def on_validation_epoch_start(self) -> None:
+        self._validating = True
         self._validation_loss.set_dtype(torch.float64).reset()  # Lightning sets it to float32 together with the module
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         denoiser = next(iter(self.denoisers().values()))
         images = self.trainer.datamodule.size("val")  # type: ignore[attr-defined]
         for draw in range(self.validation_draws):
+            self.between_draws()
             t, noise, _, condition = validation_draw(denoiser, self.condition, batch, images=images, draw=draw)
             loss = diffusion_loss(
                 denoiser,
@@ -218,6 +242,7 @@ class DiffusionModule(pl.LightningModule):
         self.log_row({"val/loss": loss}, everywhere=True)
         if not self.trainer.sanity_checking:
             self._step_plateau(loss)
+        self._validating = False
 
     def _step_plateau(self, loss: Tensor) -> None:
         """Step `ReduceLROnPlateau` by the value that it monitors, on every process by rank 0's, which has all values."""
@@ -299,20 +324,31 @@ class DiffusionModule(pl.LightningModule):
             self.network.train(training)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the time sampler and set Lightning's count of batches to whole steps.
+        """Restore the time sampler, and set the progress of Lightning's loops to the end of the checkpoint's step.
 
-        The counts differ in a checkpoint of a time limit within an accumulated batch, and if accumulate_grad_batches changes.
+        Checkpoints are written at several points of a step, after a time limit also within an accumulated batch, and
+        accumulate_grad_batches may change. The loops continue with the next step, or begin with a validation that a stop signal
+        has interrupted.
         """
         self._resumption = Resumption(checkpoint.get("config", {}), self.saved.get("config", {}))
         if not self._resumption.keeps_schedulers(self.optimizer_config.schedule):
             checkpoint["lr_schedulers"] = []
         if state := checkpoint.get("times"):
             self.time_sampler.load(state)
-        parts = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        if progress["current"]["ready"] != parts:
-            for counts in (progress["current"], progress["total"]):
-                counts.update(dict.fromkeys(("ready", "started", "processed", "completed"), parts))
+        unvalidated, step = bool(checkpoint.get("unvalidated")), int(checkpoint["global_step"])
+        loops = checkpoint["loops"]["fit_loop"]
+        progress, limit = loops["epoch_loop.batch_progress"], self.trainer.limit_train_batches
+        parts = step * self.trainer.accumulate_grad_batches
+        in_epoch = (parts - 1) % limit + 1 if isinstance(limit, int) else parts
+        for counts, n in ((progress["current"], in_epoch), (progress["total"], parts)):
+            # Lightning's state in the hook on_train_batch_end
+            counts.update({"ready": n, "started": n, "processed": n, "completed": n - 1})
+        validation = loops["epoch_loop.val_loop.batch_progress"]["total"]
+        # Lightning validates first where a batch of the validation was started and not processed.
+        started = validation["completed"] + int(unvalidated)
+        validation.update(ready=started, started=started, processed=validation["completed"])
+        # Counted once when the loops restart, and once more after a validation that they begin with.
+        loops["epoch_loop.state_dict"]["_batches_that_stepped"] = step - 1 - int(unvalidated)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add this project's entries, and make tensors contiguous: FSDP would load channels_last ones in a wrong order."""
@@ -321,6 +357,7 @@ class DiffusionModule(pl.LightningModule):
             optimizer["state"] = {i: _contiguous(state) for i, state in optimizer.get("state", {}).items()}
         checkpoint.update(self.saved)
         checkpoint["times"] = self.time_sampler.state()
+        checkpoint["unvalidated"] = self._validating
 
 
 def _contiguous(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -38,3 +38,8 @@ def is_sharded(network: nn.Module) -> bool:
 def whole(tensors: list[Tensor]) -> list[Tensor]:
     """Return the tensors with shards gathered. Every process must call it."""
     return [tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this process's part of a tensor that may be sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

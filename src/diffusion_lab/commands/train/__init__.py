@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,17 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from pytorch_lightning.loggers import Logger, WandbLogger
+from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher
 
-from diffusion_lab.commands.train import build, checks, summary
+from diffusion_lab.commands.train import build, checks, resuming, summary
 from diffusion_lab.commands.train.configuration import Configuration, refuse_other_optimizer
 from diffusion_lab.commands.train.initialize import initialize
 from diffusion_lab.commands.train.trainer import build_trainer
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.instantiation import locate
 from diffusion_lab.io import os_errors, write_file
-from diffusion_lab.processes import CONFIG_ENV, Result
-from diffusion_lab.training.callbacks import Pruning, WandbSummary
+from diffusion_lab.processes import CONFIG_ENV, Interrupted, Result, stop_signals
+from diffusion_lab.training.callbacks import GracefulStop, Pruning, WandbSummary
 from diffusion_lab.training.loggers import Identity, identity
 from diffusion_lab.variances import Learned
 from hydra_plugins.diffusion_lab_optuna import reporter
@@ -62,6 +64,8 @@ def run(config: DictConfig) -> Result:
     condition, settings["condition"] = build.condition(settings, data, make)
     learned = locate(settings["variance"], "variance") is Learned
     network, settings["model"] = build.model(settings, condition, learned, make)
+    if resume:
+        checks.check_weights(resume, network)
     if settings["init"]:
         summary.print_once(f"weights from {initialize(network, settings['init'])}")
     saved = configuration.entries(run_identity.id, data.class_names)
@@ -72,20 +76,25 @@ def run(config: DictConfig) -> Result:
     checks.check_data(data, condition, callbacks, trainer)
     if trainer.is_global_zero:  # last, so that a run that is refused leaves nothing behind
         _write_configuration(folder, settings)
-        best = resume.path.with_name("best.ckpt") if resume else None
-        if best and best.is_file():  # valid until this run has a lower value, since the callback resumes its best value
-            write_file(folder / "checkpoints" / "best.ckpt", best.read_bytes())
+        if resume:
+            resuming.carry(resume, settings, folder, loggers, callbacks)
 
     summary.announce(trainer, network, settings)
     os.environ[CONFIG_ENV] = str(folder / "config.yaml")  # read by the further processes that Lightning starts
     failed = 1
     try:
-        with os_errors():
+        with os_errors(), spawning(trainer, callbacks):
             checkpoint = str(resume.path) if resume else None
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         failed = 0
         summary.requeue(trainer, callbacks)
+    except Interrupted as stop:
+        if trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(stop.number)  # other processes of a run that has not begun
+        if not stop_signals.deferred:  # nothing was trained
+            raise
     finally:
+        stop_signals.deferred = False
         os.environ.pop(CONFIG_ENV, None)
         if "wandb" in sys.modules:
             # Without it the next job of a sweep would continue this job's W&B run.
@@ -99,6 +108,18 @@ def _identity(configuration: Configuration) -> Identity:
     sweep = Path(job.sweep.dir) if job and job.mode == RunMode.MULTIRUN else None
     resumed = configuration.resume.content.get("wandb_id") if configuration.resume and not sweep else None
     return identity(configuration.choices, configuration.overrides, sweep, resumed)
+
+
+@contextmanager
+def spawning(trainer: pl.Trainer, callbacks: list[pl.Callback]) -> Iterator[None]:
+    """Pass stop signals on to the processes that trainer=ddp_spawn starts, while this one waits for them."""
+    stop = summary.find(callbacks, GracefulStop)
+    if stop and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        stop_signals.notify, stop_signals.deferred = stop.record, True
+    try:
+        yield
+    finally:
+        stop_signals.notify = None
 
 
 def added_callbacks(loggers: list[Logger]) -> list[pl.Callback]:

@@ -10,6 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from torch import nn
 
+from diffusion_lab import checkpoint as checkpoints
 from diffusion_lab import processes
 from diffusion_lab.commands.train.configuration import Resume
 from diffusion_lab.conditions import Condition
@@ -58,6 +59,21 @@ def _check_sharding(settings: Mapping[str, Any], resume: Resume | None) -> None:
     if resume and not all(tensor.is_contiguous() for tensor in resume.content["state_dict"].values()):
         raise ConfigError(
             f"{resume.path} was written by an older version, and FSDP cannot read it: resume it by trainer=ddp first"
+        )
+
+
+def check_weights(resume: Resume, network: nn.Module) -> None:
+    """Raise ConfigError if the network of a resumed run has other weights than the checkpoint."""
+    _, stored = checkpoints.select(resume.content, "raw")
+    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    before = {name: tuple(tensor.shape) for name, tensor in stored.items()}
+    differ = sorted(name for name in {**shapes, **before} if shapes.get(name) != before.get(name))
+    if differ:
+        name = differ[0]
+        raise ConfigError(
+            f"{len(differ)} weights of {resume.path} do not fit this network, e.g. {name} ({before.get(name, 'missing')} in "
+            f"the file, {shapes.get(name, 'missing')} here): leave out the keys that change the network, or write "
+            f"init={resume.path} to begin another run with its weights"
         )
 
 

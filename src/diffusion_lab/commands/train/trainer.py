@@ -8,12 +8,14 @@ import torch
 from pytorch_lightning.callbacks import Checkpoint, ModelSummary, ProgressBar
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.environments import SLURMEnvironment
+from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from diffusion_lab import processes
 from diffusion_lab.commands.train.build import Config, Make, validates
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.instantiation import accepted, instantiate
 from diffusion_lab.training import sharding
+from diffusion_lab.training.saving import AtomicCheckpointIO
 
 
 def build_trainer(
@@ -52,6 +54,8 @@ def build_trainer(
     if not isinstance(node["strategy"], str | dict):  # an object, and a node holds plain values alone
         arguments["strategy"] = node.pop("strategy")
     built: pl.Trainer = make(node, "trainer", **arguments, callbacks=callbacks, logger=loggers)
+    if type(built.strategy.checkpoint_io) is TorchCheckpointIO:  # not one of trainer.plugins=
+        built.strategy.checkpoint_io = AtomicCheckpointIO()
     if isinstance(node.get("profiler"), str):
         profiler: Any = built.profiler  # type: ignore[attr-defined]
         profiler.dirpath, profiler.filename = folder, "profile"  # or its table goes to a Python logger, which is silent

@@ -1,27 +1,36 @@
 """Write checkpoints/last.ckpt and checkpoints/best.ckpt."""
 
 import math
-import os
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 
-from diffusion_lab.errors import check_number
+from diffusion_lab.errors import ConfigError, check_number
+from diffusion_lab.processes import Interrupted, stop_signals
+from diffusion_lab.training.callbacks.graceful_stop import GracefulStop
 from diffusion_lab.training.callbacks.loss_logger import LossLogger
+from diffusion_lab.training.module import DiffusionModule
 from diffusion_lab.training.optim import evaluation_weights
+from diffusion_lab.training.sharding import local
 
 
 class Checkpoints(pl.Callback):
     """Write `last.ckpt` every `every` steps and at the end, `best.ckpt` whenever the monitored value is the lowest so far.
 
+    Files are written before the next batch, when the rows, validation, quality metric and grid of their step are done: whatever
+    a kill interrupts, a resumed run repeats. Two exceptions: a run that ends writes at its end, and a stop signal during a
+    validation, or before one that is due, writes last.ckpt at once, marked so that a resumed run begins with that validation.
+
     Lightning's `ModelCheckpoint` does less in five ways:
 
     - Its last.ckpt is that of the last interval; this one has the last step, also of an interrupted run.
-    - It writes weights whose loss is NaN or Inf, and takes a NaN metric as a candidate for the best.
+    - It writes weights that are NaN or Inf or whose loss is, and takes a NaN metric as a candidate for the best.
     - It reads the monitored value at intervals or validations; `consider` takes that of `QualityMonitor` at any step.
-    - It moves files from the system's temporary folder, which may be on another disk. Here a file is written to a temporary
-      name in `folder` and renamed, so that an interruption or a full disk keeps the file before.
+    - It writes before other callbacks have finished the step.
     - It does not switch schedule-free optimizers to their evaluation weights.
 
     Args:
@@ -40,7 +49,9 @@ class Checkpoints(pl.Callback):
         self.best: float | None = None
         self.latest: tuple[float, int] | None = None
         self._saved = -1  # the step of last.ckpt
-        self._saved_best: float | None = None  # the best value in it
+        self._unvalidated = -1  # the step of a last.ckpt that a stop signal wrote before the validation was done
+        self._improved = False  # whether `best` is lower than that of best.ckpt
+        self._carried = True  # whether a resumed run keeps the best value
 
     @property
     def last_path(self) -> Path:
@@ -50,31 +61,25 @@ class Checkpoints(pl.Callback):
     def best_path(self) -> Path:
         return self.folder / "best.ckpt"
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: DiffusionModule) -> None:  # type: ignore[override]
         self._saved = trainer.global_step if trainer.global_step else -1
+        pl_module.between_draws = lambda: self._save_if_stopped(trainer)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        self._write_best(trainer)
         step = trainer.global_step
         if step and step % self.every == 0 and step != self._saved and not _is_diverged(trainer):
             self._write_last(trainer)
 
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._save_if_stopped(trainer)
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.sanity_checking:
-            return
-        if self.monitor in trainer.callback_metrics:
+        if not trainer.sanity_checking and self.monitor in trainer.callback_metrics:
             self.consider(trainer, float(trainer.callback_metrics[self.monitor]), self.monitor)
-        best = self._saved_best != self.best
-        plateau = any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs)
-        if (
-            self._saved == trainer.global_step
-            and trainer.global_step
-            and (best or plateau)
-            and not _is_diverged(trainer)
-        ):
-            self._write_last(trainer)  # again, since a resumed run does not repeat this validation
 
     def consider(self, trainer: pl.Trainer, value: float, *names: str) -> None:
-        """Write best.ckpt if `monitor` is among `names` and `value` is the lowest so far.
+        """Write best.ckpt before the next batch if `monitor` is among `names` and `value` is the lowest so far.
 
         Every process calls it with the same value.
         """
@@ -82,28 +87,46 @@ class Checkpoints(pl.Callback):
             return
         self.latest = (value, trainer.global_step)
         if math.isfinite(value) and (self.best is None or value < self.best):
-            self.best = value
-            self._write(trainer, self.best_path)
+            self.best, self._improved = value, True
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._write_best(trainer)
         if trainer.global_step != self._saved and not _is_diverged(trainer):
             self._write_last(trainer)
 
+    def _save_if_stopped(self, trainer: pl.Trainer) -> None:
+        """Save at the start of a validation, or between two parts of it, if the run is to stop; end it on a second signal."""
+        stop = next((c for c in trainer.callbacks if isinstance(c, GracefulStop)), None)  # type: ignore[attr-defined]
+        if trainer.sanity_checking or trainer.world_size > 1 or stop is None or stop.received is None:
+            return  # several processes would have to agree in every part
+        if self._unvalidated != trainer.global_step:
+            self._unvalidated = trainer.global_step
+            self._write(trainer, self.last_path)
+        if stop_signals.count > 1:
+            raise Interrupted(stop.received)
+
+    def _write_best(self, trainer: pl.Trainer) -> None:
+        if self._improved:
+            self._write(trainer, self.best_path)
+            self._improved = False
+
     def _write_last(self, trainer: pl.Trainer) -> None:
         self._write(trainer, self.last_path)
-        self._saved, self._saved_best = trainer.global_step, self.best
+        self._saved = trainer.global_step
 
     def _write(self, trainer: pl.Trainer, path: Path) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # a dry run, for which Lightning removes loggers, too
             return
-        partial = path.with_name(f".{path.name}.partial")
+        if not _is_finite(trainer):
+            if trainer.is_global_zero:
+                warnings.warn(
+                    f"{path} is not written: the weights at step {trainer.global_step:,} are NaN or Inf", stacklevel=2
+                )
+            return
         try:
             with evaluation_weights(trainer.optimizers):
-                trainer.save_checkpoint(partial)  # on every process, since a sharded strategy gathers here
-            if trainer.is_global_zero:
-                os.replace(partial, path)
+                trainer.save_checkpoint(path)  # on every process, since a sharded strategy gathers here
         except OSError as error:
-            partial.unlink(missing_ok=True)
             raise OSError(
                 error.errno, f"could not write {path} ({error.strerror}): the file before is kept; free disk space"
             ) from error
@@ -112,11 +135,36 @@ class Checkpoints(pl.Callback):
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "monitor": self.monitor}
 
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        # The command has copied the best.ckpt that the value belongs to, unless the two measure different things.
+        self._carried = trainer.strategy.broadcast(self.best_path.is_file())
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict.get("monitor", self.monitor) == self.monitor:  # values of two metrics do not compare
+        if self._carried and state_dict.get("monitor", self.monitor) == self.monitor:
             self.best = state_dict["best"]
+
+
+def measured_by(config: Mapping[str, Any]) -> list[Any]:
+    """Return the parts of a configuration that the value of `monitor` depends on, apart from the weights."""
+    callbacks = config["callbacks"]
+    monitor = (callbacks.get("checkpoints") or {}).get("monitor", "val/loss")
+    if monitor == "val/loss":
+        groups = ("data", "condition", "schedule", "objective", "weighting", "loss", "variance")
+        return [monitor, config["validation"]["draws"], *(config[group] for group in groups)]
+    return [monitor, config["data"], callbacks.get("quality")]
 
 
 def _is_diverged(trainer: pl.Trainer) -> bool:
     """Whether the training loss is NaN or Inf: such weights must not overwrite the checkpoint."""
     return any(isinstance(c, LossLogger) and c.diverged is not None for c in trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def _is_finite(trainer: pl.Trainer) -> bool:
+    """Whether all weights and averages are finite, on every process."""
+    module: Any = trainer.lightning_module
+    networks = (module.network, *module.averages.values())
+    weights = [p.detach() for network in networks for p in network.parameters()]
+    finite = all(bool(torch.isfinite(local(weight)).all()) for weight in weights)
+    return bool(trainer.strategy.reduce_boolean_decision(finite, all=True))

@@ -73,11 +73,10 @@ class EMA(pl.Callback):
         self.updates = int(checkpoint["global_step"])
         if states := checkpoint.get("ema"):
             for decay, network in self.networks.items():
-                if name(decay) not in states:
-                    raise ConfigError(
-                        f"the checkpoint has no average with decay {decay}: write callbacks.ema.decay={', '.join(states)}"
-                    )
-                network.load_state_dict(states[name(decay)])
+                nearest = min(states, key=lambda stored: abs(float(stored) - decay))
+                if nearest != name(decay) and trainer.is_global_zero:
+                    print(f"callbacks.ema.decay={name(decay)} starts from the stored average {nearest}", flush=True)
+                network.load_state_dict(states[nearest])
             self._restored = True
 
 

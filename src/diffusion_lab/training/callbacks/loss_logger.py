@@ -36,6 +36,7 @@ class LossLogger(pl.Callback):
         bounds = ["-inf", *(f"{edge:g}" for edge in self.edges), "inf"]
         self._bounds = torch.tensor(self.edges, dtype=torch.float64)
         self.diverged: int | None = None
+        self._restored: torch.Tensor | None = None
         self._stopped_at = torch.zeros(1, dtype=torch.int64)  # a tensor, which is shared with spawned processes
         self.names = [f"train/loss_snr/{low}_{high}" for low, high in pairwise(bounds)]
 
@@ -46,6 +47,9 @@ class LossLogger(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._reset(pl_module.device)
+        if self._restored is not None and self._restored.shape == self._sums.shape and trainer.is_global_zero:
+            self._sums += self._restored.to(pl_module.device)
+        self._restored = None
 
     def _reset(self, device: torch.device) -> None:
         # Σ weight · loss, Σ weight and the count of each bin; the weight is 1 except with time_sampler=importance
@@ -65,12 +69,30 @@ class LossLogger(pl.Callback):
         total, weight, count = trainer.strategy.reduce(self._sums, reduce_op="sum")
         values: dict[str, float] = {"train/loss": float(total.sum() / count.sum())}
         if self.edges:
-            values |= {
-                name: v for name, v, n in zip(self.names, (total / weight).tolist(), count.tolist(), strict=True) if n
-            }
+            # NaN for a bin without images: Lightning would repeat the value of an earlier row where there is none.
+            values |= dict(zip(self.names, (total / weight).tolist(), strict=True))
         pl_module.log_row(values)
         self._reset(pl_module.device)
         self._check_finite(trainer, values["train/loss"])
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Record a loss that is NaN or Inf in the last row or since it, however short the run."""
+        total, _, count = trainer.strategy.reduce(self._sums.clone(), reduce_op="sum")
+        if self.diverged is None and float(count.sum()) and not math.isfinite(float(total.sum())):
+            self.diverged = trainer.global_step
+        if self.diverged is not None:
+            self._stopped_at.fill_(self.diverged)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Save the sums since the last row, so that the next row of a resumed run equals that of an uninterrupted one."""
+        checkpoint["loss_sums"] = trainer.strategy.reduce(self._sums.clone(), reduce_op="sum").cpu()
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._restored = checkpoint.get("loss_sums")
 
     def _check_finite(self, trainer: pl.Trainer, loss: float) -> None:
         """Warn on a NaN or Inf loss; stop the run after two in succession."""

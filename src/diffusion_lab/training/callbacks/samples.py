@@ -78,14 +78,21 @@ class Samples(pl.Callback):
         try:
             with module.evaluating():
                 panels = self._panels(module)
-        except (ConfigError, torch.OutOfMemoryError) as error:  # NaN, or n images do not fit: training goes on
+            self._write(trainer, step, panels)
+        except (
+            ConfigError,
+            torch.OutOfMemoryError,
+            OSError,
+        ) as error:  # NaN, too many images, a full disk: training goes on
             warnings.warn(f"no samples at step {step}: {error}", stacklevel=2)
-            return
-        self.path = self.folder / f"step_{step:07d}.png"
-        save_sheet(self.path, panels)
+
+    def _write(self, trainer: pl.Trainer, step: int, panels: list[Panel]) -> None:
+        path = self.folder / f"step_{step:07d}.png"
+        save_sheet(path, panels)
+        self.path = path
         what = " | ".join(panel.caption for panel in panels if panel.columns is None)
         caption = f"step {step:,}, {type(self.sampler).__name__}, seed {self.seed}: {what}"
-        pictures = [("samples", np.asarray(Image.open(self.path)), caption)]
+        pictures = [("samples", np.asarray(Image.open(path)), caption)]
         pictures += [("trajectory", grid(p.images, p.columns), p.caption) for p in panels if p.columns is not None]
         for logger in trainer.loggers:
             for name, picture, caption in pictures:

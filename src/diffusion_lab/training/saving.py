@@ -1,0 +1,51 @@
+"""What a run keeps through a kill: checkpoints written beside their target, and the rows of metrics.csv."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning.loggers import CSVLogger, Logger
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+
+from diffusion_lab.io import replacing
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Write checkpoints to a temporary name in their own folder, sync and rename them.
+
+    Lightning's class moves them from the system's temporary folder, which may be on another disk, and does not sync them.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        with replacing(Path(path)) as partial, partial.open("wb") as file:
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:  # torch's own error follows the OSError of the file
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
+
+
+def carry_rows(loggers: list[Logger], folder: Path, before: Path, step: int) -> None:
+    """Begin metrics.csv of `folder` with the rows of the run that is resumed, up to its checkpoint's step.
+
+    Args:
+        loggers: of the run; one of them writes metrics.csv.
+        folder: of the run.
+        before: metrics.csv of the run that is resumed; nothing is carried where it is missing.
+        step: of the checkpoint.
+    """
+    if not before.is_file():
+        return
+    with before.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if _is_complete(row) and int(float(row["step"])) <= step]
+    for logger in loggers:
+        if isinstance(logger, CSVLogger) and Path(logger.log_dir) == folder and rows:
+            logger.experiment.metrics.extend(rows)  # type: ignore[arg-type]  # text, written as it was read
+            logger.save()
+
+
+def _is_complete(row: dict[str, Any]) -> bool:
+    """Whether a row has all its columns: the last one of a killed run may be cut."""
+    return None not in row.values() and bool(row.get("step"))
