@@ -1,21 +1,43 @@
 """The error of a wrong input, the check of a number against its range, and the type of nodes read from a file."""
 
 import numbers
+import re
 from collections.abc import Sequence
 from typing import Any
 
 SEEDS = "[0, 18446744073709551615]"  # of every seed: 64 bits without a sign
 
 
+def printable(text: str) -> str:
+    """Return text as one line that a terminal only shows.
+
+    A line break with the spaces around it becomes one space. A character that is not printable (the escape sequences of
+    terminals, marks that reverse the direction of text, bytes of a file name that are not UTF-8) becomes its escape: \\x1b.
+    """
+    line = re.sub(r"\s*[\r\n]\s*", " ", text)
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+
+
 class ConfigError(ValueError):
     """An input that the user can correct. The message states what was found, what is allowed and what to write.
 
     The command line prints it as one line and exits with code 2. Every other exception is a defect and keeps its traceback.
+    The message may quote files and their names, so it is made printable here.
     """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(message))
 
 
 class UntrustedNode(dict[str, Any]):
-    """A mapping read from a file. Only `instantiation.instantiate_untrusted` builds what its `_target_` names."""
+    """A mapping read from a file. Only `instantiation.instantiate_untrusted` builds what its `_target_` names.
+
+    Raises:
+        ConfigError: a key that the file does not have.
+    """
+
+    def __missing__(self, key: str) -> Any:
+        raise ConfigError(f"the configuration in the file has no {key}: take a file that src/train.py wrote")
 
 
 def check_number(

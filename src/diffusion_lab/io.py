@@ -1,22 +1,29 @@
 """Atomic writes, locks, disk space, .npz files and progress bars."""
 
 import glob
+import math
 import os
 import secrets
 import shutil
+import stat
 import sys
 import zipfile
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, TypeVar
 
-from diffusion_lab.errors import ConfigError
+from diffusion_lab.errors import ConfigError, printable
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
-SPARE = 64 << 20  # bytes that stay free on a disk
+SPARE = 64 << 20  # bytes that stay free on a disk; bytes that a .zip may unpack to whatever its size
+MOST_INFLATION = (
+    100  # unpacked bytes of a .zip for a packed one: arrays and images that people look at take less than 50
+)
+MOST_VALUES, DEEPEST = 2_000_000, 100  # of nested plain values in one file
 
 T = TypeVar("T")
 
@@ -83,7 +90,7 @@ def claimed(path: Path) -> Iterator[BinaryIO | None]:
     remove_partials(path.parent)
     part = path.with_name(f".{path.name}.partial")
     while True:
-        with open(part, "a+b") as file:
+        with open(part, "a+b", opener=_without_links) as file:
             _lock(file)
             if path.exists():
                 # Another process finished first and renamed `part` to `path`, unless this open created a new `part`.
@@ -107,6 +114,11 @@ def claimed(path: Path) -> Iterator[BinaryIO | None]:
 
 
 _cleaned: set[Path] = set()  # folders whose partial files this process has removed
+
+
+def _without_links(path: str, flags: int) -> int:
+    """Open a file for `open`, but no link: a folder from somebody else may hold one to a file of the user's."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
 
 
 def remove_partials(folder: Path) -> None:
@@ -248,6 +260,82 @@ def os_errors() -> Iterator[None]:
 # reading --------------------------------------------------------------------------------------------------------------------
 
 
+def require_file(path: Path, where: str = "") -> None:
+    """Raise ConfigError unless `path` is a regular file or a link to one. Reading a pipe or a device may never end.
+
+    Args:
+        path: the file.
+        where: the option that named it, for the message.
+    """
+    try:
+        if stat.S_ISREG(path.stat().st_mode):
+            return
+        reason = "a folder" if path.is_dir() else "no regular file (a pipe, a socket or a device)"
+    except OSError as error:  # missing, a dangling link, a loop of links, a name that is too long
+        reason = "missing" if isinstance(error, FileNotFoundError) else f"unreadable: {error.strerror}"
+        reason = "a link to a missing file" if path.is_symlink() and reason == "missing" else reason
+    raise ConfigError(f"{f'{where}=' if where else ''}{path} cannot be read, it is {reason}: name another file")
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """Return the content of a regular file.
+
+    Args:
+        path: the file.
+        most: the largest size that such a file has, in bytes.
+
+    Raises:
+        ConfigError: another kind of file, a larger one.
+        OSError: as the file system reports it.
+    """
+    require_file(path)
+    with path.open("rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ConfigError(
+            f"{path} is larger than {most / 2**20:,.0f} MiB, the most that such a file has: name another file"
+        )
+    return content
+
+
+def parse_plain(text: str | bytes, loads: Callable[[str | bytes], Any], what: str) -> Any:
+    """Parse a document of plain values, such as JSON or YAML.
+
+    Args:
+        text: the document.
+        loads: the parser, which raises ValueError.
+        what: the name of the document, for the message.
+
+    Raises:
+        ConfigError: a document that cannot be parsed, or `refuse_bombs`.
+    """
+    try:
+        value = loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(f"{what} cannot be read: {reason}") from None
+    refuse_bombs(value, what)
+    return value
+
+
+def refuse_bombs(value: Any, what: str) -> None:
+    """Raise ConfigError for nested containers that are too many, too deep, or contain themselves.
+
+    A few lines of YAML, or bytes of a pickle, describe containers that are small in memory and take hours to walk through.
+    """
+    count, waiting = 0, [(value, 0)]
+    while waiting:
+        current, depth = waiting.pop()
+        inside = [*current.keys(), *current.values()] if isinstance(current, Mapping) else current
+        if isinstance(inside, list | tuple | set | frozenset):
+            count += len(inside)
+            if depth > DEEPEST or count > MOST_VALUES:
+                raise ConfigError(
+                    f"{what} cannot be read: its values are nested too deeply, or more than {MOST_VALUES:,}"
+                )
+            waiting += [(child, depth + 1) for child in inside]
+
+
 def read_npz(path: Path, where: str = "", names: Collection[str] | None = None) -> "dict[str, NDArray[Any]]":
     """Return the arrays of an .npz file by name. Nothing in it is unpickled.
 
@@ -257,17 +345,93 @@ def read_npz(path: Path, where: str = "", names: Collection[str] | None = None) 
         names: the arrays to read, if the file has them; None reads all.
 
     Raises:
-        ConfigError: a missing file, or one that is not an .npz of plain arrays.
+        ConfigError: a missing file, one that is not an .npz of plain arrays, or arrays of other sizes than they declare.
     """
     import numpy as np  # late: every command line imports this module before it is checked
 
+    require_file(path, where)
     try:
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files if names is None or name in names}
-    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        reason = " ".join(str(error).split())
+        with zipfile.ZipFile(path) as archive:
+            members = {m.filename[:-4]: m for m in archive.infolist() if m.filename.endswith(".npy")}
+            chosen = {name: m for name, m in members.items() if names is None or name in names}
+            refuse_inflation(list(chosen.values()), path)
+            arrays = {}
+            for name, member in chosen.items():
+                with archive.open(member) as file:
+                    require_npy(file, member.file_size)
+                with archive.open(member) as file:
+                    arrays[name] = np.lib.format.read_array(file, allow_pickle=False)
+            return arrays
+    except ConfigError:
+        raise
+    except Exception as error:  # zipfile and numpy raise nearly anything on damaged files
+        reason = " ".join(str(error).split()) or type(error).__name__
         source = f"{where}={path}" if where else str(path.absolute())
         raise ConfigError(f"{source} cannot be read as an .npz of plain arrays ({reason}): name another file") from None
+
+
+def require_npy(file: IO[bytes], size: int) -> "tuple[tuple[int, ...], np.dtype[Any]]":
+    """Return shape and dtype in the header of an .npy file.
+
+    Args:
+        file: at its beginning; its position afterwards is that of the data.
+        size: of the file in bytes.
+
+    Raises:
+        ValueError: no .npy, an array of Python objects, or another size than the shape needs.
+    """
+    import numpy as np
+
+    version = np.lib.format.read_magic(file)
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in readers:
+        raise ValueError(f"version {version} of the .npy format")
+    shape, _, dtype = readers[version](file)
+    if dtype.hasobject:
+        raise ValueError("an array of Python objects")
+    declared, actual = math.prod(shape) * dtype.itemsize, size - file.tell()
+    if min(shape, default=0) < 0 or declared != actual:
+        raise ValueError(f"it declares {dtype} {shape}, {declared:,} bytes, and has {actual:,}")
+    return shape, dtype
+
+
+def load_npy(path: Path, shape: tuple[int | None, ...], dtype: str, remedy: str) -> "NDArray[Any]":
+    """Return the array of an .npy file as a read-only memory map.
+
+    Args:
+        path: the file.
+        shape: that it must have; None stands for any size.
+        dtype: that it must have.
+        remedy: an imperative for the message.
+
+    Raises:
+        ConfigError: a missing or damaged file, an array of another shape or dtype.
+    """
+    import numpy as np
+
+    require_file(path)
+    try:
+        with path.open("rb") as file:
+            actual, kind = require_npy(file, path.stat().st_size)
+        if len(actual) != len(shape) or any(n not in (None, m) for n, m in zip(shape, actual, strict=True)):
+            raise ValueError(f"its shape is {actual}")
+        if kind != np.dtype(dtype):
+            raise ValueError(f"its values are {kind}")
+        array: NDArray[Any] = np.load(path, mmap_mode="r")
+    except Exception as error:  # numpy's parser of the header raises nearly anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"{path.absolute()} is damaged ({reason}): {remedy}") from None
+    return array
+
+
+def refuse_inflation(members: Collection[zipfile.ZipInfo], path: Path) -> None:
+    """Raise ConfigError for members of a .zip that would take far more memory than the file suggests."""
+    packed, unpacked = sum(m.compress_size for m in members), sum(m.file_size for m in members)
+    if packed > path.stat().st_size or unpacked > SPARE + MOST_INFLATION * packed:
+        raise ConfigError(
+            f"{path} declares {unpacked / 2**20:,.0f} MiB in {packed / 2**20:,.1f} MiB, as no images or arrays do: "
+            "name another file"
+        )
 
 
 # progress -------------------------------------------------------------------------------------------------------------------
@@ -279,7 +443,7 @@ def progress(items: Iterable[T], desc: str, unit: str, show: bool = True) -> Ite
         return items
     from tqdm import tqdm
 
-    bar: Iterable[T] = tqdm(items, desc=desc, unit=unit, leave=False)
+    bar: Iterable[T] = tqdm(items, desc=printable(desc), unit=unit, leave=False)
     return bar
 
 
@@ -287,4 +451,6 @@ def progress_bar(total: int | None, desc: str, unit: str, show: bool = True, **o
     """Return a progress bar for `update(n)`, a context manager; `options` are tqdm's."""
     from tqdm import tqdm
 
-    return tqdm(**{"total": total, "desc": desc, "unit": unit, "leave": False, "disable": not show, **options})
+    return tqdm(
+        **{"total": total, "desc": printable(desc), "unit": unit, "leave": False, "disable": not show, **options}
+    )
