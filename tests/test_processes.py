@@ -13,6 +13,7 @@ from command import ROOT, TINY, command
 from together import free_port, meeting, srun
 
 from diffusion_lab import processes
+from diffusion_lab.checkpoint.archive import sealed
 from diffusion_lab.commands import train
 from diffusion_lab.processes import Launched, launched
 
@@ -86,7 +87,7 @@ def test_a_checkpoint_that_fsdp_would_scramble_is_refused(tmp_path, capfd):
     stored["state_dict"] = {
         k: v.contiguous(memory_format=torch.channels_last) if v.ndim == 4 else v for k, v in weights.items()
     }
-    torch.save(stored, path)
+    torch.save(sealed(stored), path)
     again = [f"ckpt={folder}", "trainer.max_steps=2", "trainer=fsdp", f"hydra.run.dir={tmp_path / 'again'}"]
     code, _, err = command("train", again, capfd)
     assert code == 2

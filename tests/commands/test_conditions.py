@@ -8,6 +8,7 @@ import torch
 from command import TINY, code, command, train
 
 from diffusion_lab.checkpoint import load_checkpoint
+from diffusion_lab.checkpoint.archive import sealed
 from diffusion_lab.checkpoint.guidance import guided
 from diffusion_lab.conditions import requested_condition
 from diffusion_lab.guidance import ClassifierFreeTransform, ClassifierTransform
@@ -240,7 +241,7 @@ def test_a_checkpoint_without_a_null_label_is_not_guided(tmp_path, sample, capfd
 def test_a_classifier_of_other_images_is_refused(sample, plain, judges, tmp_path):
     saved = torch.load(judges["noisy"] / "classifier.pt", weights_only=True)
     saved["config"]["data"]["name"] = "mnist"
-    torch.save(saved, tmp_path / "classifier.pt")
+    torch.save(sealed(saved), tmp_path / "classifier.pt")
     line = sample(f"ckpt={plain}", "guidance=classifier", f"guidance.ckpt={tmp_path}", refused=True)
     assert "classifies mnist" in line
 

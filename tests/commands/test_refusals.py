@@ -13,6 +13,7 @@ from command import TINY, command, train
 from PIL import Image
 
 from diffusion_lab.checkpoint import load_checkpoint
+from diffusion_lab.checkpoint.archive import sealed
 from diffusion_lab.training import loggers
 from diffusion_lab.training.callbacks import Checkpoints
 
@@ -97,24 +98,26 @@ def test_a_checkpoint_cannot_run_code(tmp_path, capfd, monkeypatch):
     path = tmp_path / "run" / "checkpoints" / "last.ckpt"
     good = torch.load(path, weights_only=True)
 
-    torch.save({**good, "extra": Payload()}, tmp_path / "pickle.ckpt")
+    torch.save(sealed({**good, "extra": Payload()}), tmp_path / "pickle.ckpt")
     with pytest.raises(ValueError, match="tensors and plain values"):
         load_checkpoint(tmp_path / "pickle.ckpt")
 
     for target in ("os.system", "diffusion_lab.io.os.system", "torch.nn.Linear", "diffusion_lab.cli.main"):
-        torch.save({**good, "config": {**good["config"], "model": {"_target_": target}}}, tmp_path / "named.ckpt")
+        torch.save(
+            sealed({**good, "config": {**good["config"], "model": {"_target_": target}}}), tmp_path / "named.ckpt"
+        )
         with pytest.raises(ValueError, match="no class of this package"):
             load_checkpoint(tmp_path / "named.ckpt")
     later = "${oc.create:'{_target_: builtins.print, _args_: [here]}'}"  # becomes a node when it is resolved
     hidden = {"_target_": "diffusion_lab.models.External", "module": later}
-    torch.save({**good, "config": {**good["config"], "model": hidden}}, tmp_path / "hidden.ckpt")
+    torch.save(sealed({**good, "config": {**good["config"], "model": hidden}}), tmp_path / "hidden.ckpt")
     with pytest.raises(ValueError, match="interpolation"):
         load_checkpoint(tmp_path / "hidden.ckpt")
-    torch.save({**good, "composed": {**good["composed"], "model": hidden}}, tmp_path / "resumed.ckpt")
+    torch.save(sealed({**good, "composed": {**good["composed"], "model": hidden}}), tmp_path / "resumed.ckpt")
     resumed = [f"ckpt={tmp_path / 'resumed.ckpt'}", "trainer.max_steps=2", f"hydra.run.dir={tmp_path / 'again'}"]
     _refused(command("train", resumed, capfd), "no class of this package")
     nested = {"_target_": "diffusion_lab.models.External", "module": {"_target_": "torch.nn.Identity"}}
-    torch.save({**good, "config": {**good["config"], "model": nested}}, tmp_path / "nested.ckpt")
+    torch.save(sealed({**good, "config": {**good["config"], "model": nested}}), tmp_path / "nested.ckpt")
     with pytest.raises(ValueError, match=r"trust=\[torch.nn\]"):
         load_checkpoint(tmp_path / "nested.ckpt")
     assert not (tmp_path / "was-here").exists()

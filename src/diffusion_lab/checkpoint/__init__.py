@@ -2,6 +2,7 @@
 
 | module | contents |
 |---|---|
+| `archive` | write and read files of tensors and plain values: hash, checks before anything is allocated |
 | `files` | find a checkpoint, read it with `weights_only=True`, select weights |
 | `upgrade` | convert older formats |
 | `run` | `load_checkpoint` → `Run`: denoiser, configuration, samples |
@@ -9,7 +10,7 @@
 | `classifiers` | files of classifiers |
 """
 
-from diffusion_lab.checkpoint.files import EXPORTED, find, metadata, read, select
+from diffusion_lab.checkpoint.files import EXPORTED, exported, find, metadata, read, select
 from diffusion_lab.checkpoint.run import Run, load_checkpoint, with_clip
 from diffusion_lab.checkpoint.upgrade import FORMAT
 
@@ -17,6 +18,7 @@ __all__ = [
     "EXPORTED",
     "FORMAT",
     "Run",
+    "exported",
     "find",
     "load_checkpoint",
     "metadata",

@@ -1,13 +1,14 @@
 """Write and read files of trained classifiers."""
 
-import io
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from diffusion_lab.checkpoint import archive
+from diffusion_lab.checkpoint.build import fitting
 from diffusion_lab.errors import ConfigError
+from diffusion_lab.instantiation import untrusted
 from diffusion_lab.models.classifier import Classifier
 
 HEADER = {"format": 1, "kind": "classifier"}
@@ -38,9 +39,7 @@ def pack_classifier(
     """Return the content of a classifier's file. The arguments are attributes of `TrainedClassifier`."""
     state = {key: value.cpu() for key, value in network.state_dict().items()}
     saved = {"diffusion_lab": HEADER, "config": config, "state": state, "accuracy": accuracy, "by_noise": by_noise}
-    packed = io.BytesIO()
-    torch.save(saved, packed)
-    return packed.getvalue()
+    return archive.packed(saved)
 
 
 def load_classifier(path: Path) -> TrainedClassifier:
@@ -49,17 +48,28 @@ def load_classifier(path: Path) -> TrainedClassifier:
     Raises:
         ConfigError: a missing file, a damaged one, or one that is not a classifier's.
     """
-    if not path.is_file():
+    if not path.exists():
         raise ConfigError(f"no classifier at {path}: train one with src/train_classifier.py")
+    remedy = "delete it and run again"
+    saved = archive.read(path, "classifier", remedy)
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved["diffusion_lab"] != HEADER:
             raise KeyError("kind")
-        config = saved["config"]
-        network = Classifier(**config["model"])
-        network.load_state_dict(saved["state"])
-    except Exception as error:  # torch raises many types on other files
-        raise ConfigError(
-            f"{path} is no classifier of src/train_classifier.py, or damaged: delete it and run again"
-        ) from error
-    return TrainedClassifier(network.eval().requires_grad_(False), config, saved["accuracy"], saved["by_noise"], path)
+        config, state, accuracy, by_noise = (saved[key] for key in ("config", "state", "accuracy", "by_noise"))
+        _check_config(config)
+        network = fitting(functools.partial(Classifier, **config["model"]), state)
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ConfigError(f"{path} is no classifier of src/train_classifier.py ({reason}): {remedy}") from error
+    return TrainedClassifier(network.eval().requires_grad_(False), untrusted(config), accuracy, by_noise, path)
+
+
+def _check_config(config: dict[str, Any]) -> None:
+    """Raise ValueError for a configuration without the entries that this project writes."""
+    data = config["data"]
+    if not (
+        isinstance(data["name"], str) and len(data["shape"]) == 3 and all(isinstance(n, int) for n in data["shape"])
+    ):
+        raise ValueError("data has no name or shape")
+    if not isinstance(data["classes"], int) or not isinstance(config["schedule"], dict | None):
+        raise ValueError("data.classes or schedule is missing")

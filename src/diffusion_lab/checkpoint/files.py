@@ -1,18 +1,20 @@
 """Find a checkpoint's file, read it without running code, select its weights."""
 
 import json
-import pickle
-import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 
+from diffusion_lab.checkpoint import archive
 from diffusion_lab.checkpoint.upgrade import FORMAT, upgraded
 from diffusion_lab.errors import ConfigError
+from diffusion_lab.io import parse_plain, require_file
 
+REMEDY = "take another file (best.ckpt?)"
 EXPORTED = "diffusion_lab"  # the key of the configuration in a .safetensors file of src/export.py
 
 
@@ -56,19 +58,18 @@ def read(path: Path) -> dict[str, Any]:
     """
     if path.suffix == ".safetensors":
         return _exported(path)
-    if not zipfile.is_zipfile(path):
-        raise ConfigError(
-            f"{path} is not a whole checkpoint: truncated, or something else; take another file (best.ckpt?)"
-        )
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise ConfigError(f"{path} cannot be read as a checkpoint of tensors and plain values ({reason})") from None
-    version = checkpoint.get("diffusion_lab", {}).get("format") if isinstance(checkpoint, dict) else None
+    content = archive.read(path, "checkpoint", REMEDY)
+    version = submapping(content, "diffusion_lab").get("format")
     if version not in (1, 2, FORMAT):
         raise ConfigError(f"{path} is no checkpoint of diffusion-lab: name one that src/train.py wrote")
-    return checkpoint if version == FORMAT else upgraded(checkpoint)
+    _check_entries(content, path)
+    return content if version == FORMAT else upgraded(content)
+
+
+def submapping(mapping: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """Return `mapping[key]` if it is a mapping, else {}."""
+    value = mapping.get(key)
+    return value if isinstance(value, Mapping) else {}
 
 
 def _exported(path: Path) -> dict[str, Any]:
@@ -80,11 +81,30 @@ def _exported(path: Path) -> dict[str, Any]:
             "ckpt= with a checkpoint or a file of src/export.py"
         )
     with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+    archive.check_hash({**stored, "tensors": tensors}, path, "export", "export it again")
     kind, _, decay = str(stored["weights"]).partition(" ")
-    if kind == "ema":
-        return {**stored, "ema": {decay: tensors}, "state_dict": {}}
-    return {**stored, "ema": {}, "state_dict": {f"network.{name}": tensor for name, tensor in tensors.items()}}
+    weights = {"ema": {decay: tensors}, "state_dict": {}}
+    if kind != "ema":
+        weights = {"ema": {}, "state_dict": {f"network.{name}": tensor for name, tensor in tensors.items()}}
+    content = {**stored, **weights}
+    return content if stored["diffusion_lab"]["format"] == FORMAT else upgraded(content)
+
+
+def exported(content: Mapping[str, Any], weights: str, tensors: Mapping[str, Tensor]) -> bytes:
+    """Return the bytes of a .safetensors file: weights with the entries of their checkpoint that are needed to sample.
+
+    Args:
+        content: from `read`.
+        weights: name of the weights, from `select`.
+        tensors: of the network, contiguous.
+    """
+    keys = ("config", "choices", "class_names", "global_step", "diffusion_lab")
+    # The hash is that of the metadata as JSON, in which a tuple is a list.
+    stored = json.loads(json.dumps({**{key: content[key] for key in keys if key in content}, "weights": weights}))
+    ordered = {name: tensors[name] for name in sorted(tensors)}
+    stored[archive.HASH] = archive.digest({**stored, "tensors": ordered})
+    return save(ordered, metadata={EXPORTED: json.dumps(stored)})
 
 
 def metadata(path: Path) -> dict[str, Any] | None:
@@ -93,21 +113,53 @@ def metadata(path: Path) -> dict[str, Any] | None:
     Raises:
         ConfigError: a damaged file, or a format of another version.
     """
+    require_file(path)
     try:
         with safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get(EXPORTED)
-    except (SafetensorError, OSError) as error:
+    except Exception as error:  # beside SafetensorError, the parser raises those of Rust and of the file system
         raise ConfigError(f"{path} is not a whole .safetensors file: fetch it again ({error})") from error
     if text is None:
         return None
-    try:
-        stored: dict[str, Any] = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} holds a damaged configuration: export it again ({error})") from None
-    version = stored.get("diffusion_lab", {}).get("format")
+    stored = parse_plain(text, json.loads, f"the configuration in {path}")
+    version = submapping(stored, "diffusion_lab").get("format") if isinstance(stored, dict) else None
     if version not in (1, 2, FORMAT) or not {"config", "weights", "global_step"} <= stored.keys():
         raise ConfigError(f"{path} is of another version of diffusion-lab: export it again")
-    return stored if version == FORMAT else upgraded(stored)
+    _check_entries({"state_dict": {}, **stored}, path)
+    return stored
+
+
+ENTRIES: dict[str, tuple[type, Any]] = {  # of a checkpoint: its type, and the type of its values
+    "config": (dict, None),
+    "global_step": (int, None),
+    "state_dict": (dict, Tensor),
+    "ema": (dict, dict),
+    "composed": (dict, None),
+    "choices": (dict, str),
+    "overrides": (list, str),
+    "class_names": (list, str),
+    "times": (dict, None),
+    "wandb_id": (str, None),
+}
+REQUIRED = ("config", "global_step", "state_dict")
+
+
+def _check_entries(content: Mapping[str, Any], path: Path) -> None:
+    """Raise ConfigError for a checkpoint whose entries are missing or of another type."""
+    for name, (kind, of) in ENTRIES.items():
+        value = content.get(name)
+        if value is None and name not in REQUIRED:
+            continue
+        inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+        if (
+            not isinstance(value, kind)
+            or isinstance(value, bool)
+            or (of and not all(isinstance(v, of) for v in inside))
+        ):
+            raise ConfigError(f"{path} has no {name} as src/train.py writes it: {REMEDY}")
+    averages = [tensor for state in (content.get("ema") or {}).values() for tensor in state.values()]
+    if not all(isinstance(tensor, Tensor) for tensor in averages) or content["global_step"] < 0:
+        raise ConfigError(f"{path} has averages that are no tensors, or a negative step: {REMEDY}")
 
 
 def select(checkpoint: dict[str, Any], weights: str | float) -> tuple[str, dict[str, Tensor]]:

@@ -1,11 +1,8 @@
 """Build `variance=` for a checkpoint: its own, another one, or a fit of src/fit_variance.py in the checkpoint's folder."""
 
 import hashlib
-import io
 import json
-import pickle
 import shlex
-import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffusion_lab.checkpoint import Run
+from diffusion_lab.checkpoint import Run, archive
 from diffusion_lab.checkpoint.upgrade import condition_of_format_1
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.instantiation import instantiate, instantiate_untrusted, locate
@@ -59,7 +56,13 @@ def variance_for(node: Node | None, run: Run) -> tuple[Variance, Run]:
     if kind == "analytic":
         return Analytic(fit["times"], fit["moments"]), run
     network = VarianceHead(bare(run), kind).to(run.device)
-    network.head.load_state_dict(fit["head"])
+    try:
+        network.head.load_state_dict(fit["head"])
+    except RuntimeError as error:
+        path = place(run, kind)
+        raise ConfigError(
+            f"the head in {path} does not fit the network: fit it again with overwrite=true ({error})"
+        ) from None
     network.requires_grad_(False).eval()
     return instantiate(node), replace(run, denoiser=replace(run.denoiser, network=network))
 
@@ -115,9 +118,9 @@ def write(run: Run, kind: str, fit: Mapping[str, Any], overwrite: bool = True) -
     Raises:
         ConfigError: another process has written the fit in the meantime, and `overwrite` is false.
     """
-    path, packed = place(run, kind), io.BytesIO()
-    torch.save({"format": FORMAT, "kind": kind, "weights": fingerprint(run), "of": run.weights, **fit}, packed)
-    write_new_file(path, packed.getvalue(), overwrite)
+    path = place(run, kind)
+    content = {"format": FORMAT, "kind": kind, "weights": fingerprint(run), "of": run.weights, **fit}
+    write_new_file(path, archive.packed(content), overwrite)
     return path
 
 
@@ -134,16 +137,21 @@ def read(run: Run, kind: str) -> dict[str, Any]:
         others = list(path.parent.glob(f"variance_{kind}_*.pt"))
         also = f" ({len(others)} of other weights)" if others else ""
         raise ConfigError(f"variance={kind} is not fitted to these weights ({run.weights}){also}: first run {command}")
-    try:
-        if not zipfile.is_zipfile(path):
-            raise RuntimeError("truncated")
-        fit = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError):
-        raise ConfigError(f"{path} is not a whole fit of fit_variance.py: run {command} overwrite=true") from None
-    if not isinstance(fit, dict) or fit.get("format") != FORMAT or fit.get("kind") != kind:
-        raise ConfigError(f"{path} is no fit of variance={kind}: run {command} overwrite=true")
+    remedy = f"run {command} overwrite=true"
+    fit = archive.read(path, "fit", remedy)
+    if fit.get("format") != FORMAT or fit.get("kind") != kind or not _is_complete(fit, kind):
+        raise ConfigError(f"{path} is no fit of variance={kind}: {remedy}")
     if fit["weights"] != fingerprint(run):
-        raise ConfigError(
-            f"{path} was fitted to other weights than these ({run.weights}): run {command} overwrite=true"
-        )
+        raise ConfigError(f"{path} was fitted to other weights than these ({run.weights}): {remedy}")
     return fit
+
+
+def _is_complete(fit: Mapping[str, Any], kind: str) -> bool:
+    """Whether a fit holds what its kind needs: two vectors of one length, or the weights of a head."""
+    if kind != "analytic":
+        head = fit.get("head")
+        return isinstance(head, dict) and all(isinstance(weight, torch.Tensor) for weight in head.values())
+    times, moments = fit.get("times"), fit.get("moments")
+    if not isinstance(times, torch.Tensor) or not isinstance(moments, torch.Tensor):
+        return False
+    return times.ndim == 1 and times.shape == moments.shape and bool((times.isfinite() & moments.isfinite()).all())

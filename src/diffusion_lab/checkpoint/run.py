@@ -6,15 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from diffusion_lab.checkpoint.build import build, check_kind, network_of
 from diffusion_lab.checkpoint.files import find, read, select
 from diffusion_lab.conditions import Condition
 from diffusion_lab.denoiser import Clip, Denoiser
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.generation import batches, generate, join
-from diffusion_lab.instantiation import instantiate_untrusted, untrusted
+from diffusion_lab.instantiation import instantiate_untrusted, is_node, untrusted
+from diffusion_lab.objectives import Objective
 from diffusion_lab.samplers import Sampler, Samples
+from diffusion_lab.schedules import Schedule
+
+MOST_PIXELS = 1 << 14  # channels, height or width of an image
 
 
 @dataclass
@@ -48,7 +53,7 @@ class Run:
     @property
     def condition(self) -> Condition:
         """Condition of the network."""
-        condition: Condition = instantiate_untrusted(self.config["condition"], self.trust, "condition")
+        condition: Condition = build(self.config["condition"], self.trust, "condition", Condition)
         return condition
 
     @property
@@ -72,7 +77,7 @@ class Run:
 
     def sampler(self) -> Sampler:
         """Build the sampler of the configuration."""
-        sampler: Sampler = instantiate_untrusted(self.config["sampler"], self.trust, "sampler")
+        sampler: Sampler = build(self.config["sampler"], self.trust, "sampler", Sampler)
         return sampler
 
     def sample(
@@ -149,20 +154,33 @@ def load_checkpoint(path: str | Path, weights: str = "ema", trust: Sequence[str]
     file = find(path)
     checkpoint = read(file)
     config = untrusted(checkpoint["config"])
-    network: nn.Module = instantiate_untrusted(config["model"], trust, "model")
     name, state = select(checkpoint, weights)
     try:
-        network.load_state_dict(state)
+        network = network_of(config["model"], trust, state)
     except RuntimeError as error:
         raise ConfigError(f"the weights in {file} do not fit the network of its configuration: {error}") from None
+    clip = instantiate_untrusted(config["clip"], trust, "clip")
+    if not callable(clip):
+        raise ConfigError(f"{file} has a clip that is no function of an image: take another file")
     denoiser = Denoiser(
         network.eval().requires_grad_(False),
-        instantiate_untrusted(config["schedule"], trust, "schedule"),
-        instantiate_untrusted(config["objective"], trust, "objective"),
-        clip=instantiate_untrusted(config["clip"], trust, "clip"),
+        build(config["schedule"], trust, "schedule", Schedule),
+        build(config["objective"], trust, "objective", Objective),
+        clip=clip,
     )
+    _check_data(config["data"], file)
+    for group, kind in (("condition", Condition), ("sampler", Sampler)):
+        check_kind(config[group], trust, group, kind)
     names = tuple(checkpoint.get("class_names", ()))
     return Run(denoiser, config, int(checkpoint["global_step"]), name, tuple(trust), file, names)
+
+
+def _check_data(node: Any, file: Path) -> None:
+    """Raise ConfigError unless the node of the data has a class, a number of channels and a size of images."""
+    source, channels, size = (node[key] for key in ("source", "channels", "image_size"))
+    numbers = [channels, *size] if isinstance(size, list) and len(size) == 2 else []
+    if not is_node(source) or not numbers or not all(isinstance(n, int) and 0 < n <= MOST_PIXELS for n in numbers):
+        raise ConfigError(f"{file} has no data with source, channels and image_size=[H,W]: take another file")
 
 
 def with_clip(run: Run, clip: Clip) -> Run:

@@ -1,6 +1,5 @@
 """`src/export.py`: write the weights of a checkpoint and their configuration to one .safetensors file."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,6 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save
 
 from diffusion_lab import checkpoint as checkpoints
-from diffusion_lab.checkpoint import EXPORTED
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.interop.diffusers import to_diffusers
 from diffusion_lab.io import os_errors, write_new_file
@@ -30,15 +28,13 @@ def run(config: DictConfig) -> int:
         if settings["diffusers"]:
             if not isinstance(network, UNet):
                 raise ConfigError(f"{type(network).__name__} has no counterpart in diffusers: leave diffusers= out")
-            tensors, metadata = to_diffusers(network), {}
+            tensors = to_diffusers(network)
+            content = save({name: tensor.contiguous() for name, tensor in tensors.items()})
         else:
-            content = checkpoints.read(file)
-            keys = ("config", "choices", "class_names", "global_step", "diffusion_lab")
-            header = {key: content[key] for key in keys if key in content}
-            tensors = network.state_dict()  # type: ignore[attr-defined]
-            metadata = {EXPORTED: json.dumps({**header, "weights": loaded.weights})}
-        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}  # channels_last ones are not
-        write_new_file(out, save(tensors, metadata=metadata or None), bool(settings["overwrite"]))
+            # channels_last tensors are not contiguous
+            tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}  # type: ignore[attr-defined]
+            content = checkpoints.exported(checkpoints.read(file), loaded.weights, tensors)
+        write_new_file(out, content, bool(settings["overwrite"]))
     count = sum(tensor.numel() for tensor in tensors.values())
     print(f"{file} ({loaded.weights}, step {loaded.step:,}): {count:,} numbers, {out.stat().st_size / 2**20:.1f} MiB")
     print(f"written to {out}")

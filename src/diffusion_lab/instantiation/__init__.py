@@ -18,6 +18,7 @@ from diffusion_lab.instantiation.trust import CONF, PACKAGE, refuse_untrusted, t
 
 __all__ = [
     "CONF",
+    "PACKAGE",
     "accepted",
     "check",
     "check_named",

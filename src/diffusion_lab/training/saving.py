@@ -8,11 +8,12 @@ import torch
 from pytorch_lightning.loggers import CSVLogger, Logger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
+from diffusion_lab.checkpoint.archive import sealed
 from diffusion_lab.io import replacing
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write checkpoints to a temporary name in their own folder, sync and rename them.
+    """Write checkpoints with a hash of their content, to a temporary name in their own folder; sync and rename them.
 
     Lightning's class moves them from the system's temporary folder, which may be on another disk, and does not sync them.
     """
@@ -20,7 +21,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         with replacing(Path(path)) as partial, partial.open("wb") as file:
             try:
-                torch.save(checkpoint, file)
+                torch.save(sealed(checkpoint), file)
             except RuntimeError as error:  # torch's own error follows the OSError of the file
                 if isinstance(error.__context__, OSError):
                     raise error.__context__ from None
@@ -42,7 +43,7 @@ def carry_rows(loggers: list[Logger], folder: Path, before: Path, step: int) -> 
         rows = [row for row in csv.DictReader(file) if _is_complete(row) and int(float(row["step"])) <= step]
     for logger in loggers:
         if isinstance(logger, CSVLogger) and Path(logger.log_dir) == folder and rows:
-            logger.experiment.metrics.extend(rows)  # type: ignore[arg-type]  # text, written as it was read
+            logger.experiment.metrics.extend(rows)  # text, written as it was read
             logger.save()
 
 

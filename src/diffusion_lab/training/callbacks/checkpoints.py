@@ -9,7 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from diffusion_lab.errors import ConfigError, check_number
+from diffusion_lab.errors import check_number
 from diffusion_lab.processes import Interrupted, stop_signals
 from diffusion_lab.training.callbacks.graceful_stop import GracefulStop
 from diffusion_lab.training.callbacks.loss_logger import LossLogger

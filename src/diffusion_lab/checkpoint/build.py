@@ -1,0 +1,89 @@
+"""Build the objects that a file describes: of the kind that its place needs, no larger than the weights in the file."""
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from diffusion_lab.errors import ConfigError
+from diffusion_lab.instantiation import PACKAGE, instantiate_untrusted, is_node, locate, refuse_untrusted, targets
+
+T = TypeVar("T")
+N = TypeVar("N", bound=nn.Module)
+
+
+def build(node: Any, trust: Collection[str], where: str, kind: type[T], **passed: Any) -> T:
+    """Build a node of a file as `instantiate_untrusted` does. Raises ConfigError: its class is of another kind as well."""
+    check_kind(node, trust, where, kind)
+    built: T = instantiate_untrusted(node, trust, where, **passed)
+    return built
+
+
+def check_kind(node: Any, trust: Collection[str], where: str, kind: Any) -> None:
+    """Raise ConfigError unless a node of a file names a trusted class derived from `kind`, or a function."""
+    if not is_node(node):
+        raise ConfigError(f"the file has no {where} with a _target_: take a file that src/train.py wrote")
+    refuse_untrusted(node, trust)
+    target = locate(node, where)
+    if isinstance(target, type) and isinstance(kind, type) and not issubclass(target, kind):
+        raise ConfigError(
+            f"the file names {node['_target_']} as its {where}, which is no {kind.__name__}: take another file"
+        )
+
+
+def network_of(node: Any, trust: Collection[str], state: Mapping[str, Tensor]) -> nn.Module:
+    """Build the network of a file, on the CPU, with its weights.
+
+    Raises:
+        ConfigError: a class that is not trusted or no network, or weights that do not fit it.
+    """
+    check_kind(node, trust, "model", nn.Module)
+
+    def construct() -> nn.Module:
+        built: nn.Module = instantiate_untrusted(node, trust, "model")
+        return built
+
+    if all(target.startswith(f"{PACKAGE}.") for target in targets(node)):
+        return fitting(construct, state)
+    network = construct()  # of another package, whose constructor may need values
+    network.load_state_dict(state)
+    return network
+
+
+def fitting(construct: Callable[[], N], state: Mapping[str, Tensor]) -> N:
+    """Construct a network and load its weights.
+
+    It is constructed on torch's meta device first, which allocates nothing, and only as far as it has as many parameters as
+    the file: widths and depths in a file are anybody's.
+
+    Raises:
+        RuntimeError: weights that do not fit.
+    """
+    count = 0
+
+    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal count
+        count += parameter is not None
+        if count > len(state):
+            raise RuntimeError(f"the network has more than the {len(state)} weights of the file")
+
+    hook = register_module_parameter_registration_hook(register)
+    try:
+        with torch.device("meta"):
+            outline = construct().state_dict()
+    finally:
+        hook.remove()
+    different = [name for name in {**outline, **state} if _shape(outline, name) != _shape(state, name)]
+    if different:
+        name = different[0]
+        shapes = f"{_shape(outline, name)} in the network, {_shape(state, name)} in the file"
+        raise RuntimeError(f"{len(different)} weights differ, e.g. {name}: {shapes}")
+    network = construct()
+    network.load_state_dict(state)
+    return network
+
+
+def _shape(state: Mapping[str, Tensor], name: str) -> tuple[int, ...] | None:
+    return tuple(state[name].shape) if name in state else None
