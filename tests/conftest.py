@@ -1,17 +1,17 @@
 """Install the runtime type checks before the package is imported, and seed torch before each test."""
 
 import pytest
-from jaxtyping import install_import_hook
-from typecheck import CHECKED
+import typecheck
 
-install_import_hook([f"diffusion_lab.{module}" for module in CHECKED], "typecheck.checked")
+typecheck.install()
 
 import torch  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
+def _each_test() -> None:
     torch.manual_seed(0)
+    typecheck.begin_test()
 
 
 # Of minutes each: first, so that no worker is left with one of them at the end.
