@@ -217,7 +217,7 @@ def test_sampling_refuses_what_cannot_be(tmp_path, capfd, monkeypatch):
     full.mkdir()
     (full / "notes.txt").write_text("mine")
     for arguments, remedy in {
-        ("n=0",): "write at least 1",
+        ("n=0",): "at least 1",
         ("labels=[1]",): "condition=label",
         ("weights=0.5",): "ema, raw",
         ("sampler=ddpm", "sampler.steps=1001"): "write fewer steps",
