@@ -98,15 +98,22 @@ class StopSignals:
         self._before: dict[int, Any] = {}
 
     def install(self) -> None:
-        """Install the handler, in the main thread alone; Python has none in others. Repeated calls change nothing."""
+        """Install the handler, in the main thread alone; Python has none in others. Repeated calls change nothing.
+
+        Signals that the launcher has blocked (`env --block-signal=USR1` in docs/slurm.sbatch, since SIGUSR1 kills an interpreter
+        that has no handler yet) are unblocked, which delivers those that have arrived meanwhile.
+        """
         if threading.current_thread() is not threading.main_thread():
             return
-        for number in (getattr(signal, name) for name in _NAMES if hasattr(signal, name)):
+        numbers = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
+        for number in numbers:
             handler = signal.getsignal(number)
             ignored = number != signal.SIGINT and handler is signal.SIG_IGN  # by nohup
             if handler != self._handle and not ignored:
                 self._before.setdefault(number, handler)
                 signal.signal(number, self._handle)
+        if hasattr(signal, "pthread_sigmask"):  # not on Windows
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
 
     def restore(self) -> None:
         """Install the handlers from before `install`, and forget what was received."""
