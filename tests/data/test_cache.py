@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_lab.data.cache import cache_folder, decoded
+from diffusion_lab.data.cache import cache_folders, decoded
 from diffusion_lab.data.decode import Decoder, Files
 
 from .helpers import save
@@ -82,9 +82,21 @@ def test_is_reused_and_keyed_by_files_and_options(images, tmp_path):
 
 
 def test_the_default_is_in_the_folder_of_the_images_and_hidden(images):
-    decoded(Files(images), DECODER, cache_folder(None, images))
+    decoded(Files(images), DECODER, *cache_folders(None, images))
     assert len(file_names(images / ".cache")) == 1
     assert len(Files(images).names) == 5
+
+
+def test_a_folder_that_a_file_names_is_only_read(images, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    folders = cache_folders(str(tmp_path / "named"), images, only_read=True)
+    decoded(Files(images), DECODER, *folders)
+    assert not (tmp_path / "named").exists()
+    (written,) = (tmp_path / "user" / "diffusion_lab").iterdir()
+    (tmp_path / "named").mkdir()
+    written.rename(tmp_path / "named" / written.name)
+    decoded(Files(images), DECODER, *folders)  # that of the run which wrote the file
+    assert not list((tmp_path / "user" / "diffusion_lab").iterdir())
 
 
 def test_a_broken_image_is_named_and_leaves_nothing(images, tmp_path):

@@ -7,18 +7,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from diffusion_lab.data.datamodule import DataModule
+from diffusion_lab.data.sources import Source
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.instantiation import PACKAGE, instantiate_untrusted, is_node, locate, refuse_untrusted, targets
 
-T = TypeVar("T")
+DEFAULT_ROOTS = ("data", "data/images")  # of conf/data
 N = TypeVar("N", bound=nn.Module)
 
 
-def build(node: Any, trust: Collection[str], where: str, kind: type[T], **passed: Any) -> T:
+def build(node: Any, trust: Collection[str], where: str, kind: Any, **passed: Any) -> Any:
     """Build a node of a file as `instantiate_untrusted` does. Raises ConfigError: its class is of another kind as well."""
     check_kind(node, trust, where, kind)
-    built: T = instantiate_untrusted(node, trust, where, **passed)
-    return built
+    return instantiate_untrusted(node, trust, where, **passed)
 
 
 def check_kind(node: Any, trust: Collection[str], where: str, kind: Any) -> None:
@@ -87,3 +88,37 @@ def fitting(construct: Callable[[], N], state: Mapping[str, Tensor]) -> N:
 
 def _shape(state: Mapping[str, Tensor], name: str) -> tuple[int, ...] | None:
     return tuple(state[name].shape) if name in state else None
+
+
+def overridden(stored: Mapping[str, Any], overrides: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
+    """Return the node of a file's data with the keys of this command line, null ones left out, and the names of these keys."""
+    chosen = {key: value for key, value in overrides.items() if value is not None}
+    source = chosen.pop("source", {})
+    node = {**stored, **chosen, "source": {**stored["source"], **source}}
+    return node, {*chosen, *(f"source.{key}" for key in source)}
+
+
+def data_module(node: Mapping[str, Any], trust: Collection[str], named: Collection[str], **passed: Any) -> DataModule:
+    """Build the data module of a file, which writes to no folder that only the file names.
+
+    Decoded images go to the user's cache folder, and missing files are not downloaded, unless the folder is a default one.
+
+    Args:
+        node: of a file, with the keys of this command line.
+        trust: as for `instantiate_untrusted`.
+        named: the keys that this command line wrote, without "data.": root, source.cache, download; "" for all.
+        passed: further arguments.
+
+    Raises:
+        ConfigError: as `build`.
+    """
+    chosen = "" in named or "root" in named or node.get("root") in DEFAULT_ROOTS
+    if not chosen and "download" not in named:
+        node = {**node, "download": False}
+    module: DataModule = build(node, trust, "data", DataModule, **passed)
+    if not isinstance(module, DataModule) or not isinstance(module.source, Source):
+        raise ConfigError("the file names no data set as its data: take another file")
+    cache = getattr(module.source, "cache", None)
+    if not ("" in named or "source.cache" in named or (chosen and cache is None)):
+        module.source.only_read_folders()
+    return module

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from diffusion_lab.checkpoint import Run, archive
+from diffusion_lab.checkpoint.build import build
 from diffusion_lab.checkpoint.upgrade import condition_of_format_1
 from diffusion_lab.errors import ConfigError
-from diffusion_lab.instantiation import instantiate, instantiate_untrusted, locate
+from diffusion_lab.instantiation import instantiate, locate
 from diffusion_lab.io import write_new_file
 from diffusion_lab.models import VarianceHead
 from diffusion_lab.samplers import Sampler
@@ -44,7 +45,7 @@ def variance_for(node: Node | None, run: Run) -> tuple[Variance, Run]:
     """
     if not node:
         stored = run.config.get("variance")
-        variance: Variance = instantiate_untrusted(stored, run.trust, "variance") if stored else FixedSmall()
+        variance: Variance = build(stored, run.trust, "variance", Variance) if stored else FixedSmall()
         variance.check(run.denoiser.network)
         return variance, run
     kind = FITTED.get(node["_target_"])

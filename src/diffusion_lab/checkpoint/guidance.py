@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_lab.checkpoint import Run
+from diffusion_lab.checkpoint.build import build
 from diffusion_lab.checkpoint.classifiers import TrainedClassifier, load_classifier
 from diffusion_lab.conditions import Label
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.guidance import ClassifierFree, NoisyClassifier, Unguided
-from diffusion_lab.instantiation import accepted, instantiate, instantiate_untrusted, locate
+from diffusion_lab.instantiation import accepted, instantiate, locate
+from diffusion_lab.schedules import Schedule
 
 Node = Mapping[str, Any]
 
@@ -59,7 +61,7 @@ def _classifier_arguments(path: str | None, run: Run) -> dict[str, Any]:
     """Return the arguments of `ClassifierGuidance` from a classifier's file."""
     classifier = _classifier(path, run)
     node, schedule = classifier.config["schedule"], run.denoiser.schedule
-    trained_along = schedule if node == run.config["schedule"] else instantiate_untrusted(node, run.trust, "schedule")
+    trained_along = schedule if node == run.config["schedule"] else build(node, run.trust, "schedule", Schedule)
     return {
         "classifier": NoisyClassifier(classifier.network.to(run.device), trained_along, schedule),
         "num_classes": int(classifier.config["data"]["classes"]),

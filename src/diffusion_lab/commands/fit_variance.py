@@ -11,15 +11,15 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from diffusion_lab.checkpoint import Run, fits, load_checkpoint
+from diffusion_lab.checkpoint.build import build, data_module, overridden
 from diffusion_lab.data.datamodule import DataModule
 from diffusion_lab.device import device
 from diffusion_lab.errors import ConfigError
-from diffusion_lab.instantiation import instantiate_untrusted
 from diffusion_lab.io import os_errors, write_file
 from diffusion_lab.metrics.collect import Processes
 from diffusion_lab.metrics.worker_group import run_in_group
 from diffusion_lab.models import VarianceHead
-from diffusion_lab.time_samplers import Stratified
+from diffusion_lab.time_samplers import Stratified, TimeSampler
 from diffusion_lab.training.variance_fit import fit_times, moments, second_moments, train_head
 from diffusion_lab.variances import Analytic
 
@@ -99,9 +99,8 @@ def prepare(settings: dict[str, Any], rank: int = 0) -> Prepared:
         fit_times(loaded.denoiser.schedule, settings["nodes"])
     else:
         VarianceHead(loaded.denoiser.network, kind)  # type: ignore[arg-type]
-    overrides = {key: value for key, value in settings["data"].items() if value is not None}
-    node = {**loaded.config["data"], "batch_size": settings["batch_size"], **overrides}
-    data: DataModule = instantiate_untrusted(node, settings["trust"], "data", seed=settings["seed"])
+    node, named = overridden(loaded.config["data"], {"batch_size": settings["batch_size"], **settings["data"]})
+    data = data_module(node, settings["trust"], named, seed=settings["seed"])
     data.prepare_data()
     data.setup()
     return Prepared(settings, loaded.to(target), kind, data)
@@ -140,7 +139,7 @@ def _head(p: Prepared, processes: Processes) -> Fit:
     d, settings = p.run.denoiser, p.settings
     torch.manual_seed(settings["seed"])
     network = VarianceHead(d.network, p.kind).to(p.run.device)  # type: ignore[arg-type]
-    times = instantiate_untrusted(p.run.config["time_sampler"], settings["trust"], "time_sampler")
+    times = build(p.run.config["time_sampler"], settings["trust"], "time_sampler", TimeSampler)
     rows = train_head(
         replace(d, network=network, clip=None),
         p.kind,

@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 
 from diffusion_lab.data.decode import Decoder, Files
 from diffusion_lab.errors import ConfigError
-from diffusion_lab.io import claimed, progress_bar, require_space
+from diffusion_lab.io import claimed, load_npy, progress_bar, require_space
 
 VERSION = 2  # of the decoding: raise it when the same files and options give other bytes, or an option is renamed
 CHUNK = 512  # images in flight
 CACHE_ELSEWHERE = "write data.source.cache=FOLDER on another disk"
 
 
-def decoded(files: Files, decoder: Decoder, folder: Path) -> NDArray[np.uint8]:
+def decoded(files: Files, decoder: Decoder, folder: Path, *read: Path) -> NDArray[np.uint8]:
     """Return all images of `files`, read-only and memory-mapped, uint8 (N, C, H, W).
 
     The name of the cache file is a hash of the images' names, sizes and modification times, the decoder's options and
@@ -31,12 +31,13 @@ def decoded(files: Files, decoder: Decoder, folder: Path) -> NDArray[np.uint8]:
         files: image files.
         decoder: decodes each of them.
         folder: of the cache; created if it does not exist.
+        read: further folders, from which an existing cache is read.
 
     Raises:
-        ConfigError: a broken image, not enough room on the disk, or a folder that cannot be written.
+        ConfigError: a broken image, a damaged cache, not enough room on the disk, or a folder that cannot be written.
     """
     key = hashlib.sha256(json.dumps([VERSION, files.stamps, asdict(decoder)]).encode()).hexdigest()[:16]
-    path = folder / f"{key}.npy"
+    path = next((path for f in (folder, *read) if (path := f / f"{key}.npy").exists()), folder / f"{key}.npy")
     if not path.exists():
         try:
             with claimed(path) as part:
@@ -46,17 +47,20 @@ def decoded(files: Files, decoder: Decoder, folder: Path) -> NDArray[np.uint8]:
                     _build(part, files, decoder)
         except OSError as error:  # unwritable, full, or without locks
             raise ConfigError(f"cannot write {path} ({error}): {CACHE_ELSEWHERE}") from error
-    return np.load(path, mmap_mode="r")
+    return load_npy(path, (len(files.names), *decoder.shape), "u1", "delete it and run again")
 
 
-def cache_folder(configured: str | None, images: Path) -> Path:
-    """Return the configured folder, or `.cache` in the folder `images`, or the user's cache folder if that is read-only."""
-    if configured is not None:
-        return Path(configured).expanduser()
-    default = images / ".cache"
-    if os.access(default if default.exists() else images, os.W_OK):
-        return default
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "diffusion_lab"
+def cache_folders(configured: str | None, images: Path, only_read: bool = False) -> tuple[Path, ...]:
+    """Return the folder of the cache: the configured one, or `.cache` in the folder `images`, or the user's if that is read-only.
+
+    With `only_read` it is the user's, and the other is one to read from.
+    """
+    user = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "diffusion_lab"
+    folder = images / ".cache" if configured is None else Path(configured).expanduser()
+    if only_read:
+        return user, folder
+    writable = configured is not None or os.access(folder if folder.exists() else images, os.W_OK)
+    return (folder if writable else user,)
 
 
 def _build(out: BinaryIO, files: Files, decoder: Decoder) -> None:

@@ -36,6 +36,11 @@ def refuse_untrusted(value: Any, trust: Collection[str]) -> None:
             raise ConfigError(
                 f"the checkpoint names {target}, no class of this package: if you trust it write trust=[{module}]"
             )
+        if "_args_" in value and not _names(trust, str(target)):
+            # Arguments by position would pass the checks of arguments by name, e.g. of folders.
+            raise ConfigError(
+                f"the checkpoint gives {target} arguments by _args_, which src/train.py needs for no class of its own"
+            )
         value = [*value.keys(), *value.values()]
     if isinstance(value, list | tuple):
         for child in value:
@@ -63,8 +68,12 @@ def shipped_targets() -> frozenset[str]:
     return frozenset(match.group(1) for match in matches if match)
 
 
+def _names(trust: Collection[str], target: str) -> bool:
+    return any(target == name or target.startswith(name + ".") for name in trust)
+
+
 def _is_trusted(target: str, trust: Collection[str]) -> bool:
-    if target in shipped_targets() or any(target == name or target.startswith(name + ".") for name in trust):
+    if target in shipped_targets() or _names(trust, target):
         return True
     if not target.startswith((PACKAGE + ".", "torch.optim.")):
         return False

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_lab.checkpoint import Run, load_checkpoint, with_clip
+from diffusion_lab.checkpoint.build import data_module, overridden
 from diffusion_lab.checkpoint.guidance import is_guided
 from diffusion_lab.commands.evaluate import likelihoods, metrics, samplers
 from diffusion_lab.commands.evaluate.likelihoods import Likelihood
@@ -20,7 +21,7 @@ from diffusion_lab.data.image_set import ImageSet
 from diffusion_lab.data.images import Examples
 from diffusion_lab.device import device
 from diffusion_lab.errors import ConfigError
-from diffusion_lab.instantiation import check, check_named, instantiate, instantiate_untrusted
+from diffusion_lab.instantiation import check, check_named, instantiate
 from diffusion_lab.metrics import classifier, extractors, measure, reference
 from diffusion_lab.metrics.collect import classes
 from diffusion_lab.metrics.extractors import Extractor
@@ -187,8 +188,8 @@ def _data(settings: Mapping[str, Any], run: Run | None) -> DataModule:
         data: DataModule = instantiate({**node, "limit": None}, "data")
     else:
         assert run is not None
-        overrides = {key: value for key, value in node.items() if value is not None}
-        data = instantiate_untrusted({**run.config["data"], "limit": None, **overrides}, settings["trust"], "data")
+        stored, named = overridden(run.config["data"], node)
+        data = data_module({**stored, "limit": None}, settings["trust"], named)
     data.prepare_data()
     data.setup()
     return data

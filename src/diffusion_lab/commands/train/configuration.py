@@ -14,16 +14,20 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 import diffusion_lab
 from diffusion_lab import checkpoint as checkpoints
 from diffusion_lab import composition
+from diffusion_lab.checkpoint.build import data_module
+from diffusion_lab.commands.train import foreign
 from diffusion_lab.commands.train.build import Make
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.instantiation import instantiate, instantiate_untrusted, locate, refuse_untrusted, targets
 from diffusion_lab.processes import rank
 from diffusion_lab.variances import Learned
 
+BEGIN = ("experiment", "recipe", "sweep")  # overlays, which begin a run
 _NOT_FROM_CHECKPOINT = ("ckpt", "init", "overwrite", "trust", "run_dir")
 
 
@@ -64,21 +68,27 @@ class Configuration(NamedTuple):
         current: dict[str, Any] = OmegaConf.to_container(config, resolve=False)  # type: ignore[assignment]
         current["run_dir"] = str(config.run_dir)
         resume = _resume(config.ckpt) if config.ckpt else None
-        composed, overrides, choices, named = current, list[str](), dict[str, str](), set[str]()
+        composed, overrides, choices = current, list[str](), dict[str, str]()
+        named, trusted = set[str](), set[str]()
         if HydraConfig.initialized():  # else a further process of a run, whose configuration rank 0 has merged
             overrides, choices = composition.task_overrides(HydraConfig.get()), _choices(HydraConfig.get())
             if resume:
-                composed, overrides, choices, named = _merged(current, overrides, resume)
-        composed = _with_usable_variance(composed)
-        settings: dict[str, Any] = OmegaConf.to_container(OmegaConf.create(composed), resolve=True)  # type: ignore[assignment]
+                named, trusted = _named(composition.parse(overrides))
+                composed, overrides, choices = _merged(current, overrides, resume)
+                composed = foreign.without_places(composed, named)
+        settings = _resolved(composed)
         make: Make = instantiate
         if resume:
-            trust = (*settings["trust"], *named)
+            trust = (*settings["trust"], *trusted)
             refuse_untrusted({k: v for k, v in settings.items() if k not in _NOT_FROM_CHECKPOINT}, trust)
-            make = functools.partial(_make_untrusted, trust=trust)
+            foreign.refuse_places(settings, named)
+            make = functools.partial(_make_untrusted, trust=trust, named=frozenset(named))
             settings["ckpt"] = str(resume.path.absolute())  # `latest` resolved, for every process
             if settings["init"]:
                 raise ConfigError("ckpt= resumes a run and init= begins one from weights: write one of them")
+        usable = _with_usable_variance(composed)  # imports the sampler's class, which is trusted by now
+        if usable is not composed:
+            composed, settings = usable, {**settings, "sampler": _resolved(usable)["sampler"]}
         return cls(settings, composed, overrides, choices, resume, make)
 
     def entries(self, wandb_id: str, class_names: Sequence[str]) -> dict[str, Any]:
@@ -108,27 +118,61 @@ def _resume(ckpt: str) -> Resume:
     if path.suffix == ".safetensors":
         raise ConfigError(f"{path} holds weights alone, and resuming needs the optimizer's state: write init={path}")
     content = checkpoints.read(path)
+    foreign.require_resumable(content, path)
     return Resume(path, int(content["global_step"]), content)
 
 
-def _make_untrusted(node: Any, where: str = "", *, trust: tuple[str, ...], **arguments: Any) -> Any:
+def _resolved(composed: dict[str, Any]) -> dict[str, Any]:
+    try:
+        settings: dict[str, Any] = OmegaConf.to_container(OmegaConf.create(composed), resolve=True)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"the configuration cannot be resolved: {composition.first_line(error)}") from None
+    return settings
+
+
+def _make_untrusted(
+    node: Any, where: str = "", *, trust: tuple[str, ...], named: frozenset[str], **arguments: Any
+) -> Any:
+    if where == "data":
+        keys = {"" if key == "data" else key.removeprefix("data.") for key in named}
+        return data_module(node, trust, keys, **arguments)
     return instantiate_untrusted(node, trust, where, **arguments)
+
+
+def _named(now: Sequence[Override]) -> tuple[set[str], set[str]]:
+    """Return the keys and groups that this command line writes, and the classes that it names, which are trusted.
+
+    The options of groups are composed without the checkpoint's overrides, which could add classes to them.
+    """
+    keys = {o.key_or_group.split("@")[0] for o in now}
+    groups = [o for o in now if composition.is_group(o.key_or_group) and o.key_or_group not in BEGIN]
+    trusted = set[str]()
+    if groups:
+        lines = [str(o.input_line) for o in now if o.key_or_group in ("data", *(g.key_or_group for g in groups))]
+        alone: Any = OmegaConf.to_container(composition.composed("train", lines), resolve=False)
+        trusted |= {t for o in groups for t in targets(alone.get(o.key_or_group))}
+    for override in now:
+        if not override.is_delete() and override not in groups:
+            value = override.value()
+            key = override.key_or_group
+            trusted |= {str(value)} if key.endswith("._target_") else targets(value)
+    return keys, trusted
 
 
 def _merged(
     current: dict[str, Any], overrides: list[str], resume: Resume
-) -> tuple[dict[str, Any], list[str], dict[str, str], set[str]]:
+) -> tuple[dict[str, Any], list[str], dict[str, str]]:
     """Merge the checkpoint's configuration with the keys that this command line overrides.
 
     The values of these keys are composed with the overrides of both command lines: trainer=ddp keeps a trainer.max_steps= of
     the first run.
 
     Returns:
-        The configuration, the overrides of both command lines, the choices, and the classes that this command line names,
-        which are trusted.
+        The configuration, the overrides of both command lines, and the choices.
     """
     now = composition.parse(overrides)
-    before = _without_replaced_classes(composition.parse(resume.content["overrides"]), now)
+    stored = [o for o in composition.parse(resume.content["overrides"]) if not o.key_or_group.startswith("hydra")]
+    before = _without_replaced_classes(stored, now)
     latest = {o.key_or_group: str(o.input_line) for o in [*before, *now]}
     lines = [line for key, line in latest.items() if key not in _NOT_FROM_CHECKPOINT]
     try:
@@ -138,23 +182,21 @@ def _merged(
             f"{error}; an option that the first run had from a --config-dir needs that flag again"
         ) from None
     both = OmegaConf.to_container(composed, resolve=False)
-    merged, named = OmegaConf.create(resume.content["composed"]), set[str]()
+    merged = OmegaConf.create(foreign.with_defaults(resume.content["composed"], current))
     for override in now:
         key = override.key_or_group
-        if key in ("experiment", "recipe", "sweep"):
+        if key in BEGIN:
             raise ConfigError(
                 f"{override.input_line} begins a run and ckpt= resumes one: write the single keys that change, KEY=VALUE"
             )
         value: Any = both
         for part in [] if override.is_delete() or key in _NOT_FROM_CHECKPOINT else key.split("."):
             value = value[part]
-        if value is not both:
-            named |= {value} if key.endswith("._target_") else targets(value)
         OmegaConf.update(merged, key, None if value is both else value, merge=False, force_add=True)
     for key in _NOT_FROM_CHECKPOINT:
         merged[key] = current[key]
     plain: dict[str, Any] = OmegaConf.to_container(merged, resolve=False)  # type: ignore[assignment]
-    return plain, lines, _choices(composed.hydra), named
+    return plain, lines, _choices(composed.hydra)
 
 
 def _without_replaced_classes(before: Sequence[Override], now: Sequence[Override]) -> list[Override]:

@@ -31,6 +31,12 @@ class Source(ABC):
     Its public attributes are its options: with the class name they identify cached reference statistics.
     """
 
+    _only_reads = False
+
+    def only_read_folders(self) -> None:
+        """Write to no folder that the options name, since a file named them: decoded images go to the user's cache folder."""
+        self._only_reads = True
+
     @abstractmethod
     def load(self, root: Path, shape: tuple[int, int, int], *, download: bool) -> Dataset:
         """Open the data set, after downloading missing files and decoding images that are not cached.

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from diffusion_lab.data.cache import cache_folder, decoded
+from diffusion_lab.data.cache import cache_folders, decoded
 from diffusion_lab.data.decode import Decoder, Files
 from diffusion_lab.data.images import Examples
 from diffusion_lab.data.sources.base import Dataset, Source
@@ -56,7 +56,7 @@ class CelebA(Source):
                 f"{folder.absolute()} holds {len(files.names)} images, {len(partition)} lines of {PARTITION} and "
                 f"{len(attributes)} of {ATTRIBUTES}: unpack the missing ones, or put {IMAGES}.zip in place of {IMAGES}"
             )
-        faces = decoded(files, self._decoder(shape), cache_folder(self.cache, folder))
+        faces = decoded(files, self._decoder(shape), *cache_folders(self.cache, folder, self._only_reads))
         official = {part: np.flatnonzero(partition[:, 0] == number) for part, number in PARTS.items()}
         return Dataset(
             Examples(faces, attributes=attributes.astype(np.int8)), attribute_names=attribute_names, official=official

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from diffusion_lab.data.cache import cache_folder, decoded
+from diffusion_lab.data.cache import cache_folders, decoded
 from diffusion_lab.data.decode import Decoder, Files
 from diffusion_lab.data.images import Examples, Index
 from diffusion_lab.data.npz import images_of_npz, labels_of_npz
@@ -64,8 +64,8 @@ class ImageFolder(Source):
             return _read_npz(root)
         files = Files(root)
         labels, class_names, official = _labels_and_parts([name.split("/") for name in files.names])
-        folder = cache_folder(self.cache, root if root.is_dir() else root.parent)
-        return Dataset(Examples(decoded(files, self._decoder(shape), folder), labels), class_names, official=official)
+        folders = cache_folders(self.cache, root if root.is_dir() else root.parent, self._only_reads)
+        return Dataset(Examples(decoded(files, self._decoder(shape), *folders), labels), class_names, official=official)
 
 
 def _labels_and_parts(paths: list[list[str]]) -> tuple[Index | None, tuple[str, ...], dict[str, Index]]:
