@@ -3,7 +3,6 @@
 import io
 import os
 import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from diffusion_lab.errors import ConfigError, check_number, check_numbers
+from diffusion_lab.io import read_bytes, require_file
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+# Pillow would also open formats that other programs decode: Ghostscript runs the PostScript in an .eps, whatever its name.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+MOST_BYTES = 128 << 20  # of an image file
+MOST_PIXELS = 89_478_485  # of an image: Pillow's limit, beyond which it warns
 FILTERS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 
 
@@ -31,15 +35,24 @@ class Files:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if path.is_dir():
-            self._zip = None
-            self.stamps = sorted(_scan(path, ""))
-        elif zipfile.is_zipfile(path):
-            self._zip = zipfile.ZipFile(path)
-            members = (m for m in self._zip.infolist() if _is_image(m.filename))
-            self.stamps = sorted((m.filename, m.file_size, m.CRC) for m in members)
-        else:
-            raise ConfigError(f"{path.absolute()} is neither a folder nor a .zip file: point data.root at your images")
+        self._zip: zipfile.ZipFile | None = None
+        try:
+            if path.is_dir():
+                self.stamps = sorted(_scan(path))
+            else:
+                require_file(path)
+                if not zipfile.is_zipfile(path):
+                    raise ConfigError(
+                        f"{path.absolute()} is neither a folder nor a .zip file: point data.root at your images"
+                    )
+                self._zip = zipfile.ZipFile(path)
+                members = [m for m in self._zip.infolist() if not m.is_dir() and _is_image(m.filename)]
+                self._members = {m.filename: m for m in members}
+                self.stamps = sorted((m.filename, m.file_size, m.CRC) for m in self._members.values())
+        except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"{path.absolute()} cannot be read ({error}): repair it, or name another") from None
         self.names = [name for name, _, _ in self.stamps]
         if not self.names:
             raise ConfigError(
@@ -47,11 +60,22 @@ class Files:
             )
 
     def read(self, name: str) -> bytes:
-        """Return the bytes of a file. Safe to call from several threads. Raises ConfigError: it cannot be read."""
+        """Return the bytes of a file. Safe to call from several threads.
+
+        Raises:
+            ConfigError: it cannot be read, is no regular file, or larger than an image is.
+        """
         try:
-            return self._zip.read(name) if self._zip else (self.path / name).read_bytes()
-        except (OSError, zipfile.BadZipFile, zlib.error) as error:
-            raise ConfigError(f"{name} in {self.path} cannot be read ({error}): repair or remove it") from error
+            if self._zip is None:
+                return read_bytes(self.path / name, MOST_BYTES)
+            if self._members[name].file_size > MOST_BYTES:
+                raise ValueError(f"it declares {self._members[name].file_size / 2**20:,.0f} MiB")
+            return self._zip.read(name)
+        except ConfigError:
+            raise
+        except Exception as error:  # zipfile and its decompressors raise nearly anything on damaged files
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ConfigError(f"{name} in {self.path} cannot be read ({reason}): repair or remove it") from error
 
 
 def _is_image(name: str) -> bool:
@@ -59,16 +83,32 @@ def _is_image(name: str) -> bool:
     return name.lower().endswith(SUFFIXES) and not hidden
 
 
-def _scan(folder: Path, prefix: str) -> list[tuple[str, int, int]]:
-    stamps = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            name = prefix + entry.name
-            if entry.is_dir() and not entry.name.startswith("."):
-                stamps += _scan(folder / entry.name, name + "/")
-            elif _is_image(entry.name):
-                stat = entry.stat()
-                stamps.append((name, stat.st_size, stat.st_mtime_ns))
+def _scan(root: Path) -> list[tuple[str, int, int]]:
+    """Return the stamps of the images below a folder.
+
+    Raises:
+        ConfigError: a folder that links lead to twice (a loop of links never ends), or a link to nothing.
+    """
+    stamps, seen, waiting = [], set[tuple[int, int]](), [(root, "")]
+    while waiting:
+        folder, prefix = waiting.pop()
+        identity = folder.stat().st_dev, folder.stat().st_ino
+        if identity in seen:
+            raise ConfigError(f"{folder} is a link to a folder that is read already: remove it")
+        seen.add(identity)
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                name = prefix + entry.name
+                if entry.is_dir() and not entry.name.startswith("."):
+                    waiting.append((folder / entry.name, name + "/"))
+                elif _is_image(entry.name):
+                    try:
+                        stat = entry.stat()
+                    except OSError as error:
+                        raise ConfigError(
+                            f"{folder / entry.name} is a link to nothing ({error.strerror}): remove it"
+                        ) from None
+                    stamps.append((name, stat.st_size, stat.st_mtime_ns))
     return stamps
 
 
@@ -89,7 +129,8 @@ def open_image(data: bytes, name: str, channels: int, *, refuse_color: bool = Fa
     """
     mode = _mode(channels)
     try:
-        with Image.open(io.BytesIO(data)) as file:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as file:
+            refuse_large(file.size)
             upright = ImageOps.exif_transpose(file)
         image = _flatten(upright, mode)
         colored = refuse_color and mode == "L" and _is_color(upright)
@@ -99,6 +140,12 @@ def open_image(data: bytes, name: str, channels: int, *, refuse_color: bool = Fa
     if colored:
         raise ConfigError(f"{name} is in color where images of 1 channel are needed: save it in grayscale")
     return image
+
+
+def refuse_large(size: tuple[float, float]) -> None:
+    """Raise ConfigError for images of more pixels than Pillow warns of, since a small file may declare them."""
+    if size[0] * size[1] > MOST_PIXELS:
+        raise ConfigError(f"it has {size[0]:,.0f}×{size[1]:,.0f} pixels, more than {MOST_PIXELS:,}")
 
 
 def _mode(channels: int) -> str:
@@ -162,6 +209,11 @@ class Decoder:
             if self.resize == "shorter":
                 scale = max(width / image.width, height / image.height)
                 size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+                if size[0] * size[1] > MOST_PIXELS:
+                    raise ConfigError(
+                        f"{name} is {image.height}×{image.width}, too long to scale its shorter side to {height}×{width}: "
+                        "remove it, or write data.source.resize=exact"
+                    )
             image = image.resize(size, Image.Resampling[self.filter.upper()])
         if self.center:
             image = _crop(image, (height, width), name)

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_lab.data.decode import Files, open_image, to_array
+from diffusion_lab.data.decode import MOST_BYTES, Files, open_image, to_array
 from diffusion_lab.data.npz import are_labels, images_of_npz
 from diffusion_lab.errors import ConfigError
-from diffusion_lab.io import read_npz
+from diffusion_lab.io import read_bytes, read_npz, require_file
 
 
 class ImageSet:
@@ -61,6 +61,8 @@ class ImageSet:
             self._array, self.labels = self._read_npz(key)
             self.count = len(self._array)
         else:
+            if not path.is_dir():
+                require_file(path, key)
             if path.is_dir() or path.suffix == ".zip" or zipfile.is_zipfile(path):
                 self._files = Files(path)
                 self._names = self._files.names
@@ -80,7 +82,7 @@ class ImageSet:
     def _decode(self, name: str) -> np.ndarray:
         where = f"{name} in {self._where}" if self._files else self._where
         try:
-            data = self._files.read(name) if self._files else self.path.read_bytes()
+            data = self._files.read(name) if self._files else read_bytes(self.path, MOST_BYTES)
         except OSError as error:
             raise ConfigError(f"{where} cannot be read ({error}): name another file") from None
         image = open_image(data, where, self.shape[0], refuse_color=self._refuse_color)

@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 from diffusion_lab.data.images import Index, refuse_nan
 from diffusion_lab.errors import ConfigError
 
+MOST_CLASSES = 1 << 20  # a label counts the classes, each of which has a name
+
 
 def images_of_npz(array: np.ndarray, where: str, *, floats: bool = False) -> NDArray[np.uint8] | NDArray[np.float32]:
     """Return images (N, H, W, C), uint8, or float32 in [−1, 1] where `floats` permits them.
@@ -35,8 +37,10 @@ def images_of_npz(array: np.ndarray, where: str, *, floats: bool = False) -> NDA
 
 
 def are_labels(array: np.ndarray | None, count: int) -> TypeGuard[np.ndarray]:
-    """Return whether an array holds the class labels of `count` images: integers (count,) from 0 on."""
-    return array is not None and array.shape == (count,) and array.dtype.kind in "iu" and array.min(initial=0) >= 0
+    """Return whether an array holds the class labels of `count` images: integers (count,) from 0 to MOST_CLASSES − 1."""
+    if array is None or array.shape != (count,) or array.dtype.kind not in "iu":
+        return False
+    return bool(array.min(initial=0) >= 0 and array.max(initial=0) < MOST_CLASSES)
 
 
 def labels_of_npz(array: np.ndarray | None, count: int, where: str) -> Index | None:
@@ -44,5 +48,7 @@ def labels_of_npz(array: np.ndarray | None, count: int, where: str) -> Index | N
     if array is None:
         return None
     if not are_labels(array, count):
-        raise ConfigError(f"{where} holds labels as {array.dtype} {array.shape}: write N integers from 0 on")
+        raise ConfigError(
+            f"{where} holds labels as {array.dtype} {array.shape}: write N integers from 0 to {MOST_CLASSES - 1:,}"
+        )
     return array.astype(np.int64)

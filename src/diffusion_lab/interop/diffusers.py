@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffusion_lab.errors import ConfigError
+from diffusion_lab.io import require_file
 from diffusion_lab.models import UNet
 
 State = dict[str, Tensor]
@@ -106,11 +107,14 @@ def load_diffusers(path: str | Path, unet: UNet) -> UNet:
     file = Path(path)
     if file.is_dir():
         file /= "diffusion_pytorch_model.safetensors"
-    if not file.is_file():
+    if not file.exists():
         raise ConfigError(f"no weights at {file}: write a .safetensors file, or a folder written by save_pretrained")
     try:
+        require_file(file)
         state = load_file(file)
-    except SafetensorError as error:
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
         raise ConfigError(f"{file} is not a complete .safetensors file: download it again ({error})") from error
     unet.load_state_dict(from_diffusers(state, unet))
     return unet

@@ -17,7 +17,7 @@ from torch import Tensor
 from diffusion_lab.data.images import Rows
 from diffusion_lab.data.sources import Source
 from diffusion_lab.errors import ConfigError
-from diffusion_lab.io import claimed, read_npz, require_space
+from diffusion_lab.io import claimed, load_npy, parse_plain, read_npz, require_space
 from diffusion_lab.metrics.classifier import fingerprint
 from diffusion_lab.metrics.collect import Collected, Processes, collect
 from diffusion_lab.metrics.extractors import Extractor
@@ -106,7 +106,10 @@ def reference(images: Images, key: Mapping[str, Any], extractor: Extractor, fold
     except OSError as error:
         raise ConfigError(f"cannot write {path} ({error}): write cache=FOLDER on another disk") from error
     loaded = read(path, extractor, key)
-    return Reference(loaded.moments, torch.from_numpy(np.load(rows)) if features else None, dict(key), path)
+    table = load_npy(rows, (kept, extractor.dim), "f4", "delete it and run again") if features else None
+    if table is not None and not np.isfinite(table).all():
+        raise ConfigError(f"{rows.absolute()} is damaged (it holds NaN or Inf): delete it and run again")
+    return Reference(loaded.moments, None if table is None else torch.from_numpy(np.array(table)), dict(key), path)
 
 
 def file_stem(key: Mapping[str, Any]) -> str:
@@ -136,6 +139,8 @@ def read(path: Path, extractor: Extractor, key: Mapping[str, Any] | None = None)
         raise ConfigError(
             f"{path.absolute()} holds {', '.join(arrays)}, and no mu and sigma: name an .npz file with mu and sigma"
         )
+    if any(arrays[name].dtype.kind not in "fiu" for name in ("mu", "sigma")):
+        raise ConfigError(f"{path.absolute()} holds mu and sigma that are no numbers: write (D,) and (D, D)")
     mean, covariance = np.asarray(arrays["mu"], np.float64).squeeze(), np.asarray(arrays["sigma"], np.float64)
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise ConfigError(
@@ -148,11 +153,16 @@ def read(path: Path, extractor: Extractor, key: Mapping[str, Any] | None = None)
         )
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise ConfigError(f"{path.absolute()} holds NaN or Inf: compute it again")
-    stored_key = json.loads(str(arrays["key"])) if "key" in arrays else None
+    what = f"the key in {path.absolute()}"
+    stored_key = parse_plain(str(arrays["key"]), json.loads, what) if "key" in arrays else None
+    if not isinstance(stored_key, dict | None):
+        raise ConfigError(f"{what} is no mapping: leave it out, or name another file")
     if stored_key is not None and key is not None:
         _refuse_other(path, stored_key, key)
-    n = int(arrays["n"]) if "n" in arrays else None
-    moments = Moments(torch.from_numpy(mean.copy()), torch.from_numpy(covariance.copy()), n)
+    n = arrays.get("n")
+    if n is not None and (n.shape != () or n.dtype.kind not in "iu" or n < 2):
+        raise ConfigError(f"{path.absolute()} holds n={n}, the number of images: write an integer of 2 or more")
+    moments = Moments(torch.from_numpy(mean.copy()), torch.from_numpy(covariance.copy()), None if n is None else int(n))
     return Reference(moments, None, stored_key, path)
 
 

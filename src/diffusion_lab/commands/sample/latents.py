@@ -1,6 +1,7 @@
 """Write and read latents.npz: states at t = 1, with their schedule and the hash of the weights."""
 
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,20 +34,20 @@ def save_latents(context: SamplingContext, latents: Tensor, condition: Mapping[s
 def load_latents(context: SamplingContext, path: Path) -> tuple[Tensor, dict[str, Tensor]]:
     """Read the latents and conditions of `save_latents`. Raises ConfigError: a missing file, another shape, other weights."""
     arrays = read_npz(path, "latents")
-    if not {"arr_0", "t", "schedule", "ckpt", "weights"} <= set(arrays) or arrays["t"] != 1:
+    if not {"arr_0", "t", "schedule", "ckpt", "weights"} <= set(arrays) or not np.array_equal(arrays["t"], 1):
         raise ConfigError(
             f"latents={path} was not written by sample.py: write latents= with latents.npz of task=encode"
         )
     latents, shape = arrays["arr_0"], context.run.shape
-    if latents.ndim != 4 or latents.shape[1:] != shape or not np.isfinite(latents).all():
+    if latents.dtype != np.float32 or latents.ndim != 4 or latents.shape[1:] != shape or not np.isfinite(latents).all():
         raise ConfigError(
             f"latents={path} has {'×'.join(map(str, latents.shape[1:]))} latents where the checkpoint's images are "
-            f"{'×'.join(map(str, shape))}: encode with this checkpoint, or write ckpt={arrays['ckpt']}"
+            f"{'×'.join(map(str, shape))}: encode with this checkpoint, or write ckpt={shlex.quote(str(arrays['ckpt']))}"
         )
     if str(arrays["weights"]) != fingerprint(context.run):
         raise ConfigError(
             f"latents={path} belongs to other weights than these ({context.run.path}, {context.run.weights}): encode with "
-            f"them, or write ckpt={arrays['ckpt']}"
+            f"them, or write ckpt={shlex.quote(str(arrays['ckpt']))}"
         )
     conditions = {name.removeprefix(CONDITION): v for name, v in arrays.items() if name.startswith(CONDITION)}
     return torch.from_numpy(latents).float(), {name: torch.from_numpy(v) for name, v in conditions.items()}

@@ -94,7 +94,7 @@ def with_defaults(composed: Mapping[str, Any], current: Mapping[str, Any]) -> di
 
 
 def require_resumable(content: Mapping[str, Any], path: Path) -> None:
-    """Raise ConfigError for a checkpoint without the entries that training continues from, or with others than Lightning writes."""
+    """Raise ConfigError for a checkpoint whose state of optimizer, loops and callbacks is not as Lightning writes it."""
     loops = content.get("loops")
     progress = loops.get("fit_loop") if isinstance(loops, Mapping) else None
     batches = progress.get("epoch_loop.batch_progress") if isinstance(progress, Mapping) else None

@@ -10,9 +10,11 @@ from diffusion_lab.data.decode import Decoder, Files
 from diffusion_lab.data.images import Examples
 from diffusion_lab.data.sources.base import Dataset, Source
 from diffusion_lab.errors import ConfigError
+from diffusion_lab.io import read_bytes
 
 FOLDER, IMAGES = "celeba", "img_align_celeba"
 ATTRIBUTES, PARTITION = "list_attr_celeba.txt", "list_eval_partition.txt"
+MOST_BYTES = 64 << 20  # of a table: the published one has 26 million
 PARTS = {"val": 1, "test": 2}  # train is 0
 
 
@@ -108,9 +110,14 @@ def _read_table(path: Path, skip: int) -> tuple[tuple[str, ...], np.ndarray]:
     Raises:
         ConfigError: the file is damaged.
     """
-    lines = path.read_text().splitlines()
     try:
+        lines = read_bytes(path, MOST_BYTES).decode().splitlines()
         header = tuple(lines[skip - 1].split()) if skip else ()
-        return header, np.array([line.split()[1:] for line in sorted(filter(None, lines[skip:]))], dtype=np.int64)
-    except (ValueError, IndexError) as error:
+        table = np.array([line.split()[1:] for line in sorted(filter(None, lines[skip:]))], dtype=np.int64)
+        if table.ndim != 2 or table.shape[1] != (len(header) or 1):
+            raise ValueError(f"it holds {table.shape} integers")
+        return header, table
+    except (ValueError, IndexError, OverflowError) as error:
+        if isinstance(error, ConfigError):
+            raise
         raise ConfigError(f"{path.absolute()} is damaged ({error}): delete it and run again") from error

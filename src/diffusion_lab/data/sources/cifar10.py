@@ -6,7 +6,6 @@ Either the unpacked `ROOT/cifar-10-batches-py` or the archive `ROOT/cifar-10-pyt
 import io
 import pickle
 import tarfile
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,10 @@ import numpy as np
 from diffusion_lab.data.download import Remote, fetch
 from diffusion_lab.data.sources.base import Dataset, Source, train_and_test
 from diffusion_lab.errors import ConfigError
+from diffusion_lab.io import read_bytes, require_file
 
-HARMLESS = ("numpy._core.multiarray._reconstruct", "numpy.ndarray", "numpy.dtype", "_codecs.encode")
+HARMLESS = ("numpy.dtype", "_codecs.encode")
+MOST_BYTES = 512 << 20  # of the unpacked archive: the published one has 186 million
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
@@ -40,7 +41,7 @@ class CIFAR10(Source):
                 raise ConfigError(
                     f"{folder.absolute()} lacks {', '.join(missing)}: add them, or delete the folder and run again"
                 )
-            source, files = folder, {name: (folder / name).read_bytes() for name in names}
+            source, files = folder, {name: read_bytes(folder / name, MOST_BYTES) for name in names}
         else:
             if not archive.exists():
                 fetch(root, [Remote(archive.name, (Published.url,), Published.tgz_md5)], download=download)
@@ -49,19 +50,41 @@ class CIFAR10(Source):
             batches = [_BatchUnpickler(io.BytesIO(files[name]), encoding="latin1").load() for name in names]
             images = [np.asarray(batch["data"], np.uint8).reshape(-1, 3, 32, 32) for batch in batches]
             labels = [np.asarray(batch["labels"], np.int64) for batch in batches]
-        except (pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
+            if any(
+                len(a) != len(b) or not ((b >= 0) & (b < len(CLASSES))).all()
+                for a, b in zip(images, labels, strict=True)
+            ):
+                raise ValueError("its labels do not fit its images")
+        except Exception as error:  # a damaged pickle raises nearly anything
             raise ConfigError(f"{source.absolute()} is damaged ({error}): delete it and run again") from error
         train, train_labels = np.concatenate(images[:-1]), np.concatenate(labels[:-1])
         return train_and_test((train, images[-1]), (train_labels, labels[-1]), CLASSES)
 
 
 def _read_members(archive: Path, names: Sequence[str]) -> Mapping[str, bytes]:
+    require_file(archive)
+    contents: dict[str, bytes] = {}
     try:
         with tarfile.open(archive) as tar:
-            members = {Path(member.name).name: member for member in tar.getmembers() if member.isfile()}
-            return {name: tar.extractfile(members[name]).read() for name in names}  # type: ignore[union-attr]
-    except (OSError, EOFError, KeyError, tarfile.TarError, zlib.error) as error:
+            for member in tar:
+                if (
+                    member.offset_data + member.size > MOST_BYTES
+                ):  # checked before tar unpacks it, to read or to pass over
+                    raise tarfile.TarError(f"it unpacks to more than {MOST_BYTES / 2**20:,.0f} MiB")
+                if member.isfile() and (name := Path(member.name).name) in names:
+                    contents[name] = tar.extractfile(member).read()  # type: ignore[union-attr]
+    except Exception as error:  # tarfile and zlib raise nearly anything on damaged files
         raise ConfigError(f"{archive.absolute()} is damaged ({error}): delete it and run again") from error
+    if missing := [name for name in names if name not in contents]:
+        raise ConfigError(f"{archive.absolute()} is damaged (no {missing[0]}): delete it and run again")
+    return contents
+
+
+def _empty(kind: object, shape: object, dtype: object) -> np.ndarray:
+    """Return the array that a pickle fills next: NumPy pickles every array as one without elements and its state."""
+    if shape != (0,):
+        raise pickle.UnpicklingError(f"it declares an array {shape}")
+    return np.empty(0, np.uint8)
 
 
 class _BatchUnpickler(pickle.Unpickler):
@@ -72,6 +95,10 @@ class _BatchUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         module = module.replace("numpy.core", "numpy._core")  # its name before NumPy 2
+        if f"{module}.{name}" == "numpy._core.multiarray._reconstruct":
+            return _empty
+        if f"{module}.{name}" == "numpy.ndarray":
+            return "numpy.ndarray"  # only `_empty` receives it; called with a shape it would allocate it
         if f"{module}.{name}" in HARMLESS:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it refers to {module}.{name}")
