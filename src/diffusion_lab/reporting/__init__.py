@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from diffusion_lab.errors import ConfigError
+from diffusion_lab.errors import ConfigError, printable
 from diffusion_lab.io import os_errors, write_file
 from diffusion_lab.reporting.page import MARK, render
 from diffusion_lab.reporting.read import LeftOut, read_records
@@ -60,10 +60,10 @@ def write_report(paths: Sequence[Path], out: Path | None = None, title: str | No
 def print_report(report: Report) -> None:
     """Print what the report contains and its path to stdout, the folders that are left out to stderr."""
     for folder in report.left_out:
-        print(f"left out  {folder.folder}: {folder.reason}", file=sys.stderr)
+        print(printable(f"left out  {folder.folder}: {folder.reason}"), file=sys.stderr)
     counts = f"{_count(report.runs, 'run')}, {_count(report.evaluations, 'evaluation')}"
     print(f"{counts}, {len(report.left_out)} left out")
-    print(f"open  {report.path}  ({report.size / 1e6:.1f} MB)")
+    print(printable(f"open  {report.path}  ({report.size / 1e6:.1f} MB)"))
 
 
 def _count(n: int, noun: str) -> str:

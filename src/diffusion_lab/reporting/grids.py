@@ -11,7 +11,9 @@ from typing import NamedTuple
 from PIL import Image
 
 from diffusion_lab.errors import ConfigError
+from diffusion_lab.io import read_bytes
 
+MOST_BYTES, MOST_PIXELS = 64 << 20, 1 << 26  # of the file of a grid
 LARGEST = 60_000  # bytes of one grid
 TOTAL = 5_000_000  # bytes of all grids
 _BYTES_PER_PIXEL = 0.32  # of samples as WebP, approximately
@@ -38,13 +40,15 @@ def picture(path: Path, limit: int) -> Picture:
         ConfigError: the file is not an image, or is truncated.
     """
     try:
-        raw = path.read_bytes()
-        with Image.open(io.BytesIO(raw)) as opened:
+        raw = read_bytes(path, MOST_BYTES)
+        with Image.open(io.BytesIO(raw), formats=("PNG",)) as opened:
+            if opened.width * opened.height > MOST_PIXELS:
+                raise ValueError(f"it has {opened.width}×{opened.height} pixels")
             opened.load()
             if opened.format == "PNG" and len(raw) <= limit:
                 return Picture(_data_url("png", raw), *opened.size)
             image = opened.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow raises nearly anything on damaged files
         raise ConfigError(f"{path.name} cannot be read: {error}") from None
     factor = math.sqrt(min(1.0, limit / _BYTES_PER_PIXEL / (image.width * image.height)))
     image.thumbnail((max(1, round(factor * image.width)), max(1, round(factor * image.height))), reducing_gap=2.0)

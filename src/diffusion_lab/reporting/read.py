@@ -15,10 +15,13 @@ from typing import Any
 import yaml
 
 from diffusion_lab.errors import ConfigError
+from diffusion_lab.io import parse_plain, read_bytes
 
 Row = dict[str, Any]  # one row of metrics.json
 Curve = list[tuple[int, float]]  # (step, value), sorted by step; a value may be NaN
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast if libyaml is installed
+
+MOST_YAML, MOST_JSON, MOST_CSV = 1 << 20, 16 << 20, 32 << 20  # bytes; a run of a million steps writes 10 MB
 
 _RUN_FILES = {"config.yaml", "metrics.csv", "checkpoints", ".hydra", "outcome.json"}  # any of these marks a run folder
 _SKIPPED_FOLDERS = {"checkpoints", "samples", "wandb", "tensorboard", "images", "cache"}  # contain no runs
@@ -217,26 +220,38 @@ def _status(run: RunRecord, outcome: str, reason: object) -> str:
 def _read_outcome(folder: Path, notes: list[str]) -> dict[str, Any]:
     """Return the outcome.json that a sweep writes for each job; {} if the file is missing or unreadable."""
     path = folder / "outcome.json"
-    if not path.is_file():
+    if not path.exists():
         return {}
     try:
-        outcome = json.loads(path.read_text(encoding="utf-8"))
+        outcome = parse_plain(read_bytes(path, MOST_JSON), json.loads, path.name)
         if isinstance(outcome, dict):
             return outcome
-    except (ValueError, OSError):
+    except (ConfigError, OSError):
         pass
     notes.append("outcome.json cannot be read")
     return {}
 
 
+def _read_yaml(path: Path) -> Any:
+    """Return the content of a YAML file. Raises ConfigError: it cannot be read."""
+
+    def loads(text: str | bytes) -> Any:
+        try:
+            return yaml.load(text, _Loader)
+        except yaml.YAMLError as error:
+            raise ValueError(str(error)) from None
+
+    try:
+        return parse_plain(read_bytes(path, MOST_YAML), loads, path.name)
+    except OSError as error:
+        raise ConfigError(f"{path.name} cannot be read: {error.strerror}") from None
+
+
 def _read_mapping(path: Path, cause: str) -> dict[str, Any]:
     """Return the mapping in a YAML file; `cause` explains a missing or empty file."""
-    if not path.is_file():
+    if not path.exists():
         raise ConfigError(f"no {path.name}: {cause}")
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, ValueError, OSError) as error:
-        raise ConfigError(f"{path.name} cannot be read: {str(error).splitlines()[0]}") from None
+    content = _read_yaml(path)
     if content is None:
         raise ConfigError(f"{path.name} is empty: {cause}")
     if not isinstance(content, dict):
@@ -247,8 +262,8 @@ def _read_mapping(path: Path, cause: str) -> dict[str, Any]:
 def _read_overrides(folder: Path, config: dict[str, Any] | None = None) -> list[str] | None:
     """Return the command-line overrides. `ckpt=latest` is replaced by the file that was resumed."""
     try:
-        overrides = yaml.load((folder / ".hydra" / "overrides.yaml").read_text(encoding="utf-8"), _Loader) or []
-    except (yaml.YAMLError, ValueError, OSError):
+        overrides = _read_yaml(folder / ".hydra" / "overrides.yaml") or []
+    except ConfigError:
         overrides = _read_outcome(folder, []).get("overrides")
     if not isinstance(overrides, list):
         return None
@@ -268,13 +283,19 @@ def _read_choices(folder: Path) -> dict[str, str]:
 
 def _read_curves(path: Path, notes: list[str]) -> dict[str, Curve]:
     """Return the columns of metrics.csv. A truncated last line is skipped and noted in `notes`."""
-    if not path.is_file():
+    if not path.exists():
         raise ConfigError("no metrics.csv: the run stopped before its first row was logged")
-    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        text = read_bytes(path, MOST_CSV).decode(errors="replace")
+    except OSError as error:
+        raise ConfigError(f"metrics.csv cannot be read: {error.strerror}") from None
     if not text.strip():
         raise ConfigError("metrics.csv is empty: the run stopped before its first row was logged")
     complete = text.endswith(("\n", "\r"))
-    rows = list(csv.reader(text.replace("\0", "").splitlines()))
+    try:
+        rows = list(csv.reader(text.replace("\0", "").splitlines()))
+    except csv.Error as error:
+        raise ConfigError(f"metrics.csv cannot be read: {error}") from None
     header, body, unreadable = rows[0], rows[1:], 0
     if not complete and body:
         body.pop()
@@ -327,8 +348,8 @@ def current_name(metric: str) -> str:
 def _read_rows(path: Path) -> list[Row]:
     """Return the rows of metrics.json, its metrics under their current names."""
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError):
+        rows = parse_plain(read_bytes(path, MOST_JSON), json.loads, path.name)
+    except (ConfigError, OSError):
         raise ConfigError("metrics.json is truncated or not JSON") from None
     if not (
         isinstance(rows, list)

@@ -47,6 +47,8 @@ class _IdxSource(Source):
         for part in ("train", "t10k"):
             images.append(_read(_locate(folder, f"{part}-images-idx3-ubyte"), read_image_file)[:, None])
             labels.append(_read(_locate(folder, f"{part}-labels-idx1-ubyte"), read_label_file))
+            if not ((labels[-1] >= 0) & (labels[-1] < len(self.class_names))).all():
+                raise ConfigError(f"{folder} holds labels beyond {len(self.class_names) - 1}: delete it and run again")
             if len(images[-1]) != len(labels[-1]):
                 raise ConfigError(
                     f"{folder} holds {len(images[-1])} images with {len(labels[-1])} labels: delete it and run again"
