@@ -365,7 +365,7 @@ def read_npz(path: Path, where: str = "", names: Collection[str] | None = None) 
     except ConfigError:
         raise
     except Exception as error:  # zipfile and numpy raise nearly anything on damaged files
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
         source = f"{where}={path}" if where else str(path.absolute())
         raise ConfigError(f"{source} cannot be read as an .npz of plain arrays ({reason}): name another file") from None
 
@@ -419,7 +419,7 @@ def load_npy(path: Path, shape: tuple[int | None, ...], dtype: str, remedy: str)
             raise ValueError(f"its values are {kind}")
         array: NDArray[Any] = np.load(path, mmap_mode="r")
     except Exception as error:  # numpy's parser of the header raises nearly anything
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise ConfigError(f"{path.absolute()} is damaged ({reason}): {remedy}") from None
     return array
 

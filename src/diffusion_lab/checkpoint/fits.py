@@ -142,7 +142,7 @@ def read(run: Run, kind: str) -> dict[str, Any]:
     fit = archive.read(path, "fit", remedy)
     if fit.get("format") != FORMAT or fit.get("kind") != kind or not _is_complete(fit, kind):
         raise ConfigError(f"{path} is no fit of variance={kind}: {remedy}")
-    if fit["weights"] != fingerprint(run):
+    if fit.get("weights") != fingerprint(run):
         raise ConfigError(f"{path} was fitted to other weights than these ({run.weights}): {remedy}")
     return fit
 
@@ -155,4 +155,10 @@ def _is_complete(fit: Mapping[str, Any], kind: str) -> bool:
     times, moments = fit.get("times"), fit.get("moments")
     if not isinstance(times, torch.Tensor) or not isinstance(moments, torch.Tensor):
         return False
-    return times.ndim == 1 and times.shape == moments.shape and bool((times.isfinite() & moments.isfinite()).all())
+    numbers = times.is_floating_point() and moments.is_floating_point()
+    return (
+        numbers
+        and times.ndim == 1
+        and times.shape == moments.shape
+        and bool((times.isfinite() & moments.isfinite()).all())
+    )

@@ -159,6 +159,7 @@ def load_checkpoint(path: str | Path, weights: str = "ema", trust: Sequence[str]
         network = network_of(config["model"], trust, state)
     except RuntimeError as error:
         raise ConfigError(f"the weights in {file} do not fit the network of its configuration: {error}") from None
+    check_kind(config["clip"], trust, "clip", object)
     clip = instantiate_untrusted(config["clip"], trust, "clip")
     if not callable(clip):
         raise ConfigError(f"{file} has a clip that is no function of an image: take another file")
@@ -171,13 +172,13 @@ def load_checkpoint(path: str | Path, weights: str = "ema", trust: Sequence[str]
     _check_data(config["data"], file)
     for group, kind in (("condition", Condition), ("sampler", Sampler)):
         check_kind(config[group], trust, group, kind)
-    names = tuple(checkpoint.get("class_names", ()))
+    names = tuple(checkpoint.get("class_names") or ())
     return Run(denoiser, config, int(checkpoint["global_step"]), name, tuple(trust), file, names)
 
 
 def _check_data(node: Any, file: Path) -> None:
     """Raise ConfigError unless the node of the data has a class, a number of channels and a size of images."""
-    source, channels, size = (node[key] for key in ("source", "channels", "image_size"))
+    source, channels, size = (node[key] if is_node(node) else None for key in ("source", "channels", "image_size"))
     numbers = [channels, *size] if isinstance(size, list) and len(size) == 2 else []
     if not is_node(source) or not numbers or not all(isinstance(n, int) and 0 < n <= MOST_PIXELS for n in numbers):
         raise ConfigError(f"{file} has no data with source, channels and image_size=[H,W]: take another file")

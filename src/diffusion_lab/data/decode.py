@@ -74,7 +74,7 @@ class Files:
         except ConfigError:
             raise
         except Exception as error:  # zipfile and its decompressors raise nearly anything on damaged files
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = " ".join(str(error).split())[:160] or type(error).__name__
             raise ConfigError(f"{name} in {self.path} cannot be read ({reason}): repair or remove it") from error
 
 
@@ -135,7 +135,7 @@ def open_image(data: bytes, name: str, channels: int, *, refuse_color: bool = Fa
         image = _flatten(upright, mode)
         colored = refuse_color and mode == "L" and _is_color(upright)
     except Exception as error:  # Pillow's plugins raise nearly anything on damaged files
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise ConfigError(f"{name} cannot be read as an image ({reason}): repair or remove it") from error
     if colored:
         raise ConfigError(f"{name} is in color where images of 1 channel are needed: save it in grayscale")

@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from diffusion_lab.conditions import Condition, LowResolution, option_name
 from diffusion_lab.data.image_set import ImageSet
 from diffusion_lab.data.images import to_float
+from diffusion_lab.data.npz import tensor_of
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.io import read_npz
 
@@ -62,7 +62,11 @@ def read_condition(source: str | None, shape: tuple[int, int, int], condition: C
     if not path.exists():
         raise ConfigError(f"condition_data={path}: there is no such file or folder")
     arrays = read_npz(path, "condition_data") if path.suffix == ".npz" else {}
-    batch = {name: torch.from_numpy(array) for name, array in arrays.items() if name not in ("arr_0", "arr_1")}
+    batch = {
+        name: tensor_of(array, name, f"condition_data={path}")
+        for name, array in arrays.items()
+        if name not in ("arr_0", "arr_1")
+    }
     if "arr_0" in arrays or path.suffix != ".npz":
         batch["image"] = _images_or_smaller(path, shape, condition)
     return batch

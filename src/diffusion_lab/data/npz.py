@@ -36,6 +36,13 @@ def images_of_npz(array: np.ndarray, where: str, *, floats: bool = False) -> NDA
     return images
 
 
+def tensor_of(array: np.ndarray, name: str, where: str) -> torch.Tensor:
+    """Return an array as a tensor. Raises ConfigError: it holds no numbers."""
+    if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
+        raise ConfigError(f"{where} holds {name} as {array.dtype} {array.shape}: write integers or floats")
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
+
+
 def are_labels(array: np.ndarray | None, count: int) -> TypeGuard[np.ndarray]:
     """Return whether an array holds the class labels of `count` images: integers (count,) from 0 to MOST_CLASSES − 1."""
     if array is None or array.shape != (count,) or array.dtype.kind not in "iu":

@@ -289,7 +289,7 @@ def _read_curves(path: Path, notes: list[str]) -> dict[str, Curve]:
         text = read_bytes(path, MOST_CSV).decode(errors="replace")
     except OSError as error:
         raise ConfigError(f"metrics.csv cannot be read: {error.strerror}") from None
-    if not text.strip():
+    if not text.replace("\0", "").strip():
         raise ConfigError("metrics.csv is empty: the run stopped before its first row was logged")
     complete = text.endswith(("\n", "\r"))
     try:
@@ -367,7 +367,7 @@ def _read_rows(path: Path) -> list[Row]:
 def _assign_evaluations(records: Records, measured: list[tuple[Path, list[Row]]]) -> None:
     """Add each evaluation to the run whose checkpoint it evaluates, or to `records.evaluations`."""
     for folder, rows in measured:
-        source = str(submapping(rows[0], "checkpoint").get("path") or rows[0].get("images") or "")
+        source = str(submapping(rows[0], "checkpoint").get("path") or rows[0].get("images") or "").replace("\0", "")
         run = _find_run(records.runs, folder, source)
         if run:
             run.evaluations += rows

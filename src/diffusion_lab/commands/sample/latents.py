@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffusion_lab.checkpoint.fits import fingerprint
 from diffusion_lab.commands.sample.context import SamplingContext, write_arrays
+from diffusion_lab.data.npz import tensor_of
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.io import read_npz
 
@@ -34,12 +35,18 @@ def save_latents(context: SamplingContext, latents: Tensor, condition: Mapping[s
 def load_latents(context: SamplingContext, path: Path) -> tuple[Tensor, dict[str, Tensor]]:
     """Read the latents and conditions of `save_latents`. Raises ConfigError: a missing file, another shape, other weights."""
     arrays = read_npz(path, "latents")
-    if not {"arr_0", "t", "schedule", "ckpt", "weights"} <= set(arrays) or not np.array_equal(arrays["t"], 1):
+    if not {"arr_0", "t", "schedule", "ckpt", "weights"} <= set(arrays) or not np.array_equal(arrays["t"], 1.0):
         raise ConfigError(
             f"latents={path} was not written by sample.py: write latents= with latents.npz of task=encode"
         )
     latents, shape = arrays["arr_0"], context.run.shape
-    if latents.dtype != np.float32 or latents.ndim != 4 or latents.shape[1:] != shape or not np.isfinite(latents).all():
+    if (
+        latents.dtype != np.float32
+        or latents.ndim != 4
+        or not len(latents)
+        or latents.shape[1:] != shape
+        or not np.isfinite(latents).all()
+    ):
         raise ConfigError(
             f"latents={path} has {'×'.join(map(str, latents.shape[1:]))} latents where the checkpoint's images are "
             f"{'×'.join(map(str, shape))}: encode with this checkpoint, or write ckpt={shlex.quote(str(arrays['ckpt']))}"
@@ -50,4 +57,5 @@ def load_latents(context: SamplingContext, path: Path) -> tuple[Tensor, dict[str
             f"them, or write ckpt={shlex.quote(str(arrays['ckpt']))}"
         )
     conditions = {name.removeprefix(CONDITION): v for name, v in arrays.items() if name.startswith(CONDITION)}
-    return torch.from_numpy(latents).float(), {name: torch.from_numpy(v) for name, v in conditions.items()}
+    where = f"latents={path}"
+    return torch.from_numpy(latents).float(), {name: tensor_of(v, name, where) for name, v in conditions.items()}

@@ -5,6 +5,7 @@ Either the unpacked `ROOT/cifar-10-batches-py` or the archive `ROOT/cifar-10-pyt
 
 import io
 import pickle
+import pickletools
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -47,7 +48,7 @@ class CIFAR10(Source):
                 fetch(root, [Remote(archive.name, (Published.url,), Published.tgz_md5)], download=download)
             source, files = archive, _read_members(archive, names)
         try:
-            batches = [_BatchUnpickler(io.BytesIO(files[name]), encoding="latin1").load() for name in names]
+            batches = [_unpickled(files[name]) for name in names]
             images = [np.asarray(batch["data"], np.uint8).reshape(-1, 3, 32, 32) for batch in batches]
             labels = [np.asarray(batch["labels"], np.int64) for batch in batches]
             if any(
@@ -78,6 +79,13 @@ def _read_members(archive: Path, names: Sequence[str]) -> Mapping[str, bytes]:
     if missing := [name for name in names if name not in contents]:
         raise ConfigError(f"{archive.absolute()} is damaged (no {missing[0]}): delete it and run again")
     return contents
+
+
+def _unpickled(data: bytes) -> Any:
+    for code, argument, _ in pickletools.genops(data):
+        if code.name == "LONG_BINPUT" and argument > len(data):  # a table of so many pointers would be allocated
+            raise pickle.UnpicklingError(f"it numbers its values from {argument:,}")
+    return _BatchUnpickler(io.BytesIO(data), encoding="latin1").load()
 
 
 def _empty(kind: object, shape: object, dtype: object) -> np.ndarray:
