@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup lock train sample evaluate sweep report dashboard test test-integration test-slow lint format bench pictures screenshots notebooks clean
+.PHONY: help setup lock train sample evaluate sweep report dashboard test test-integration test-slow test-faults lint format bench pictures screenshots notebooks clean
 
 VENV   := .venv
 PYTHON := $(VENV)/bin/python
@@ -57,6 +57,9 @@ test-integration: setup ## several processes, README commands, notebooks, browse
 
 test-slow: setup ## full-length runs and long statistics: an hour and a half on two cores
 	$(PYTEST) -m slow --timeout 7200 $(ARGS)
+
+test-faults: setup ## kills, stops and full disks at random points: under 20 minutes on two cores; ARGS=full for five times as many
+	FAULTS=$(ARGS) $(PYTEST) tests/faults -m "faults or integration or not slow" --timeout 1800
 
 lint: setup ## ruff and mypy
 	$(PYTHON) -m ruff check .
