@@ -124,19 +124,17 @@ def test_the_fixed_validation_loss_does_not_depend_on_the_batch_size(tmp_path):
     assert float(two.callback_metrics["val/loss"]) == pytest.approx(float(one.callback_metrics["val/loss"]), rel=1e-6)
 
 
-def test_resuming_with_another_decay_is_refused(tmp_path, capfd):
-    from command import command
-
-    train(tmp_path / "first", "trainer.max_steps=1", "callbacks.ema.decay=0.5", capfd=capfd)
-    arguments = [
-        f"ckpt={tmp_path / 'first'}",
-        "callbacks.ema.decay=0.6",
-        "trainer.max_steps=2",
-        f"hydra.run.dir={tmp_path / 'b'}",
-    ]
-    code, _, err = command("train", arguments, capfd)
-    assert code == 2
-    assert "callbacks.ema.decay=0.5" in err
+def test_another_decay_of_a_resumed_run_starts_from_the_nearest_stored_average(tmp_path, capfd):
+    """After one more step with d = 0: θ̄ = θ; with d ≈ 1: the stored average."""
+    train(tmp_path / "first", "trainer.max_steps=3", "callbacks.ema.decay=[0.5,0.9]", capfd=capfd)
+    stored = torch.load(tmp_path / "first" / "checkpoints" / "last.ckpt", weights_only=True)["ema"]
+    again = [f"ckpt={tmp_path / 'first'}", "trainer.max_steps=4", "callbacks.ema.warmup=false"]
+    out = train(tmp_path / "b", *again, "callbacks.ema.decay=[0.999999,0]", capfd=capfd).out
+    assert "callbacks.ema.decay=0.999999 starts from the stored average 0.9" in out
+    state = torch.load(tmp_path / "b" / "checkpoints" / "last.ckpt", weights_only=True)
+    for name, average in state["ema"]["0.999999"].items():
+        torch.testing.assert_close(average, stored["0.9"][name], rtol=1e-4, atol=1e-6)
+        assert torch.equal(state["ema"]["0"][name], state["state_dict"][f"network.{name}"])
 
 
 @pytest.mark.parametrize("decay", [1.0, -0.1, [], [0.9, 0.9]])

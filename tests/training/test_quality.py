@@ -126,14 +126,12 @@ def test_evaluations_that_would_take_too_much_of_the_time_are_warned_of(tmp_path
 
 @pytest.mark.integration
 def test_an_evaluation_of_a_network_that_diverges_ends_no_training(tmp_path, cache, capfd):
-    with pytest.warns(
-        UserWarning, match="no fd_classifier_70 at step 2: .*image 0: the network returned NaN or infinity"
-    ):
-        out = train(
-            tmp_path / "run", *QUALITY, cache, "trainer.max_steps=2", "optimizer.lr=1e30", "trainer.gradient_clip_val=0",
-            capfd=capfd,
-        ).out  # fmt: skip
-    assert "2 steps done" in out
+    diverging = (*QUALITY, cache, "trainer.max_steps=2", "optimizer.lr=1e30", "trainer.gradient_clip_val=0")
+    warning = "no fd_classifier_70 at step 2: .*image 0: the network returned NaN or infinity"
+    with pytest.warns(UserWarning, match=warning):
+        outcome = command("train", [*TINY, *diverging, f"hydra.run.dir={tmp_path / 'run'}"], capfd)
+    assert "2 steps done" in outcome.out
+    assert outcome.code == 1  # the last loss is NaN
     assert not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()  # such weights are not kept
 
 

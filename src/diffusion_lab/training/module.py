@@ -61,7 +61,7 @@ class DiffusionModule(pl.LightningModule):
 
     Attributes:
         network: the network with its raw weights; no other weights are ever loaded into it.
-        between_draws: called before each (t, ε) of the validation, e.g. to save at a stop signal.
+        between_draws: called before each (t, ε) of the validation, by `Checkpoints` to save at a stop signal.
         averages: decay → network with averaged weights (EMA), the first one evaluated; empty without callbacks.ema.
 
     Raises:
@@ -105,7 +105,7 @@ class DiffusionModule(pl.LightningModule):
         self.averages: dict[str, nn.Module] = {}  # a dict hides the averages from nn.Module's registration
         self._validation_loss = MeanMetric(nan_strategy="disable")
         self._resumption: Resumption | None = None
-        self.between_draws: Callable[[], None] = lambda: None
+        self.between_draws: Callable[[], None] | None = None
         self._stopping = False  # whether the run ends before the next step
         self._validating = False  # whether the validation of this step is not yet complete
         self._drawn: list[Tensor] = []  # (position, t, loss) of a step's parts, for importance sampling
@@ -223,7 +223,8 @@ class DiffusionModule(pl.LightningModule):
         denoiser = next(iter(self.denoisers().values()))
         images = self.trainer.datamodule.size("val")  # type: ignore[attr-defined]
         for draw in range(self.validation_draws):
-            self.between_draws()
+            if self.between_draws is not None:
+                self.between_draws()
             t, noise, _, condition = validation_draw(denoiser, self.condition, batch, images=images, draw=draw)
             loss = diffusion_loss(
                 denoiser,

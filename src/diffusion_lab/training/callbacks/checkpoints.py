@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 
 from diffusion_lab.errors import check_number
-from diffusion_lab.processes import Interrupted, stop_signals
+from diffusion_lab.processes import Interrupted
 from diffusion_lab.training.callbacks.graceful_stop import GracefulStop
-from diffusion_lab.training.callbacks.loss_logger import LossLogger
+from diffusion_lab.training.callbacks.loss_logger import LossLogger, weights_are_finite
 from diffusion_lab.training.module import DiffusionModule
 from diffusion_lab.training.optim import evaluation_weights
-from diffusion_lab.training.sharding import local
 
 
 class Checkpoints(pl.Callback):
@@ -23,7 +21,7 @@ class Checkpoints(pl.Callback):
 
     Files are written before the next batch, when the rows, validation, quality metric and grid of their step are done: whatever
     a kill interrupts, a resumed run repeats. Two exceptions: a run that ends writes at its end, and a stop signal during a
-    validation, or before one that is due, writes last.ckpt at once, marked so that a resumed run begins with that validation.
+    validation, or before one that is due, writes last.ckpt and ends the run at once; a resumed run begins with that validation.
 
     Lightning's `ModelCheckpoint` does less in five ways:
 
@@ -49,7 +47,6 @@ class Checkpoints(pl.Callback):
         self.best: float | None = None
         self.latest: tuple[float, int] | None = None
         self._saved = -1  # the step of last.ckpt
-        self._unvalidated = -1  # the step of a last.ckpt that a stop signal wrote before the validation was done
         self._improved = False  # whether `best` is lower than that of best.ckpt
         self._carried = True  # whether a resumed run keeps the best value
 
@@ -95,15 +92,12 @@ class Checkpoints(pl.Callback):
             self._write_last(trainer)
 
     def _save_if_stopped(self, trainer: pl.Trainer) -> None:
-        """Save at the start of a validation, or between two parts of it, if the run is to stop; end it on a second signal."""
+        """If the run is to stop, save at the start of a validation, or between two parts of it, and end at once."""
         stop = next((c for c in trainer.callbacks if isinstance(c, GracefulStop)), None)  # type: ignore[attr-defined]
         if trainer.sanity_checking or trainer.world_size > 1 or stop is None or stop.received is None:
             return  # several processes would have to agree in every part
-        if self._unvalidated != trainer.global_step:
-            self._unvalidated = trainer.global_step
-            self._write(trainer, self.last_path)
-        if stop_signals.count > 1:
-            raise Interrupted(stop.received)
+        self._write_last(trainer)
+        raise Interrupted(stop.received)
 
     def _write_best(self, trainer: pl.Trainer) -> None:
         if self._improved:
@@ -117,7 +111,7 @@ class Checkpoints(pl.Callback):
     def _write(self, trainer: pl.Trainer, path: Path) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # a dry run, for which Lightning removes loggers, too
             return
-        if not _is_finite(trainer):
+        if not weights_are_finite(trainer):
             if trainer.is_global_zero:
                 warnings.warn(
                     f"{path} is not written: the weights at step {trainer.global_step:,} are NaN or Inf", stacklevel=2
@@ -159,12 +153,3 @@ def measured_by(config: Mapping[str, Any]) -> list[Any]:
 def _is_diverged(trainer: pl.Trainer) -> bool:
     """Whether the training loss is NaN or Inf: such weights must not overwrite the checkpoint."""
     return any(isinstance(c, LossLogger) and c.diverged is not None for c in trainer.callbacks)  # type: ignore[attr-defined]
-
-
-def _is_finite(trainer: pl.Trainer) -> bool:
-    """Whether all weights and averages are finite, on every process."""
-    module: Any = trainer.lightning_module
-    networks = (module.network, *module.averages.values())
-    weights = [p.detach() for network in networks for p in network.parameters()]
-    finite = all(bool(torch.isfinite(local(weight)).all()) for weight in weights)
-    return bool(trainer.strategy.reduce_boolean_decision(finite, all=True))

@@ -12,9 +12,8 @@ from diffusion_lab.training.optim import switch
 class GracefulStop(pl.Callback):
     """Stop after the current step on a stop signal (`processes.StopSignals`) of any process.
 
-    `Checkpoints` saves at the stop, and before a validation that is due. A second signal ends that validation; none ends a run
-    before its checkpoint is written. SLURM sends SIGUSR1 before a job's time is over if the job was submitted with
-    `--signal=USR1@120`.
+    `Checkpoints` saves at the stop, and before a validation that is due. No further signal ends a run before that. SLURM sends
+    SIGUSR1 before a job's time is over if the job was submitted with `--signal=USR1@120`.
     """
 
     AGREE = 10  # steps between two reductions over the processes

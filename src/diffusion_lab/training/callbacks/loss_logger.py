@@ -12,6 +12,7 @@ from pytorch_lightning.loggers import WandbLogger
 from diffusion_lab.errors import ConfigError, check_numbers
 from diffusion_lab.schedules import to_device
 from diffusion_lab.training.module import DiffusionModule
+from diffusion_lab.training.sharding import local
 
 
 class LossLogger(pl.Callback):
@@ -76,9 +77,10 @@ class LossLogger(pl.Callback):
         self._check_finite(trainer, values["train/loss"])
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Record a loss that is NaN or Inf in the last row or since it, however short the run."""
+        """Record a loss that is NaN or Inf in the last row or since it, or such weights, however short the run."""
         total, _, count = trainer.strategy.reduce(self._sums.clone(), reduce_op="sum")
-        if self.diverged is None and float(count.sum()) and not math.isfinite(float(total.sum())):
+        finite = not float(count.sum()) or math.isfinite(float(total.sum()))
+        if self.diverged is None and not (finite and weights_are_finite(trainer)):
             self.diverged = trainer.global_step
         if self.diverged is not None:
             self._stopped_at.fill_(self.diverged)
@@ -109,3 +111,12 @@ class LossLogger(pl.Callback):
                 for logger in trainer.loggers:
                     if isinstance(logger, WandbLogger):
                         logger.experiment.alert(title="training loss is NaN or Inf", text=text)
+
+
+def weights_are_finite(trainer: pl.Trainer) -> bool:
+    """Whether all weights and averages are finite, on every process."""
+    module: Any = trainer.lightning_module
+    networks = (module.network, *module.averages.values())
+    weights = [local(parameter.detach()) for network in networks for parameter in network.parameters()]
+    finite = all(bool(torch.isfinite(weight).all()) for weight in weights)
+    return bool(trainer.strategy.reduce_boolean_decision(finite, all=True))
