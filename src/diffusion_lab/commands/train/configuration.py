@@ -23,7 +23,7 @@ from diffusion_lab.checkpoint.build import data_module
 from diffusion_lab.commands.train import foreign
 from diffusion_lab.commands.train.build import Make
 from diffusion_lab.errors import ConfigError
-from diffusion_lab.instantiation import instantiate, instantiate_untrusted, locate, refuse_untrusted, targets
+from diffusion_lab.instantiation import CONF, instantiate, instantiate_untrusted, locate, refuse_untrusted, targets
 from diffusion_lab.processes import rank
 from diffusion_lab.variances import Learned
 
@@ -172,7 +172,7 @@ def _merged(
     """
     now = composition.parse(overrides)
     stored = [o for o in composition.parse(resume.content["overrides"]) if not o.key_or_group.startswith("hydra")]
-    before = _without_replaced_classes(stored, now)
+    before = _without_replaced(stored, now)
     latest = {o.key_or_group: str(o.input_line) for o in [*before, *now]}
     lines = [line for key, line in latest.items() if key not in _NOT_FROM_CHECKPOINT]
     try:
@@ -199,19 +199,26 @@ def _merged(
     return plain, lines, _choices(composed.hydra)
 
 
-def _without_replaced_classes(before: Sequence[Override], now: Sequence[Override]) -> list[Override]:
-    """Drop `_target_` and added arguments of groups for which this command line chooses another option.
+def _without_replaced(before: Sequence[Override], now: Sequence[Override]) -> list[Override]:
+    """Drop the overrides of the first run that a group chosen by this command line replaces.
 
-    lr_scheduler=cosine replaces all of lr_scheduler=custom lr_scheduler._target_=… +lr_scheduler.gamma=….
+    These are the keys that the new option's file sets itself: trainer=ddp replaces trainer.devices=1, and keeps
+    trainer.max_steps=. Of a group of another class it is all of its arguments: lr_scheduler=cosine replaces all of
+    lr_scheduler=custom lr_scheduler._target_=… +lr_scheduler.gamma=….
     """
-    chosen = {o.key_or_group for o in now if composition.is_group(o.key_or_group)}
-    replaced = {g for g in chosen if any(o.key_or_group == f"{g}._target_" for o in before)}
+    chosen = {o.key_or_group: str(o.value()) for o in now if composition.is_group(o.key_or_group)}
+    own_class = {group for group in chosen if any(o.key_or_group == f"{group}._target_" for o in before)}
 
-    def belongs(o: Override) -> bool:
+    def replaced(o: Override) -> bool:
         group, _, key = o.key_or_group.partition(".")
-        return group in replaced and (key == "_target_" or o.is_add() or o.is_force_add())
+        if group not in chosen or not key:
+            return False
+        if group in own_class and (key == "_target_" or o.is_add() or o.is_force_add()):
+            return True
+        file = CONF / group / f"{chosen[group]}.yaml"
+        return file.is_file() and OmegaConf.select(OmegaConf.load(file), key) is not None
 
-    return [o for o in before if not belongs(o)]
+    return [o for o in before if not replaced(o)]
 
 
 def _with_usable_variance(composed: dict[str, Any]) -> dict[str, Any]:
