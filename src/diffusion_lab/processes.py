@@ -54,7 +54,8 @@ class Refusal(SystemExit):
 def one_line() -> Iterator[None]:
     """Turn a ConfigError into one line on stderr and exit code 2; DIFFUSION_LAB_DEBUG=1 shows its traceback instead."""
     try:
-        yield
+        with signals_first():
+            yield
     except ConfigError as error:
         if os.environ.get("DIFFUSION_LAB_DEBUG"):
             raise
@@ -134,6 +135,17 @@ class StopSignals:
 
 
 stop_signals = StopSignals()
+
+
+@contextmanager
+def signals_first() -> Iterator[None]:
+    """Raise `Interrupted` again for the exception that it became on its way, e.g. in a `finally` of another package."""
+    try:
+        yield
+    except Exception as error:
+        if stop_signals.received is None or stop_signals.deferred:
+            raise
+        raise Interrupted(stop_signals.received) from error
 
 
 @contextmanager

@@ -12,10 +12,8 @@ def start(name: str) -> NoReturn:
     processes.protect_output()
     try:
         code = main(name)
-    finally:
-        signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        )  # Ctrl-C while the interpreter shuts down ends it without a traceback
+    finally:  # Ctrl-C while the interpreter shuts down ends it without a traceback
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.exit(code)
 
 
@@ -30,9 +28,10 @@ def main(name: str) -> int:
     with processes.handling_signals():
         try:
             processes.limit_threads()
-            from diffusion_lab.cli.entry import run  # late: Hydra is imported under the signal handler
+            with processes.signals_first():
+                from diffusion_lab.cli.entry import run  # late: Hydra is imported under the signal handler
 
-            return run(name)
+                return run(name)
         except processes.Interrupted as stop:
             return processes.ended_by(stop, requeues=name == "train")
 

@@ -93,8 +93,10 @@ def run(config: DictConfig) -> Result:
             trainer.strategy.launcher.kill(stop.number)  # other processes of a run that has not begun
         if not stop_signals.deferred:  # nothing was trained
             raise
+        failed = 0  # stopped in a validation, after last.ckpt was written
+        summary.requeue(trainer, callbacks)
     finally:
-        stop_signals.deferred = False
+        stop_signals.deferred = stop_signals.received is not None  # the next job of a sweep starts up
         os.environ.pop(CONFIG_ENV, None)
         if "wandb" in sys.modules:
             # Without it the next job of a sweep would continue this job's W&B run.
