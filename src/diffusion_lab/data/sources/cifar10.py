@@ -83,7 +83,7 @@ def _read_members(archive: Path, names: Sequence[str]) -> Mapping[str, bytes]:
 
 def _unpickled(data: bytes) -> Any:
     for code, argument, _ in pickletools.genops(data):
-        if code.name == "LONG_BINPUT" and argument > len(data):  # a table of so many pointers would be allocated
+        if code.name == "LONG_BINPUT" and int(argument or 0) > len(data):  # a table of so many pointers would be allocated
             raise pickle.UnpicklingError(f"it numbers its values from {argument:,}")
     return _BatchUnpickler(io.BytesIO(data), encoding="latin1").load()
 
