@@ -92,8 +92,8 @@ def test_what_cannot_be_exported_or_read(run, exported, tmp_path, capfd):
     for name, arguments, said in (
         ("export", [f"ckpt={run}", f"out={exported}"], "write overwrite=true"),
         ("export", [f"ckpt={run}", f"out={tmp_path / 'model.pt'}"], "ends in .safetensors"),
-        ("sample", [f"ckpt={foreign}"], "weights without their configuration"),
-        ("sample", [f"ckpt={broken}"], "not a whole .safetensors file"),
+        ("sample", [f"ckpt={foreign}"], "weights without a configuration"),
+        ("sample", [f"ckpt={broken}"], "truncated or not a .safetensors file"),
         ("train", [f"ckpt={exported}"], f"write init={exported}"),
     ):
         code, _, err = command(name, [*arguments, f"hydra.run.dir={tmp_path / 'refused'}"], capfd)

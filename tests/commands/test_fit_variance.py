@@ -138,17 +138,17 @@ def test_a_fit_of_other_weights_and_a_broken_one_are_refused(made, fit, sample):
     kept = ours.read_bytes() if ours.exists() else None
     asked = ("variance=analytic", "sampler.steps=3")
     for content, said in (
-        (theirs.read_bytes(), "was fitted to other weights"),
-        (theirs.read_bytes()[:100], "is not a whole fit"),
-        (b"text", "is not a whole fit"),
+        (theirs.read_bytes(), "was not fitted to the weights"),
+        (theirs.read_bytes()[:100], "is truncated or not a fit"),
+        (b"text", "is truncated or not a fit"),
     ):
         ours.write_bytes(content)
         refused(sample(plain, *asked), said)
     torch.save({"format": 1, "kind": "sn"}, ours)
-    refused(sample(plain, *asked), "is no fit of variance=analytic")
+    refused(sample(plain, *asked), "is not a fit of variance=analytic")
     ours.unlink()
     (ours.parent / theirs.name).write_bytes(theirs.read_bytes())
-    refused(sample(plain, *asked), "(1 of other weights)" if kept is None else "of other weights)")
+    refused(sample(plain, *asked), "(1 fit(s) for other weights)" if kept is None else "for other weights)")
     (ours.parent / theirs.name).unlink()
     if kept:
         ours.write_bytes(kept)

@@ -74,9 +74,9 @@ def test_files_that_are_no_whole_checkpoint(tmp_path, capfd):
     for name, reason in {
         "short.ckpt": "truncated",
         "text.ckpt": "truncated",
-        "other.ckpt": "no checkpoint of diffusion-lab",
+        "other.ckpt": "not a checkpoint of diffusion-lab",
         "zip.ckpt": "cannot be read",
-        "empty": "holds no checkpoints/last.ckpt",
+        "empty": "does not contain checkpoints/last.ckpt",
         "none.ckpt": "no checkpoint at",
     }.items():
         _refused(command("sample", [f"ckpt={tmp_path / name}", f"out={tmp_path / 'out'}"], capfd), reason)

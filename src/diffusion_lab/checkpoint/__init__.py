@@ -1,4 +1,4 @@
-"""Read checkpoints, variance fits and classifiers. The only package that depends on the formats of their files.
+"""Read checkpoints, variance fits and classifiers. Only this package depends on their file formats.
 
 | module | contents |
 |---|---|
@@ -6,8 +6,8 @@
 | `files` | find a checkpoint, read it with `weights_only=True`, select weights |
 | `upgrade` | convert older formats |
 | `run` | `load_checkpoint` → `Run`: denoiser, configuration, samples |
-| `fits`, `guidance` | `variance=` and `guidance=` of a run, with the files that they need |
-| `classifiers` | files of classifiers |
+| `fits`, `guidance` | build `variance=` and `guidance=` for a loaded run, and read their files |
+| `classifiers` | write and read trained classifiers |
 """
 
 from diffusion_lab.checkpoint.files import EXPORTED, exported, find, metadata, read, select

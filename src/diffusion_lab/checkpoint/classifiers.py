@@ -19,11 +19,12 @@ class TrainedClassifier:
     """A classifier in eval mode.
 
     Attributes:
-        network: called with images in [−1, 1]; a classifier of noisy images with (x_t, c), c = schedule.conditioning(t) (B,).
+        network: maps images (B, C, H, W) in [−1, 1] to logits; a classifier of noisy images is called with (x_t, c), where
+            c = schedule.conditioning(t) has shape (B,).
         config: plain values: data (name, shape, classes), model, schedule (None for clean images), recipe.
-        accuracy: on held-out images; None without any.
-        by_noise: accuracy in each bin of ln SNR, for a classifier of noisy images.
-        path: the file.
+        accuracy: accuracy on held-out images, in [0, 1]; None if no image was held out.
+        by_noise: accuracy in each bin of ln SNR; empty for a classifier of clean images.
+        path: the file from which the classifier was read.
     """
 
     network: Classifier
@@ -36,7 +37,7 @@ class TrainedClassifier:
 def pack_classifier(
     network: Classifier, config: dict[str, Any], accuracy: float | None, by_noise: dict[str, float]
 ) -> bytes:
-    """Return the content of a classifier's file. The arguments are attributes of `TrainedClassifier`."""
+    """Serialize a classifier for `load_classifier`. The arguments are those of `TrainedClassifier`."""
     state = {key: value.cpu() for key, value in network.state_dict().items()}
     saved = {"diffusion_lab": HEADER, "config": config, "state": state, "accuracy": accuracy, "by_noise": by_noise}
     return archive.packed(saved)
@@ -46,7 +47,7 @@ def load_classifier(path: Path) -> TrainedClassifier:
     """Read a classifier from its file, on the CPU.
 
     Raises:
-        ConfigError: a missing file, a damaged one, or one that is not a classifier's.
+        ConfigError: if the file is missing, damaged or not a classifier.
     """
     if not path.exists():
         raise ConfigError(f"no classifier at {path}: train one with src/train_classifier.py")

@@ -1,4 +1,4 @@
-"""Find a checkpoint's file, read it without running code, select its weights."""
+"""Find a checkpoint's file, read it with `weights_only=True`, and select its weights."""
 
 import json
 from collections.abc import Mapping
@@ -22,10 +22,10 @@ def find(path: str | Path) -> Path:
     """Return the checkpoint's file.
 
     Args:
-        path: a file, a run folder (its last.ckpt, else best.ckpt), or "latest" for the newest run below outputs/.
+        path: a file, a run folder (its last.ckpt, else best.ckpt), or "latest" for the newest run in outputs/.
 
     Raises:
-        ConfigError: no such file.
+        ConfigError: if there is no such file.
     """
     place = Path(path)
     if str(path) == "latest":
@@ -35,33 +35,35 @@ def find(path: str | Path) -> Path:
         ]
         if not files:
             raise ConfigError(
-                "ckpt=latest finds no run below outputs/train: train one first, or name a checkpoint file"
+                "ckpt=latest: no run in outputs/train: train one first, or write ckpt=FILE with a checkpoint"
             )
         return max(files, key=lambda file: file.stat().st_mtime)
     if place.is_dir():
         for name in ("checkpoints/last.ckpt", "checkpoints/best.ckpt", "last.ckpt", "best.ckpt"):
             if (place / name).is_file():
                 return place / name
-        raise ConfigError(f"the folder {place} holds no checkpoints/last.ckpt: name a run folder or a checkpoint file")
+        raise ConfigError(
+            f"the folder {place} does not contain checkpoints/last.ckpt: name a run folder or a checkpoint file"
+        )
     if not place.is_file():
         raise ConfigError(f"no checkpoint at {place}: name a file, a run folder (outputs/train/…), or latest")
     return place
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Return a checkpoint's tensors and plain values, upgraded to the present format.
+    """Return a checkpoint's tensors and plain values, converted to the current format.
 
-    A file of src/export.py is returned as a checkpoint with one set of weights.
+    A file written by src/export.py is returned as a checkpoint with one set of weights.
 
     Raises:
-        ConfigError: a truncated or damaged file, or one that this project did not write.
+        ConfigError: if the file is truncated, damaged, or not a checkpoint of this project.
     """
     if path.suffix == ".safetensors":
         return _exported(path)
     content = archive.read(path, "checkpoint", REMEDY)
     version = submapping(content, "diffusion_lab").get("format")
     if version not in (1, 2, FORMAT):
-        raise ConfigError(f"{path} is no checkpoint of diffusion-lab: name one that src/train.py wrote")
+        raise ConfigError(f"{path} is not a checkpoint of diffusion-lab: name a file written by src/train.py")
     _check_entries(content, path)
     return content if version == FORMAT else upgraded(content)
 
@@ -73,12 +75,12 @@ def submapping(mapping: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def _exported(path: Path) -> dict[str, Any]:
-    """Return a file of src/export.py as a checkpoint with one set of weights."""
+    """Return a file written by src/export.py as a checkpoint with one set of weights."""
     stored = metadata(path)
     if stored is None:
         raise ConfigError(
-            f"{path} has weights without their configuration, which train.py init={path} alone can use: to sample, write "
-            "ckpt= with a checkpoint or a file of src/export.py"
+            f"{path} contains weights without a configuration and can only initialize a training (train.py init={path}): "
+            "to sample, write ckpt= with a checkpoint or a file written by src/export.py"
         )
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
@@ -108,23 +110,23 @@ def exported(content: Mapping[str, Any], weights: str, tensors: Mapping[str, Ten
 
 
 def metadata(path: Path) -> dict[str, Any] | None:
-    """Return the metadata that src/export.py wrote into a .safetensors file; None for weights of other projects.
+    """Return the metadata that src/export.py wrote to a .safetensors file; None for weights of other projects.
 
     Raises:
-        ConfigError: a damaged file, or a format of another version.
+        ConfigError: if the file is damaged, or its format belongs to another version.
     """
     require_file(path)
     try:
         with safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get(EXPORTED)
     except Exception as error:  # beside SafetensorError, the parser raises those of Rust and of the file system
-        raise ConfigError(f"{path} is not a whole .safetensors file: fetch it again ({error})") from error
+        raise ConfigError(f"{path} is truncated or not a .safetensors file: download it again ({error})") from error
     if text is None:
         return None
     stored = parse_plain(text, json.loads, f"the configuration in {path}")
     version = submapping(stored, "diffusion_lab").get("format") if isinstance(stored, dict) else None
     if version not in (1, 2, FORMAT) or not {"config", "weights", "global_step"} <= stored.keys():
-        raise ConfigError(f"{path} is of another version of diffusion-lab: export it again")
+        raise ConfigError(f"{path} was written by another version of diffusion-lab: export it again")
     _check_entries({"state_dict": {}, **stored}, path)
     return stored
 
@@ -166,11 +168,11 @@ def select(checkpoint: dict[str, Any], weights: str | float) -> tuple[str, dict[
     """Return the name and the state dict of the network's weights.
 
     Args:
-        checkpoint: from `read`.
-        weights: "ema" (the first average; the raw weights without one), "raw", or the decay of an average.
+        checkpoint: the result of `read`.
+        weights: "ema" (the first average, or the raw weights if there is no average), "raw", or the decay of an average.
 
     Raises:
-        ConfigError: an average that is not in the checkpoint.
+        ConfigError: if the checkpoint has no such average.
     """
     weights = weights if isinstance(weights, str) else f"{weights:g}"  # weights=0.999 arrives as a number
     averages = checkpoint.get("ema") or {}

@@ -1,4 +1,4 @@
-"""Build `variance=` for a checkpoint: its own, another one, or a fit of src/fit_variance.py in the checkpoint's folder."""
+"""Build the variance of a sampler for a checkpoint, and read and write the fits of src/fit_variance.py."""
 
 import hashlib
 import json
@@ -21,27 +21,27 @@ from diffusion_lab.models import VarianceHead
 from diffusion_lab.samplers import Sampler
 from diffusion_lab.variances import Analytic, FixedSmall, Variance
 
-FORMAT = 1  # version of a fit's file
+FORMAT = 1  # version of the file format
 FITTED = {f"diffusion_lab.variances.{name}": name.lower() for name in ("Analytic", "SN", "NPR")}
 
 Node = Mapping[str, Any]
 
 
 def variance_for(node: Node | None, run: Run) -> tuple[Variance, Run]:
-    """Build the variance of a node for the run's network.
+    """Build a variance for the run's network.
 
-    Call it before guidance wraps the run's denoiser, and continue with the run that it returns.
+    Call it before guidance wraps the run's denoiser, and use the returned run from then on.
 
     Args:
-        node: of `conf/variance`, resolved; None uses the variance of the checkpoint.
-        run: from `load_checkpoint`; fits are read from the folder of its file.
+        node: a resolved node of `conf/variance`; None for the variance of the checkpoint.
+        run: a run from `load_checkpoint`; fits are read from the folder of its file.
 
     Returns:
-        The variance, and the run: the same object, or for sn and npr a run whose network has the fitted head.
+        The variance and the run. For sn and npr the network of the run has the fitted head.
 
     Raises:
-        ConfigError: a fit that is missing or belongs to other weights (the message has the command to run); a variance that
-            needs another network.
+        ConfigError: if the fit is missing or belongs to other weights (the message contains the command to run), or if the
+            variance does not fit the network.
     """
     if not node:
         stored = run.config.get("variance")
@@ -69,9 +69,20 @@ def variance_for(node: Node | None, run: Run) -> tuple[Variance, Run]:
 
 
 def sampler_for(node: Node, run: Run) -> tuple[Sampler, Run]:
-    """Build the sampler of a node with its variance; return it and the run of `variance_for`.
+    """Build a sampler with its variance.
 
-    `variance: null` is the checkpoint's own, replaced by fixed_small for a sampler that cannot use it, with a printed line.
+    `variance: null` selects the variance of the checkpoint. If the sampler cannot use it, fixed_small is used instead, and a
+    line is printed.
+
+    Args:
+        node: a resolved node of `conf/sampler`.
+        run: a run from `load_checkpoint`.
+
+    Returns:
+        The sampler, and the run that `variance_for` returns.
+
+    Raises:
+        ConfigError: as for `variance_for`.
     """
     if "variance" not in node:
         return instantiate(node), run
@@ -79,14 +90,14 @@ def sampler_for(node: Node, run: Run) -> tuple[Sampler, Run]:
     sampler_class = locate(node, "sampler")
     if not node["variance"] and variance.ancestral_only and not getattr(sampler_class, "ancestral", True):
         print(
-            f"{sampler_class.__name__} samples with variance=fixed_small, since {type(variance).__name__} is for ancestral "
-            "steps (sampler=ddpm)"
+            f"{sampler_class.__name__} uses variance=fixed_small, since {type(variance).__name__} requires ancestral steps "
+            "(sampler=ddpm)"
         )
         variance = FixedSmall()
     return instantiate({**node, "variance": None}, variance=variance), run
 
 
-# files of fits ------------------------------------------------------------------------------------------------------------
+# files --------------------------------------------------------------------------------------------------------------------
 
 
 def bare(run: Run) -> nn.Module:
@@ -96,7 +107,7 @@ def bare(run: Run) -> nn.Module:
 
 
 def fingerprint(run: Run) -> str:
-    """Return the SHA-256 of everything that a fit depends on: weights, schedule, objective and condition."""
+    """Return the SHA-256 of weights, schedule, objective and condition, on which a fit depends."""
     nodes = {group: run.config.get(group) for group in ("schedule", "objective")}
     nodes["condition"] = condition_of_format_1(run.config.get("condition"))
     digest = hashlib.sha256(json.dumps(nodes, sort_keys=True, default=str).encode())
@@ -107,9 +118,11 @@ def fingerprint(run: Run) -> str:
 
 
 def place(run: Run, kind: str) -> Path:
-    """Return the path of a fit: in the checkpoint's folder, named by the hash of the weights."""
+    """Return the path of a fit: a file in the checkpoint's folder, named after the run's fingerprint."""
     if run.path is None:
-        raise ConfigError(f"variance={kind} is read from the folder of a checkpoint: get the run from load_checkpoint")
+        raise ConfigError(
+            f"variance={kind} is read from the folder of a checkpoint, and this run has no path: use load_checkpoint"
+        )
     return run.path.with_name(f"variance_{kind}_{fingerprint(run)[:16]}.pt")
 
 
@@ -126,18 +139,18 @@ def write(run: Run, kind: str, fit: Mapping[str, Any], overwrite: bool = True) -
 
 
 def read(run: Run, kind: str) -> dict[str, Any]:
-    """Return the stored fit of the run's weights.
+    """Read the fit for the run's weights.
 
     Raises:
-        ConfigError: a missing or damaged file, or a fit of other weights.
+        ConfigError: if the file is missing or damaged, or belongs to other weights.
     """
     path = place(run, kind)
     command = f"python src/fit_variance.py ckpt={shlex.quote(str(run.path))} variance={kind}"
     command += "" if run.weights.startswith("ema") else f" weights={run.weights}"
     if not path.is_file():
         others = list(path.parent.glob(f"variance_{kind}_*.pt"))
-        also = f" ({len(others)} of other weights)" if others else ""
-        raise ConfigError(f"variance={kind} is not fitted to these weights ({run.weights}){also}: first run {command}")
+        also = f" ({len(others)} fit(s) for other weights)" if others else ""
+        raise ConfigError(f"no fit of variance={kind} for the weights {run.weights}{also}: first run {command}")
     remedy = f"run {command} overwrite=true"
     fit = archive.read(path, "fit", remedy)
     if fit.get("format") != FORMAT or fit.get("kind") != kind or not _is_complete(fit, kind):

@@ -21,7 +21,7 @@ TRAIN = "python src/train_classifier.py data={} noisy=true schedule={}"
 
 
 def is_guided(node: Node | None) -> bool:
-    """Whether a node of `conf/guidance` is neither null nor that of guidance=none."""
+    """Whether a node of `conf/guidance` is neither null nor guidance=none."""
     return node is not None and locate(node, "guidance") is not Unguided
 
 
@@ -31,11 +31,13 @@ def guided(node: Node | None, run: Run) -> Run:
     Call it after clipping and a fitted variance, which replace the denoiser.
 
     Args:
-        node: of `conf/guidance`. Its key `ckpt`, a file, becomes the arguments `classifier`, `num_classes` and `labeled`.
-        run: from `load_checkpoint`.
+        node: a resolved node of `conf/guidance`. Its key `ckpt`, the file of a classifier, is replaced by the arguments
+            `classifier`, `num_classes` and `labeled`.
+        run: a run from `load_checkpoint`.
 
     Raises:
-        ConfigError: a network without a null label, a classifier that is missing or of other data, numbers out of range.
+        ConfigError: if the network has no null label, the classifier is missing or was trained on other data, or an
+            argument is out of range.
     """
     if node is None or not is_guided(node):
         return run
@@ -45,14 +47,14 @@ def guided(node: Node | None, run: Run) -> Run:
         arguments = _classifier_arguments(node["ckpt"], run)
     elif locate(node) is ClassifierFree and condition.num_classes and getattr(condition, "drop", 1) == 0:
         raise ConfigError(
-            "guidance=cfg needs a null label, and this checkpoint was trained with condition.drop=0, without null labels: "
-            "train with condition.drop=0.1, or write guidance=classifier"
+            "guidance=cfg needs a null label, but this checkpoint was trained with condition.drop=0: train with "
+            "condition.drop=0.1, or write guidance=classifier"
         )
     options = {key: value for key, value in node.items() if key != "ckpt"}
     denoiser = instantiate(options, "guidance", denoiser=run.denoiser, **accepted(options, **arguments))
     if not isinstance(denoiser, Denoiser):
         raise ConfigError(
-            f"guidance._target_={node['_target_']} returns no Denoiser: return its argument `denoiser` with guidance"
+            f"guidance._target_={node['_target_']} does not return a Denoiser: return a guided copy of its argument `denoiser`"
         )
     return replace(run, denoiser=denoiser)
 
@@ -70,29 +72,34 @@ def _classifier_arguments(path: str | None, run: Run) -> dict[str, Any]:
 
 
 def _classifier(path: str | None, run: Run) -> TrainedClassifier:
-    """Read a classifier of noisy images for the run's data; `path` is a file, a folder of src/train_classifier.py, or latest."""
+    """Read a classifier of noisy images for the data of the run. `path` is a file, a run folder, or "latest"."""
     data = run.config["data"]
     name = str(data["source"]["_target_"]).rsplit(".", 1)[-1].lower()
     schedule = str(run.config["schedule"]["_target_"]).rsplit(".", 1)[-1].lower()
     train = TRAIN.format(name, {"subvp": "sub_vp", "scaledlinear": "scaled_linear"}.get(schedule, schedule))
     if not path:
-        raise ConfigError(f"guidance=classifier needs guidance.ckpt=FOLDER of a classifier of noisy images: {train}")
+        raise ConfigError(
+            f"guidance=classifier needs a classifier of noisy images: train one with {train}, and write guidance.ckpt=FOLDER"
+        )
     if path == "latest":
         files = sorted(Path("outputs/classifier").glob("*/classifier.pt"), key=lambda file: file.stat().st_mtime)
         if not files:
-            raise ConfigError(f"guidance.ckpt=latest finds no classifier below outputs/classifier: {train}")
+            raise ConfigError(f"guidance.ckpt=latest: no classifier in outputs/classifier: train one with {train}")
         file = files[-1]
     else:
         file = Path(path) / "classifier.pt" if Path(path).is_dir() else Path(path)
     if not file.is_file():
-        raise ConfigError(f"guidance.ckpt={path}: no such file: {train}")
+        raise ConfigError(f"guidance.ckpt={path}: no such file: train a classifier with {train}")
     classifier = load_classifier(file)
     trained_on = classifier.config["data"]
     if classifier.network.time is None:
-        raise ConfigError(f"guidance.ckpt={path} was trained on clean images, and guidance needs noisy ones: {train}")
+        raise ConfigError(
+            f"guidance.ckpt={path} was trained on clean images, but guidance needs noisy ones: train one with {train}"
+        )
     if trained_on["name"] != name or tuple(trained_on["shape"]) != run.shape:
         shape = "×".join(map(str, trained_on["shape"]))
         raise ConfigError(
-            f"guidance.ckpt={path} classifies {trained_on['name']} ({shape}), and this checkpoint samples {name}: {train}"
+            f"guidance.ckpt={path} classifies {trained_on['name']} ({shape}), but this checkpoint samples {name}: train one "
+            f"with {train}"
         )
     return classifier

@@ -1,4 +1,4 @@
-"""`load_checkpoint` and its result: a denoiser with its configuration, and samples of it."""
+"""Load a trained model from a checkpoint and sample from it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,12 +28,12 @@ class Run:
 
     Attributes:
         denoiser: network (in eval mode), schedule, objective and clipping.
-        config: the resolved configuration, plain containers.
-        step: optimizer steps done.
-        weights: "ema 0.9999" or "raw".
-        trust: further modules whose classes its configuration may name.
-        path: the checkpoint's file.
-        class_names: the name of each label of the data set; empty without labels, and for files of format 1.
+        config: the resolved configuration, in plain containers.
+        step: number of optimizer steps.
+        weights: name of the loaded weights, e.g. "ema 0.9999" or "raw".
+        trust: further modules whose classes the configuration may name.
+        path: path of the checkpoint.
+        class_names: names of the labels of the data set; empty without labels, and for files of format 1.
     """
 
     denoiser: Denoiser
@@ -52,13 +52,13 @@ class Run:
 
     @property
     def condition(self) -> Condition:
-        """Condition of the network."""
+        """The condition of the network, built from the configuration."""
         condition: Condition = build(self.config["condition"], self.trust, "condition", Condition)
         return condition
 
     @property
     def num_classes(self) -> int | None:
-        """Number of classes of the network, or else of its guidance; None without labels."""
+        """Number of classes of the network or of its guidance; None without labels."""
         guidance = (getattr(transform, "num_classes", None) for transform in self.denoiser.on_output)
         counts = (count for count in (self.condition.num_classes, *guidance) if count is not None)
         count = next(counts, None)
@@ -89,9 +89,9 @@ class Run:
         condition: Mapping[str, Tensor] | None = None,
         progress: bool = False,
     ) -> Tensor:
-        """Sample n images: float32 (n, C, H, W) in [−1, 1] on the CPU. Image i depends on (seed, i) alone.
+        """Sample n images: float32 (n, C, H, W) in [−1, 1] on the CPU. Image i depends only on (seed, i).
 
-        Arguments and errors are those of `generate`, which also returns the network evaluations.
+        Arguments and errors are those of `generate`, which also returns the number of network evaluations.
         """
         return self.generate(n, sampler, seed, batch_size, condition, progress).x
 
@@ -104,18 +104,21 @@ class Run:
         condition: Mapping[str, Tensor] | None = None,
         progress: bool = False,
     ) -> Samples:
-        """Sample n images: x float32 (n, C, H, W) in [−1, 1] on the CPU. Image i depends on (seed, i) alone.
+        """Sample n images and count the network evaluations. Image i depends only on (seed, i).
 
         Args:
-            n: number of images.
-            sampler: any sampler; None is the configuration's.
-            seed: of all noise.
-            batch_size: images in one call of the sampler; None for n.
-            condition: keyword arguments for the network, each with n rows, e.g. label int64 (n,).
-            progress: show a progress bar.
+            n: number of images, at least 1.
+            sampler: the sampler; None for that of the configuration.
+            seed: seed of all random numbers.
+            batch_size: number of images per call of the sampler; None for n.
+            condition: keyword arguments of the network, each with n rows, e.g. label int64 (n,).
+            progress: whether to show a progress bar.
+
+        Returns:
+            The samples, with x float32 (n, C, H, W) in [−1, 1] on the CPU.
 
         Raises:
-            ConfigError: n < 1, a condition of another length, a label out of range, NaN or Inf from the network.
+            ConfigError: if n < 1, a condition does not have n rows, a label is out of range, or the network returns NaN or Inf.
         """
         self.check_labels(condition or {})
         chosen = sampler or self.sampler()
@@ -123,13 +126,13 @@ class Run:
         return join(generate(self.denoiser, chosen, self.shape, batch, seed=seed) for batch in parts)
 
     def check_labels(self, condition: Mapping[str, Tensor]) -> None:
-        """Raise ConfigError for labels out of range, or for any labels without a class-conditional network or guidance."""
+        """Raise ConfigError if a label is out of range, or if neither network nor guidance is class-conditional."""
         label = condition.get("label")
         if label is None:
             return
         if self.num_classes is None:
             raise ConfigError(
-                "this checkpoint was trained without labels: leave them out, or train with condition=label"
+                "labels were passed, but this checkpoint was trained without: leave them out, or train with condition=label"
             )
         if label.is_floating_point() or not len(label):
             return
@@ -145,11 +148,12 @@ def load_checkpoint(path: str | Path, weights: str = "ema", trust: Sequence[str]
 
     Args:
         path: a file, a run folder, or "latest".
-        weights: "ema" (the first average; the raw weights without one), "raw", or the decay of an average.
-        trust: further modules whose classes the checkpoint may instantiate; by default only this package's.
+        weights: "ema" (the first average, or the raw weights if there is no average), "raw", or the decay of an average.
+        trust: modules, in addition to this package, whose classes the checkpoint may instantiate.
 
     Raises:
-        ConfigError: a missing or truncated file, one that this project did not write, a class that is not trusted.
+        ConfigError: if the file is missing, truncated or not a checkpoint of this project, or names a class that is not
+            trusted.
     """
     file = find(path)
     checkpoint = read(file)
@@ -185,5 +189,5 @@ def _check_data(node: Any, file: Path) -> None:
 
 
 def with_clip(run: Run, clip: Clip) -> Run:
-    """Return the run with another clipping of x̂_0; its guidance and other transforms stay."""
+    """Return a copy of the run with another clipping of x̂_0. Guidance and other transforms are kept."""
     return replace(run, denoiser=replace(run.denoiser, clip=clip))

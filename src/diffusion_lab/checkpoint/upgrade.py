@@ -1,4 +1,4 @@
-"""Convert checkpoints of older formats: format 1 has other groups, keys and nodes, formats 1 and 2 other class names."""
+"""Convert checkpoints of older formats. Format 1 differs in groups, keys and nodes, formats 1 and 2 in class names."""
 
 import copy
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from typing import Any
 
 from diffusion_lab import renames
 
-FORMAT = 3  # version of what this project adds to Lightning's checkpoint
+FORMAT = 3  # version of the entries that this project adds to Lightning's checkpoint
 CLASSES = {
     "diffusion_lab.guidance.StaticThreshold": "diffusion_lab.clipping.StaticThreshold",
     "diffusion_lab.guidance.DynamicThreshold": "diffusion_lab.clipping.DynamicThreshold",
@@ -40,12 +40,12 @@ TRAINER = {
     "num_sanity_val_steps": 0,
     "use_distributed_sampler": False,
 }
-# Keys of the model that were interpolations, and are arguments of the command since format 2.
+# Keys of the model that were interpolations in format 1. The command passes them as arguments since format 2.
 FILLED = ("num_classes", "learned_variance", "given_channels")
 
 
 def upgraded(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a checkpoint of format 1 or 2 in format 3; tensors are shared."""
+    """Convert a checkpoint of format 1 or 2 to format 3. Tensors are not copied."""
     new = dict(checkpoint)
     if checkpoint["diffusion_lab"]["format"] == 1:
         new["config"] = _configuration(checkpoint["config"])
@@ -65,7 +65,7 @@ def upgraded(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _configuration(old: Mapping[str, Any], unresolved: bool = False) -> dict[str, Any]:
-    """Return a configuration of format 1 in format 2; `unresolved` if it has interpolations."""
+    """Convert a configuration of format 1 to format 2. `unresolved` states that it contains interpolations."""
     new: dict[str, Any] = {renames.GROUPS.get(k, k): copy.copy(v) for k, v in old.items() if k != "learned_variance"}
     trainer = dict(new["trainer"])
     new["validation"] = {"every": trainer.pop("val_every"), "draws": trainer.pop("val_draws")}
@@ -94,7 +94,7 @@ def _configuration(old: Mapping[str, Any], unresolved: bool = False) -> dict[str
 
 
 def _with_present_classes(value: Any) -> Any:
-    """Return the same containers with the present names of classes."""
+    """Return the containers with the current class names."""
     if isinstance(value, Mapping):
         new = {key: _with_present_classes(child) for key, child in value.items()}
         if "_target_" in new:
@@ -106,7 +106,7 @@ def _with_present_classes(value: Any) -> Any:
 
 
 def _with_renamed_keys(value: Any) -> Any:
-    """Return a group's nodes of format 1 with the present keys and a node for no clipping."""
+    """Return the nodes of format 1 with the current keys, and with a node instead of null for no clipping."""
     if not isinstance(value, Mapping):
         return value
     renamed = {"max_final_noise" if k == "last_bound" else k: _with_renamed_keys(v) for k, v in value.items()}
@@ -116,7 +116,7 @@ def _with_renamed_keys(value: Any) -> Any:
 
 
 def _overrides(old: list[str]) -> list[str]:
-    """Return overrides of format 1 with present names; variance=learned also chose the ancestral sampler then."""
+    """Return overrides of format 1 with current names. In format 1 variance=learned also selected sampler=ddpm."""
     new = []
     chosen = {line.split("=", 1)[0] for line in old}
     for line in old:
@@ -131,7 +131,7 @@ def _overrides(old: list[str]) -> list[str]:
 
 
 def condition_of_format_1(node: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Return the node of a condition as in format 1, which the file names of fits are hashes of."""
+    """Return the node of a condition in format 1, from which the fingerprint of a fit is computed."""
     if node is None:
         return None
     old = {k: v for k, v in node.items() if k != "num_attributes"}
