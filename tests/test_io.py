@@ -117,7 +117,9 @@ def test_space_is_required_of_the_nearest_folder_that_exists(tmp_path, monkeypat
     asked = []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or usage(10**9, 0, 200 << 20))
     require_space(tmp_path / "not" / "yet", 100 << 20, "three files", "write out=")
-    with pytest.raises(ConfigError, match=r"three files take 150 MiB, and 200 MiB are free: make room, or write out="):
+    with pytest.raises(
+        ConfigError, match=r"three files take 150 MiB, but 200 MiB are free: free disk space, or write out="
+    ):
         require_space(tmp_path / "not" / "yet", 150 << 20, "three files", "write out=")  # 64 MiB stay free
     assert asked == [tmp_path, tmp_path]
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-SPARE = 64 << 20  # bytes that stay free on a disk; bytes that a .zip may unpack to whatever its size
+SPARE = 64 << 20  # bytes that are kept free on a disk; bytes that a .zip may unpack to whatever its size
 MOST_INFLATION = (
     100  # unpacked bytes of a .zip for a packed one: arrays and images that people look at take less than 50
 )
@@ -57,7 +57,7 @@ def write_file(path: Path, content: str | bytes) -> None:
     """Write a file atomically.
 
     Raises:
-        OSError: as the file system reports it.
+        OSError: if the file cannot be written.
     """
     with replacing(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -81,10 +81,10 @@ def write_new_file(path: Path, content: bytes, overwrite: bool = False) -> None:
 
 @contextmanager
 def claimed(path: Path) -> Iterator[BinaryIO | None]:
-    """Yield an empty file, renamed to `path` if the body succeeds and removed if it raises; None if another process wrote `path`.
+    """Yield an empty file that is renamed to `path` if the body succeeds, or None if another process has written `path`.
 
-    Processes that write the same path wait for each other. The temporary file is the lock, which the kernel releases when a
-    process dies; the next process then overwrites the partial file.
+    The temporary file is locked while the body runs, so that processes that write the same path wait for each other. It is
+    removed if the body raises. If a process is killed, the kernel releases its lock and the next process overwrites the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_partials(path.parent)
@@ -93,12 +93,12 @@ def claimed(path: Path) -> Iterator[BinaryIO | None]:
         with open(part, "a+b", opener=_without_links) as file:
             _lock(file)
             if path.exists():
-                # Another process finished first and renamed `part` to `path`, unless this open created a new `part`.
+                # Another process has renamed `part` to `path`. If this `open` created a new `part`, remove it.
                 if _same(file, part):
                     part.unlink()
                 yield None
                 return
-            if not _same(file, part):  # the process that held the lock failed and removed the file: start again
+            if not _same(file, part):  # the previous owner of the lock failed and removed the file: start again
                 continue
             file.truncate(0)
             try:
@@ -223,34 +223,34 @@ def claimed_folder(folder: Path, key: str, config: str, overwrite: bool = False)
 
 
 def refuse_filled(folder: Path, key: str, overwrite: bool) -> None:
-    """Raise ConfigError where `folder`, the value of the option `key`, is a file, or holds files and `overwrite` is false."""
+    """Raise ConfigError if `folder`, the value of the option `key`, is a file, or is not empty and `overwrite` is false."""
     if folder.is_file():
-        raise ConfigError(f"{folder} is a file: name a folder for the output")
+        raise ConfigError(f"the output folder {folder} is a file: write {key}= with a folder")
     if not overwrite and folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(f"the output folder {folder} is not empty: write overwrite=true, or another {key}=")
 
 
 def require_space(folder: Path, need: int, what: str, remedy: str) -> None:
-    """Raise ConfigError where the disk of `folder`, which need not exist, has no room for `need` bytes and 64 MiB more.
+    """Raise ConfigError if less than `need` bytes plus 64 MiB are free on the disk of `folder`.
 
     Args:
-        folder: the place to write to.
-        need: bytes.
-        what: a plural noun for the message, e.g. "the decoded images".
-        remedy: an imperative for the message, e.g. "write cache=FOLDER on another disk".
+        folder: the folder to write to. It need not exist.
+        need: number of bytes.
+        what: a plural noun for the error message, e.g. "the decoded images".
+        remedy: an imperative for the error message, e.g. "write cache=FOLDER on another disk".
     """
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < need + SPARE:
         raise ConfigError(
-            f"not enough disk at {folder.absolute()}: {what} take {need / 2**20:,.0f} MiB, and {free / 2**20:,.0f} MiB are "
-            f"free: make room, or {remedy}"
+            f"not enough disk at {folder.absolute()}: {what} take {need / 2**20:,.0f} MiB, but {free / 2**20:,.0f} MiB are "
+            f"free: free disk space, or {remedy}"
         )
 
 
 @contextmanager
 def os_errors() -> Iterator[None]:
-    """Turn an OSError of a path that the user named (missing, unreadable, a full disk) into a ConfigError."""
+    """Convert an OSError for a path that the user named (a missing or unreadable file, a full disk) to a ConfigError."""
     try:
         yield
     except OSError as error:
@@ -448,7 +448,7 @@ def progress(items: Iterable[T], desc: str, unit: str, show: bool = True) -> Ite
 
 
 def progress_bar(total: int | None, desc: str, unit: str, show: bool = True, **options: Any) -> Any:
-    """Return a progress bar for `update(n)`, a context manager; `options` are tqdm's."""
+    """Return a tqdm progress bar, a context manager that is advanced by `update(n)`; `options` are passed to tqdm."""
     from tqdm import tqdm
 
     return tqdm(

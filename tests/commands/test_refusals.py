@@ -106,7 +106,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path, capfd, monkeypatch):
         torch.save(
             sealed({**good, "config": {**good["config"], "model": {"_target_": target}}}), tmp_path / "named.ckpt"
         )
-        with pytest.raises(ValueError, match="no class of this package"):
+        with pytest.raises(ValueError, match="not a class of this package"):
             load_checkpoint(tmp_path / "named.ckpt")
     later = "${oc.create:'{_target_: builtins.print, _args_: [here]}'}"  # becomes a node when it is resolved
     hidden = {"_target_": "diffusion_lab.models.External", "module": later}
@@ -115,7 +115,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path, capfd, monkeypatch):
         load_checkpoint(tmp_path / "hidden.ckpt")
     torch.save(sealed({**good, "composed": {**good["composed"], "model": hidden}}), tmp_path / "resumed.ckpt")
     resumed = [f"ckpt={tmp_path / 'resumed.ckpt'}", "trainer.max_steps=2", f"hydra.run.dir={tmp_path / 'again'}"]
-    _refused(command("train", resumed, capfd), "no class of this package")
+    _refused(command("train", resumed, capfd), "not a class of this package")
     nested = {"_target_": "diffusion_lab.models.External", "module": {"_target_": "torch.nn.Identity"}}
     torch.save(sealed({**good, "config": {**good["config"], "model": nested}}), tmp_path / "nested.ckpt")
     with pytest.raises(ValueError, match=r"trust=\[torch.nn\]"):

@@ -1,8 +1,8 @@
-"""Build the objects that nodes of the configuration describe, and turn errors of other packages' constructors into ConfigErrors.
+"""Instantiate nodes of the configuration, and convert errors of other packages' constructors to ConfigError.
 
-A node is a mapping with `_target_` and that class's arguments. `check` compares it with the constructor's signature and
-annotations; `instantiate` builds it; `instantiate_untrusted` builds a node that a file supplied. Nested nodes are built first,
-so that an error names the node whose constructor raised it.
+A node is a mapping with `_target_` and the arguments of that class. `check` compares it with the constructor's signature and
+annotations, `instantiate` builds it, and `instantiate_untrusted` builds a node that was read from a file. Nested nodes are
+built first, so that an error names the node whose constructor raised it.
 """
 
 import functools
@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 RESERVED = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
-# Constructors that pass their **kwargs to another function, whose signature is checked.
+# Constructors that pass their **kwargs to another function. These arguments are checked against its signature.
 RECEIVERS = {
     "pytorch_lightning.loggers.wandb.WandbLogger": "wandb.init",
     "diffusion_lab.models.unet.UNetForImageSize": "diffusion_lab.models.UNet",
@@ -54,55 +54,58 @@ def instantiate(node: Node, where: str = "", **passed: Any) -> Any:
     """Build the object that `node` describes.
 
     Args:
-        node: plain containers, interpolations resolved.
-        where: the node's key, for messages.
-        passed: further arguments of the constructor.
+        node: the node, in plain containers with interpolations resolved.
+        where: the key of the node, for error messages.
+        passed: additional arguments of the constructor.
 
     Returns:
-        The object; with `_partial_: true` the constructor with these arguments bound.
+        The object, or with `_partial_: true` the constructor with its arguments bound.
 
     Raises:
-        ConfigError: no `_target_`, or one that cannot be imported; an argument that the constructor does not have, or a required
-            one that is missing; ValueError, TypeError or MisconfigurationException of a class outside this package.
-        TypeError: a node that was read from a file, which is a defect of the caller (see `instantiate_untrusted`).
+        ConfigError: if `_target_` is missing or cannot be imported, an argument is unknown, or a required one is missing; or if
+            a class outside this package raises ValueError, TypeError or MisconfigurationException.
+        TypeError: if the node was read from a file (use `instantiate_untrusted`). This is a defect of the caller.
     """
     if isinstance(node, UntrustedNode):
-        raise TypeError(f"{where or node.get('_target_')} was read from a file: build it by instantiate_untrusted")
+        raise TypeError(f"{where or node.get('_target_')} was read from a file: build it with instantiate_untrusted")
     return _build(node, where, passed)
 
 
 def instantiate_untrusted(node: Node, trust: Collection[str], where: str = "", **passed: Any) -> Any:
-    """Build a node that a file supplied: a class of this package, a `_target_` of the shipped conf/, an optimizer or scheduler
-    of torch, or what `trust` names; nested nodes likewise.
+    """Build the object that a node from a file describes, if its class is trusted.
+
+    Trusted are the classes of this package, every `_target_` in the shipped conf/, torch's optimizers and schedulers, and the
+    modules and classes in `trust`. The same holds for nested nodes.
 
     Args:
-        node: plain containers.
-        trust: modules, or classes by their full name.
+        node: the node, in plain containers.
+        trust: names of modules, or full names of classes.
         where, passed: as for `instantiate`.
 
     Raises:
-        ConfigError: another class, an interpolation, and the errors of `instantiate`.
+        ConfigError: if a class is not trusted or a value contains an interpolation, and as for `instantiate`.
     """
     refuse_untrusted(node, trust)
     return _build(node, where, passed)
 
 
 def accepted(node: Node, **candidates: Any) -> dict[str, Any]:
-    """Return those of the candidates for which the constructor of `node` has a parameter and the node no value."""
+    """Return the candidates that are parameters of the constructor of `node` and have no value in the node."""
     parameters = _parameters(locate(node))
     return {k: v for k, v in candidates.items() if k in parameters and node.get(k) is None}
 
 
 def check(node: Node, where: str, passed: Collection[str] = ()) -> None:
-    """Compare a node, and the nodes inside it, with the constructors' signatures and annotations. Nothing is built.
+    """Compare a node and its nested nodes with the signatures and annotations of the constructors, without building them.
 
     Args:
-        node: plain containers, interpolations resolved.
-        where: the node's key, for messages.
+        node: the node, in plain containers with interpolations resolved.
+        where: the key of the node, for error messages.
         passed: names of arguments that the command passes later.
 
     Raises:
-        ConfigError: a value that the parameter's annotation excludes, and the errors of `instantiate` up to the constructor's.
+        ConfigError: if a value does not match the annotation of its parameter, `_target_` is missing or cannot be imported, an
+            argument is unknown, or a required one is missing.
     """
     _, arguments = _bind(node, where, passed)
     for value in arguments.values():
@@ -111,30 +114,33 @@ def check(node: Node, where: str, passed: Collection[str] = ()) -> None:
 
 
 def check_named(nodes: Node, group: str, example: str, passed: Collection[str] = ()) -> None:
-    """Check every node of a dictionary of named nodes, without those that are null.
+    """Check the nodes of a group of named nodes; null entries are skipped.
 
     Args:
-        nodes: name → node.
-        group: the dictionary's key, for messages.
-        example: how nodes of this group are chosen, for messages.
+        nodes: maps names to nodes.
+        group: the key of the group, for error messages.
+        example: an override that selects nodes of this group, for error messages.
         passed: as for `check`.
 
     Raises:
-        ConfigError: a mapping without `_target_`, and the errors of `check`.
+        ConfigError: if a node has no `_target_`, and as for `check`.
     """
     for name, node in nodes.items():
         if node is None:
             continue
         if not is_node(node):
             raise ConfigError(
-                f"{group}.{name} has no _target_, so that nothing reads it: write {example}, or "
-                f"+{group}.{name}._target_=my_package.MyClass"
+                f"{group}.{name} has no _target_: write {example}, or +{group}.{name}._target_=my_package.MyClass"
             )
         check(node, f"{group}.{name}", passed)
 
 
 def locate(node: Node, where: str = "") -> Any:
-    """Return the class or function that a node names. Raises ConfigError: no `_target_`, or one that cannot be imported."""
+    """Import the class or function that a node names.
+
+    Raises:
+        ConfigError: if `_target_` is missing or cannot be imported.
+    """
     name = node.get("_target_")
     if name is None or name == "???":
         key = where or "the node"
@@ -153,17 +159,17 @@ def locate(node: Node, where: str = "") -> Any:
 
 
 class _Argument(NamedTuple):
-    """A value of a node, in the type of its parameter, and the nodes in it with their keys."""
+    """A value of a node, converted to the type of its parameter, and its nested nodes with their keys."""
 
     value: Any
     nodes: list[tuple[Node, str]]
 
 
 def _bind(node: Node, where: str, passed: Collection[str]) -> tuple[Any, dict[str, _Argument]]:
-    """Return the class or function of a node and its arguments by name.
+    """Return the class or function of a node, and its arguments by name.
 
     Raises:
-        ConfigError: an argument that the constructor does not have or whose annotation excludes it, or a required one missing.
+        ConfigError: as for `check`.
     """
     target = locate(node, where)
     parameters = _parameters(target)
@@ -197,7 +203,7 @@ def _build(node: Node, where: str, passed: Mapping[str, Any]) -> Any:
 
 
 def _built(value: Any, where: str) -> Any:
-    """Return a value with the nodes inside it built."""
+    """Return a value in which every nested node is replaced by the object it describes."""
     if is_node(value):
         return _build(value, where, {})
     if isinstance(value, Mapping):
@@ -206,10 +212,14 @@ def _built(value: Any, where: str) -> Any:
 
 
 def foreign(call: Callable[[], Any], where: str = "") -> Any:
-    """Call a constructor, a `functools.partial`.
+    """Call a constructor, and convert the errors of other packages to ConfigError.
+
+    Args:
+        call: a class, or a `functools.partial` of one.
+        where: the key of the node, for error messages.
 
     Raises:
-        ConfigError: a class outside this package raised ValueError, TypeError, ImportError or MisconfigurationException.
+        ConfigError: if a class outside this package raises ValueError, TypeError, ImportError or MisconfigurationException.
     """
     target = call.func if isinstance(call, functools.partial) else call
     if str(getattr(target, "__module__", "")).split(".", 1)[0] == PACKAGE:
@@ -229,11 +239,11 @@ def foreign(call: Callable[[], Any], where: str = "") -> Any:
             raise ConfigError(
                 f"{where or name}: {name} needs a package that is not installed: {' '.join(str(error).split())}"
             ) from error
-        raise ConfigError(f"{where or name}: {name} refuses these arguments: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{where or name}: {name} raised an error: {' '.join(str(error).split())}") from error
 
 
 def _children(value: Any, where: str) -> Iterable[tuple[Node, str]]:
-    """Yield the outermost nodes inside a value with their keys."""
+    """Yield the outermost nodes in a value, with their keys."""
     if is_node(value):
         yield value, where
     elif isinstance(value, Mapping):
@@ -248,7 +258,7 @@ def _children(value: Any, where: str) -> Iterable[tuple[Node, str]]:
 
 
 def _parameters(target: Any) -> dict[str, inspect.Parameter]:
-    """Return parameters by name, with those of the function in RECEIVERS; the name `**` means that any name is accepted."""
+    """Return the parameters by name, including those of the function in RECEIVERS. The key `**` stands for any name."""
     try:
         parameters = dict(inspect.signature(target).parameters)
     except (ValueError, TypeError):  # a builtin without a signature
@@ -260,8 +270,8 @@ def _parameters(target: Any) -> dict[str, inspect.Parameter]:
     for base in getattr(target, "__mro__", ()):
         receiver = RECEIVERS.get(f"{base.__module__}.{base.__qualname__}")
         if receiver is not None and importlib.util.find_spec(receiver.split(".", 1)[0]):
-            of_base = {k: p for k, p in inspect.signature(base).parameters.items() if p.kind is not p.VAR_KEYWORD}
-            return {**_parameters(pkgutil.resolve_name(receiver)), **of_base, **parameters}
+            inherited = {k: p for k, p in inspect.signature(base).parameters.items() if p.kind is not p.VAR_KEYWORD}
+            return {**_parameters(pkgutil.resolve_name(receiver)), **inherited, **parameters}
     return {**parameters, "**": inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)}
 
 
@@ -273,4 +283,4 @@ def _unknown_argument(target: Any, parameters: Mapping[str, Any], key: str, wher
     hint = f" (did you mean {near[0]}?)" if near else ""
     listed = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
     name = getattr(target, "__name__", target)
-    return f"{where}.{key}: {name} has no argument {key}{hint}: leave it out, or write one of {listed}"
+    return f"{where}.{key}: {name} has no argument {key}{hint}: remove it, or write one of {listed}"

@@ -11,7 +11,7 @@ from diffusion_lab.instantiation.trust import PACKAGE
 
 
 def annotation(target: Any, parameter: inspect.Parameter) -> Any:
-    """Return the annotation of a parameter; `Any` where it has none, or none that can be evaluated."""
+    """Return the annotation of a parameter, or `Any` if it has none or it cannot be evaluated."""
     hint = parameter.annotation
     if hint is inspect.Parameter.empty:
         return Any
@@ -22,13 +22,13 @@ def annotation(target: Any, parameter: inspect.Parameter) -> Any:
     holder = types.SimpleNamespace(__annotations__={"value": hint})
     try:
         return typing.get_type_hints(holder, globalns=names)["value"]
-    except Exception:  # names that exist for the type checker alone
+    except Exception:  # names that are imported only for type checking
         return Any
 
 
 WORDS = {
     bool: "true or false",
-    int: "a whole number",
+    int: "an integer",
     float: "a number",
     str: "text",
     list: "a list",
@@ -38,27 +38,32 @@ WORDS = {
 
 
 def coerce(value: Any, expected: Any, where: str) -> Any:
-    """Return `value` if the annotation allows it; a number becomes text where text is expected (a run named 2026).
+    """Return `value` if it matches the annotation. A number is converted to text where text is expected (a run named 2026).
+
+    Args:
+        value: a plain value.
+        expected: the annotation.
+        where: the key of the value, for error messages.
 
     Raises:
-        ConfigError: the annotation excludes it.
+        ConfigError: if the value does not match the annotation.
     """
     if _fits(value, expected):
         return value
     if isinstance(value, int | float) and not isinstance(value, bool) and _fits("", expected):
         return str(value)
     if value == "???":
-        raise ConfigError(f"{where} has no value yet: write {where}=VALUE")
-    raise ConfigError(f"{where}={_shown(value)} has the wrong type: {' or '.join(_words(expected))} is needed")
+        raise ConfigError(f"{where} has no value: write {where}=VALUE")
+    raise ConfigError(f"{where}={_shown(value)} has the wrong type: write {' or '.join(_words(expected))}")
 
 
 def _shown(value: Any) -> str:
-    """Return a value as a command line spells it."""
+    """Return a value in the syntax of the command line."""
     return {True: "true", False: "false", None: "null"}[value] if isinstance(value, bool | None) else str(value)
 
 
 def _members(expected: Any) -> tuple[Any, ...]:
-    """Return the members of a union, nested ones included."""
+    """Return the members of a union, including those of nested unions."""
     origin = typing.get_origin(expected)
     if origin in (typing.Union, types.UnionType):
         return tuple(m for member in typing.get_args(expected) for m in _members(member))
@@ -66,7 +71,7 @@ def _members(expected: Any) -> tuple[Any, ...]:
 
 
 def _fits(value: Any, expected: Any) -> bool:
-    """Whether a plain value can be an argument of that type. Types that no plain value has accept everything."""
+    """Whether a plain value matches a type. A type of which no plain value is an instance matches every value."""
     origin, arguments = typing.get_origin(expected) or expected, typing.get_args(expected)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, member) for member in arguments)
@@ -91,12 +96,12 @@ def _fits(value: Any, expected: Any) -> bool:
     if origin in (dict, Mapping):
         return isinstance(value, Mapping)
     if isinstance(origin, type) and origin.__module__.split(".", 1)[0] == PACKAGE:
-        return isinstance(value, origin)  # an object that a node describes, never a number, text or a plain mapping
+        return isinstance(value, origin)  # an object built from a node, not a number, text or a plain mapping
     return True
 
 
 def _words(expected: Any) -> list[str]:
-    """Return the allowed types, or choices, in words."""
+    """Return the names of the allowed types or choices, for error messages."""
     words: list[str] = []
     for member in _members(expected):
         origin = typing.get_origin(member) or member

@@ -1,4 +1,4 @@
-"""Classes that a node from a file may name."""
+"""Decide which classes a node that was read from a file may name."""
 
 import functools
 import pkgutil
@@ -14,27 +14,29 @@ CONF = Path(__file__).resolve().parents[3] / "conf"
 
 
 def untrusted(value: Any) -> Any:
-    """Return the same containers with every mapping as an `UntrustedNode`."""
+    """Return a copy of the containers in which every mapping is an `UntrustedNode`."""
     if isinstance(value, Mapping):
         return UntrustedNode({key: untrusted(child) for key, child in value.items()})
     return [untrusted(child) for child in value] if isinstance(value, list | tuple) else value
 
 
 def refuse_untrusted(value: Any, trust: Collection[str]) -> None:
-    """Raise ConfigError where containers from a file name a class that is not trusted, or hold an interpolation.
+    """Raise ConfigError if containers from a file name a class that is not trusted, or contain an interpolation.
 
-    A resolved configuration has no interpolations; one that a file smuggles in would be evaluated later.
+    A resolved configuration has no interpolations. One in a manipulated file would be evaluated later.
     """
     if isinstance(value, str) and "${" in value:
         raise ConfigError(
-            f"the checkpoint's configuration holds an interpolation ({value[:60]!r}): it was not written by src/train.py"
+            f"the checkpoint's configuration contains an interpolation ({value[:60]!r}), which src/train.py does not write: "
+            "use another checkpoint"
         )
     if isinstance(value, Mapping):
         target = value.get("_target_")
         if target is not None and not _is_trusted(str(target), trust):
             module = str(target).rsplit(".", 1)[0]
             raise ConfigError(
-                f"the checkpoint names {target}, no class of this package: if you trust it write trust=[{module}]"
+                f"the checkpoint names {target}, which is not a class of this package: if you trust it, write "
+                f"trust=[{module}]"
             )
         if "_args_" in value and not _names(trust, str(target)):
             # Arguments by position would pass the checks of arguments by name, e.g. of folders.
@@ -48,7 +50,7 @@ def refuse_untrusted(value: Any, trust: Collection[str]) -> None:
 
 
 def targets(value: Any) -> set[str]:
-    """Return every `_target_` in plain containers."""
+    """Return all values of `_target_` in plain containers."""
     if isinstance(value, Mapping):
         outermost = {str(value["_target_"])} if value.get("_target_") else set()
         return outermost.union(*(targets(child) for child in value.values()))
@@ -56,13 +58,13 @@ def targets(value: Any) -> set[str]:
 
 
 def untrusted_modules(value: Any) -> list[str]:
-    """Return the modules that `trust` must name to build these containers from a file."""
+    """Return the modules that `trust` must include so that these containers can be built from a file."""
     return sorted({target.rsplit(".", 1)[0] for target in targets(value) if not _is_trusted(target, ())})
 
 
 @functools.cache
 def shipped_targets() -> frozenset[str]:
-    """Return every `_target_` that a file of this project's conf/ names."""
+    """Return all values of `_target_` in the files of this project's conf/."""
     lines = (line for file in CONF.rglob("*.yaml") for line in file.read_text().splitlines())
     matches = (re.match(r"\s*(?:- )?_target_: *([\w.]+)", line) for line in lines)
     return frozenset(match.group(1) for match in matches if match)
