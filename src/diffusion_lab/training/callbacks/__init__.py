@@ -1,4 +1,4 @@
-"""The callbacks of a training run."""
+"""Callbacks for training."""
 
 from diffusion_lab.training.callbacks.checkpoints import Checkpoints
 from diffusion_lab.training.callbacks.ema import EMA

@@ -78,7 +78,12 @@ class Checkpoints(pl.Callback):
     def consider(self, trainer: pl.Trainer, value: float, *names: str) -> None:
         """Write best.ckpt before the next batch if `monitor` is among `names` and `value` is the lowest so far.
 
-        Every process calls it with the same value.
+        Must be called by every process, with the same value.
+
+        Args:
+            trainer: the trainer.
+            value: the value of the metric.
+            names: the names of the metric.
         """
         if self.monitor not in names:
             return
@@ -109,7 +114,7 @@ class Checkpoints(pl.Callback):
         self._saved = trainer.global_step
 
     def _write(self, trainer: pl.Trainer, path: Path) -> None:
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # a dry run, for which Lightning removes loggers, too
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning removes the loggers, too
             return
         if not weights_are_finite(trainer):
             if trainer.is_global_zero:
@@ -122,7 +127,7 @@ class Checkpoints(pl.Callback):
                 trainer.save_checkpoint(path)  # on every process, since a sharded strategy gathers here
         except OSError as error:
             raise OSError(
-                error.errno, f"could not write {path} ({error.strerror}): the file before is kept; free disk space"
+                error.errno, f"could not write {path} ({error.strerror}), the previous file is kept: free disk space"
             ) from error
         trainer.strategy.barrier("checkpoint")
 
@@ -151,5 +156,5 @@ def measured_by(config: Mapping[str, Any]) -> list[Any]:
 
 
 def _is_diverged(trainer: pl.Trainer) -> bool:
-    """Whether the training loss is NaN or Inf: such weights must not overwrite the checkpoint."""
+    """Whether the training loss is NaN or Inf, in which case the checkpoint must not be overwritten."""
     return any(isinstance(c, LossLogger) and c.diverged is not None for c in trainer.callbacks)  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Callback that keeps exponential moving averages of the weights."""
+"""Exponential moving averages of the weights."""
 
 import copy
 from collections.abc import Sequence
@@ -15,17 +15,17 @@ from diffusion_lab.training.module import DiffusionModule
 class EMA(pl.Callback):
     """Average the weights after every optimizer step: θ̄ ← d θ̄ + (1 − d) θ.
 
-    More than Lightning's WeightAveraging and EMAWeightAveraging: several decays, a network of its own for each, so that nothing
-    is swapped into the live network; whole averages under FSDP; the warm-up; exact resume.
+    Parameters are averaged and buffers are copied. The averages are in eval mode, on the device of the trained network.
 
-    Averages are in eval mode, on the device of the live network. Parameters are averaged, buffers copied.
+    Differences from Lightning's WeightAveraging and EMAWeightAveraging: several decays are supported; each average is a separate
+    network, so that no weights are swapped; averages are not sharded under FSDP; the decay has a warm-up; a resumed run is exact.
 
     Args:
-        decay: d, or several; the first one is evaluated and sampled from.
-        warmup: use min(d, (1 + n)/(10 + n)) at update n, so that a short run does not keep its random initialization.
+        decay: the decay d in [0, 1), or a list of decays. The first average is used for evaluation and sampling.
+        warmup: whether to use min(d, (1 + n)/(10 + n)) at update n, which discards the random initialization in short runs.
 
     Raises:
-        ConfigError: a decay outside [0, 1), or two equal ones.
+        ConfigError: if a decay is outside [0, 1), or two decays are equal.
     """
 
     def __init__(self, decay: float | Sequence[float] = 0.9999, warmup: bool = True) -> None:
@@ -40,7 +40,7 @@ class EMA(pl.Callback):
         self._restored = False
 
     def setup(self, trainer: pl.Trainer, pl_module: DiffusionModule, stage: str) -> None:  # type: ignore[override]
-        for decay in self.decays:  # before FSDP shards the live weights: averages stay whole
+        for decay in self.decays:  # before FSDP shards the weights, since the averages are not sharded
             self.networks[decay] = copy.deepcopy(pl_module.network).requires_grad_(False).eval()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: DiffusionModule) -> None:  # type: ignore[override]
@@ -81,5 +81,5 @@ class EMA(pl.Callback):
 
 
 def name(decay: float) -> str:
-    """Return the key of an average in a checkpoint, also its caption."""
+    """Return the name of an average in checkpoints and captions."""
     return f"{decay:g}"

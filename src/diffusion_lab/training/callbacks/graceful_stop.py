@@ -40,7 +40,7 @@ class GracefulStop(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         if trainer.fit_loop.epoch_loop.batch_progress.current.ready % trainer.accumulate_grad_batches:
-            return  # in the middle of an accumulated batch, whose gradients no checkpoint holds
+            return  # accumulated gradients are not stored in checkpoints
         received = self.received or 0
         if trainer.world_size > 1:
             # All processes must stop at the same step. The reduction makes them wait, so it is rare.

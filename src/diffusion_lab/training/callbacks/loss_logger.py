@@ -1,4 +1,4 @@
-"""Log the training loss, in total and by ln SNR."""
+"""Log the training loss, over all images and for bins of ln SNR."""
 
 import math
 import sys
@@ -16,34 +16,37 @@ from diffusion_lab.training.sharding import local
 
 
 class LossLogger(pl.Callback):
-    """Log `train/loss`, the mean over all images since the last row, and the same for each bin of ln SNR = 2λ.
+    """Log `train/loss`, the mean over all images since the previous row, and the same mean for each bin of ln SNR = 2λ.
 
-    Sums stay on the device and are reduced over the processes once a row. A NaN or Inf loss is printed (and sent as a W&B
-    alert); after two such rows in succession the run stops.
+    Sums are kept on the device and reduced over the processes once per row. If the loss is NaN or Inf, a warning is printed (and
+    sent as a W&B alert); the run stops after two such rows in succession.
 
     Args:
-        edges: increasing bounds of the bins of ln SNR, which name `train/loss_snr/…`; None for no bins.
+        edges: increasing edges of the bins of ln SNR, logged as `train/loss_snr/LOW_HIGH`; None for no bins.
 
     Attributes:
-        diverged: the step since which the loss is NaN or Inf; None if that of the last row is finite.
+        diverged: the step since which the loss is NaN or Inf; None if the last logged loss is finite.
+
+    Raises:
+        ConfigError: if the edges do not increase.
     """
 
     def __init__(self, edges: list[float] | None = None) -> None:
         if edges is not None:
             check_numbers("callbacks.losses.edges", edges, "[-100, 100]", "or null for none")
         if edges is not None and sorted(set(edges)) != list(edges):
-            raise ConfigError(f"callbacks.losses.edges={edges} must increase: write e.g. [-4,0,4]")
+            raise ConfigError(f"callbacks.losses.edges={edges} does not increase: write e.g. [-4,0,4]")
         self.edges = edges or []
         bounds = ["-inf", *(f"{edge:g}" for edge in self.edges), "inf"]
         self._bounds = torch.tensor(self.edges, dtype=torch.float64)
         self.diverged: int | None = None
         self._restored: torch.Tensor | None = None
-        self._stopped_at = torch.zeros(1, dtype=torch.int64)  # a tensor, which is shared with spawned processes
+        self._stopped_at = torch.zeros(1, dtype=torch.int64)  # a tensor is shared with spawned processes
         self.names = [f"train/loss_snr/{low}_{high}" for low, high in pairwise(bounds)]
 
     @property
     def nonfinite_since(self) -> int | None:
-        """The step since which the loss is NaN or Inf, once that has stopped the run; else None."""
+        """The step since which the loss is NaN or Inf, if the run was stopped because of it; else None."""
         return int(self._stopped_at) or None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -53,7 +56,7 @@ class LossLogger(pl.Callback):
         self._restored = None
 
     def _reset(self, device: torch.device) -> None:
-        # Σ weight · loss, Σ weight and the count of each bin; the weight is 1 except with time_sampler=importance
+        # For each bin: Σ weight · loss, Σ weight, number of images. The weight is 1 except with time_sampler=importance.
         self._sums = torch.zeros(3, len(self.edges) + 1, dtype=torch.float64, device=device)
 
     def on_train_batch_end(  # type: ignore[override]

@@ -1,4 +1,4 @@
-"""The progress bar of a training run."""
+"""Progress bar for training."""
 
 import sys
 from typing import Any
@@ -10,10 +10,10 @@ from diffusion_lab.training.callbacks.throughput import Throughput
 
 
 class Progress(pl.Callback):
-    """Show optimizer steps out of `trainer.max_steps`, with the losses, images per second and the remaining time.
+    """Show optimizer steps out of `trainer.max_steps`, the losses, images per second and the remaining time.
 
-    Lightning's `TQDMProgressBar` and `RichProgressBar` count the batches of an epoch, accumulated parts included: on an endless
-    stream of batches they have no total, and thus no remaining time.
+    Lightning's `TQDMProgressBar` and `RichProgressBar` count the batches of an epoch, including the parts of accumulated
+    batches. On an endless stream of batches they show neither a total nor the remaining time.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class Progress(pl.Callback):
 
 
 def _interval() -> float:
-    """Return the seconds between two refreshes: fewer lines in a log file than on a terminal."""
+    """Return the seconds between two refreshes, longer in a log file than on a terminal."""
     return 0.2 if sys.stderr.isatty() else 20.0
 
 

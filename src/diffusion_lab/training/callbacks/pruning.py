@@ -1,4 +1,4 @@
-"""Prune trials of a hyperparameter search."""
+"""Stop unpromising trials of a hyperparameter search."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ class Pruning(pl.Callback):
     """Report every new value of the metric that `Checkpoints` monitors, and stop the run if the search prunes it.
 
     Args:
-        report: (value, step) → whether to stop.
+        report: called with (value, step); returns whether to stop.
 
     Attributes:
         pruned: whether the run was stopped.
@@ -20,14 +20,16 @@ class Pruning(pl.Callback):
 
     def __init__(self, report: Callable[[float, int], bool]) -> None:
         self.report, self.pruned = report, False
-        self._reported = -1  # step
+        self._reported = -1  # the step of the last report
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: DiffusionModule, *_: object) -> None:  # type: ignore[override]
         kept = next((c for c in trainer.callbacks if isinstance(c, Checkpoints)), None)  # type: ignore[attr-defined]
         if kept is None or kept.latest is None:
             return
         value, step = kept.latest
-        if step > self._reported and step < trainer.max_steps:  # the last value is the result of the run
+        if (
+            step > self._reported and step < trainer.max_steps
+        ):  # the run returns the value of the last step as its result
             self._reported = step
             if self.report(value, step):
                 self.pruned = trainer.should_stop = True

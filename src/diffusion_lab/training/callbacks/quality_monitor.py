@@ -1,4 +1,4 @@
-"""Callback that logs the Fréchet distance of samples to the data during training."""
+"""Log the Fréchet distance between samples and data during training."""
 
 import time
 import warnings
@@ -29,8 +29,8 @@ from diffusion_lab.training.callbacks.throughput import Throughput, peak_memory
 from diffusion_lab.training.classifier import train_classifier
 from diffusion_lab.training.module import DiffusionModule
 
-TRIAL = 8  # images for the timing of the extractor
-BACKWARD = 3.0  # cost of a training step in forward passes
+TRIAL = 8  # number of images for timing the extractor
+BACKWARD = 3.0  # cost of a training step, in forward passes
 
 
 class Cost(NamedTuple):
@@ -99,21 +99,21 @@ class QualityMonitor(pl.Callback):
     # before the first step ------------------------------------------------------------------------------------------------
 
     def check(self, data: DataModule) -> None:
-        """Raise ConfigError, before anything is written, for missing weights, a data set without labels, a full disk."""
+        """Raise ConfigError if the extractor's weights, the labels of the data set or disk space are missing."""
         images = data.images(self.split)
         if len(images) < 2:
             raise ConfigError(
-                f"callbacks.quality.split={self.split} holds {len(images)} image(s), and 2 at least are needed: write "
+                f"callbacks.quality.split={self.split} has {len(images)} image(s), but at least 2 are needed: write "
                 "callbacks.quality.split=train+val"
             )
         if self.extractor == "inception":
             extractors.weights(self.weights_path)
         elif self.extractor == "classifier":
             classifier.file_of(data.examples("train"), self.cache, "", classifier.Recipe())
-        reference.require_space_for(2048, 0, self.cache)  # of Inception, the largest
+        reference.require_space_for(2048, 0, self.cache)  # the features of Inception, the largest extractor
 
     def prepare(self, data: DataModule, device: torch.device) -> None:
-        """Load the extractor and the reference statistics; the first process computes missing ones."""
+        """Load the extractor and the reference statistics. Rank 0 computes those that are not cached."""
         shape = (data.channels, data.image_size[0], data.image_size[1])
         if self.extractor == "classifier":
             trained = classifier.for_dataset(data, self.cache, train_classifier, device)
@@ -149,7 +149,7 @@ class QualityMonitor(pl.Callback):
             warnings.warn(f"callbacks.quality: {warning}", stacklevel=2)
 
     def cost(self, trainer: pl.Trainer, module: DiffusionModule) -> Cost:
-        """Estimate the cost by timing one evaluation of the network on a whole batch, and the features of a few images."""
+        """Estimate the cost by timing the network on one batch, and the extractor on a few images."""
         assert self._extractor is not None
         extractor, data, world = self._extractor, trainer.datamodule, trainer.world_size  # type: ignore[attr-defined]
         shape = (data.channels, data.image_size[0], data.image_size[1])
@@ -169,16 +169,16 @@ class QualityMonitor(pl.Callback):
         return Cost(seconds, memory, seconds / (seconds + self.every * step))
 
     def _rarer(self, cost: Cost) -> int:
-        """Return the smallest multiple of 100 steps at which evaluations take at most `share` of the time."""
+        """Return the smallest interval, a multiple of 100 steps, at which evaluations take at most `share` of the time."""
         steps = self.every * cost.share / (1 - cost.share) * (1 - self.share) / self.share
         return int(-(-steps // 100) * 100)
 
-    # while training -------------------------------------------------------------------------------------------------------
+    # during training ------------------------------------------------------------------------------------------------------
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: DiffusionModule, *_: object) -> None:  # type: ignore[override]
         step = trainer.global_step
         stopped = any(isinstance(c, GracefulStop) and c.received is not None for c in trainer.callbacks)  # type: ignore[attr-defined]
-        if stopped and trainer.world_size == 1:  # a stopped run ends at once
+        if stopped and trainer.world_size == 1:  # an interrupted run is not evaluated
             return
         last = step == trainer.max_steps
         accumulating = trainer.fit_loop.epoch_loop.batch_progress.current.ready % trainer.accumulate_grad_batches
@@ -187,7 +187,7 @@ class QualityMonitor(pl.Callback):
         begin = time.perf_counter()
         try:
             self._evaluate(trainer, pl_module)
-        except (ConfigError, torch.OutOfMemoryError) as error:  # the same in every process; the training goes on
+        except (ConfigError, torch.OutOfMemoryError) as error:  # the same in every process; training continues
             if trainer.is_global_zero:
                 warnings.warn(f"no {self.label} at step {step:,}: {error}", stacklevel=2)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -215,12 +215,12 @@ class QualityMonitor(pl.Callback):
                 processes=Processes(module.device),
             )[self._extractor.name]
         distance = frechet_distance(collected.sums.moments(), self._reference.moments)
-        self.value = float(torch.tensor(distance, dtype=torch.float32))  # as loggers store it
+        self.value = float(torch.tensor(distance, dtype=torch.float32))  # loggers store float32
         row = {self.label: self.value}
         if collected.confident is not None:
             row[label("confident_fraction", self.n)] = float(collected.confident.sum()) / self.n
         epoch = trainer.global_step * module.batch_size / data.size("train")
-        for logger in trainer.loggers:  # self.log would repeat the figure in later rows and skip odd steps
+        for logger in trainer.loggers:  # self.log would repeat the value in later rows, and skip steps between two rows
             logger.log_metrics({**row, "epoch": epoch}, step=trainer.global_step)
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in row.items()})  # for `monitor=`
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -229,7 +229,7 @@ class QualityMonitor(pl.Callback):
 
     @contextmanager
     def _evaluated(self, module: DiffusionModule) -> Iterator[Denoiser]:
-        """Yield the denoiser of the first average (of the live weights without averages), in eval mode, without autocast."""
+        """Yield the denoiser with the first average (or the raw weights if there is none), in eval mode without autocast."""
         denoiser = next(iter(module.denoisers().values()))
         with module.evaluating(), torch.no_grad(), torch.autocast(module.device.type, enabled=False):
             yield replace(denoiser, clip=self.clip)
@@ -249,7 +249,7 @@ def _seconds(call: object, device: torch.device) -> float:
 
 
 def _evaluations(sampler: Sampler, denoiser: Denoiser, shape: tuple[int, int, int]) -> int:
-    """Return the network evaluations of one image, counted with a network that returns zeros."""
+    """Return the number of network evaluations per image, counted with a network that returns zeros."""
     channels = int(getattr(denoiser.network, "out_channels", shape[0]))
 
     def zeros(x: Tensor, c: Tensor, **condition: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Sample grids during training."""
+"""Draw grids of samples during training."""
 
 import warnings
 from dataclasses import replace
@@ -67,7 +67,7 @@ class Samples(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: DiffusionModule) -> None:  # type: ignore[override]
         stopped = any(isinstance(c, GracefulStop) and c.received is not None for c in trainer.callbacks)  # type: ignore[attr-defined]
-        if trainer.global_step and not stopped:  # an interrupted run ends at once
+        if trainer.global_step and not stopped:  # an interrupted run is not sampled
             self._draw(trainer, pl_module)
 
     def _draw(self, trainer: pl.Trainer, module: DiffusionModule) -> None:

@@ -14,9 +14,9 @@ from diffusion_lab.training.module import DiffusionModule
 class Throughput(pl.Callback):
     """Log `speed/images_per_s` (all processes), `speed/peak_memory_gib` (this process) and `speed/hours_to_go`.
 
-    The rate is measured over the training steps since the last row, without validation and the time that other callbacks
-    report by `pause`; the forecast includes both. Lightning's `ThroughputMonitor` excludes validation alone, synchronizes the
-    GPU at every batch, and has neither memory nor a forecast.
+    The rate is measured over the training steps since the previous row and excludes validation and the time that other callbacks
+    pass to `pause`. The remaining time includes both. Lightning's `ThroughputMonitor` excludes only validation, synchronizes the
+    GPU after every batch, and logs neither memory nor the remaining time.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class Throughput(pl.Callback):
             self._paused += time.perf_counter() - self._pause
 
     def pause(self, seconds: float) -> None:
-        """Exclude the `seconds` that another callback has just taken from the rate."""
+        """Exclude `seconds` from the rate. Called by other callbacks with the time that they have used."""
         if hasattr(self, "_paused"):
             self._paused += seconds
 

@@ -8,9 +8,9 @@ from diffusion_lab.training.module import DiffusionModule
 
 
 class WandbSummary(pl.Callback):
-    """Define the summary of a W&B run, and log histograms of the gradients every `gradients` steps of the logger.
+    """Define the summary of a W&B run, and log histograms of the gradients every `logger.wandb.gradients` steps.
 
-    The summary has the lowest validation loss and quality metric, the mean rate, and the last value of everything else.
+    The summary contains the lowest validation loss and quality metric, the mean rate, and the last value of every other metric.
     """
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: DiffusionModule) -> None:  # type: ignore[override]
