@@ -91,7 +91,7 @@ def test_a_checkpoint_that_fsdp_would_scramble_is_refused(tmp_path, capfd):
     again = [f"ckpt={folder}", "trainer.max_steps=2", "trainer=fsdp", f"hydra.run.dir={tmp_path / 'again'}"]
     code, _, err = command("train", again, capfd)
     assert code == 2
-    assert "resume it by trainer=ddp first" in err
+    assert "resume it with trainer=ddp" in err
 
 
 def _rows(folder):

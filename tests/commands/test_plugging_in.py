@@ -144,7 +144,7 @@ def test_overfit_batches_shows_the_same_images_with_new_noise(tmp_path):
     ("arguments", "remedy"),
     [
         (("+trainer.limit_train_batches=0.5",), "write a number of batches"),
-        (("+trainer.limit_train_batches=0",), "write 1 or more"),
+        (("+trainer.limit_train_batches=0",), "write at least 1"),
         (("+trainer.limit_train_batches=3", "trainer.accumulate_grad_batches=2"), "limit_train_batches=2"),
         (("+trainer.overfit_batches=0.1",), "write a number of batches"),
         (("+trainer.barebones=true",), "barebones=true goes without"),
@@ -167,8 +167,8 @@ UNREAD = {
     ("logger=none", "+logger.wandb.entity=x"): "logger.wandb has no _target_",
     ("+logger.mlflow._target_=no.such.Logger",): "cannot be imported",
     ("logger=wandb", "+logger.wandb.nonsense=1"): "has no argument nonsense",
-    ("+callbacks.mine._target_=torch.nn.Identity",): "is no callback",
-    ("+logger.mine._target_=torch.nn.Identity",): "is no logger",
+    ("+callbacks.mine._target_=torch.nn.Identity",): "is not a callback",
+    ("+logger.mine._target_=torch.nn.Identity",): "is not a logger",
 }
 
 

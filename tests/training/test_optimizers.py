@@ -73,7 +73,7 @@ REFUSED = {
     custom("optimizer", "torch.optim.Adagrad", "lr=-1"): "Invalid learning rate",
     custom("optimizer", "torch.optim.SparseAdam", "weight_decay=0"): "no argument weight_decay",
     ("optimizer=custom",): "optimizer._target_=",
-    custom("lr_scheduler", "torch.nn.Linear"): "torch.nn.Linear is no scheduler",
+    custom("lr_scheduler", "torch.nn.Linear"): "torch.nn.Linear is not a scheduler",
     custom("lr_scheduler", CURVES + "StepLR"): "+lr_scheduler.step_size=",
     custom("lr_scheduler", CURVES + "StepLR", "step_size=2", "foo=1"): "StepLR has no argument foo",
     custom("lr_scheduler", CURVES + "LambdaLR", "lr_lambda=1.0"): "is no function",

@@ -1,4 +1,4 @@
-"""`src/train.py`: train, resume, fine-tune. `run` lists the steps; their functions are in the modules of this folder."""
+"""Train, resume or fine-tune a model (`src/train.py`). `run` lists the steps, the other modules implement them."""
 
 import os
 import sys
@@ -30,10 +30,17 @@ from hydra_plugins.diffusion_lab_optuna import reporter
 
 
 def run(config: DictConfig) -> Result:
-    """Train as configured.
+    """Train a model.
+
+    Args:
+        config: the composed configuration of `conf/train.yaml`.
 
     Returns:
-        The exit code (0; 1 for a NaN or Inf loss; 128 + the signal that ended the run) and the best monitored value.
+        The exit code (0; 1 for a NaN or Inf loss; 128 + the number of the signal that ended the run) and the best value of the
+        monitored metric.
+
+    Raises:
+        ConfigError: if the configuration is invalid.
     """
     summary.silence_lightning()
     configuration = Configuration.of(config)
@@ -57,7 +64,10 @@ def run(config: DictConfig) -> Result:
         data.prepare_data()
     if resume:
         if resume.step >= trainer.max_steps:
-            raise ConfigError(f"{resume.path} has {resume.step} steps already: write trainer.max_steps= above that")
+            raise ConfigError(
+                f"{resume.path} has {resume.step} steps, but trainer.max_steps={trainer.max_steps}: write a larger "
+                "trainer.max_steps="
+            )
         data.start_at(resume.step)
     data.setup()
 
@@ -74,13 +84,13 @@ def run(config: DictConfig) -> Result:
     make(settings["sampler"], "sampler").check(module.denoiser)
     checks.check_disk(folder, network, settings)
     checks.check_data(data, condition, callbacks, trainer)
-    if trainer.is_global_zero:  # last, so that a run that is refused leaves nothing behind
+    if trainer.is_global_zero:  # after all checks, so that an invalid configuration leaves no files
         _write_configuration(folder, settings)
         if resume:
             resuming.carry(resume, settings, folder, loggers, callbacks)
 
     summary.announce(trainer, network, settings)
-    os.environ[CONFIG_ENV] = str(folder / "config.yaml")  # read by the further processes that Lightning starts
+    os.environ[CONFIG_ENV] = str(folder / "config.yaml")  # read by the processes that Lightning starts
     failed = 1
     try:
         with os_errors(), spawning(trainer, callbacks):
@@ -99,7 +109,7 @@ def run(config: DictConfig) -> Result:
         stop_signals.deferred = stop_signals.received is not None  # the next job of a sweep starts up
         os.environ.pop(CONFIG_ENV, None)
         if "wandb" in sys.modules:
-            # Without it the next job of a sweep would continue this job's W&B run.
+            # Otherwise the next job of a sweep would continue this job's W&B run.
             sys.modules["wandb"].finish(exit_code=failed)
     return summary.report(trainer, callbacks, settings)
 
@@ -136,9 +146,9 @@ def added_callbacks(loggers: list[Logger]) -> list[pl.Callback]:
 
 
 def _write_configuration(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Write config.yaml. Raises ConfigError: another run has created the folder in the meantime."""
+    """Write config.yaml. Raises ConfigError if another run has created the folder in the meantime."""
     folder.mkdir(parents=True, exist_ok=True)
-    try:  # created exclusively: two runs of the same second must not share a folder
+    try:  # mode "x" fails if the file exists, so that two runs started in the same second do not share a folder
         (folder / "config.yaml").open("x").close()
     except FileExistsError:
         if not settings["overwrite"]:

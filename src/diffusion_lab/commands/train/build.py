@@ -33,7 +33,7 @@ from diffusion_lab.training.optim import LRSchedule, OptimizerConfig, TorchSched
 Config = Mapping[str, Any]
 Make = Callable[..., Any]  # `instantiate`, or `instantiate_untrusted` for the configuration of a checkpoint
 
-# Groups of one node, and the arguments that the command passes to its constructor.
+# Groups with a single node, and the arguments that the command passes to its constructor.
 PASSED: dict[str, tuple[str, ...]] = {
     "data": ("seed",),
     "condition": ("num_classes", "num_attributes", "names"),
@@ -52,11 +52,11 @@ PASSED: dict[str, tuple[str, ...]] = {
 
 
 def check_nodes(config: Config) -> None:
-    """Compare every node with its constructor's signature and annotations, before anything is read or built.
+    """Compare every node with its constructor's signature and annotations, before any file is read or object built.
 
     Raises:
-        ConfigError: an unknown key, an argument that is missing or of another type, a class that cannot be imported, or an
-            optimizer or scheduler of another kind.
+        ConfigError: if a key is unknown, an argument is missing or has the wrong type, a class cannot be imported, or the class
+            of an optimizer or scheduler is not supported.
     """
     _check_kinds(config)
     for group, passed in PASSED.items():
@@ -67,29 +67,29 @@ def check_nodes(config: Config) -> None:
     for key in ("callbacks", "logger"):
         if config["trainer"].get(key) is not None:
             raise ConfigError(
-                f"trainer.{key} is filled from the group {key}: write +{key}.mine._target_=my_package.MyClass"
+                f"trainer.{key} is set from the group {key}: write +{key}.mine._target_=my_package.MyClass instead"
             )
 
 
 NO_SCHEDULER = (
-    "lr_scheduler._target_={} is no scheduler: write a class derived from "
+    "lr_scheduler._target_={} is not a scheduler: write a class derived from "
     "torch.optim.lr_scheduler.LRScheduler or diffusion_lab.training.optim.LRSchedule"
 )
 
 
 def _check_kinds(config: Config) -> None:
-    """Raise ConfigError for an optimizer or scheduler of another kind, before its arguments are checked."""
+    """Raise ConfigError if the class of the optimizer or scheduler is not supported, before its arguments are checked."""
     joining = (torch.optim.lr_scheduler.SequentialLR, torch.optim.lr_scheduler.ChainedScheduler)
     kind = locate(config["optimizer"], "optimizer")
     if isinstance(kind, type) and not issubclass(kind, torch.optim.Optimizer):
         name = config["optimizer"]["_target_"]
         raise ConfigError(
-            f"optimizer._target_={name} is no optimizer: write a class derived from torch.optim.Optimizer"
+            f"optimizer._target_={name} is not an optimizer: write a class derived from torch.optim.Optimizer"
         )
     kind, name = locate(config["lr_scheduler"], "lr_scheduler"), config["lr_scheduler"]["_target_"]
     if isinstance(kind, type) and issubclass(kind, joining):
         raise ConfigError(
-            f"lr_scheduler._target_={name} joins schedulers of one optimizer, which a file does not hold: write "
+            f"lr_scheduler._target_={name} takes other schedulers as arguments, which is not supported: write "
             "lr_scheduler.warmup= for a warm-up, or a class derived from diffusion_lab.training.optim.LRSchedule"
         )
     if isinstance(kind, type) and not issubclass(
@@ -99,7 +99,7 @@ def _check_kinds(config: Config) -> None:
 
 
 def data(config: Config, make: Make = instantiate) -> DataModule:
-    """Build the data module; no file is read."""
+    """Build the data module. No file is read."""
     node = config["data"]
     module: DataModule = make(node, "data", **accepted(node, seed=config["seed"]))
     return module
@@ -109,7 +109,8 @@ def condition(config: Config, data: DataModule, make: Make = instantiate) -> tup
     """Build the condition.
 
     Returns:
-        The condition, and its node with the values of the data set: number of classes, number of attributes and their names.
+        The condition, and its node including the number of classes, the number of attributes and the names of the attributes
+        of the data set.
     """
     node = dict(config["condition"])
     counts = {"num_classes": data.num_classes, "num_attributes": data.num_attributes}
@@ -122,16 +123,16 @@ def condition(config: Config, data: DataModule, make: Make = instantiate) -> tup
 def model(
     config: Config, condition: Condition, learned: bool, make: Make = instantiate
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Build the network with new weights, which depend on the seed alone.
+    """Build the network with newly initialized weights, which depend only on the seed.
 
     Args:
         config: the configuration.
         condition: the condition of the network.
-        learned: whether the network outputs variance channels.
-        make: builds a node.
+        learned: whether the network predicts a variance.
+        make: the function that instantiates a node.
 
     Returns:
-        The network, and its node with the arguments that other groups determine.
+        The network, and its node including the arguments that other groups determine.
     """
     node, data = dict(config["model"]), config["data"]
     arguments = {
@@ -153,7 +154,8 @@ def module(
     """Build the LightningModule.
 
     Raises:
-        ConfigError: an optimizer or scheduler that cannot be built, or a network without the channels of variance=learned.
+        ConfigError: if the optimizer or scheduler cannot be built, or variance=learned and the network does not output variance
+            channels.
     """
     built = DiffusionModule(
         network,
@@ -183,7 +185,7 @@ def validates(config: Config) -> bool:
 
 
 def optimizer(config: Config, make: Make = instantiate) -> OptimizerConfig:
-    """Build the configuration of optimizer and learning-rate schedule."""
+    """Build the configuration of the optimizer and its learning-rate schedule."""
     node = config["lr_scheduler"]
     schedule: LRSchedule | TorchSchedule
     if arguments := _torch_arguments(node):
@@ -200,7 +202,7 @@ def optimizer(config: Config, make: Make = instantiate) -> OptimizerConfig:
 
 
 def _torch_arguments(node: Config) -> dict[str, Any] | None:
-    """Return the node of one of torch's schedulers without the keys of `TorchSchedule`; None for another class."""
+    """Return the node of a torch scheduler without the keys of `TorchSchedule`, or None for another class."""
     kind = locate(node, "lr_scheduler")
     if isinstance(kind, type) and issubclass(kind, LRScheduler | torch.optim.lr_scheduler.ReduceLROnPlateau):
         return {key: value for key, value in node.items() if key not in ("warmup", "monitor")}
@@ -209,7 +211,7 @@ def _torch_arguments(node: Config) -> dict[str, Any] | None:
 
 @torch.no_grad()
 def _try_channels(built: DiffusionModule, config: Config) -> None:
-    """Evaluate another package's network once. Raises ConfigError: its output has no channels for the variance."""
+    """Evaluate a network of another package once. Raises ConfigError if its output has no variance channels."""
     data = config["data"]
     x = torch.zeros(1, data["channels"], *data["image_size"])
     condition = {"label": torch.zeros(1, dtype=torch.long)} if built.condition.num_classes else {}
@@ -222,19 +224,19 @@ def _try_channels(built: DiffusionModule, config: Config) -> None:
 
 
 def callbacks(config: Config, folder: Path, make: Make = instantiate) -> list[pl.Callback]:
-    """Build the named callbacks that are not null, in the order of the file, and `GracefulStop`.
+    """Build the callbacks that are not null, in the order of the configuration, and `GracefulStop`.
 
     Raises:
-        ConfigError: a callback in REFUSED, one that writes last.ckpt or best.ckpt, or one whose folder is outside the run's.
+        ConfigError: if a callback is in REFUSED, writes last.ckpt or best.ckpt, or has a folder outside the run folder.
     """
     built: list[pl.Callback] = []
     for name, node in (config.get("callbacks") or {}).items():
         if node is not None:
-            if "folder" in node:  # which a checkpoint's configuration may name as well
+            if "folder" in node:  # possibly from the configuration of an untrusted checkpoint
                 below = Path(node["folder"])
                 if below.is_absolute() or ".." in below.parts:
                     raise ConfigError(
-                        f"callbacks.{name}.folder={below} is outside the run folder: write a relative name"
+                        f"callbacks.{name}.folder={below} is outside the run folder: write a relative path"
                     )
                 node = {**node, "folder": str(folder / below)}
             built.append(make(node, f"callbacks.{name}"))
@@ -243,41 +245,41 @@ def callbacks(config: Config, folder: Path, make: Make = instantiate) -> list[pl
 
 
 REFUSED = {
-    GradientAccumulationScheduler: "the noise of a step is keyed by the position in the global batch, whose parts are fixed for "
-    "a run: write trainer.accumulate_grad_batches=",
-    StochasticWeightAveraging: "it puts averaged weights into the network that is trained: write callbacks.ema.decay=",
-    LearningRateFinder: "it sets an attribute of the module, and the learning rate is an argument of the optimizer: write "
+    GradientAccumulationScheduler: "the number of accumulated batches must be constant during a run: write "
+    "trainer.accumulate_grad_batches=",
+    StochasticWeightAveraging: "it replaces the trained weights by their average: write callbacks.ema.decay=",
+    LearningRateFinder: "it sets an attribute of the module, but the learning rate is an argument of the optimizer: write "
     "--multirun optimizer.lr=1e-4,3e-4,1e-3",
-    BatchSizeFinder: "data.batch_size is the global batch, which keys all noise: write data.batch_size=",
+    BatchSizeFinder: "the random numbers of a run depend on data.batch_size: write data.batch_size=",
 }
 
 
 def _check_callback(callback: pl.Callback, name: str, validated: bool) -> None:
     if not isinstance(callback, pl.Callback):
         raise ConfigError(
-            f"callbacks.{name}: {type(callback).__name__} is no callback: write a class derived from "
+            f"callbacks.{name}: {type(callback).__name__} is not a callback: write a class derived from "
             "pytorch_lightning.Callback"
         )
     for kind, reason in REFUSED.items():
         if isinstance(callback, kind):
-            raise ConfigError(f"callbacks.{name}: {kind.__name__} is refused, since {reason}")
+            raise ConfigError(f"callbacks.{name}: {kind.__name__} is not supported, since {reason}")
     monitor = getattr(callback, "monitor", None)
     if isinstance(callback, EarlyStopping | ModelCheckpoint) and str(monitor).startswith("val/") and not validated:
         raise ConfigError(
-            f"callbacks.{name}: {type(callback).__name__} monitors {monitor}, and this run has no validation: write "
+            f"callbacks.{name}: {type(callback).__name__} monitors {monitor}, but this run has no validation: write "
             "validation.every=500 and data.val=0.1"
         )
     names = ("last", "best", "last.ckpt", "best.ckpt")
     last = getattr(callback, "save_last", False) or getattr(callback, "filename", None) in names
     if isinstance(callback, Checkpoint) and last:
         raise ConfigError(
-            f"callbacks.{name}: a {type(callback).__name__} that writes last.ckpt or best.ckpt would replace those of "
+            f"callbacks.{name}: this {type(callback).__name__} would overwrite last.ckpt or best.ckpt of "
             f"callbacks.checkpoints: write callbacks.{name}.save_last=false and another filename"
         )
 
 
 def loggers(config: Config, folder: Path, identity: Identity, make: Make = instantiate) -> list[Logger]:
-    """Build the loggers that are not null, and one of metrics.csv where none of them writes it."""
+    """Build the loggers that are not null, and a CSVLogger if none of them writes metrics.csv to the run folder."""
     built: list[Logger] = []
     for name, node in (config.get("logger") or {}).items():
         if node is not None:
@@ -285,7 +287,8 @@ def loggers(config: Config, folder: Path, identity: Identity, make: Make = insta
             built.append(make(node, f"logger.{name}", **arguments))
             if not isinstance(built[-1], Logger):
                 raise ConfigError(
-                    f"logger.{name}: {node['_target_']} is no logger: write a class of Lightning's Logger"
+                    f"logger.{name}: {node['_target_']} is not a logger: write a class derived from "
+                    "pytorch_lightning.loggers.Logger"
                 )
     if not any(isinstance(logger, CSVLogger) and Path(logger.log_dir) == folder for logger in built):
         built.insert(0, CSVLogger(str(folder), name="", version="", flush_logs_every_n_steps=100))

@@ -1,4 +1,4 @@
-"""Checks before the first step: processes, sharding, disk, data."""
+"""Check processes, sharding, disk space and data before the first step."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ from diffusion_lab.training.callbacks import QualityMonitor
 
 
 def check_processes(settings: Mapping[str, Any], resume: Resume | None) -> None:
-    """Raise ConfigError for a strategy that is not supported, or numbers of processes that contradict the launcher's."""
+    """Raise ConfigError if the strategy is not supported, or the number of processes differs from the launcher's."""
     options = settings["trainer"]
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
         processes.check_sweep(options)
@@ -35,12 +35,13 @@ def check_processes(settings: Mapping[str, Any], resume: Resume | None) -> None:
     in_slurm = "SLURM_NTASKS" in os.environ and not processes.interactive()
     if started is None and in_slurm and processes.is_multiprocess(options):
         raise ConfigError(
-            "SLURM gave this job one task, so one process would train: submit with --ntasks-per-node=N and start by srun"
+            "the SLURM job has one task, but the trainer needs several processes: submit with --ntasks-per-node=N and start "
+            "with srun"
         )
     if started and each and (options["num_nodes"], each * options["num_nodes"]) != (started.nodes, started.world):
         raise ConfigError(
-            f"{started.by} started {started.world} processes on {started.nodes} node(s), and trainer.devices={each} "
-            f"trainer.num_nodes={options['num_nodes']} are other numbers: write trainer=ddp "
+            f"{started.by} started {started.world} processes on {started.nodes} node(s), but trainer.devices={each} and "
+            f"trainer.num_nodes={options['num_nodes']}: write trainer=ddp "
             f"trainer.devices={started.world // started.nodes} trainer.num_nodes={started.nodes}"
         )
 
@@ -49,16 +50,16 @@ def _check_sharding(settings: Mapping[str, Any], resume: Resume | None) -> None:
     """Raise ConfigError for settings that do not work with sharded weights."""
     if not (settings.get("callbacks") or {}).get("ema"):
         raise ConfigError(
-            "trainer=fsdp shards the live weights, and validation and samples use the averages: write "
-            "callbacks.ema.decay=0, whose average is the live weights"
+            "trainer=fsdp needs an average of the weights for validation and samples: write callbacks.ema.decay=0 for a copy "
+            "of the weights"
         )
     if settings["compile"]:
         raise ConfigError("trainer=fsdp does not work with compile=true: write compile=false")
     if ((settings.get("logger") or {}).get("wandb") or {}).get("gradients"):
-        raise ConfigError("trainer=fsdp has no gradients in one place for logger.wandb.gradients: write 0")
+        raise ConfigError("trainer=fsdp does not support histograms of gradients: write logger.wandb.gradients=0")
     if resume and not all(tensor.is_contiguous() for tensor in resume.content["state_dict"].values()):
         raise ConfigError(
-            f"{resume.path} was written by an older version, and FSDP cannot read it: resume it by trainer=ddp first"
+            f"{resume.path} was written by an older version and cannot be read with trainer=fsdp: resume it with trainer=ddp"
         )
 
 
@@ -78,9 +79,9 @@ def check_weights(resume: Resume, network: nn.Module) -> None:
 
 
 def check_disk(folder: Path, network: nn.Module, settings: Mapping[str, Any]) -> None:
-    """Raise ConfigError if the disk has no room for last.ckpt, best.ckpt and the file being written.
+    """Raise ConfigError if the disk has no space for last.ckpt, best.ckpt and a temporary file.
 
-    Each holds the weights, their averages, and the two moments of Adam.
+    Each file contains the weights, their averages, and the two moments of Adam.
     """
     decay = ((settings.get("callbacks") or {}).get("ema") or {}).get("decay", [])
     copies = 3 + (len(decay) if isinstance(decay, list) else 1)
@@ -89,10 +90,10 @@ def check_disk(folder: Path, network: nn.Module, settings: Mapping[str, Any]) ->
 
 
 def check_data(data: DataModule, condition: Condition, callbacks: Sequence[pl.Callback], trainer: pl.Trainer) -> None:
-    """Raise ConfigError where data and configuration do not fit.
+    """Raise ConfigError if the data does not fit the configuration.
 
-    The batch size must be a multiple of processes × accumulated parts, the condition must find its tensors in a batch, the
-    quality callback must be able to measure the images, and each process needs a validation image.
+    The batch size must be a multiple of the number of processes times `accumulate_grad_batches`, a batch must contain the
+    tensors of the condition, the data must fit the extractor of `QualityMonitor`, and each process needs a validation image.
     """
     condition(data.train_dataloader().batch(0))
     for callback in callbacks:
@@ -100,5 +101,6 @@ def check_data(data: DataModule, condition: Condition, callbacks: Sequence[pl.Ca
             callback.check(data)
     if 0 < data.size("val") < trainer.world_size:
         raise ConfigError(
-            f"{data.size('val')} validation images are too few for {trainer.world_size} processes: write data.val=0"
+            f"{data.size('val')} validation image(s) are fewer than the {trainer.world_size} processes: write data.val=0, or a "
+            "larger data.val="
         )

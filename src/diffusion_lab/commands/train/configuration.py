@@ -1,4 +1,4 @@
-"""The configuration of a training run: the command line's, or a checkpoint's with the command line's overrides on top."""
+"""Configuration of a training run: that of the command line, or that of a checkpoint with the command line's overrides."""
 
 import copy
 import functools
@@ -32,7 +32,7 @@ _NOT_FROM_CHECKPOINT = ("ckpt", "init", "overwrite", "trust", "run_dir")
 
 
 class Resume(NamedTuple):
-    """The checkpoint that a run continues."""
+    """The checkpoint from which a run is resumed."""
 
     path: Path
     step: int
@@ -43,12 +43,13 @@ class Configuration(NamedTuple):
     """The configuration of a run and its origin.
 
     Attributes:
-        settings: plain containers, interpolations resolved.
-        composed: plain containers with interpolations, stored in checkpoints so that a resumed run can override keys.
-        overrides: of this command line and those of the run that is resumed.
-        choices: group → option.
-        resume: the checkpoint that is resumed.
-        make: builds a node: `instantiate`, or `instantiate_untrusted` for the configuration of a checkpoint.
+        settings: the configuration in plain containers, with interpolations resolved.
+        composed: the configuration in plain containers, with interpolations. It is stored in checkpoints, so that keys can be
+            overridden when a run is resumed.
+        overrides: the overrides of this command line and of the resumed run.
+        choices: maps groups to the selected options.
+        resume: the checkpoint from which the run is resumed, or None.
+        make: the function that instantiates a node: `instantiate`, or `instantiate_untrusted` for a checkpoint's configuration.
     """
 
     settings: dict[str, Any]
@@ -60,10 +61,10 @@ class Configuration(NamedTuple):
 
     @classmethod
     def of(cls, config: DictConfig) -> "Configuration":
-        """Resolve the configuration that Hydra composed, merged with the checkpoint's if `ckpt` is set.
+        """Resolve the configuration that Hydra composed, merged with that of the checkpoint if `ckpt` is set.
 
         Raises:
-            ConfigError: a missing checkpoint, a class that is not trusted, ckpt= and init= together.
+            ConfigError: if the checkpoint is missing, it names a class that is not trusted, or both ckpt and init are set.
         """
         current: dict[str, Any] = OmegaConf.to_container(config, resolve=False)  # type: ignore[assignment]
         current["run_dir"] = str(config.run_dir)
@@ -92,7 +93,7 @@ class Configuration(NamedTuple):
         return cls(settings, composed, overrides, choices, resume, make)
 
     def entries(self, wandb_id: str, class_names: Sequence[str]) -> dict[str, Any]:
-        """Return the entries that this project adds to a checkpoint: plain values, which load with weights_only=True."""
+        """Return the entries that this project adds to a checkpoint: plain values that load with `weights_only=True`."""
         packages = ("torchvision", "numpy", "hydra-core", "omegaconf", "torchmetrics")
         return {
             "choices": dict(self.choices),
@@ -116,7 +117,7 @@ class Configuration(NamedTuple):
 def _resume(ckpt: str) -> Resume:
     path = checkpoints.find(ckpt)
     if path.suffix == ".safetensors":
-        raise ConfigError(f"{path} holds weights alone, and resuming needs the optimizer's state: write init={path}")
+        raise ConfigError(f"{path} contains only weights, but resuming needs the optimizer's state: write init={path}")
     content = checkpoints.read(path)
     foreign.require_resumable(content, path)
     return Resume(path, int(content["global_step"]), content)
@@ -164,8 +165,8 @@ def _merged(
 ) -> tuple[dict[str, Any], list[str], dict[str, str]]:
     """Merge the checkpoint's configuration with the keys that this command line overrides.
 
-    The values of these keys are composed with the overrides of both command lines: trainer=ddp keeps a trainer.max_steps= of
-    the first run.
+    The values of these keys are composed with the overrides of both command lines. For example, trainer=ddp keeps the
+    trainer.max_steps= of the first run.
 
     Returns:
         The configuration, the overrides of both command lines, and the choices.
@@ -179,7 +180,7 @@ def _merged(
         composed = composition.composed("train", lines)
     except ConfigError as error:
         raise ConfigError(
-            f"{error}; an option that the first run had from a --config-dir needs that flag again"
+            f"{error}; if the first run used an option from a --config-dir, pass that flag again"
         ) from None
     both = OmegaConf.to_container(composed, resolve=False)
     merged = OmegaConf.create(foreign.with_defaults(resume.content["composed"], current))
@@ -187,7 +188,7 @@ def _merged(
         key = override.key_or_group
         if key in BEGIN:
             raise ConfigError(
-                f"{override.input_line} begins a run and ckpt= resumes one: write the single keys that change, KEY=VALUE"
+                f"{override.input_line} cannot be combined with ckpt=, which resumes a run: write the keys to change, KEY=VALUE"
             )
         value: Any = both
         for part in [] if override.is_delete() or key in _NOT_FROM_CHECKPOINT else key.split("."):
@@ -222,41 +223,39 @@ def _without_replaced(before: Sequence[Override], now: Sequence[Override]) -> li
 
 
 def _with_usable_variance(composed: dict[str, Any]) -> dict[str, Any]:
-    """Replace variance=learned by fixed_small in the sampler if it cannot use it; sampler.variance= is left as written."""
+    """Replace variance=learned by fixed_small in a sampler that cannot use it, unless sampler.variance= was set."""
     sampler = composed["sampler"]
     if not isinstance(sampler, dict) or sampler.get("variance") != "${variance}":
         return composed
     ancestral = getattr(locate(sampler, "sampler"), "ancestral", True)
     if locate(composed["variance"], "variance") is not Learned or ancestral:
-        return composed  # the sampler itself refuses other variances that it cannot use
+        return composed  # the constructor of the sampler raises an error for other variances that it cannot use
     if rank() == 0:
         name = locate(sampler).__name__
-        print(
-            f"{name} samples with variance=fixed_small, since Learned is for ancestral steps (sampler=ddpm)", flush=True
-        )
+        print(f"{name} uses variance=fixed_small, since Learned requires ancestral steps (sampler=ddpm)", flush=True)
     return {**composed, "sampler": {**sampler, "variance": {"_target_": "diffusion_lab.variances.FixedSmall"}}}
 
 
 def _choices(hydra: Any) -> dict[str, str]:
-    """Return group → option, without Hydra's own groups."""
+    """Return the selected option of each group, except Hydra's own groups."""
     return {g: str(o) for g, o in hydra.runtime.choices.items() if o is not None and not str(g).startswith("hydra/")}
 
 
 def refuse_other_optimizer(resume: Resume, settings: Mapping[str, Any]) -> None:
-    """Raise ConfigError if a resumed run has another class of optimizer than the checkpoint, whose state does not fit."""
+    """Raise ConfigError if the class of the optimizer differs from the checkpoint's, whose state it cannot load."""
     before, now = resume.content["config"]["optimizer"]["_target_"], settings["optimizer"]["_target_"]
     if before != now:
         raise ConfigError(
             f"optimizer._target_={now} cannot load the state of {before} in {resume.path}: write init={resume.path} to "
-            "begin another run with its weights, or leave the optimizer out"
+            "begin a new run with its weights, or remove optimizer="
         )
 
 
 def _commit() -> str:
-    """Return the commit of this package's checkout; "unknown" outside a checkout."""
+    """Return the git commit of this package, or "unknown" outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:  # no git on this machine
+    except OSError:  # git is not installed
         return "unknown"
     return result.stdout.strip() or "unknown"

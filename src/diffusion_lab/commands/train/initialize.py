@@ -1,4 +1,4 @@
-"""`init=`: initialize the network with the weights of another run, or of another project."""
+"""Initialize the network with the weights of another run or project (`init=`)."""
 
 from pathlib import Path
 
@@ -10,17 +10,18 @@ from diffusion_lab.interop.diffusers import load_diffusers
 
 
 def initialize(network: nn.Module, path: str) -> str:
-    """Load weights into `network`: averaged ones if the file has any. A label embedding of another size keeps its new weights.
+    """Load weights into `network`, averaged ones if available. A label embedding with another shape is not loaded.
 
     Args:
-        network: the network to train.
-        path: a checkpoint of this project, a run folder, latest, a file of src/export.py, or diffusers' `.safetensors`.
+        network: the network to initialize.
+        path: a checkpoint of this project, a run folder, "latest", a file written by src/export.py, or a `.safetensors` file of
+            diffusers.
 
     Returns:
-        The name of the file and the weights, for printing.
+        A description of the file and the weights, for printing.
 
     Raises:
-        ConfigError: weights of other names or shapes, except those of the label embedding.
+        ConfigError: if names or shapes of weights other than the label embedding differ.
     """
     if path.endswith(".safetensors") and Path(path).is_file() and checkpoint.metadata(Path(path)) is None:
         load_diffusers(path, network)  # type: ignore[arg-type]
@@ -36,7 +37,7 @@ def initialize(network: nn.Module, path: str) -> str:
     unfit = [key for key in differ if "label" not in key]
     if unfit:
         raise ConfigError(
-            f"init={path}: {len(unfit)} weights do not fit this network, e.g. {unfit[0]}: choose the same model="
+            f"init={path}: {len(unfit)} weights do not fit this network, e.g. {unfit[0]}: write model= as in that run"
         )
     network.load_state_dict({**fresh, **{key: v for key, v in state.items() if key in fresh and key not in differ}})
     return f"{file} ({name}" + (f", without {', '.join(differ)})" if differ else ")")

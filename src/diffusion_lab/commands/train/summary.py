@@ -1,4 +1,4 @@
-"""The printed lines of a training run, and its result for a sweep."""
+"""Print the progress and outcome of a training run, and return its result."""
 
 import logging
 import math
@@ -25,13 +25,13 @@ C = TypeVar("C", bound=pl.Callback)
 
 
 def silence_lightning() -> None:
-    """Hide Lightning's banners and its advice on data loaders."""
+    """Hide Lightning's banners, and its warnings that do not apply to this project."""
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for advice in (
-        ".*Experiment logs directory .* exists and is not empty.*",  # it holds this run's configuration
-        ".*Checkpoint directory .* exists and is not empty.*",  # it holds best.ckpt of the run that is resumed
-        ".*isinstance.treespec, LeafSpec.*",  # a deprecation of torch in Lightning's code
+        ".*Experiment logs directory .* exists and is not empty.*",  # it contains the configuration of this run
+        ".*Checkpoint directory .* exists and is not empty.*",  # it contains best.ckpt of the resumed run
+        ".*isinstance.treespec, LeafSpec.*",  # Lightning uses a deprecated function of torch
         ".*does not have many workers.*",
     ):
         warnings.filterwarnings("ignore", advice)
@@ -44,7 +44,7 @@ def print_once(text: str) -> None:
 
 
 def announce(trainer: pl.Trainer, network: torch.nn.Module, settings: Mapping[str, Any]) -> None:
-    """Print the choices, the number of parameters, steps, images and processes, and the run folder."""
+    """Print the classes, the numbers of parameters, steps, images and processes, and the run folder."""
     names = [str(settings[g]["_target_"]).rsplit(".", 1)[-1] for g in ("schedule", "objective", "weighting", "model")]
     parameters = sum(p.numel() for p in network.parameters())
     device = "GPU" if trainer.accelerator.__class__.__name__ == "CUDAAccelerator" else "CPU"
@@ -60,7 +60,7 @@ def announce(trainer: pl.Trainer, network: torch.nn.Module, settings: Mapping[st
 
 
 def requeue(trainer: pl.Trainer, callbacks: Iterable[pl.Callback]) -> None:
-    """Requeue a SLURM job whose time is over. Call it first at the end of a run, since SLURM kills the job soon after."""
+    """Requeue a SLURM job that reached its time limit. Call it right after training, since SLURM kills the job soon after."""
     stop = find(callbacks, GracefulStop)
     if stop and stop.received == SIGUSR1 and processes.rank() == 0 and trainer.global_step < trainer.max_steps:
         job = processes.requeue()
@@ -69,14 +69,12 @@ def requeue(trainer: pl.Trainer, callbacks: Iterable[pl.Callback]) -> None:
 
 
 def report(trainer: pl.Trainer, callbacks: list[pl.Callback], settings: Mapping[str, Any]) -> Result:
-    """Print the outcome, the files and the commands to resume and sample; return the result of the run."""
+    """Print the outcome, the files, and the commands to resume and sample. Return the result of the run."""
     stop, kept = find(callbacks, GracefulStop), find(callbacks, Checkpoints)
     grids, quality, losses = find(callbacks, Samples), find(callbacks, QualityMonitor), find(callbacks, LossLogger)
     value, step = trainer.callback_metrics.get("val/loss"), trainer.global_step
     spawned = str(settings["trainer"]["strategy"]).endswith("spawn")
-    if (
-        spawned and kept and kept.last_path.is_file()
-    ):  # the spawned processes have ended; their state is in the checkpoint
+    if spawned and kept and kept.last_path.is_file():  # the state of the spawned processes is only in the checkpoint
         last = checkpoints.read(kept.last_path)
         step = int(last["global_step"])
         kept.load_state_dict(last["callbacks"][kept.state_key])
@@ -91,7 +89,7 @@ def report(trainer: pl.Trainer, callbacks: list[pl.Callback], settings: Mapping[
     received = stop.received if stop else None
     code = 0 if received is None else 128 + received
     if received == SIGUSR1 and processes.rank() > 0:
-        code = 0  # with another code, srun --kill-on-bad-exit ends rank 0 while it still sends to W&B
+        code = 0  # with another code, srun --kill-on-bad-exit would kill rank 0 during its upload to W&B
     reason = None
     if losses and losses.nonfinite_since:
         code, reason = 1, f"training loss is NaN or Inf since step {losses.nonfinite_since:,}"
@@ -103,7 +101,7 @@ def report(trainer: pl.Trainer, callbacks: list[pl.Callback], settings: Mapping[
 
 
 def _print_commands(last: Path, settings: Mapping[str, Any], resumable: bool) -> None:
-    """Print the command lines that resume the run and sample from it."""
+    """Print the commands that resume the run and sample from it."""
     program, modules = Path(sys.argv[0]).parent / "train.py", untrusted_modules(settings)
     trust = f" trust=[{','.join(modules)}]" if modules else ""
     sources = HydraConfig.get().runtime.config_sources if HydraConfig.initialized() else []
@@ -115,5 +113,5 @@ def _print_commands(last: Path, settings: Mapping[str, Any], resumable: bool) ->
 
 
 def find(callbacks: Iterable[pl.Callback], kind: type[C]) -> C | None:
-    """Return the first callback of a class."""
+    """Return the first callback of a class, or None."""
     return next((callback for callback in callbacks if isinstance(callback, kind)), None)

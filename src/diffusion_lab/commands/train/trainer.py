@@ -1,4 +1,4 @@
-"""Build Lightning's trainer of a run."""
+"""Build Lightning's Trainer."""
 
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,13 @@ from diffusion_lab.training.saving import AtomicCheckpointIO
 def build_trainer(
     config: Config, folder: Path, loggers: list[Logger], callbacks: list[pl.Callback], make: Make = instantiate
 ) -> pl.Trainer:
-    """Build Lightning's trainer from its node, with this project's defaults for arguments that the node does not have.
+    """Build Lightning's Trainer from its node, with this project's defaults for arguments that the node does not set.
 
     Raises:
-        ConfigError: a value that Lightning refuses, ignores, or replaces by another.
+        ConfigError: if Lightning rejects, ignores or replaces a value.
     """
     node, validation = dict(config["trainer"]), config["validation"]
-    if node["accelerator"] == "auto":  # never Apple's MPS: it has no float64, in which all coefficients are computed
+    if node["accelerator"] == "auto":  # not Apple's MPS, which has no float64: all coefficients are computed in it
         node["accelerator"] = "gpu" if torch.cuda.is_available() else "cpu"
     _check_flags(node, validation["draws"])
     if node["strategy"] == "fsdp":
@@ -36,7 +36,7 @@ def build_trainer(
         node["strategy"] = sharding.strategy(per_node * node["num_nodes"])
     validate = validates(config)
     launched = processes.launched()
-    # A run requeues its SLURM job itself (`summary.requeue`). torchrun may run inside a SLURM job.
+    # SLURM jobs are requeued by `summary.requeue`. torchrun may run inside a SLURM job.
     in_slurm = SLURMEnvironment.detect() and not (launched and launched.by == "torchrun")
     defaults = {
         "val_check_interval": validation["every"] * node["accumulate_grad_batches"] if validate else None,
@@ -51,24 +51,27 @@ def build_trainer(
     arguments = accepted(node, **defaults)
     if validate and "check_val_every_n_epoch" not in node:
         arguments["check_val_every_n_epoch"] = None  # the interval counts over the endless stream
-    if not isinstance(node["strategy"], str | dict):  # an object, and a node holds plain values alone
+    if not isinstance(node["strategy"], str | dict):  # an object, but a node may contain only plain values
         arguments["strategy"] = node.pop("strategy")
     built: pl.Trainer = make(node, "trainer", **arguments, callbacks=callbacks, logger=loggers)
     if type(built.strategy.checkpoint_io) is TorchCheckpointIO:  # not one of trainer.plugins=
         built.strategy.checkpoint_io = AtomicCheckpointIO()
     if isinstance(node.get("profiler"), str):
         profiler: Any = built.profiler  # type: ignore[attr-defined]
-        profiler.dirpath, profiler.filename = folder, "profile"  # or its table goes to a Python logger, which is silent
+        profiler.dirpath, profiler.filename = (
+            folder,
+            "profile",
+        )  # otherwise the table goes to a Python logger without handlers
     return built
 
 
 def _check_flags(node: Config, draws: int) -> None:
-    """Raise ConfigError for Trainer flags that cannot work here, or have no meaning for an endless stream of batches."""
+    """Raise ConfigError for Trainer flags that are not supported, or that do not apply to an endless stream of batches."""
     if node["accelerator"] in ("gpu", "cuda") and not torch.cuda.is_available():
         raise ConfigError("trainer.accelerator=gpu, but torch sees no CUDA device: write trainer=cpu")
     if node["accelerator"] == "cpu" and str(node["precision"]) == "16-mixed":
         raise ConfigError(
-            "trainer.precision=16-mixed needs a GPU (a CPU would silently run bf16): write 32-true or bf16-mixed"
+            "trainer.precision=16-mixed needs a GPU (on a CPU, Lightning would silently use bf16): write 32-true or bf16-mixed"
         )
     for key in ("max_steps", "accumulate_grad_batches", "log_every_n_steps", "num_nodes"):
         if node[key] < 1:
@@ -79,18 +82,20 @@ def _check_flags(node: Config, draws: int) -> None:
         raise ConfigError(f"trainer.gradient_clip_val={node['gradient_clip_val']} is negative: write 0 for no clipping")
     if node.get("barebones"):
         raise ConfigError(
-            "trainer.barebones=true goes without the loggers, checkpoints and callbacks of a run: write "
-            "logger=none callbacks.samples=null callbacks.progress=null for a run without overhead"
+            "trainer.barebones=true is not supported, since it disables loggers, checkpoints and callbacks: write "
+            "logger=none callbacks.samples=null callbacks.progress=null for a run with little overhead"
         )
     parts = node["accumulate_grad_batches"]
     for key in ("limit_train_batches", "overfit_batches"):
         value = node.get(key)
         if isinstance(value, float) and value not in (0.0, 1.0):
-            raise ConfigError(f"trainer.{key}={value}: training is one endless stream, so write a number of batches")
+            raise ConfigError(
+                f"trainer.{key}={value} is a fraction of an epoch, but the stream is endless: write a number of batches"
+            )
         if value is not None and not isinstance(value, float) and value % parts:
             raise ConfigError(
-                f"trainer.{key}={value} cuts a global batch of trainer.accumulate_grad_batches={parts} parts: write "
+                f"trainer.{key}={value} is not a multiple of trainer.accumulate_grad_batches={parts}: write "
                 f"trainer.{key}={max(value // parts, 1) * parts}"
             )
     if node.get("limit_train_batches") == 0:
-        raise ConfigError("trainer.limit_train_batches=0 trains nothing: write 1 or more, or leave it out")
+        raise ConfigError("trainer.limit_train_batches=0 disables training: write at least 1, or remove it")

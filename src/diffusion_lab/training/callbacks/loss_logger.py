@@ -35,7 +35,7 @@ class LossLogger(pl.Callback):
         if edges is not None:
             check_numbers("callbacks.losses.edges", edges, "[-100, 100]", "or null for none")
         if edges is not None and sorted(set(edges)) != list(edges):
-            raise ConfigError(f"callbacks.losses.edges={edges} does not increase: write e.g. [-4,0,4]")
+            raise ConfigError(f"callbacks.losses.edges={edges} must increase: write e.g. [-4,0,4]")
         self.edges = edges or []
         bounds = ["-inf", *(f"{edge:g}" for edge in self.edges), "inf"]
         self._bounds = torch.tensor(self.edges, dtype=torch.float64)
