@@ -47,7 +47,7 @@ def test_processes_on_each_machine_are_counted_as_lightning_counts():
     [
         ("train", [], "write hydra.run.dir=FOLDER"),
         ("train", ["hydra.run.dir=RUN", "overwrite=true"], "overwrite=true under torchrun"),
-        ("train", ["--multirun", "seed=0,1"], "start each run on its own"),
+        ("train", ["--multirun", "seed=0,1"], "start each run separately"),
         ("train", ["hydra.run.dir=RUN", "trainer=cpu"], "write trainer=ddp trainer.devices=2 trainer.num_nodes=2"),
         ("evaluate", ["ckpt=RUN"], "write devices=4"),
     ],

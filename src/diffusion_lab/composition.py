@@ -19,18 +19,18 @@ from diffusion_lab import renames
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.instantiation import CONF
 
-LISTS = ("logger", "metrics")  # groups of which several options are chosen; each file states its package
+LISTS = ("logger", "metrics")  # groups of which several options can be selected; each file declares its package
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException)
 
 
 def task_overrides(hydra: Any) -> list[str]:
-    """Return the overrides of a job, as they were written; `hydra` is the configuration's node of that name."""
+    """Return the overrides of a job as they were written. `hydra` is the node `hydra` of the configuration."""
     lines: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)
     return [str(line) for line in lines]
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:
-    """Parse overrides. Raises ConfigError for one that cannot be parsed."""
+    """Parse overrides. Raises ConfigError if one cannot be parsed."""
     parsed = []
     for text in overrides:
         try:
@@ -41,13 +41,13 @@ def parse(overrides: Sequence[str]) -> list[Override]:
 
 
 def checked_overrides(overrides: Sequence[str]) -> list[str]:
-    """Check overrides and return them as they are passed to Hydra.
+    """Check overrides and convert them to the form that is passed to Hydra.
 
-    `+KEY=VALUE` becomes `++KEY=VALUE`, which Hydra also takes where KEY exists: whether optimizer=custom has an lr depends on
-    the recipe of the data set. Choices of a group, and `~KEY`, stay.
+    `+KEY=VALUE` is replaced by `++KEY=VALUE`, which Hydra also accepts if KEY exists, since it depends on the recipe of the data
+    set whether, e.g., optimizer=custom has an lr. Overrides that select an option, and `~KEY`, are not changed.
 
     Raises:
-        ConfigError: an override that cannot be parsed, the old name of a key or an option, a list of options that is null.
+        ConfigError: if an override cannot be parsed, a key or an option was renamed, or a list of options is null.
     """
     lines = []
     for text, override in zip(overrides, parse(overrides), strict=True):
@@ -55,14 +55,14 @@ def checked_overrides(overrides: Sequence[str]) -> list[str]:
         if new := renames.renamed(key.split("@")[0], value):
             raise ConfigError(f"{text} was renamed: write {new}")
         if key in LISTS and not override.is_delete() and override.value() is None:  # Hydra raises a TypeError for it
-            raise ConfigError(f"{key}=null is no list of options: write {key}=[] for none, or {key}=[OPTION,…]")
+            raise ConfigError(f"{key}=null is not a list of options: write {key}=[] for none, or {key}=[OPTION,…]")
         lines.append(f"+{text}" if override.is_add() and not is_group(key) else text)
     return lines
 
 
 @contextmanager
 def standalone_hydra(config_dir: str | None = None) -> Iterator[list[str]]:
-    """Initialize Hydra for `compose` outside a running command; yield the overrides that add `config_dir` to its search path."""
+    """Initialize Hydra for `compose` outside a running command. Yield the overrides that add `config_dir` to the search path."""
     instance = GlobalHydra.instance()
     running, instance.hydra = instance.hydra, None
     try:
@@ -73,10 +73,17 @@ def standalone_hydra(config_dir: str | None = None) -> Iterator[list[str]]:
 
 
 def composed(name: str, overrides: Sequence[str] = (), config_dir: str | None = None) -> DictConfig:
-    """Compose the configuration of a command line, with the node `hydra`, unresolved; a running command's search path is used.
+    """Compose the unresolved configuration of a command line, including the node `hydra`.
+
+    Within a running command, its search path is used.
+
+    Args:
+        name: the command.
+        overrides: the overrides.
+        config_dir: an additional folder of options (--config-dir).
 
     Raises:
-        ConfigError: an unknown group, option or key, or an override that cannot be parsed.
+        ConfigError: if a group, option or key is unknown, or an override cannot be parsed.
     """
     overrides = checked_overrides(overrides)
     try:
@@ -89,7 +96,7 @@ def composed(name: str, overrides: Sequence[str] = (), config_dir: str | None = 
 
 
 def explain(error: Exception, name: str, overrides: Sequence[str], config_dir: str | None = None) -> str:
-    """Return one line for an error of Hydra in composing the command `name`: the cause, and what to write instead."""
+    """Return a one-line message for an error that Hydra raised while composing the configuration of the command `name`."""
     line = first_line(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and "/" in error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
@@ -99,7 +106,7 @@ def explain(error: Exception, name: str, overrides: Sequence[str], config_dir: s
     parsed = parse(overrides)
     several = next((o for o in parsed if o.is_sweep_override()), None)
     if several is not None and ("--multirun" in str(error) or "Ambiguous" in line):
-        return f"{several.input_line} names several values: add --multirun for a run of each, or write [...] for a list"
+        return f"{several.input_line} has several values: add --multirun to run each of them, or write [...] for a list"
     nested = re.search(r"In '(\S+)': Could not override '([\w/]+)'", line)
     if nested and is_group(nested.group(2)):
         group = nested.group(1).partition("/")[0]
@@ -111,11 +118,11 @@ def explain(error: Exception, name: str, overrides: Sequence[str], config_dir: s
         return unknown_key(quoted, name, config_dir)
     cause = error.__cause__
     reason = f" ({first_line(cause)})" if isinstance(cause, Exception) else ""
-    return f"{line}{reason}; --help lists what can be written"
+    return f"{line}{reason}; --help lists all options"
 
 
 def unknown_option(group: str, option: str, options: Sequence[str]) -> str:
-    """Return the message for an option that a group does not have."""
+    """Return the error message for an option that does not exist in a group."""
     known = [o for o in options if "/" not in o]
     if new := renames.FOREIGN_OPTIONS.get((group, option.lower())):
         return f"unknown option {group}={option}: write {group}={new}"
@@ -123,7 +130,7 @@ def unknown_option(group: str, option: str, options: Sequence[str]) -> str:
 
 
 def unknown_key(override: Override, name: str, config_dir: str | None) -> str:
-    """Return the message for a key that the command `name` does not have."""
+    """Return the error message for a key that does not exist in the configuration of the command `name`."""
     key = override.key_or_group.split("@")[0]
     if (CONF / key).is_dir():
         if f"{key}s" in OmegaConf.load(CONF / f"{name}.yaml"):  # evaluate.py's list of samplers
@@ -146,21 +153,21 @@ def unknown_key(override: Override, name: str, config_dir: str | None) -> str:
 def _not_of_this_command(override: Override, name: str, groups: set[str]) -> str:
     users = [path.stem for path in sorted(CONF.glob("*.yaml")) if groups <= groups_of(path)]
     others = " or ".join(f"python src/{user}.py {override.input_line}" for user in users)
-    return f"{override.input_line} is not an option of {name}.py: leave it out, or write {others}"
+    return f"{override.input_line} is not an option of {name}.py: remove it, or write {others}"
 
 
 def group_choices(overrides: Sequence[str]) -> list[str]:
-    """Return the overrides that choose options, each with its first value, without those that set values."""
+    """Return the overrides that select options, each with its first value; overrides that set values are dropped."""
     return [single(o) for o in parse(overrides) if is_group(o.key_or_group)]
 
 
 def is_group(key: str) -> bool:
-    """Whether an override's key chooses an option: a group of conf/ or one of Hydra's."""
+    """Whether a key selects an option: a group of conf/ or of Hydra."""
     return (CONF / key.split("@")[0]).is_dir() or key.startswith("hydra/")
 
 
 def single(override: Override) -> str:
-    """Return an override as text, with the first value of a sweep."""
+    """Return an override as text; a sweep is replaced by its first value."""
     if not override.is_discrete_sweep():
         return str(override.input_line)
     value = override.value()
@@ -171,7 +178,7 @@ def single(override: Override) -> str:
 
 
 def options(group: str, config_dir: str | None = None) -> list[str]:
-    """Return the options of a group, on Hydra's whole search path."""
+    """Return the options of a group in all folders of Hydra's search path."""
     from hydra.core.object_type import ObjectType
 
     if GlobalHydra.instance().is_initialized():
@@ -189,7 +196,7 @@ def groups_of(path: Path) -> set[str]:
 
 
 def keys(config: DictConfig, prefix: str = "") -> set[str]:
-    """Return every dotted key of a configuration."""
+    """Return all dotted keys of a configuration."""
     dotted: set[str] = set()
     for name in config:
         key, node = f"{prefix}{name!s}", config._get_node(name)
@@ -200,12 +207,12 @@ def keys(config: DictConfig, prefix: str = "") -> set[str]:
 
 
 def closest(word: str, words: Sequence[str]) -> str:
-    """Return " (did you mean …?)" with the most similar of `words`, or one with the same last part; "" without any."""
+    """Return " (did you mean …?)" with the most similar word, or one with the same last part; "" if there is none."""
     match = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
     match = match or [w for w in words if w.rsplit(".", 1)[-1] == word.rsplit(".", 1)[-1]][:1]
     return f" (did you mean {match[0]}?)" if match else ""
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first non-empty line of an error's message; the name of its class if there is none."""
+    """Return the first non-empty line of the message of an error, or the name of its class if the message is empty."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

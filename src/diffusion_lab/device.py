@@ -6,15 +6,15 @@ from diffusion_lab.errors import ConfigError
 
 
 def device(name: str, processes: int = 1, rank: int = 0) -> str:
-    """Return the device of process `rank` out of `processes`: "cpu", "cuda", or "cuda:RANK" where several share a machine's GPUs.
+    """Return the device of a process: "cpu", "cuda", or "cuda:RANK" for several processes.
 
     Args:
         name: the option `device=`: auto, cpu or cuda.
-        processes: number of processes, each on a GPU of its own.
-        rank: of this process.
+        processes: number of processes, each with a separate GPU.
+        rank: rank of this process.
 
     Raises:
-        ConfigError: another name, no CUDA device, or fewer GPUs than processes.
+        ConfigError: if the name is unknown, or there are fewer GPUs than processes.
     """
     if name not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"device={name} is unknown: write auto, cpu or cuda")

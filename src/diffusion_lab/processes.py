@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from diffusion_lab.errors import ConfigError
 
-# Names the file with rank 0's resolved configuration, for the further processes of a run.
+# Environment variable with the path of rank 0's resolved configuration, for the other processes of a run.
 CONFIG_ENV = "DIFFUSION_LAB_CONFIG"
 POLL_SECONDS = 0.5
 
@@ -28,11 +28,11 @@ class Result(NamedTuple):
     """The result of a command.
 
     Attributes:
-        code: the exit code.
-        metric: the name of `value`.
-        value: the best value of `metric`, which a sweep compares and a sweeper minimizes.
+        code: exit code.
+        metric: name of the monitored metric.
+        value: best value of the metric. A sweep sorts its jobs by this value, and a sweeper minimizes it.
         pruned: whether the sweeper ended the job early.
-        reason: the cause of a failure.
+        reason: cause of a failure.
     """
 
     code: int
@@ -43,7 +43,7 @@ class Result(NamedTuple):
 
 
 class Refusal(SystemExit):
-    """Ends a command with exit code 2, after its error was printed on stderr."""
+    """Exit with code 2, raised after an error was printed on stderr."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(2)
@@ -52,7 +52,7 @@ class Refusal(SystemExit):
 
 @contextmanager
 def one_line() -> Iterator[None]:
-    """Turn a ConfigError into one line on stderr and exit code 2; DIFFUSION_LAB_DEBUG=1 shows its traceback instead."""
+    """Print a ConfigError as one line on stderr and exit with code 2. DIFFUSION_LAB_DEBUG=1 shows the traceback instead."""
     try:
         with signals_first():
             yield
@@ -207,8 +207,8 @@ class Launched(NamedTuple):
     """The launcher of this process, and its rank.
 
     Attributes:
-        by: torchrun or srun.
-        rank: among all processes, from 0.
+        by: name of the launcher, "torchrun" or "srun".
+        rank: rank of this process among all processes, from 0.
         world: number of processes.
         nodes: number of machines.
     """
@@ -220,7 +220,7 @@ class Launched(NamedTuple):
 
 
 def launched(env: Mapping[str, str] = os.environ) -> Launched | None:
-    """Return the launcher of this process; None without one, and in a SLURM job of one task."""
+    """Return the launcher of this process; None without a launcher, and in a SLURM job with one task."""
     if "TORCHELASTIC_RUN_ID" in env:
         world = int(env["WORLD_SIZE"])
         return Launched("torchrun", int(env["RANK"]), world, world // int(env["LOCAL_WORLD_SIZE"]))
@@ -241,28 +241,28 @@ def rank(env: Mapping[str, str] = os.environ) -> int:
 
 
 def check_launch(started: Launched, command: str, sweep: bool, named_folder: bool, overwrite: bool) -> None:
-    """Raise ConfigError for a command that the processes of a launcher cannot run together."""
+    """Raise ConfigError for a command line that cannot be run by several processes of a launcher."""
     if command != "train":
-        raise ConfigError(f"{command}.py starts its own processes, without {started.by}: write devices={started.world}")
+        raise ConfigError(
+            f"{command}.py starts its processes itself: run it without {started.by}, and write devices={started.world}"
+        )
     if sweep:
         raise ConfigError(
-            f"--multirun under {started.by} would run the sweep in every process: start each run on its own"
+            f"--multirun under {started.by} would run the sweep in every process: start each run separately"
         )
     if not named_folder:
         raise ConfigError(
-            f"started by {started.by}, {started.world} processes must agree on a folder: write hydra.run.dir=FOLDER"
+            f"the {started.world} processes started by {started.by} need the same run folder: write hydra.run.dir=FOLDER"
         )
     if overwrite:
-        raise ConfigError(
-            f"overwrite=true under {started.by}: the processes need a new folder, write another hydra.run.dir="
-        )
+        raise ConfigError(f"overwrite=true is not supported under {started.by}: write hydra.run.dir= with a new folder")
 
 
 def processes_per_node(devices: int | str | list[Any]) -> int | None:
-    """Return the number of processes on each node for `trainer.devices`, as Lightning reads it; None for auto.
+    """Return the number of processes on each node for a value of `trainer.devices`; None for auto.
 
     Raises:
-        ConfigError: fewer than one process, or a value that Lightning does not read.
+        ConfigError: if the number is less than one, or Lightning does not accept the value.
     """
     if devices in ("auto", "-1", -1):
         return None
@@ -278,7 +278,7 @@ def processes_per_node(devices: int | str | list[Any]) -> int | None:
 
 
 def is_multiprocess(trainer: Mapping[str, Any]) -> bool:
-    """Whether a run with this node of the trainer has several processes, or may have."""
+    """Whether a run with this `trainer` node has, or may have, several processes."""
     return processes_per_node(trainer["devices"]) != 1 or trainer["num_nodes"] > 1
 
 
@@ -287,7 +287,7 @@ def check_sweep(trainer: Mapping[str, Any]) -> None:
     if is_multiprocess(trainer):
         raise ConfigError(
             "--multirun with several processes would run the sweep again in every process: write trainer.devices=1, "
-            "or start each run on its own"
+            "or start each run separately"
         )
 
 
@@ -308,10 +308,13 @@ def limit_threads(env: Any = os.environ) -> None:
 
 
 def requeue(env: Mapping[str, str] = os.environ) -> str | None:
-    """Requeue this SLURM job, submitted with `--requeue`; return its id, None outside SLURM.
+    """Requeue this SLURM job, which must be submitted with `--requeue`.
+
+    Returns:
+        The id of the job; None outside SLURM.
 
     Raises:
-        subprocess.CalledProcessError: scontrol failed.
+        subprocess.CalledProcessError: if scontrol fails.
     """
     if "SLURM_JOB_ID" not in env:
         return None

@@ -16,7 +16,7 @@ KEYS = {
 OPTIONS = {("model", "own"): "custom", ("schedule", "own"): "custom"}
 VALUES = {("weights", "live"): "raw"}
 
-# Names of other libraries; docs/from_diffusers.md has the whole table.
+# Names in other libraries. docs/from_diffusers.md contains the complete table.
 FOREIGN_OPTIONS = {
     ("objective", "epsilon"): "pred_noise",
     ("objective", "v_prediction"): "pred_v",
@@ -59,7 +59,7 @@ FOREIGN_KEYS = {
 
 
 def renamed(key: str, value: str = "") -> str | None:
-    """Return what replaces `key` (without + or ~) or KEY=VALUE; None if nothing was renamed."""
+    """Return the replacement of `key` (without + or ~) or of KEY=VALUE; None if it was not renamed."""
     group, _, rest = key.partition(".")
     if key in KEYS:
         return KEYS[key] + ("" if "=" in KEYS[key] else f"={value}")

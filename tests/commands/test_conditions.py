@@ -213,7 +213,7 @@ def test_attributes_by_their_names(tmp_path, capfd, monkeypatch):
     [
         ("run", ["labels=[3,10]"], "0 … 9"),
         ("run", ["labels=[three]"], "cycle or a list"),
-        ("run", ["condition_data=somewhere"], "leave it out"),
+        ("run", ["condition_data=somewhere"], "remove it"),
         ("run", ["guidance=cfg", "guidance.scale=-1"], "finite number >= 0"),
         ("run", ["guidance=cfg", "guidance.interval=[0.5,0.1]"], "low < high"),
         ("run", ["guidance.scale=2"], "guidance"),

@@ -34,7 +34,7 @@ MISTAKES = {
     "schedule=linear,cosine": "add --multirun",
     "max_steps": "neither KEY=VALUE nor a flag",
     "a=[1": "cannot read the override",
-    "~schedule": "run needs every group",
+    "~schedule": "no option of the group schedule",
     "data.limit=${nope}": "cannot be resolved",
     "++trainer.max_steps=abc": "write an integer",
     "hydra.run.dir=x/${hydra:nothing.at.all}": "cannot be resolved",
@@ -89,7 +89,7 @@ def test_the_output_folder_is_never_written_over(capfd, tmp_path):
 
 def test_flags_that_exclude_each_other_are_one_line(capfd):
     code, _, err = command("train", ["--multirun", "--cfg", "job"], capfd)
-    assert (code, err) == (2, "error: --multirun and --cfg do not go together: write one of them\n")
+    assert (code, err) == (2, "error: --multirun and --cfg cannot be combined: write one of them\n")
 
 
 def test_cfg_job_prints_the_configuration(capfd):

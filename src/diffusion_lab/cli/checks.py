@@ -1,6 +1,6 @@
-"""Checks of the composed configuration, as a Hydra callback: before torch is imported and before a file is written.
+"""Check the composed configuration in a Hydra callback, before torch is imported or a file is written.
 
-Hydra turns exceptions of its callbacks into warnings, so a refusal ends the process by SystemExit.
+Hydra converts exceptions in callbacks to warnings. Therefore an error ends the process with SystemExit.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ from diffusion_lab.processes import one_line
 
 
 class Checks(Callback):
-    """Refuse unknown keys, values of another type than their keys, and an output folder that is not empty."""
+    """Reject unknown keys, values of the wrong type, and an output folder that is not empty."""
 
     def on_run_start(self, config: DictConfig, config_name: str | None = None, **kwargs: Any) -> None:
         name = str(config_name)
@@ -53,7 +53,7 @@ class Checks(Callback):
 
 @contextmanager
 def _exit_on_error() -> Iterator[None]:
-    """End the process on an error: 2 for a ConfigError, 1 with a traceback for a defect."""
+    """Exit with code 2 on a ConfigError, and with code 1 and a traceback on any other exception."""
     try:
         with one_line():
             yield
@@ -63,10 +63,11 @@ def _exit_on_error() -> Iterator[None]:
 
 
 def check_configuration(config: DictConfig, name: str) -> None:
-    """Check root keys and their types, every value of a sweep, numeric keys, and that all interpolations resolve.
+    """Check the root keys and their types, every value of a sweep, numeric keys, and interpolations.
 
     Raises:
-        ConfigError: an unknown or missing root key, a value of another type, an unknown option, an interpolation without a value.
+        ConfigError: if a root key is unknown or missing, a value has the wrong type, an option is unknown, or an interpolation
+            cannot be resolved.
     """
     plain = _without_hydra(config)
     overrides = composition.parse(composition.task_overrides(config.hydra))
@@ -90,13 +91,19 @@ def _without_hydra(config: DictConfig) -> dict[str, Any]:
 
 
 def _check_root(values: Mapping[str, Any], schema: type, prefix: str) -> None:
-    """Compare keys and types with a dataclass of `cli.schema`, nested ones included; `prefix` is the dotted key of `values`."""
+    """Compare keys and types with a dataclass of `cli.schema` and its nested dataclasses.
+
+    Args:
+        values: the mapping to check.
+        schema: the dataclass.
+        prefix: the dotted key of `values`, ending in a dot; empty for the root.
+    """
     fields = {field.name: field for field in dataclasses.fields(schema)}
     types = typing.get_type_hints(schema)
     for key, value in values.items():
         if key not in fields:
             hint = composition.closest(prefix + key, [prefix + name for name in fields])
-            raise ConfigError(f"nothing reads the key {prefix}{key}{hint}: leave it out; --help lists all keys")
+            raise ConfigError(f"unknown key {prefix}{key}{hint}: remove it; --help lists all keys")
         if dataclasses.is_dataclass(types[key]) and isinstance(value, dict):
             _check_root(value, types[key], f"{prefix}{key}.")
         elif not (isinstance(value, str) and "${" in value):
@@ -104,15 +111,15 @@ def _check_root(values: Mapping[str, Any], schema: type, prefix: str) -> None:
     for key, field in fields.items():
         if key not in values and field.default is dataclasses.MISSING:
             if types[key] == Node:
-                raise ConfigError(f"a {schema.__name__.lower()} run needs every group: write {key}=OPTION")
+                raise ConfigError(f"no option of the group {key} is selected: write {key}=OPTION")
             raise ConfigError(f"the key {prefix}{key} is missing: write {prefix}{key}=VALUE")
 
 
 def _check_values(overrides: Sequence[Override], config: DictConfig, name: str) -> None:
-    """Check the values of overrides, each value of a sweep included, against the types of their keys.
+    """Check the values of overrides, including each value of a sweep, against the types of their keys.
 
-    `cli.schema` has the types of root keys. A key whose default is a number or a boolean takes no mapping, and no text but
-    `auto`.
+    The types of root keys are defined in `cli.schema`. A key whose default is a number or a boolean accepts neither a mapping
+    nor text other than `auto`.
     """
     types = typing.get_type_hints(COMMANDS[name])
     defaults: DictConfig | None = None
@@ -125,15 +132,15 @@ def _check_values(overrides: Sequence[Override], config: DictConfig, name: str) 
             continue
         if override.is_interval_sweep() and "Basic" in config.hydra.sweeper._target_:
             raise ConfigError(
-                f"{override.input_line} is an interval: name its values, {key}=A,B or {key}=range(1,4), or write "
-                "hydra/sweeper=optuna"
+                f"{override.input_line} is an interval, which Hydra's basic sweeper does not support: write {key}=A,B, "
+                f"{key}=range(1,4), or hydra/sweeper=optuna"
             )
         added = override.is_add() or override.is_force_add()
         if override.is_sweep_override() and not added and key not in composition.keys(config):
             raise ConfigError(composition.unknown_key(override, name, None))
         for value in _values(override):
             text = isinstance(value, str)
-            if text and "${" in value:  # an interpolation, whose value has been checked under its own key
+            if text and "${" in value:  # an interpolation: the value is checked with the key to which it refers
                 continue
             if key in types:
                 coerce(value, types[key], key)
@@ -145,14 +152,14 @@ def _check_values(overrides: Sequence[Override], config: DictConfig, name: str) 
 
 
 def _check_number(key: str, value: Any, default: Any) -> None:
-    """Raise ConfigError where `default` is a number or a boolean, since `value` is neither."""
+    """Raise ConfigError if `default` is a number or a boolean. `value` is a mapping or text."""
     if isinstance(default, bool | int | float):
-        words = {bool: "true or false", int: "a whole number", float: "a number"}[type(default)]
-        raise ConfigError(f"{key}={value} has the wrong type: {words} is needed, e.g. {key}={str(default).lower()}")
+        words = {bool: "true or false", int: "an integer", float: "a number"}[type(default)]
+        raise ConfigError(f"{key}={value} has the wrong type: write {words}, e.g. {key}={str(default).lower()}")
 
 
 def _check_choices(override: Override, group: str) -> None:
-    """Raise ConfigError for an unknown option. Hydra looks up neither those of a sweep nor that of model=, which is optional."""
+    """Raise ConfigError for an unknown option. Hydra does not check the options of a sweep, nor those of the optional model=."""
     if not group.startswith("hydra/"):
         known = composition.options(group)
         for value in _values(override):
@@ -162,7 +169,7 @@ def _check_choices(override: Override, group: str) -> None:
 
 
 def _values(override: Override) -> list[Any]:
-    """Return the value of an override, or each value of a sweep; Hydra's sweeper expands globs and intervals."""
+    """Return the value of an override, or the values of a sweep except globs and intervals, which Hydra's sweeper expands."""
     value = override.value()
     values: list[Any] = [] if override.is_sweep_override() else [value]
     if isinstance(value, ChoiceSweep):
@@ -173,7 +180,11 @@ def _values(override: Override) -> list[Any]:
 
 
 def _output_folder(config: DictConfig, name: str, key: str, node: DictConfig) -> Path:
-    """Return the folder that Hydra will write into, `node.dir`. Raises ConfigError: it, or the folder of out=, is not empty."""
+    """Return `node.dir`, the folder to which Hydra writes.
+
+    Raises:
+        ConfigError: if this folder or the one of out= is not empty and overwrite is false.
+    """
     overwrite = bool(config.get("overwrite"))
     try:
         folder = Path(str(node.dir))

@@ -1,6 +1,6 @@
-"""`python src/NAME.py …`: read the flags, compose the configuration, run the command.
+"""Parse the command line of `python src/NAME.py`, compose the configuration, and run the command.
 
-A ConfigError becomes one line on stderr and exit code 2.
+A ConfigError is printed as one line on stderr, and the exit code is 2.
 """
 
 import importlib
@@ -58,13 +58,13 @@ def run(name: str) -> int:
 
 
 def _arguments(name: str, argv: Sequence[str]) -> tuple[Any, list[str]]:
-    """Parse a command line by Hydra's parser; positional paths become the override POSITIONAL[name]=[…].
+    """Parse a command line with Hydra's parser. Positional paths are converted to the override POSITIONAL[name]=[…].
 
     Returns:
-        The namespace with flags and overrides, and the words of the overrides as they were written.
+        The namespace with flags and overrides, and the overrides as they were written.
 
     Raises:
-        ConfigError: an unknown flag, two modes, or a positional argument of a command that takes none.
+        ConfigError: if a flag is unknown, two modes are combined, or the command does not accept a positional argument.
     """
     parser = get_args_parser()
 
@@ -72,17 +72,17 @@ def _arguments(name: str, argv: Sequence[str]) -> tuple[Any, list[str]]:
         for old in ("out", "title"):  # flags of report.py before it was a Hydra command
             if name == "report" and f"--{old}" in message:
                 raise ConfigError(f"--{old} was renamed: write {old}=VALUE")
-        raise ConfigError(f"{message}; --help lists what can be written")
+        raise ConfigError(f"{message}; --help lists all options")
 
     parser.error = refuse  # type: ignore[method-assign]
     arguments = parser.parse_intermixed_args(list(argv))
     modes = [flag for flag in ("run", "multirun", "cfg", "info", "shell_completion") if getattr(arguments, flag)]
     if len(modes) > 1:
-        raise ConfigError(f"--{modes[0]} and --{modes[1]} do not go together: write one of them")
+        raise ConfigError(f"--{modes[0]} and --{modes[1]} cannot be combined: write one of them")
     written = list(arguments.overrides)
     words = [word for word in written if not _is_override(name, word)]
     if words and name not in POSITIONAL:
-        raise ConfigError(f"{words[0]!r} is neither KEY=VALUE nor a flag; --help lists what can be written")
+        raise ConfigError(f"{words[0]!r} is neither KEY=VALUE nor a flag; --help lists all options")
     if words:
         quoted = ",".join(map(_quoted, words))
         arguments.overrides = [*(word for word in written if word not in words), f"{POSITIONAL[name]}=[{quoted}]"]
@@ -90,13 +90,13 @@ def _arguments(name: str, argv: Sequence[str]) -> tuple[Any, list[str]]:
 
 
 def _quoted(word: str) -> str:
-    """Return a word as a quoted string of Hydra's grammar, in which OmegaConf interpolates nothing."""
+    """Quote a word for Hydra's grammar, and escape interpolations of OmegaConf."""
     escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", word).replace("'", "\\'").replace("${", "\\${")
     return f"'{escaped}'"
 
 
 def _is_override(name: str, word: str) -> bool:
-    """Whether a word is an override. Where a command takes paths, only a known key or group makes it one: a=b/run is a path."""
+    """Whether a word is an override. If the command accepts paths, the key must be known: a=b/run is a path."""
     key, equals, _ = word.partition("=")
     if word.startswith(("+", "~")) or name not in POSITIONAL:
         return bool(equals) or word.startswith("~")
@@ -105,7 +105,7 @@ def _is_override(name: str, word: str) -> bool:
 
 
 def _under_hydra(name: str, flags: list[str], overrides: list[str], config_dir: str | None) -> int:
-    """Run the command by `hydra.main`, once or as the jobs of a sweep; return the exit code."""
+    """Run the command with `hydra.main`, once or for each job of a sweep, and return the exit code."""
     codes: list[int] = []
     entered = False
     first_process = os.getpid()
@@ -128,7 +128,7 @@ def _under_hydra(name: str, flags: list[str], overrides: list[str], config_dir: 
                 shutil.rmtree(folder)
         return None
 
-    sys.argv = [sys.argv[0], *flags, *overrides]  # Hydra reads flags first
+    sys.argv = [sys.argv[0], *flags, *overrides]  # Hydra parses sys.argv
     command = hydra.main(str(CONF), name, version_base="1.3")(task)
     sweeps.begin(None)
     try:
@@ -141,7 +141,7 @@ def _under_hydra(name: str, flags: list[str], overrides: list[str], config_dir: 
     except (SystemExit, KeyboardInterrupt) as end:
         if (folder := sweeps.folder()) is None:
             raise
-        # A signal, or a dead process of the sweep: the summary is printed all the same.
+        # A signal, or a process of the sweep that was killed: print the summary nevertheless.
         code = 130 if isinstance(end, KeyboardInterrupt) else end.code if isinstance(end.code, int) else 1
         return max(code, sweeps.summarize(folder))
     if (folder := sweeps.folder()) is not None:
@@ -167,7 +167,7 @@ def _command(name: str, config: Any) -> Result:
 
 @contextmanager
 def _hydra_raises() -> Iterator[None]:
-    """Make Hydra raise its errors; without HYDRA_FULL_ERROR it prints them in several lines and exits with 1."""
+    """Set HYDRA_FULL_ERROR, so that Hydra raises its errors instead of printing them and exiting with code 1."""
     before = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:

@@ -1,4 +1,4 @@
-"""`--help`: the groups with their options, then the keys with their values and the comments of conf/, one a line."""
+"""Print the help of a command: groups with their options, and keys with their values and the comments of conf/."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from diffusion_lab import composition
 from diffusion_lab.cli.schema import COMMANDS
 from diffusion_lab.instantiation import CONF
 
-WIDTH = 44  # columns of KEY: VALUE before the comment
+WIDTH = 44  # width of KEY: VALUE in characters; the comment follows
 
 
 def show(name: str, overrides: Sequence[str], config_dir: str | None) -> None:
@@ -25,7 +25,7 @@ def show(name: str, overrides: Sequence[str], config_dir: str | None) -> None:
         print("\nGroups (GROUP=OPTION):\n")
         for group in sorted(groups):
             print(f"  {group}: {', '.join(composition.options(group, config_dir))}")
-    print("\nKeys (KEY=VALUE; +KEY=VALUE adds an argument that the class of the group takes):\n")
+    print("\nKeys (KEY=VALUE; +KEY=VALUE adds an argument of the class of a group):\n")
     comments = dict(_comments(name, choices))
     plain: Any = OmegaConf.to_container(config, resolve=False)
     for key, value in _leaves({k: plain[k] for k in COMMANDS[name].__annotations__ if k in plain}):
@@ -33,9 +33,9 @@ def show(name: str, overrides: Sequence[str], config_dir: str | None) -> None:
         comment = comments.get(key, "")
         print(f"{line:<{WIDTH}} # {comment}" if comment else line)
     print(
-        "\n--multirun sweeps over comma-separated choices; --config-dir DIR adds options of your own; --cfg job prints the"
+        "\n--multirun runs a sweep over comma-separated values; --config-dir DIR adds options to groups; --cfg job prints the"
     )
-    print("configuration and stops; --hydra-help is Hydra's own.")
+    print("configuration and exits; --hydra-help prints the help of Hydra.")
 
 
 def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -53,7 +53,7 @@ def _shown(value: Any) -> str:
 
 
 def _comments(name: str, choices: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield (dotted key, comment) of every commented line in the chosen files of conf/."""
+    """Yield (dotted key, comment) for every line with a comment in the selected files of conf/."""
     yield from _file_comments(CONF / f"{name}.yaml", "")
     for group, option in choices.items():
         for stem in option if isinstance(option, (list, tuple)) else [option]:
@@ -61,13 +61,13 @@ def _comments(name: str, choices: dict[str, Any]) -> Iterator[tuple[str, str]]:
             if path.is_file() and not str(group).startswith("hydra"):
                 for file in (*_bases(path), path):
                     yield from _file_comments(file, str(group))
-    for group in composition.LISTS:  # every file states its package
+    for group in composition.LISTS:  # every file of these groups declares its package
         for path in sorted((CONF / group).glob("*.yaml")):
             yield from _file_comments(path, "")
 
 
 def _bases(path: Path) -> list[Path]:
-    """Return the files that the defaults list of a file names, and theirs, base first."""
+    """Return the files in the defaults list of a file, recursively, bases first."""
     content = OmegaConf.load(path)
     entries = list(content.get("defaults", [])) if isinstance(content, DictConfig) else []
     names = [str(entry).split("@")[0] for entry in entries if not isinstance(entry, DictConfig) and entry != "_self_"]
@@ -76,7 +76,7 @@ def _bases(path: Path) -> list[Path]:
 
 
 def _file_comments(path: Path, package: str) -> Iterator[tuple[str, str]]:
-    """Yield (dotted key, comment) of one file, by indentation: the files of conf/ are plain block mappings."""
+    """Yield (dotted key, comment) of one file. Keys are nested by indentation, since files of conf/ are block mappings."""
     stack: list[tuple[int, str]] = []
     in_defaults = False
     for line in path.read_text().splitlines():

@@ -1,6 +1,6 @@
-"""The root keys of each command and their types. Importable without torch.
+"""Root keys of each command and their types. This module does not import torch.
 
-A key whose type is `Node` is a group's choice; its arguments are checked against the constructor's signature.
+A key of type `Node` is the selected option of a group. Its arguments are checked against the constructor's signature.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ Node = dict[str, Any]
 
 @dataclass
 class Validation:
-    """Steps between two validations, and (t, ε) per validation image."""
+    """Number of steps between two validations, and of draws (t, ε) per validation image."""
 
     every: int
     draws: int
@@ -19,7 +19,7 @@ class Validation:
 
 @dataclass
 class Inpaint:
-    """RePaint's resampling."""
+    """Arguments of RePaint's resampling."""
 
     jump_length: int
     resample: int
@@ -187,5 +187,5 @@ COMMANDS: dict[str, type] = {
     "report": Report,
     "dashboard": Dashboard,
 }
-POSITIONAL = {"report": "paths"}  # the key that positional arguments of a command are put into
+POSITIONAL = {"report": "paths"}  # the key to which positional arguments of a command are assigned
 OUT_FILE = ("export", "report")  # commands whose `out` is a file

@@ -1,7 +1,7 @@
-"""Sweeps: the outcome of each job of --multirun, and the summary of all of them.
+"""Run the jobs of a sweep (--multirun), and summarize their outcomes.
 
-A job runs in this process, in another one (joblib) or on another machine (submitit), so its outcome is a file in its folder,
-outcome.json: {status, code, reason, metric, value, overrides, seconds}. A job that fails does not end the sweep.
+A job runs in this process, in another process (joblib) or on another machine (submitit). Its outcome is therefore written to
+outcome.json in its folder: {status, code, reason, metric, value, overrides, seconds}. A failed job does not end the sweep.
 """
 
 import json
@@ -17,29 +17,34 @@ from diffusion_lab.io import write_file
 from diffusion_lab.processes import Refusal, Result, one_line
 
 FILE = "outcome.json"
-FAILED = 1  # the exit code of a sweep with a job that failed
+FAILED = 1  # exit code of a sweep with a failed job
 
 Outcome = dict[str, Any]
 
 
-_folder: Path | None = None  # of the sweep that runs in this process
+_folder: Path | None = None  # folder of the sweep that runs in this process
 
 
 def begin(folder: Path | None) -> None:
-    """Set the folder of the sweep that begins; None for a single run."""
+    """Set the folder of the current sweep; None for a single run."""
     global _folder
     _folder = folder
 
 
 def folder() -> Path | None:
-    """Return the folder of the sweep that runs in this process; None for a single run."""
+    """Return the folder of the current sweep; None for a single run."""
     return _folder
 
 
 def job(call: Callable[[], Result], folder: Path, overrides: Sequence[str]) -> Outcome:
     """Run one job, write its outcome to `folder`, and return it.
 
-    The message of an exception becomes the reason. The traceback is printed on stderr, that of a ConfigError is not.
+    The message of an exception is stored as the reason. Its traceback is printed on stderr, except for a ConfigError.
+
+    Args:
+        call: runs the job.
+        folder: the folder of the job.
+        overrides: the overrides of the job.
     """
     started, result, reason = time.perf_counter(), Result(FAILED), None
     try:
@@ -67,10 +72,11 @@ def job(call: Callable[[], Result], folder: Path, overrides: Sequence[str]) -> O
 
 
 def summarize(folder: Path) -> int:
-    """Print the outcomes of the jobs below `folder`, the best first, failed ones last; return the exit code of the sweep.
+    """Print the outcomes of the jobs of a sweep, the best first and failed ones last, and return the exit code of the sweep.
 
     Args:
-        folder: hydra.sweep.dir. Files older than its multirun.yaml, which Hydra writes first, are of an earlier sweep.
+        folder: hydra.sweep.dir. Files older than its multirun.yaml, which Hydra writes first, belong to an earlier sweep and
+            are ignored.
     """
     began_at = (folder / "multirun.yaml").stat().st_mtime if (folder / "multirun.yaml").is_file() else 0.0
     outcomes = {
@@ -78,7 +84,7 @@ def summarize(folder: Path) -> int:
         for path in sorted(folder.rglob(FILE))
         if path.stat().st_mtime >= began_at
     }
-    for record in sorted(folder.rglob(".hydra")):  # of a job without outcome.json: killed, or out of memory
+    for record in sorted(folder.rglob(".hydra")):  # jobs without outcome.json were killed
         name = record.parent.relative_to(folder).as_posix()
         if name not in outcomes and record.stat().st_mtime >= began_at:
             reason = "no result recorded: probably killed or out of memory"
