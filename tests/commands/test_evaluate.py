@@ -217,7 +217,7 @@ def test_references_are_exported_imported_and_not_mixed_up(measured, settings, t
         ({"save_reference": kept}, "exists: name another file"),
         (
             {"reference": kept, "split": "all", "metrics": ["prdc"], "extractor": "classifier"},
-            "leave out reference=, kid and prdc",
+            "remove reference=, or kid and prdc",
         ),
         ({"reference": str(tmp_path / "inception.npz")}, "has 2048 features, and extractor=classifier has 64"),
     ):
@@ -338,7 +338,7 @@ def test_another_data_set_than_the_checkpoint_s(measured, settings, tmp_path):
     (row,) = measured(*mine(8), **own)
     assert row["data"]["name"] == "ImageFolder"
     assert row["references"]["flatten"]["n"] == 90
-    with pytest.raises(ValueError, match="images are 8×8×1, and the data set's are 9×9×1"):
+    with pytest.raises(ValueError, match="images of the checkpoint are 8×8×1, but those of the data set are 9×9×1"):
         prepare(settings(*mine(9), **own))
     with pytest.raises(ValueError, match="no labels: write extractor=inception"):
         prepare(settings(*mine(8)))

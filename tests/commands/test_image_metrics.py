@@ -204,8 +204,8 @@ MINE = "+metrics.mine._target_"
         (["+metrics.mine.feature=3"], "metrics.mine has no _target_"),
         (["+metrics.mine=3"], "metrics.mine has no _target_"),
         ([f"{MINE}=nowhere.Metric"], "metrics.mine._target_=nowhere.Metric cannot be imported"),
-        ([f"{MINE}=builtins.dict"], "metrics.mine: builtins.dict is no metric"),
-        ([f"{MINE}=torchmetrics.MetricCollection", "+metrics.mine.metrics=[]"], "is no metric"),
+        ([f"{MINE}=builtins.dict"], "metrics.mine: builtins.dict is not a metric"),
+        ([f"{MINE}=torchmetrics.MetricCollection", "+metrics.mine.metrics=[]"], "is not a metric"),
         ([f"{MINE}=torchmetrics.MeanMetric", "+metrics.mine.color=1"], "metrics.mine: MeanMetric raised an error"),
         ([f"{MINE}=own_features.Extremes", "+metrics.mine.color=1"], "Extremes has no argument color"),
         (["metrics=[kid]", "+metrics.kid.subset=3"], "KID has no argument subset (did you mean subsets?)"),
@@ -216,7 +216,7 @@ MINE = "+metrics.mine._target_"
         (["+metrics.n._target_=torchmetrics.MeanMetric"], "write +metrics.my_n._target_="),
         ([*FID[:1], "+metrics.mine.feature={_target_: torch.nn.Conv2d, in_channels: 2, out_channels: 1, kernel_size: 1}"],
          "metrics.mine: "),
-        (["metrics=[nll]"], "write ckpt=PATH, not images="),
+        (["metrics=[nll]"], "write ckpt=PATH instead of images="),
     ],
 )  # fmt: skip
 def test_what_is_no_metric_is_one_line(evaluate, arguments, remedy):

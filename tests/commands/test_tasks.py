@@ -229,7 +229,7 @@ BAD = {  # seen without a checkpoint
     ("task=edit", "image={given}/a.png", "strength=0"): "outside (0, 1]",
     ("task=edit", "image={given}/a.png", "strength=1.5"): "outside (0, 1]",
     ("task=interpolate", "images=[{given}/a.png]"): "images=[A.png,B.png]",
-    ("task=interpolate", "n=1"): "n=2 or more",
+    ("task=interpolate", "n=1"): "at least n=2",
 }
 
 
@@ -274,13 +274,13 @@ REFUSED = {  # by a command: the checkpoint is read, nothing is sampled or writt
     ("task=edit", "image={given}/a.png", "strength=0.002", "sampler.steps=50"): "write fewer steps",
     ("task=edit", "image={given}/broken.png"): "cannot be read as an image",
     ("task=inpaint", "image={given}/a.png", "mask={given}/large.png"): "resize it to 8×8",
-    ("task=inpaint", "image={given}/a.png", "mask={given}/black.png"): "black everywhere",
+    ("task=inpaint", "image={given}/a.png", "mask={given}/black.png"): "no white pixel",
     ("task=inpaint", "image={given}/a.png", "mask={given}/mask.png", "inpaint.resample=0"): "at least 1",
     ("task=inpaint", "image={given}/a.png"): "needs mask=PATH",
     ("task=encode", "image={given}/a.png", "sampler.eta=1"): "sampler=ddim variance=fixed_small",
     ("task=encode", "image={given}/a.png", "sampler.grid=leading"): "grid=trailing",
     ("task=interpolate", "sampler=ddpm"): "deterministic sampler",
-    ("task=interpolate", "labels=[1,2]"): "has one class",
+    ("task=interpolate", "labels=[1,2]"): "needs one class",
     ("task=decode", "latents={given}/other.npz"): "latents= with latents.npz of task=encode",
 }
 
@@ -305,10 +305,10 @@ def test_latents_of_another_checkpoint_are_refused(sample, run, given, tmp_path,
     latents = f"latents={tmp_path / 'own' / 'latents.npz'}"
     refused = command("sample", [f"ckpt={run}", "task=decode", latents, "weights=raw", f"out={tmp_path / 'x'}"], capfd)
     assert refused.code == 2
-    assert "belongs to other weights" in refused.err
+    assert "was not encoded with these weights" in refused.err
     assert str(run) in refused.err
     train(tmp_path / "other", "trainer.max_steps=1", capfd=capfd)
     refused = command("sample", [f"ckpt={tmp_path / 'other'}", "task=decode", latents, f"out={tmp_path / 'x'}"], capfd)
     assert refused.code == 2
-    assert "belongs to other weights" in refused.err
+    assert "was not encoded with these weights" in refused.err
     assert not (tmp_path / "x").exists()

@@ -438,7 +438,7 @@ def test_files_of_unexpected_types_do_not_crash(sweep, report):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "name a run, a sweep, an evaluation"),
+        ([], "write a run, a sweep, an evaluation"),
         (["{place}/none"], "there is no folder {place}/none: name a run"),
         (["{place}/file"], "{place}/file is a file: name the folder"),
         (["{place}", "titel=x"], "there is no folder titel=x"),

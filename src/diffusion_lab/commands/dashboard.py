@@ -1,4 +1,4 @@
-"""`src/dashboard.py`: create a W&B workspace for this project's runs."""
+"""Create a W&B workspace for the runs of this project (`src/dashboard.py`)."""
 
 import sys
 from typing import Any, NamedTuple
@@ -12,9 +12,9 @@ class Panel(NamedTuple):
     """One panel of a workspace.
 
     Attributes:
-        kind: lines, bars (the summary of each run), media, table or differences.
-        title: its title.
-        keys: the logged names; for lines also a regular expression.
+        kind: "lines", "bars" (the summary of each run), "media", "table" or "differences".
+        title: title of the panel.
+        keys: name of the logged value; for lines also a regular expression.
         log: whether the y axis is logarithmic.
     """
 
@@ -24,15 +24,15 @@ class Panel(NamedTuple):
     log: bool = False
 
 
-# Section → panels. A test finds the data of each panel in an offline run.
+# Maps sections to panels. A test checks that an offline run logs the data of each panel.
 LAYOUT: dict[str, list[Panel]] = {
-    "Is it learning?": [
+    "Training": [
         Panel("lines", "training loss", "train/loss", log=True),
         Panel("lines", "validation loss", "val/loss", log=True),
         Panel("media", "samples", "samples"),
         Panel("media", "estimates of x_0, from noise to data", "trajectory"),
     ],
-    "Is it good?": [
+    "Sample quality": [
         Panel("lines", "distance to the data", "(fd|fid)_.*", log=True),
         Panel("bars", "lowest validation loss", "val/loss"),
         Panel("lines", "confident fraction", "confident_fraction_.*"),
@@ -41,19 +41,19 @@ LAYOUT: dict[str, list[Panel]] = {
         Panel("table", "every sampler and step count", "quality"),
         Panel("media", "quality against network evaluations", "quality_plot"),
     ],
-    "Where the loss lies": [Panel("lines", "training loss by ln SNR", "train/loss_snr/.*")],
-    "What differs": [Panel("differences", "configurations", "")],
+    "Loss by noise level": [Panel("lines", "training loss by ln SNR", "train/loss_snr/.*")],
+    "Configuration": [Panel("differences", "configurations", "")],
     "Speed": [
-        Panel("lines", "images a second", "speed/images_per_s"),
+        Panel("lines", "images per second", "speed/images_per_s"),
         Panel("lines", "peak memory, GiB", "speed/peak_memory_gib"),
-        Panel("lines", "hours to go", "speed/hours_to_go"),
+        Panel("lines", "remaining hours", "speed/hours_to_go"),
     ],
     "Gradients (logger.wandb.gradients=500)": [Panel("lines", "histograms", "gradients/.*")],
 }
 
 
 def run(config: DictConfig) -> int:
-    """Create the workspace, or print its panels with dry=true; return the exit code."""
+    """Create the workspace, or with dry=true only print its panels. Return the exit code."""
     settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     if settings["dry"]:
         for section, panels in LAYOUT.items():
@@ -67,7 +67,7 @@ def run(config: DictConfig) -> int:
 
 
 def workspace(entity: str, project: str, name: str) -> Any:
-    """Build the workspace of LAYOUT by wandb-workspaces, without sending it."""
+    """Build the workspace of LAYOUT with wandb-workspaces, without saving it."""
     import wandb_workspaces.reports.v2 as wr
     import wandb_workspaces.workspaces as ws
 
@@ -93,11 +93,11 @@ def workspace(entity: str, project: str, name: str) -> Any:
 
 
 def _account() -> str:
-    """Return the entity that is logged in. Raises ConfigError without a login or a connection."""
+    """Return the default entity of the W&B login. Raises ConfigError without a login or a connection."""
     import wandb
 
     try:
         return str(wandb.Api(timeout=10).default_entity)
     except Exception as error:  # W&B raises many types for a missing login or connection
         print(f"W&B: {str(error).splitlines()[0]}", file=sys.stderr)
-        raise ConfigError("not logged in to W&B, or no connection: run `wandb login`, or look at dry=true") from None
+        raise ConfigError("not logged in to W&B, or no connection: run `wandb login`, or write dry=true") from None

@@ -1,4 +1,4 @@
-"""`src/export.py`: write the weights of a checkpoint and their configuration to one .safetensors file."""
+"""Write the weights of a checkpoint and their configuration to a .safetensors file (`src/export.py`)."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from diffusion_lab.models.unet import UNet
 
 
 def run(config: DictConfig) -> int:
-    """Write the file; return the exit code."""
+    """Write the file, and return the exit code."""
     with os_errors():
         settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
         out = Path(settings["out"])
@@ -27,7 +27,7 @@ def run(config: DictConfig) -> int:
         network = loaded.denoiser.network
         if settings["diffusers"]:
             if not isinstance(network, UNet):
-                raise ConfigError(f"{type(network).__name__} has no counterpart in diffusers: leave diffusers= out")
+                raise ConfigError(f"{type(network).__name__} has no counterpart in diffusers: write diffusers=false")
             tensors = to_diffusers(network)
             content = save({name: tensor.contiguous() for name, tensor in tensors.items()})
         else:

@@ -1,4 +1,4 @@
-"""`src/fit_variance.py`: fit the optimal variance of a checkpoint and write it to the checkpoint's folder."""
+"""Fit the optimal variance of a checkpoint, and write it to the checkpoint's folder (`src/fit_variance.py`)."""
 
 import csv
 import io
@@ -26,7 +26,7 @@ from diffusion_lab.variances import Analytic
 
 @dataclass
 class Prepared:
-    """A run, the kind of variance to fit, and the data set that the run was trained on."""
+    """A run, the kind of variance to fit, and the data set on which the run was trained."""
 
     settings: dict[str, Any]
     run: Run
@@ -35,7 +35,7 @@ class Prepared:
 
 
 class Fit(NamedTuple):
-    """The content of the fit's file, and a table for the run folder."""
+    """The entries of the file of a fit, and a table for the run folder."""
 
     stored: dict[str, Any]
     header: list[str]
@@ -43,7 +43,7 @@ class Fit(NamedTuple):
 
 
 def run(config: DictConfig) -> int:
-    """Fit as configured; write the fit to the checkpoint's folder, a table to the run folder; return the exit code."""
+    """Fit a variance, write it to the checkpoint's folder and a table to the run folder, and return the exit code."""
     settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     with os_errors():
         _check(settings)
@@ -53,7 +53,7 @@ def run(config: DictConfig) -> int:
 
 
 def fit(settings: dict[str, Any], processes: Processes) -> None:
-    """Fit together with the other processes; rank 0 writes and prints."""
+    """Fit in this process, as one of a group. Rank 0 writes the files and prints the summary."""
     prepared = processes.build(lambda: prepare(settings, processes.rank))
     result = (_analytic if prepared.kind == "analytic" else _head)(prepared, processes)
     if processes.rank == 0:
@@ -69,32 +69,34 @@ def fit(settings: dict[str, Any], processes: Processes) -> None:
 
 
 def _check(settings: dict[str, Any]) -> str:
-    """Return the kind of variance. Raises ConfigError for settings that are wrong for every checkpoint."""
+    """Return the kind of variance. Raises ConfigError for settings that are invalid for every checkpoint."""
     if not settings["ckpt"]:
-        raise ConfigError("no checkpoint: write ckpt=PATH of a checkpoint or a run folder, or ckpt=latest")
+        raise ConfigError("ckpt= is not set: write ckpt=PATH with a checkpoint or a run folder, or ckpt=latest")
     kind = fits.FITTED.get((settings["variance"] or {}).get("_target_", ""))
     if kind is None:
-        raise ConfigError("this variance is not fitted: write variance=analytic, variance=sn or variance=npr")
+        raise ConfigError("this variance needs no fit: write variance=analytic, variance=sn or variance=npr")
     for key in ("n", "steps", "batch_size", "devices"):
         if not settings[key] or settings[key] < 1:
             raise ConfigError(f"{key}={settings[key]}: write at least 1")
     if kind != "analytic" and settings["devices"] > 1:
-        raise ConfigError(f"variance={kind} trains a small head in one process: write devices=1")
+        raise ConfigError(f"devices={settings['devices']}: variance={kind} is trained in one process: write devices=1")
     return kind
 
 
 def prepare(settings: dict[str, Any], rank: int = 0) -> Prepared:
-    """Build and check everything that a fit needs.
+    """Build and check all objects of a fit, without writing a file.
 
     Raises:
-        ConfigError: a missing checkpoint, an existing fit, or settings that do not fit the checkpoint. Nothing is written.
+        ConfigError: if the checkpoint is missing, the fit exists, or the settings do not fit the checkpoint.
     """
     kind = _check(settings)
     target = device(settings["device"], settings["devices"], rank)
     loaded = load_checkpoint(settings["ckpt"], settings["weights"], settings["trust"])
     path = fits.place(loaded, kind)
     if path.exists() and not settings["overwrite"] and rank == 0:
-        raise ConfigError(f"{path} exists, fitted to these weights: use it, or write overwrite=true to fit again")
+        raise ConfigError(
+            f"{path} exists and was fitted to these weights: use it, or write overwrite=true to fit again"
+        )
     if kind == "analytic":
         fit_times(loaded.denoiser.schedule, settings["nodes"])
     else:
@@ -107,7 +109,7 @@ def prepare(settings: dict[str, Any], rank: int = 0) -> Prepared:
 
 
 def _analytic(p: Prepared, processes: Processes) -> Fit:
-    """Estimate E mean(ε̂²) at every time over the training images, shared by the processes."""
+    """Estimate E mean(ε̂²) at every time over the training images, which are distributed over the processes."""
     schedule, settings = p.run.denoiser.schedule, p.settings
     times = fit_times(schedule, settings["nodes"])
     error: Exception | None = None
@@ -125,7 +127,7 @@ def _analytic(p: Prepared, processes: Processes) -> Fit:
             world=processes.world,
             progress=processes.rank == 0,
         )
-    except Exception as raised:  # also a defect: the other processes would wait for this one
+    except Exception as raised:  # raised in `agree`, since the other processes would wait for this one
         error = raised
     processes.agree(error)
     values = moments(processes.sum(sums))
@@ -144,7 +146,9 @@ def _head(p: Prepared, processes: Processes) -> Fit:
         replace(d, network=network, clip=None),
         p.kind,
         p.data.train_dataloader(),
-        Stratified() if times.learns else times,  # importance sampling is by the losses of the network, not of the head
+        Stratified()
+        if times.learns
+        else times,  # importance sampling depends on losses of the network, not of the head
         p.run.condition,
         steps=settings["steps"],
         lr=settings["lr"],

@@ -1,4 +1,4 @@
-"""`src/train_classifier.py`: train the classifier of a data set, on clean images or on x_t."""
+"""Train a classifier on the clean or noisy images of a data set (`src/train_classifier.py`)."""
 
 import json
 from pathlib import Path
@@ -17,12 +17,12 @@ from diffusion_lab.training.classifier import train_classifier
 
 
 def run(config: DictConfig) -> int:
-    """Train as configured, or load from the cache; write classifier.pt and accuracy.json; return the exit code."""
+    """Train a classifier or load it from the cache, write classifier.pt and accuracy.json, and return the exit code."""
     with os_errors():
         settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
         out = Path(settings["out"] or settings["run_dir"])
         if settings["steps"] is not None and not (isinstance(settings["steps"], int) and settings["steps"] >= 1):
-            raise ConfigError(f"steps={settings['steps']}: write at least 1, or null for the recipe's number")
+            raise ConfigError(f"steps={settings['steps']}: write at least 1, or null for the default")
         check(settings["data"], "data")
         data: DataModule = instantiate({**settings["data"], "limit": None}, "data")
         data.prepare_data()

@@ -20,7 +20,7 @@ __all__ = ["evaluate", "run"]
 
 
 def run(config: DictConfig) -> int:
-    """Evaluate as configured; write metrics.json, metrics.csv and quality.png, print a table; return the exit code."""
+    """Evaluate a checkpoint or images. Write metrics.json, metrics.csv and quality.png, print a table, return the exit code."""
     settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     with os_errors():
         check_settings(settings)
@@ -31,7 +31,7 @@ def run(config: DictConfig) -> int:
 
 
 def evaluate(settings: dict[str, Any], processes: Processes) -> None:
-    """Evaluate together with the other processes; rank 0 writes and prints."""
+    """Evaluate in this process, as one of a group. Rank 0 writes the results and prints them."""
     prepared = processes.build(lambda: prepare(settings, processes.rank))
     if processes.rank == 0:
         for warning in prepared.warnings:

@@ -16,17 +16,17 @@ from diffusion_lab.samplers import ODE
 
 
 class Likelihood(NamedTuple):
-    """The arguments `kind` and further ones of `nll.measure`."""
+    """Arguments of `nll.measure`: the kind of likelihood, and options of that kind."""
 
     kind: str
     options: dict[str, Any]
 
 
 def kinds(specs: Sequence[SamplerSpec]) -> list[Likelihood | None]:
-    """Return for each sampler the likelihood to compute: the bound of its chain, for `ode` the density; None for neither.
+    """Return the likelihood of each sampler: the variational bound of its chain, the density for `ode`, or None.
 
     Raises:
-        ConfigError: no sampler has a likelihood.
+        ConfigError: if no sampler has a likelihood.
     """
     kinds: list[Likelihood | None] = []
     refused: ConfigError | None = None
@@ -45,18 +45,18 @@ def kinds(specs: Sequence[SamplerSpec]) -> list[Likelihood | None]:
 
 
 def held_out(data: DataModule, settings: Mapping[str, Any]) -> Examples:
-    """Return the images of nll: n of the split, evenly spaced, at most 10,000. Raises ConfigError: the split is empty."""
+    """Return n evenly spaced images of `nll_split`, at most 10,000. Raises ConfigError if the split is empty."""
     examples = data.examples(settings["nll_split"])
     if not len(examples):
         raise ConfigError(
-            f"nll_split={settings['nll_split']} holds no images: write nll_split=val, or data with test images"
+            f"nll_split={settings['nll_split']} is empty: write nll_split=val, or choose a data set with test images"
         )
     n = min(len(examples), settings["n"] or MOST)
     return examples.select(np.unique(np.linspace(0, len(examples) - 1, n).round().astype(np.int64)))
 
 
 def measured(spec: SamplerSpec, likelihood: Likelihood, images: Examples, settings: Mapping[str, Any]) -> Measured:
-    """Compute bits per dimension under one sampler's chain or ODE, in this process alone."""
+    """Compute bits per dimension under the chain or ODE of one sampler, without the other processes."""
     return nll.measure(
         spec.run,
         images.images[:],

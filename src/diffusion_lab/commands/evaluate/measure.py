@@ -1,4 +1,4 @@
-"""Sample with every sampler and seed, and compute the metrics, in all processes together."""
+"""Draw samples with every sampler and seed and compute the metrics, distributed over all processes."""
 
 import time
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ Row = dict[str, Any]
 
 
 class Measurement(NamedTuple):
-    """The metrics of n images, the seconds of sampling and measuring, and the network evaluations of an image."""
+    """Metrics of n images, duration of sampling and measuring in seconds, and network evaluations per image."""
 
     metrics: Row
     seconds: float
@@ -29,10 +29,10 @@ class Measurement(NamedTuple):
 
 
 def rows(prepared: Prepared, processes: Processes) -> list[Row]:
-    """Return a row for each sampler and number of steps, or one for an image set; the same in every process.
+    """Return a row for each sampler and number of steps, or one row for an image set. Every process returns the same rows.
 
     Raises:
-        ConfigError: NaN or Inf, with the image's index.
+        ConfigError: if an image contains NaN or Inf. The message contains its index.
     """
     _add_real(prepared)
     common = _common(prepared, processes)
@@ -46,7 +46,7 @@ def rows(prepared: Prepared, processes: Processes) -> list[Row]:
 
 
 def _add_real(prepared: Prepared) -> None:
-    """Update the metrics of images that compare with the data, once for all samplers, with every image of the split."""
+    """Update the image metrics that compare samples with data with all images of the split, once for all samplers."""
     metrics = [metric for metric in prepared.image_metrics.values() if metric.takes_real]
     parts = list(blocks(len(prepared.real), prepared.settings["batch_size"])) if metrics else []
     for part in progress(parts, "real images", "block", bool(parts)):
@@ -56,7 +56,7 @@ def _add_real(prepared: Prepared) -> None:
 
 
 def _row(prepared: Prepared, processes: Processes, spec: SamplerSpec) -> Row:
-    """Return the means over `repeats` seeds, with their spread."""
+    """Return the mean of the metrics over `repeats` seeds, and their standard deviation."""
     if not prepared.measures_samples:
         return {**_head(prepared, spec, 0), "metrics": {}, "seconds": 0.0}
     seed, repeats = prepared.settings["seed"], prepared.settings["repeats"]
@@ -72,7 +72,7 @@ def _row(prepared: Prepared, processes: Processes, spec: SamplerSpec) -> Row:
 
 
 def _add_likelihoods(prepared: Prepared, results: list[Row]) -> None:
-    """Add nll to the rows of the samplers that have a likelihood; write its terms to separate files."""
+    """Add nll to the rows of the samplers that have a likelihood, and write its terms to separate files."""
     assert prepared.held_out is not None
     by_name: dict[str, Measured] = {}
     for row, spec, likelihood in zip(results, prepared.samplers, prepared.likelihoods, strict=True):
@@ -108,7 +108,7 @@ def _head(prepared: Prepared, spec: SamplerSpec | None, nfe: float) -> Row:
 
 
 def _measure(prepared: Prepared, processes: Processes, spec: SamplerSpec | None, seed: int) -> Measurement:
-    """Sample n images by one sampler and seed, or read those of the image set for None, and compute their metrics."""
+    """Sample n images with one sampler and seed, or read the image set if `spec` is None, and compute the metrics."""
     p, begin = prepared, time.perf_counter()
     work = torch.zeros(2, dtype=torch.float64)  # Σ network evaluations, number of images
     desc = "reading"
@@ -156,7 +156,7 @@ def _measure(prepared: Prepared, processes: Processes, spec: SamplerSpec | None,
 
 
 def _common(prepared: Prepared, processes: Processes) -> Row:
-    """Return the part common to all rows: everything else that is needed to reproduce the numbers."""
+    """Return the entries that are common to all rows and are needed to reproduce the results."""
     p = prepared
     texts = protocol({key: metric for metrics in p.plan.by_extractor.values() for key, metric in metrics.items()})
     texts |= {key: metric.protocol for key, metric in p.image_metrics.items()}
@@ -174,7 +174,7 @@ def _common(prepared: Prepared, processes: Processes) -> Row:
     if p.run:
         average = p.run.weights.removeprefix("ema ")
         out["checkpoint"] = {
-            "path": str(p.run.path.absolute() if p.run.path else p.settings["ckpt"]),  # `latest` resolved
+            "path": str(p.run.path.absolute() if p.run.path else p.settings["ckpt"]),  # not `latest`
             "step": p.run.step,
             "ema_decay": None if p.run.weights == "raw" else float(average),
             "clip": (p.settings.get("clip") or {}).get("_target_", "none").rsplit(".", 1)[-1],
@@ -196,6 +196,6 @@ def _guidance(node: Row | None) -> Row | None:
 
 
 def _accuracy(extractor: Any) -> Row:
-    """Return the accuracy and the file of an extractor that is a trained classifier; nothing for another."""
+    """Return the accuracy and the file of an extractor that is a trained classifier; empty for other extractors."""
     classifier = getattr(extractor, "trained", None)
     return {} if classifier is None else {"accuracy": classifier.accuracy, "classifier": str(classifier.path)}

@@ -1,4 +1,4 @@
-"""Files of metrics=[nll]: tables of all terms and all images, a plot of the variational bounds."""
+"""Write the files of metrics=[nll]: tables of all terms and all images, and a plot of the variational bounds."""
 
 import csv
 import io
@@ -16,8 +16,8 @@ def write(out: Path, measured: Mapping[str, Measured]) -> None:
     """Write nll_terms.csv, nll_images.csv, and nll_terms.png if there are bounds.
 
     Args:
-        out: the folder.
-        measured: name for tables and plot, e.g. "ddpm, 50 steps" → result of `nll.measure`; all of the same images.
+        out: the output folder.
+        measured: results of `nll.measure` for the same images, by a name for tables and plot, e.g. "ddpm, 50 steps".
     """
     fields = ["name", "kind", "term", "t", "bpd", "standard_error"]
     rows = [{"name": name, "kind": m["kind"], **term} for name, m in measured.items() for term in m["terms"]]

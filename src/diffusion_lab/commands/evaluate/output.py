@@ -1,4 +1,4 @@
-"""Output of an evaluation: metrics.json, metrics.csv, quality.png, a printed table, and tables of loggers."""
+"""Write and print the results of an evaluation: metrics.json, metrics.csv, quality.png, a table, and loggers."""
 
 import csv
 import io
@@ -23,9 +23,9 @@ def write(out: Path, rows: list[Row]) -> None:
     """Write metrics.json, metrics.csv and quality.png.
 
     Raises:
-        OSError: as the file system reports it.
+        OSError: if a file cannot be written.
     """
-    plot = _plot(rows)  # drawn before anything is written
+    plot = _plot(rows)  # before any file is written
     write_file(out / "metrics.json", json.dumps(rows, indent=2, ensure_ascii=False))
     text = io.StringIO()
     flat = [_flat(row) for row in rows]
@@ -51,7 +51,7 @@ def _flat(row: Row) -> Row:
 
 
 def scalars(row: Row) -> dict[str, float]:
-    """Return the metrics of the printed table: no lists, no standard errors."""
+    """Return the metrics of the printed table, without lists and standard errors."""
     return {k: v for k, v in row["metrics"].items() if not isinstance(v, list) and not k.endswith("_std")}
 
 
@@ -59,9 +59,9 @@ def scalars(row: Row) -> dict[str, float]:
 
 
 def show(rows: list[Row], out: Path) -> None:
-    """Print the table, with the images and references that it is about."""
+    """Print the number and origin of the images, the references, and the table."""
     first = rows[0]
-    likelihood = first["sampler"] is not None and "seeds" not in first  # nothing was sampled
+    likelihood = first["sampler"] is not None and "seeds" not in first  # metrics=[nll], which needs no samples
     of = f"seed {first['seed']}, weights {first['weights']}, " if first["weights"] else ""
     repeats = f", mean ± spread of {len(first['seeds'])} seeds" if "spread" in first else ""
     against = "likelihood of" if likelihood else "against"
@@ -109,7 +109,11 @@ def _cell(row: Row, name: str) -> str:
 
 
 def _plot(rows: list[Row]) -> bytes | None:
-    """Plot metrics against network evaluations as a PNG, a panel per metric, a line per sampler; None without samplers."""
+    """Plot metrics against network evaluations, a panel per metric and a line per sampler.
+
+    Returns:
+        A PNG; None if no row has a sampler or a metric.
+    """
     rows = [row for row in rows if row["nfe"]]
     names = list(dict.fromkeys(name for row in rows for name in scalars(row)))
     if not rows or not names:
@@ -158,7 +162,7 @@ def _plot(rows: list[Row]) -> bytes | None:
 
 def _format_axes(axes: Any, name: str, nfe: list[int], rows: list[Row]) -> None:
     axes.set_title(f"{name}  ({better(name)})" if better(name) else name, fontsize=10, loc="left")
-    axes.set_xlabel("network evaluations a sample", fontsize=9)
+    axes.set_xlabel("network evaluations per sample", fontsize=9)
     axes.set_xscale("log")
     axes.set_xticks(nfe, [str(v) for v in nfe])
     axes.minorticks_off()
@@ -179,7 +183,7 @@ def _format_axes(axes: Any, name: str, nfe: list[int], rows: list[Row]) -> None:
 
 
 def log(settings: Mapping[str, Any], out: Path, rows: list[Row]) -> None:
-    """Log the table by every logger of the group `logger`, and the plot by W&B."""
+    """Log the table with every logger of the group `logger`, and the plot with W&B."""
     flat = [_flat(row) for row in rows]
     names = list(dict.fromkeys(name for row in flat for name in row))
     values = [[row.get(name) for name in names] for row in flat]

@@ -35,7 +35,7 @@ from diffusion_lab.training.classifier import train_classifier
 
 @dataclass
 class Prepared:
-    """The images to evaluate (of a run with samplers, or an image set), the extractors, and the references."""
+    """Images to evaluate (a run with samplers, or an image set), extractors, references and metrics."""
 
     settings: dict[str, Any]
     out: Path
@@ -45,30 +45,34 @@ class Prepared:
     samplers: list[SamplerSpec]
     data: DataModule
     plan: Plan
-    extractors: dict[str, Extractor]  # by the plan's names
-    references: dict[str, Reference]
-    real: reference.Images  # of the split
-    image_metrics: dict[str, ImageMetric]  # by key; built on rank 0, which receives the images of all processes
-    feeds_images: bool  # whether there are metrics of images, in every process
-    nll: str | None  # the key of the likelihood in `metrics`
-    likelihoods: list[Likelihood | None]  # for each sampler; empty without nll
-    held_out: Examples | None  # images of nll
-    n: int
-    condition: dict[str, Tensor]  # keyword arguments of the network, a row for each image
+    extractors: dict[str, Extractor]  # by the names in the plan
+    references: dict[str, Reference]  # by the names in the plan
+    real: reference.Images  # images of the split
+    image_metrics: dict[str, ImageMetric]  # by key; empty except on rank 0, which receives the images of all processes
+    feeds_images: bool  # whether there are image metrics; the same in every process
+    nll: str | None  # key of the likelihood in `metrics`
+    likelihoods: list[Likelihood | None]  # one per sampler; empty without nll
+    held_out: Examples | None  # images for nll
+    n: int  # number of images
+    condition: dict[str, Tensor]  # keyword arguments of the network, with a row for each image
     labels: Tensor | None  # the requested classes, or the labels of the image set
     warnings: list[str] = field(default_factory=list)
 
     @property
     def measures_samples(self) -> bool:
-        """Whether any metric needs images; nll needs none."""
+        """Whether a metric needs samples. The likelihood does not."""
         return bool(self.extractors) or self.feeds_images
 
 
 def prepare(settings: dict[str, Any], rank: int = 0) -> Prepared:
-    """Build and check everything. The first process that needs the classifier or reference statistics creates the missing files.
+    """Build and check all objects of an evaluation. A missing classifier or missing reference statistics are computed and cached.
+
+    Args:
+        settings: the resolved configuration.
+        rank: rank of this process.
 
     Raises:
-        ConfigError: settings that cannot be evaluated. Nothing but the cache is written.
+        ConfigError: if the settings are invalid. No file outside the cache is written.
     """
     chosen = metrics.build(settings["metrics"])
     _refuse_likelihood(settings, chosen.nll)
@@ -77,25 +81,28 @@ def prepare(settings: dict[str, Any], rank: int = 0) -> Prepared:
     run = _run(settings, target) if settings["ckpt"] else None
     specs = samplers.build(settings, run) if run else []
     if "inception" in plan.by_extractor:
-        extractors.weights(settings["weights_path"])  # raises before the data are opened or a classifier is trained
+        extractors.weights(
+            settings["weights_path"]
+        )  # check the file before the data is opened or a classifier is trained
     data = _data(settings, run)
     shape = (data.channels, data.image_size[0], data.image_size[1])
     if run and run.shape != shape:
         raise ConfigError(
-            f"the checkpoint's images are {_size(run.shape)}, and the data set's are {_size(shape)}: choose another data="
+            f"the images of the checkpoint are {_size(run.shape)}, but those of the data set are {_size(shape)}: write another "
+            "data="
         )
     image_set = ImageSet(Path(settings["images"]), shape) if settings["images"] else None
     real = data.images(settings["split"])
     if len(real) < 2:
         raise ConfigError(
-            f"split={settings['split']} holds {len(real)} image(s), and at least 2 are needed: write split=all"
+            f"split={settings['split']} has {len(real)} image(s), but at least 2 are needed: write split=all"
         )
     by_name = {name: _extractor(name, settings, data, shape).to(target) for name in plan.by_extractor}
     references = {name: _reference(settings, plan, name, e, data, real) for name, e in by_name.items()}
     n = settings["n"] or (image_set.count if image_set else min(len(real), MOST))
     if image_set and n > image_set.count:
         raise ConfigError(
-            f"n={n}, but {settings['images']} holds {image_set.count} images: write n={image_set.count} or less"
+            f"n={n}, but {settings['images']} has {image_set.count} images: write at most n={image_set.count}"
         )
     condition = _condition(settings, specs[0].run, data, n) if run else {}
     labels = classes(condition)
@@ -133,15 +140,16 @@ def prepare(settings: dict[str, Any], rank: int = 0) -> Prepared:
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
-    """Raise ConfigError for settings that are wrong for every checkpoint and data set, before processes are started."""
+    """Raise ConfigError for settings that are invalid for every checkpoint and data set. Called before processes are started."""
     if bool(settings["ckpt"]) == bool(settings["images"]):
         raise ConfigError(
-            "write either ckpt=PATH of a checkpoint or a run folder (or ckpt=latest), or images=PATH with data=…"
+            "one of ckpt= and images= is needed: write ckpt=PATH with a checkpoint or a run folder, ckpt=latest, or images=PATH "
+            "with data=OPTION"
         )
     if settings["data"].get("_target_"):
         check(settings["data"], "data")
     elif settings["images"]:
-        raise ConfigError("images= needs the data set that they are compared with: write data=digits, data=mnist, …")
+        raise ConfigError("images= needs a data set for comparison: write data=OPTION, e.g. data=digits")
     check_named(settings["logger"], "logger", "logger=wandb", ("save_dir", "identity", "config", "job_type"))
     for key, smallest in (("repeats", 1), ("devices", 1), ("batch_size", 1), ("n", 2)):
         if settings[key] is not None and settings[key] < smallest:
@@ -150,11 +158,13 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         raise ConfigError(f"save_reference={settings['save_reference']} exists: name another file")
     _extractor_name(settings)
     if settings["images"] and is_guided(settings["guidance"]):
-        raise ConfigError("guidance= is for samples of a checkpoint: write ckpt=PATH, not images=")
+        raise ConfigError(
+            "guidance= cannot be combined with images=: write ckpt=PATH instead of images=, or guidance=none"
+        )
 
 
 def _extractor_name(settings: Mapping[str, Any]) -> str | None:
-    """Return inception, classifier, "own" for a module of the user, or None for the default."""
+    """Return "inception", "classifier", "own" for a node, or None for the default."""
     chosen = settings["extractor"]
     if isinstance(chosen, dict):
         return "own"
@@ -166,23 +176,23 @@ def _extractor_name(settings: Mapping[str, Any]) -> str | None:
 
 
 def _refuse_likelihood(settings: Mapping[str, Any], nll: str | None) -> None:
-    """Raise ConfigError for nll of a guided denoiser or of an image set."""
+    """Raise ConfigError if nll is combined with guidance or an image set."""
     if nll and is_guided(settings["guidance"]):
         raise ConfigError(
-            "metrics=nll is the likelihood of a model, and a guided denoiser has none: leave out guidance="
+            "metrics=nll cannot be combined with guidance, since a guided denoiser has no likelihood: write guidance=none"
         )
     if nll and settings["images"]:
-        raise ConfigError("metrics=nll is the likelihood of data under a checkpoint: write ckpt=PATH, not images=")
+        raise ConfigError("metrics=nll needs a checkpoint: write ckpt=PATH instead of images=")
 
 
 def _run(settings: Mapping[str, Any], target: str) -> Run:
-    """Load the checkpoint with the clipping of `clip`, onto a device."""
+    """Load the checkpoint to a device, with the clipping of `clip`."""
     loaded = load_checkpoint(settings["ckpt"], settings["weights"], settings["trust"])
     return with_clip(loaded, clip=instantiate(settings["clip"], "clip")).to(target)
 
 
 def _data(settings: Mapping[str, Any], run: Run | None) -> DataModule:
-    """Open the data set of `data`, or else the checkpoint's, without its limit on training images."""
+    """Open the data set of `data`, or that of the checkpoint, without the limit on training images."""
     node = settings["data"]
     if node.get("_target_"):
         data: DataModule = instantiate({**node, "limit": None}, "data")
@@ -196,7 +206,7 @@ def _data(settings: Mapping[str, Any], run: Run | None) -> DataModule:
 
 
 def _condition(settings: Mapping[str, Any], run: Run, data: DataModule, n: int) -> dict[str, Tensor]:
-    """Return the condition of n samples: that of real images in turn if it is made of data, else the requested labels."""
+    """Return the condition of n samples: computed from the images of the split if it depends on data, else from labels=."""
     condition = run.condition
     if condition.of_data:
         examples = data.examples(settings["split"])
@@ -205,7 +215,7 @@ def _condition(settings: Mapping[str, Any], run: Run, data: DataModule, n: int) 
 
 
 def _image_metrics(chosen: metrics.Chosen, real: reference.Images, target: str) -> dict[str, ImageMetric]:
-    """Build the metrics of images; two real images show whether each accepts them."""
+    """Build the image metrics. Each of them is checked with two real images."""
     probe = torch.from_numpy(np.ascontiguousarray(real[0:2]))
     return {key: ImageMetric(key, metric, probe, target) for key, metric in chosen.images.items()}
 
@@ -219,7 +229,8 @@ def _extractor(name: str, settings: Mapping[str, Any], data: DataModule, shape: 
         module = instantiate(settings["extractor"])
         if not isinstance(module, nn.Module):
             raise ConfigError(
-                f"extractor={settings['extractor'].get('_target_')} is no torch.nn.Module: write {{_target_: package.Module}}"
+                f"extractor={settings['extractor'].get('_target_')} is not a torch.nn.Module: write {{_target_: package.Module}} "
+                "with a subclass"
             )
         return extractors.resolve(module, shape)
     return extractors.resolve(name, shape, settings["weights_path"])
@@ -231,12 +242,14 @@ def _reference(
     key = reference.key_of(real, reference.described(data.source), settings["split"], extractor)
     if len(plan.by_extractor) > 1 and (settings["reference"] or settings["save_reference"]):
         raise ConfigError(
-            f"reference= is of one extractor, and these metrics use {' and '.join(plan.by_extractor)}: choose fewer metrics"
+            f"reference= and save_reference= need one extractor, but these metrics use {' and '.join(plan.by_extractor)}: choose "
+            "metrics with the same extractor"
         )
     if settings["reference"]:
         if plan.features(name):
             raise ConfigError(
-                "reference= has moments alone, and kid and prdc compare single images: leave out reference=, kid and prdc"
+                "reference= contains only moments, but kid and prdc need the features of each image: remove reference=, or kid "
+                "and prdc"
             )
         return reference.read(Path(settings["reference"]), extractor, key)
     statistics = reference.reference(real, key, extractor, Path(settings["cache"]), features=plan.features(name))

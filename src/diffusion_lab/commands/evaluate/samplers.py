@@ -1,4 +1,4 @@
-"""Build the samplers of an evaluation: each of `samplers=` with each number of `steps=` or `budget=`."""
+"""Build the samplers of an evaluation: each entry of `samplers=` with each number of `steps=` or `budget=`."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from diffusion_lab.samplers import Sampler
 
 
 class SamplerSpec(NamedTuple):
-    """A sampler with its name in the results, and the run that it samples (a fitted variance may extend its network)."""
+    """A sampler, its name in the results, and its run, whose network has the head of a fitted variance."""
 
     name: str
     sampler: Sampler
@@ -22,10 +22,10 @@ class SamplerSpec(NamedTuple):
 
 
 def nodes(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Compose the node of every sampler in `samplers`, on Hydra's search path. Call it before processes are started.
+    """Compose the node of every sampler in `samplers` with Hydra. Call it before processes are started.
 
     Raises:
-        ConfigError: an unknown sampler.
+        ConfigError: if a sampler is unknown.
     """
     names = list(dict.fromkeys(name for name, _ in _named(settings["samplers"])))
     by_name = {}
@@ -33,7 +33,7 @@ def nodes(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         known = composition.options("sampler")
         if name not in known:
             raise ConfigError(
-                f"samplers={name} is unknown{composition.closest(name, known)}: write some of {', '.join(known)}"
+                f"samplers={name} is unknown{composition.closest(name, known)}: write one or more of {', '.join(known)}"
             )
         composed = composition.composed("evaluate", [f"+sampler={name}"])
         node: Any = OmegaConf.to_container(OmegaConf.masked_copy(composed, ["sampler", "variance"]), resolve=True)
@@ -45,17 +45,17 @@ def nodes(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def build(settings: Mapping[str, Any], run: Run) -> list[SamplerSpec]:
-    """Build samplers × steps (or × budget), in that order; a sampler without `steps` is built once.
+    """Build each sampler with each number of steps (or budget), in that order. A sampler without `steps` is built once.
 
     Raises:
-        ConfigError: an option that the sampler does not have, or a sampler that cannot use the checkpoint.
+        ConfigError: if a sampler does not have an option, or cannot be used with the checkpoint.
     """
     specs: list[SamplerSpec] = []
     for name, options in _named(settings["samplers"]):
         node = settings["sampler_nodes"][name]
         unknown = [key for key in options if key not in node]
         if unknown:
-            raise ConfigError(f"samplers={name} has no option {unknown[0]}: write some of {', '.join(list(node)[1:])}")
+            raise ConfigError(f"samplers={name} has no option {unknown[0]}: write one of {', '.join(list(node)[1:])}")
         label = name + ("(" + ",".join(f"{k}={v}" for k, v in options.items()) + ")" if options else "")
         for length in _lengths(settings, node, options):
             sampler, fitted = sampler_for({**node, **options, **length}, run)
@@ -63,7 +63,7 @@ def build(settings: Mapping[str, Any], run: Run) -> list[SamplerSpec]:
             sampler.check(fitted.denoiser)
             specs.append(SamplerSpec(label, sampler, fitted))
     if not specs:
-        raise ConfigError("samplers=[] names no sampler: write e.g. samplers=[ddim] steps=[50]")
+        raise ConfigError("samplers=[] is empty: write e.g. samplers=[ddim] steps=[50]")
     return specs
 
 

@@ -1,4 +1,7 @@
-"""`src/sample.py`: sample images from a checkpoint. Each task is a module; `tasks` checks options, `context` is shared by all."""
+"""Sample images from a checkpoint (`src/sample.py`).
+
+Each task is a module. `tasks` checks the options, and `context` contains the functions that several tasks use.
+"""
 
 import importlib
 from typing import Any
@@ -10,7 +13,7 @@ from diffusion_lab.io import os_errors
 
 
 def run(config: DictConfig) -> int:
-    """Run the task as configured, write its files, print a summary; return the exit code."""
+    """Run a task, write its files, print a summary, and return the exit code."""
     settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     with os_errors():
         check(settings)  # before torch is imported

@@ -1,4 +1,4 @@
-"""Shared by the tasks of sample.py: the checkpoint with its sampler and guidance, and the output files."""
+"""The checkpoint, sampler and guidance of a task of sample.py, and functions that write output files."""
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,12 +25,12 @@ from diffusion_lab.samplers import Sampler, Samples
 from diffusion_lab.schedules import append_dims_like
 
 SHOWN = 400  # maximum number of images in grid.png
-CLASSES = 40  # maximum number of classes with a row each in grid.png
+CLASSES = 40  # maximum number of classes for which grid.png has one row per class
 
 
 @dataclass(frozen=True)
 class SamplingContext:
-    """The options of a task, the run with guidance on its device, and the sampler."""
+    """Options, run (with guidance, on its device) and sampler of a task."""
 
     settings: Mapping[str, Any]
     run: Run
@@ -38,10 +38,11 @@ class SamplingContext:
 
     @classmethod
     def build(cls, settings: Mapping[str, Any]) -> "SamplingContext":
-        """Load the checkpoint and build clipping, variance, sampler and guidance.
+        """Load the checkpoint, and build clipping, variance, sampler and guidance.
 
         Raises:
-            ConfigError: a missing checkpoint, a device, sampler or guidance that cannot be used with it.
+            ConfigError: if the checkpoint is missing, the device is not available, or sampler or guidance cannot be used with
+                the checkpoint.
         """
         target = device(settings["device"])
         run = load_checkpoint(settings["ckpt"], settings["weights"], settings["trust"])
@@ -57,7 +58,7 @@ class SamplingContext:
         return Path(self.settings["out"] or self.settings["run_dir"])
 
     def condition(self, n: int, labels: Sequence[int] | None = None) -> dict[str, Tensor]:
-        """Return the requested condition of n images; `labels` replaces labels=cycle."""
+        """Return the requested condition of n images. `labels` are used instead of labels=cycle."""
         condition, requested = self.run.condition, self.settings["labels"]
         if labels is not None and requested == "cycle" and self.run.num_classes is not None:
             requested = list(labels)
@@ -65,17 +66,17 @@ class SamplingContext:
         return requested_condition(condition, self.run.num_classes, n, requested, batch)
 
     def batches(self, n: int, condition: Mapping[str, Tensor]) -> Iterator[Batch]:
-        """Yield n images in batches, with a progress bar."""
+        """Yield batches of the indices and conditions of n images, with a progress bar."""
         return batches(n, self.settings["batch_size"], condition, self.run.device, progress=True)
 
     def require_deterministic(self) -> None:
         """Raise ConfigError unless the sampler can integrate from data to noise."""
         if not self.sampler.deterministic:
             raise ConfigError(
-                f"task={self.settings['task']} needs a deterministic sampler, and {describe(self.sampler)} as configured is "
-                "stochastic: write sampler=ddim variance=fixed_small, or sampler=heun"
+                f"task={self.settings['task']} needs a deterministic sampler, but {describe(self.sampler)} is stochastic: write "
+                "sampler=ddim variance=fixed_small, or sampler=heun"
             )
-        self.sampler.time_grid(self.run.denoiser, 0.0, 1.0)  # refuses a grid that cannot encode
+        self.sampler.time_grid(self.run.denoiser, 0.0, 1.0)  # raises if the grid does not reach t = 1
 
     def encode(self, images: Tensor, condition: Mapping[str, Tensor]) -> Samples:
         """Integrate images (N, C, H, W) to their states at t = 1 along the probability-flow ODE."""
@@ -90,12 +91,12 @@ class SamplingContext:
         )
 
     def summary(self, what: str, nfe: int, look: str = "grid.png") -> str:
-        """Return the lines that a task prints at its end.
+        """Return the summary that a task prints.
 
         Args:
-            what: the result.
-            nfe: network evaluations of an image.
-            look: the file to open.
+            what: description of the result.
+            nfe: number of network evaluations per image.
+            look: name of the main output file.
         """
         return (
             f"{what}, {describe(self.sampler)}, {nfe} network evaluations each, weights {self.run.weights}, "
@@ -109,13 +110,13 @@ def _rows(states: Tensor, batch: Batch) -> Tensor:
 
 
 def describe(sampler: Sampler) -> str:
-    """Return the name of a sampler's class, with that of its variance if it has one."""
+    """Return the class name of a sampler, and that of its variance if it has one."""
     variance = getattr(sampler, "variance", None)
     return type(sampler).__name__ + ("" if variance is None else f" with {type(variance).__name__}")
 
 
 def to_visible(states: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
-    """Scale states α x_0 + σ ε (B, …) to [−1, 1] for display: by √(α² + (2σ)²), so that 2 standard deviations saturate."""
+    """Scale states α x_0 + σ ε (B, …) for display: divide by √(α² + (2σ)²), and clamp to [−1, 1]."""
     alpha, sigma = (torch.as_tensor(v, dtype=torch.float64) for v in (alpha, sigma))
     size = (alpha.square() + (2 * sigma).square()).sqrt()
     return (states / append_dims_like(size, states)).clamp(-1, 1)
@@ -124,7 +125,7 @@ def to_visible(states: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> 
 def write_samples(out: Path, images: Tensor, labels: Tensor | None, save_images: bool) -> None:
     """Write images (N, C, H, W) in [−1, 1] as grid.png, samples.npz and images/00000.png, ….
 
-    samples.npz has arr_0 uint8 N×H×W×C and, with labels, arr_1 int64.
+    samples.npz contains arr_0, uint8 (N, H, W, C), and arr_1, int64 (N,), if there are labels.
     """
     pixels = to_uint8(images).permute(0, 2, 3, 1).numpy()
     write_arrays(out / "samples.npz", *([pixels] if labels is None else [pixels, labels.numpy()]))
@@ -139,7 +140,7 @@ def write_samples(out: Path, images: Tensor, labels: Tensor | None, save_images:
 
 
 def write_arrays(path: Path, *arrays: np.ndarray, **named: Any) -> None:
-    """Write an .npz of arr_0, arr_1, … and the named arrays."""
+    """Write an .npz file with the arrays arr_0, arr_1, … and the named arrays."""
     packed = io.BytesIO()
     np.savez_compressed(packed, *arrays, **named)
     write_file(path, packed.getvalue())

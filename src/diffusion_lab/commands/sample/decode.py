@@ -1,4 +1,4 @@
-"""task=decode: latents.npz to images."""
+"""task=decode: integrate the states in latents.npz to images."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from diffusion_lab.commands.sample.latents import load_latents
 
 
 def run_task(context: SamplingContext) -> str:
-    """Decode latents= with the conditions of their encoding, or with labels= if set."""
+    """Decode latents=, conditioned as when they were encoded, or on labels= if it is set."""
     latents, condition = load_latents(context, Path(context.settings["latents"]))
     if context.settings["labels"] != "cycle":
         condition = context.condition(len(latents))

@@ -11,7 +11,7 @@ from diffusion_lab.generation import initial_noise
 
 
 def run_task(context: SamplingContext) -> str:
-    """Sample n variants of image= from its state at time strength=; write them and sheet.png."""
+    """Add noise to image= up to time strength=, sample n images from there, and write them and sheet.png."""
     settings, n, run = context.settings, context.settings["n"], context.run
     schedule, t = run.denoiser.schedule, torch.tensor(float(settings["strength"]), dtype=torch.float64)
     x0 = read_one("image", Path(settings["image"]), run.shape)

@@ -1,4 +1,4 @@
-"""task=encode: integrate images to noise along the probability-flow ODE (DDIM inversion); measure the round trip's error."""
+"""task=encode: integrate images to noise along the probability-flow ODE (DDIM inversion), and measure the error."""
 
 import json
 from pathlib import Path
@@ -13,11 +13,11 @@ from diffusion_lab.data.inputs import read
 from diffusion_lab.data.pictures import Panel, save_sheet
 from diffusion_lab.io import write_file
 
-LEVELS = 127.5  # levels of 255 in a unit of [−1, 1]
+LEVELS = 127.5  # 8-bit levels per unit of [−1, 1]
 
 
 def run_task(context: SamplingContext) -> str:
-    """Encode image=, decode it again; write latents.npz, the reconstructions, sheet.png and error.json."""
+    """Encode image= and decode it. Write latents.npz, the reconstructions, sheet.png and error.json."""
     context.require_deterministic()
     images, labels = read("image", Path(context.settings["image"]), context.run.shape)
     condition = context.condition(len(images), labels)
@@ -41,7 +41,7 @@ def run_task(context: SamplingContext) -> str:
 
 
 def round_trip(images: Tensor, decoded: Tensor) -> dict[str, float | list[float]]:
-    """Return the error of decoded images in levels of 255: "rmse" over all, "max", and "each" image's RMSE."""
+    """Return the error of decoded images in 8-bit levels: "rmse" over all images, "max", and a list "each" of RMSEs per image."""
     error = (decoded.double() - images.double()) * LEVELS
     each = error.square().flatten(1).mean(1).sqrt()
     return {

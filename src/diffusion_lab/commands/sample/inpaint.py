@@ -13,12 +13,12 @@ from diffusion_lab.generation import initial_state, join
 
 
 def run_task(context: SamplingContext) -> str:
-    """Sample n variants of the pixels of image= where mask= is white; write them and sheet.png."""
+    """Generate n variants of the pixels of image= where mask= is white, and write them and sheet.png."""
     settings, n, run = context.settings, context.settings["n"], context.run
     known = read_one("image", Path(settings["image"]), run.shape)
     mask = (read_one("mask", Path(settings["mask"]), (1, *run.shape[1:])) > 0).float()
     if not bool(mask.any()):
-        raise ConfigError(f"mask={settings['mask']} is black everywhere: paint white what is to be generated")
+        raise ConfigError(f"mask={settings['mask']} has no white pixel: paint the region to generate white")
     jump_length, resample = (int(settings["inpaint"][key]) for key in ("jump_length", "resample"))
     segments = passes(len(context.sampler.time_grid(run.denoiser)) - 1, jump_length, resample)
     condition = context.condition(n)

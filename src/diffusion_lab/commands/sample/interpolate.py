@@ -12,16 +12,16 @@ from diffusion_lab.editing import slerp
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.generation import initial_state
 
-ROW = 16  # images in one row of grid.png
+ROW = 16  # maximum number of images for a grid.png with one row
 
 
 def run_task(context: SamplingContext) -> str:
-    """Decode n latents between the latents of A and B, both included; write the images and latents.npz."""
+    """Decode n latents from that of A to that of B, including both, and write the images and latents.npz."""
     settings, n, run = context.settings, context.settings["n"], context.run
     context.require_deterministic()
     labels = settings["labels"]
     if isinstance(labels, list) and len(set(map(str, labels))) > 1:
-        raise ConfigError(f"labels={labels}: an interpolation has one class: write e.g. labels=[{labels[0]}]")
+        raise ConfigError(f"labels={labels}: task=interpolate needs one class: write e.g. labels=[{labels[0]}]")
     ends = [read_one("images", Path(path), run.shape) for path in settings["images"] or ()]
     condition = {name: value.expand(n, *value.shape[1:]).clone() for name, value in context.condition(1).items()}
     if ends:

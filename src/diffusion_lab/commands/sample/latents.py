@@ -20,7 +20,7 @@ CONDITION = "condition_"  # prefix of the arrays of conditions
 
 
 def save_latents(context: SamplingContext, latents: Tensor, condition: Mapping[str, Tensor]) -> None:
-    """Write latents.npz: arr_0 float32 (N, C, H, W), t, seed, schedule, ckpt, weights (their SHA-256), and the conditions."""
+    """Write latents.npz: arr_0 float32 (N, C, H, W), t, seed, schedule, ckpt, weights (a fingerprint), and the conditions."""
     metadata: dict[str, Any] = {
         "t": np.float64(1),
         "seed": np.uint64(context.settings["seed"]),
@@ -33,7 +33,11 @@ def save_latents(context: SamplingContext, latents: Tensor, condition: Mapping[s
 
 
 def load_latents(context: SamplingContext, path: Path) -> tuple[Tensor, dict[str, Tensor]]:
-    """Read the latents and conditions of `save_latents`. Raises ConfigError: a missing file, another shape, other weights."""
+    """Read latents and conditions written by `save_latents`.
+
+    Raises:
+        ConfigError: if the file is missing, the shape differs from the checkpoint's, or the file belongs to other weights.
+    """
     arrays = read_npz(path, "latents")
     if not {"arr_0", "t", "schedule", "ckpt", "weights"} <= set(arrays) or not np.array_equal(arrays["t"], 1.0):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""task=trajectory: x_t and the estimate of x_0 at the steps of a sampler."""
+"""task=trajectory: record x_t and the estimate of x_0 at the steps of a sampler."""
 
 import numpy as np
 import torch
@@ -12,12 +12,12 @@ from diffusion_lab.schedules import Schedule
 
 SHOWN = 36  # maximum number of images in the animation
 FRAMES = 60  # maximum number of frames
-STRIP = (4, 10)  # images and steps of the strip
+STRIP = (4, 10)  # numbers of images and of steps in strip.png
 ROWS = ("x_t", "estimate of x_0")
 
 
 class Film:
-    """A sampler's callback that records (x_t, x̂_0) of the first images as uint8, at FRAMES to 2 FRAMES evenly spaced steps."""
+    """Callback of a sampler that records (x_t, x̂_0) of the first images as uint8, at FRAMES to 2·FRAMES evenly spaced steps."""
 
     def __init__(self, schedule: Schedule, count: int) -> None:
         self.schedule, self.count, self.stride = schedule, count, 1
@@ -32,14 +32,14 @@ class Film:
             self.moments, self.stride = self.moments[::2], 2 * self.stride
 
     def end(self, images: Tensor, frames: int = FRAMES) -> Tensor:
-        """Return the recorded steps and then the final images, uint8 (frames + 1, B, 2, C, H, W)."""
+        """Return `frames` recorded steps followed by the final images, uint8 (frames + 1, B, 2, C, H, W)."""
         result = to_uint8(images[: self.count]).cpu()[:, None].expand(-1, 2, -1, -1, -1)
         chosen = torch.linspace(0, len(self.moments) - 1, frames).round().long().tolist()
         return torch.stack([*(self.moments[k] for k in chosen), result])
 
 
 def run_task(context: SamplingContext) -> str:
-    """Sample n images as task=generate does; write them, trajectory.gif and strip.png."""
+    """Sample the same images as task=generate, and write them, trajectory.gif and strip.png."""
     settings, n, run = context.settings, context.settings["n"], context.run
     condition, parts, films = context.condition(n), [], []
     for batch in context.batches(n, condition):
@@ -62,6 +62,6 @@ def run_task(context: SamplingContext) -> str:
 
 
 def _side_by_side(left: Tensor, right: Tensor) -> np.ndarray:
-    """Return two grids with a gap between them."""
+    """Return two grids side by side, with a gap between them."""
     a, b = grid(left), grid(right)
     return np.hstack([a, np.full((len(a), 12, 3), 255, np.uint8), b])
