@@ -213,7 +213,7 @@ def test_references_are_exported_imported_and_not_mixed_up(measured, settings, t
     assert read["metrics"] == made["metrics"]
     np.savez(tmp_path / "inception.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     for values, said in (
-        ({"reference": kept, "split": "val"}, "is the reference of split=all, and this evaluation has split=val"),
+        ({"reference": kept, "split": "val"}, "was computed with split=all, but this evaluation has split=val"),
         ({"save_reference": kept}, "exists: name another file"),
         (
             {"reference": kept, "split": "all", "metrics": ["prdc"], "extractor": "classifier"},

@@ -124,7 +124,7 @@ def test_another_set_another_size_and_broken_files_are_refused(images, key, extr
     computed = reference.reference(images, key, extractor, tmp_path, features=False)
     path = tmp_path / "mine.npz"
     write(path, computed.moments, {**key, "data": "mnist"})
-    with pytest.raises(ValueError, match="is the reference of data=mnist, and this evaluation has data=digits"):
+    with pytest.raises(ValueError, match="was computed with data=mnist, but this evaluation has data=digits"):
         read(path, extractor, key)
     good = {"mu": np.zeros(extractor.dim), "sigma": np.eye(extractor.dim)}
     hole = good["sigma"].copy()
@@ -135,7 +135,7 @@ def test_another_set_another_size_and_broken_files_are_refused(images, key, extr
             {"mu": np.zeros(9), "sigma": np.eye(9)},
             f"has 9 features, and extractor=classifier has {extractor.dim}",
         ),
-        ("none", {"arr_0": np.zeros(3)}, "holds arr_0, and no mu and sigma"),
+        ("none", {"arr_0": np.zeros(3)}, "contains arr_0, but not mu and sigma"),
         ("shape", {**good, "sigma": np.zeros(extractor.dim)}, r"write \(D,\) and \(D, D\)"),
         ("nan", {**good, "sigma": hole}, "NaN"),
         ("pickle", {**good, "mu": np.array([{}] * extractor.dim)}, "cannot be read"),

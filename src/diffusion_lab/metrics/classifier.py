@@ -1,4 +1,4 @@
-"""Features of a classifier of the data set's own classes, and the cached file of that classifier."""
+"""Train or load a classifier of the classes of a data set, and extract its features."""
 
 import hashlib
 import json
@@ -20,25 +20,25 @@ from diffusion_lab.io import claimed
 from diffusion_lab.metrics.extractors import Extractor, Features, digest
 from diffusion_lab.schedules import Schedule
 
-VERSION = 3  # of the training, part of a file's key: increase it where the training changes
-CONFIDENT = 0.9  # smallest probability of the first class at which an image counts as confidently classified
-SPREAD = 10_000  # images of a set that its fingerprint covers, evenly spaced: a second at most
+VERSION = 3  # version of the training, part of the key of a file: increase it when the training changes
+CONFIDENT = 0.9  # an image is confidently classified if the largest probability is at least this
+SPREAD = 10_000  # maximum number of evenly spaced images for a fingerprint, which takes at most a second
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Hyperparameters: AdamW, a one-cycle rate, every image shifted by up to a pixel at random.
+    """Hyperparameters of a classifier, which is trained with AdamW, a one-cycle learning rate and random shifts by one pixel.
 
-    All fields are part of a file's key: a renamed one makes every cached classifier unreachable.
+    All fields are part of the key of a file. If a field is renamed, cached classifiers are not used any more.
 
     Args:
-        epochs: passes over the training images, at most `steps` steps.
-        steps: largest number of steps.
-        batch: images of a step.
-        rate: largest learning rate.
-        width: of the network.
-        features: of the extractor, D.
-        flip: mirror images at random.
+        epochs: number of passes over the training images, if this takes at most `steps` steps.
+        steps: maximum number of steps.
+        batch: number of images per step.
+        rate: maximum learning rate.
+        width: width of the network.
+        features: number of features D of the extractor.
+        flip: whether to mirror images at random.
     """
 
     epochs: int = 60
@@ -69,7 +69,7 @@ class Noise(NamedTuple):
 
 
 # (train, held_out, name, class_names, recipe, noise, device) → content of the file: `training.classifier.train_classifier`.
-# A parameter of the functions below, because metrics do not import the training.
+# It is passed as an argument, since metrics must not import training.
 TrainFunction = Callable[
     [Examples, Examples, str, tuple[str, ...], Recipe, Noise | None, torch.device],
     bytes,
@@ -87,14 +87,14 @@ def fingerprint(images: np.ndarray | Rows) -> str:
 
 
 def file_of(train: Examples, folder: Path, name: str, recipe: Recipe, noise: Noise | None = None) -> Path:
-    """Return the path of the classifier of these images, this recipe and this noise.
+    """Return the path of the classifier for these images, this recipe and this noise.
 
     Raises:
-        ConfigError: images without labels.
+        ConfigError: if the images have no labels.
     """
     if train.labels is None or not len(train.labels):
         raise ConfigError(
-            "the classifier needs a labeled data set, and this one has no labels: write extractor=inception"
+            "the classifier needs a labeled data set, but this one has no labels: write extractor=inception"
         )
     content = [
         VERSION,
@@ -124,16 +124,16 @@ def load_or_train(
     Args:
         train: labeled training images.
         held_out: labeled images for the accuracy; may be empty.
-        folder: of the file.
-        train_function: see `TrainFunction`; called where the file is missing.
-        name: of the data set.
-        class_names: of its classes.
-        recipe: hyperparameters; None is the default for clean or noisy images.
-        noise: train on x_t of this schedule.
-        device: of the training; the returned classifier is on the CPU.
+        folder: folder of the file.
+        train_function: see `TrainFunction`. It is called if the file does not exist.
+        name: name of the data set.
+        class_names: names of the classes.
+        recipe: hyperparameters; None for the default for clean or noisy images.
+        noise: schedule of the noise; None for clean images.
+        device: device for training. The returned classifier is on the CPU.
 
     Raises:
-        ConfigError: no labels, or a folder that cannot be written.
+        ConfigError: if the images have no labels, or the folder is not writable.
     """
     recipe = recipe or (Recipe() if noise is None else NOISY)
     path = file_of(train, folder, name, recipe, noise)
@@ -155,21 +155,21 @@ def for_dataset(
     noise: Noise | None = None,
     steps: int | None = None,
 ) -> TrainedClassifier:
-    """Load or train the classifier of a data set, the same for every run on it.
+    """Load or train the classifier of a data set, which is the same for every run on this data set.
 
-    It is trained on all images but the test images, or but the validation images where there are no test images. Color images
-    are mirrored at random.
+    It is trained on all images except the test images, or except the validation images if there are no test images. Color
+    images are mirrored at random.
 
     Args:
-        data: after `setup`.
-        folder: of the file.
-        train_function: see `TrainFunction`; called where the file is missing.
-        device: of the training.
-        noise: train on x_t of this schedule.
-        steps: largest number of steps, but one pass over the images at least; None is the recipe's.
+        data: the data set, after `setup`.
+        folder: folder of the file.
+        train_function: see `TrainFunction`. It is called if the file does not exist.
+        device: device for training.
+        noise: schedule of the noise; None for clean images.
+        steps: maximum number of steps, but at least one pass over the images; None for that of the recipe.
 
     Raises:
-        ConfigError: as `load_or_train`.
+        ConfigError: as for `load_or_train`.
     """
     has_test = data.size("test") > 0
     recipe = replace(Recipe() if noise is None else NOISY, flip=data.channels == 3)
@@ -194,7 +194,7 @@ class ClassifierExtractor(Extractor):
         trained: the classifier.
 
     Raises:
-        ConfigError: a classifier of noisy images.
+        ConfigError: if the classifier was trained on noisy images.
     """
 
     name, has_class_logits = "classifier", True
@@ -202,7 +202,7 @@ class ClassifierExtractor(Extractor):
     def __init__(self, trained: TrainedClassifier) -> None:
         if trained.network.time is not None:
             raise ConfigError(
-                f"{trained.path} is a classifier of noisy images: write the path of one that was trained with noisy=false"
+                f"{trained.path} is a classifier of noisy images: write the path of one trained with noisy=false"
             )
         super().__init__(trained.network)
         self.trained, self.key = trained, digest(trained.network)

@@ -1,4 +1,4 @@
-"""Features of all images: each is processed by exactly one rank; running sums with one reduction at the end."""
+"""Collect features of images in several processes. Each image is processed by exactly one rank, and sums are reduced once."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,14 +21,14 @@ T = TypeVar("T")
 
 
 class Processes:
-    """Reductions over the processes of torch.distributed where it is initialized; else this process is the only one.
+    """Collective operations over the processes of torch.distributed, or a single process if it is not initialized.
 
     Args:
-        device: of the reductions; NCCL reduces on GPUs only.
-        shared: false for work of one process alone, in a distributed run too.
+        device: device of the reductions. NCCL needs GPUs.
+        shared: if false, this process works without the others, also in a distributed run.
 
     Attributes:
-        rank, world: number of this process, number of processes.
+        rank, world: rank of this process, and number of processes.
     """
 
     def __init__(self, device: torch.device | str = "cpu", shared: bool = True) -> None:
@@ -44,7 +44,7 @@ class Processes:
         return tensor.cpu()
 
     def gather(self, tensor: Tensor | None) -> list[Tensor]:
-        """Return the tensors of all processes by rank, on rank 0; an empty list on other ranks. None is left out."""
+        """Return the tensors of all processes, except None, in the order of ranks on rank 0. Other ranks return an empty list."""
         if self.world == 1:
             return [] if tensor is None else [tensor]
         parts: list[Any] | None = [None] * self.world if self.rank == 0 else None
@@ -52,7 +52,7 @@ class Processes:
         return [part for part in parts or [] if part is not None]
 
     def first(self, make: Callable[[], Any]) -> Any:
-        """Call `make` on rank 0; return its result, or raise its exception, in every process."""
+        """Call `make` on rank 0, and return its result or raise its exception in every process."""
         outcome: list[Any] = [None, None]
         if self.rank == 0:
             try:
@@ -66,9 +66,9 @@ class Processes:
         return outcome[0]
 
     def build(self, make: Callable[[], T]) -> T:
-        """Return make() of every process, called on rank 0 first, so that the others can load the files that it writes.
+        """Call `make` in every process, first on rank 0, so that the other processes can load the files that it writes.
 
-        An exception of one process is raised in all.
+        An exception in one process is raised in all processes.
         """
         results: list[T] = []
         for turn in (True, False):
@@ -82,7 +82,7 @@ class Processes:
         return results[0]
 
     def agree(self, error: Exception | None) -> None:
-        """Raise the exception of the lowest rank in every process; no process waits for one that has failed."""
+        """Raise the exception of the lowest rank in every process, so that no process waits for one that has failed."""
         errors: list[Any] = [error]
         if self.world > 1:
             errors = [None] * self.world
@@ -93,18 +93,18 @@ class Processes:
 
 
 def blocks(n: int, size: int, rank: int = 0, world: int = 1) -> Iterator[range]:
-    """Yield this rank's blocks of `size` of the images 0 … n − 1: block b belongs to rank b mod `world`.
+    """Yield the blocks of `size` images out of 0 … n − 1 that this rank processes. Block b is processed by rank b mod `world`.
 
-    The blocks do not depend on the number of processes: an image is in the same batch always.
+    The blocks do not depend on the number of processes.
 
     Raises:
-        ConfigError: size < 1.
+        ConfigError: if size < 1.
     """
     return (block for block in rounds(n, size, rank, world) if len(block))
 
 
 def rounds(n: int, size: int, rank: int = 0, world: int = 1) -> Iterator[range]:
-    """As `blocks`, but with an empty range in the last round where no block is left: all ranks have equally many rounds."""
+    """Yield `blocks`, and an empty range if this rank has one block fewer than others: all ranks yield the same number."""
     if size < 1:
         raise ConfigError(f"batch_size={size}: write at least 1")
     for first in range(0, n, world * size):
@@ -118,10 +118,10 @@ class Collected:
 
     Attributes:
         n: number of images.
-        sums: of the features.
-        features: of the first `kept` images, in order; None where not kept.
-        logits: of all images, in order; None where not kept.
-        confident: number of images of each class with a probability of at least 0.9; None without class logits.
+        sums: sums of the features.
+        features: features of the first `kept` images, in order, or None.
+        logits: logits of all images, in order, or None.
+        confident: for each class, the number of images with a probability of at least 0.9; None without class logits.
         label_hits: number of images whose most probable class is the requested one; None without class logits or labels.
     """
 
@@ -146,25 +146,25 @@ def collect(
     processes: Processes | None = None,
     progress: str = "",
 ) -> dict[str, Collected]:
-    """Sum up the features of n images in every extractor. Each image is made and processed by exactly one rank.
+    """Sum the features of n images for every extractor. Each image is generated and processed by exactly one rank.
 
     Args:
-        images: block → its images, uint8, or float in [−1, 1].
-        n: number of images.
-        size: images of a block; memory does not depend on n unless features or logits are kept.
-        extractors: on their devices.
-        features: names of the extractors whose features are kept, of the first 10,000 images.
-        logits: names of the extractors whose logits are kept, of all images.
-        labels: the requested classes.
-        feed: called on rank 0 with every block as uint8, in the order of the images. All processes pass it, or none does.
-        processes: that share the images; None is all of torch.distributed.
-        progress: description of the progress bar; none if empty.
+        images: function that returns the images of a block, uint8, or float in [−1, 1].
+        n: number of images, at least 2.
+        size: number of images per block. Memory does not depend on n unless features or logits are kept.
+        extractors: the extractors, on their devices.
+        features: names of the extractors for which the features of the first 10,000 images are kept.
+        logits: names of the extractors for which the logits of all images are kept.
+        labels: the requested classes, or None.
+        feed: called on rank 0 with every block as uint8, in the order of the images. Either all processes or none must pass it.
+        processes: the processes that share the images; None for all processes of torch.distributed.
+        progress: description of the progress bar; empty for no progress bar.
 
     Returns:
-        Name of the extractor → result, the same in every process.
+        The results by the name of the extractor, equal in every process.
 
     Raises:
-        ConfigError: fewer than 2 images; NaN or Inf in pixels or features, raised in every process.
+        ConfigError: in every process, if there are fewer than 2 images, or pixels or features contain NaN or Inf.
     """
     processes = processes or Processes()
     if n < 2:
@@ -183,9 +183,9 @@ def collect(
                     for tally in tallies.values():
                         tally.add(batch, block, None if labels is None else labels[block.start : block.stop])
                     bar.update(min(len(block) * processes.world, n - bar.n))
-            except Exception as raised:  # defects too: the other processes would wait for this one
+            except Exception as raised:  # raised in `agree`, since the other processes would wait for this one
                 error = raised
-            if feed is not None:  # collective: every process takes part in every round
+            if feed is not None:  # a collective operation, which every process must call in every round
                 processes.agree(error)
                 try:
                     for part in processes.gather(batch):
@@ -199,13 +199,13 @@ def collect(
 
 
 def classes(condition: Mapping[str, Tensor]) -> Tensor | None:
-    """Return the requested classes, int64 (n,), of a condition by label, else None."""
+    """Return the requested classes, int64 (n,), if the condition has integer labels, else None."""
     label = condition.get("label")
     return None if label is None or label.is_floating_point() else label
 
 
 class _Tally:
-    """Running sums of one extractor in one process: float64, reduced once at the end, so that nothing is rounded on the way."""
+    """Running sums of one extractor in one process, in float64. They are reduced once at the end."""
 
     def __init__(self, extractor: Extractor, n: int, features: int, logits: bool) -> None:
         self.extractor, self.n = extractor, n
@@ -227,7 +227,7 @@ class _Tally:
             self.class_counts += _class_counts(logits.cpu(), labels)
 
     def reduce(self, processes: Processes) -> Collected:
-        """Return the result of all processes. Kept rows are zero in all processes but one, so that their sum is exact."""
+        """Return the result of all processes. Each kept row is nonzero in one process, so that its sum is exact."""
         self.sums.vector = processes.sum(self.sums.vector)
         features = processes.sum(self.features) if len(self.features) else None
         logits = processes.sum(self.logits) if len(self.logits) else None
@@ -238,7 +238,7 @@ class _Tally:
 
 
 def _class_counts(logits: Float[Tensor, "b k"], labels: Int64[Tensor, "b"] | None) -> Float64[Tensor, "k+2"]:
-    """Return the number of confidently classified images of each class, of images in the requested class, of labels."""
+    """Return the number of confidently classified images of each class, of images in the requested class, and of labels."""
     probability, predicted = logits.softmax(1).max(1)
     confident = torch.bincount(predicted[probability >= CONFIDENT], minlength=logits.shape[1])
     hits = torch.tensor([0, 0] if labels is None else [int((predicted == labels).sum()), len(labels)])

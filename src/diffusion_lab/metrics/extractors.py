@@ -1,4 +1,4 @@
-"""Feature extractors: Inception of 2015-12-05, or any module. The classifier of a data set is in `classifier`."""
+"""Feature extractors: Inception of 2015-12-05, and modules of the user. `classifier` has that of a data set's classifier."""
 
 import hashlib
 import io
@@ -35,17 +35,17 @@ class Features(NamedTuple):
 
 
 class Extractor(ABC):
-    """extractor(images) → float32 features, and logits if the network has them.
+    """Base class of feature extractors. An extractor returns float32 features, and logits if the network has them.
 
     Args:
-        network: set to eval mode, without gradients.
+        network: the network. It is set to eval mode, and its gradients are disabled.
 
     Attributes:
         name: "inception", "classifier" or the name of a module.
-        key: hash of the weights, 16 hexadecimal digits, part of the key of reference statistics.
-        dim: D, the number of features.
-        classes: K, the number of logits; 0 without logits.
-        has_class_logits: whether the logits are of the data set's own classes.
+        key: hash of the weights, 16 hexadecimal digits. It is part of the key of reference statistics.
+        dim: the number of features D.
+        classes: the number of logits K; 0 without logits.
+        has_class_logits: whether the logits are those of the classes of the data set.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Extractor(ABC):
     dim: int
     classes: int
     has_class_logits = False
-    batch_size = 1024  # images of a forward pass
+    batch_size = 1024  # maximum number of images per forward pass
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network.eval().requires_grad_(False)
@@ -61,11 +61,11 @@ class Extractor(ABC):
 
     @property
     def distance(self) -> str:
-        """Name of its Fréchet distance: "fid" for Inception alone."""
+        """Name of the Fréchet distance of this extractor: "fid" for Inception, else "fd_NAME"."""
         return "fid" if self.name == "inception" else f"fd_{self.name}"
 
     def to(self, device: torch.device | str) -> "Extractor":
-        """Move the network; return itself."""
+        """Move the network to a device, and return the extractor."""
         self.device = torch.device(device)
         self.network.to(self.device)
         return self
@@ -75,13 +75,14 @@ class Extractor(ABC):
         """Return the features of images, uint8 (B, C, H, W), on the extractor's device.
 
         Raises:
-            ConfigError: another dtype or number of dimensions.
+            ConfigError: if the dtype is not uint8, or the images do not have four dimensions.
         """
         if images.dtype != torch.uint8 or images.ndim != 4:
             raise ConfigError(
                 f"features need uint8 images (B, C, H, W), not {images.dtype} {tuple(images.shape)}: convert them first"
             )
-        # Contiguous: equal values in another memory order take another kernel, and gray images of an .npz are channels-last.
+        # Contiguous, since the kernel and thus the rounding depend on the memory format, and gray images of an .npz are
+        # channels-last.
         contiguous = torch.empty(images.shape, dtype=torch.uint8, device=self.device).copy_(images)
         parts = [self.extract(part) for part in contiguous.split(self.batch_size)]
         logits = [part.logits for part in parts if part.logits is not None]
@@ -94,12 +95,12 @@ class Extractor(ABC):
 
 
 class Inception(Extractor):
-    """InceptionV3 of the original FID: 2048 pooled features, 1008 logits without bias (torch-fidelity's port).
+    """InceptionV3 of the original FID, ported by torch-fidelity: 2048 pooled features, and 1008 logits without bias.
 
-    The network itself resizes to 299×299 as TensorFlow 1 does. Gray images get three equal channels.
+    The network resizes images to 299×299 as TensorFlow 1 does. Gray images are repeated to three channels.
 
     Args:
-        network: from `inception_network`, with weights.
+        network: the result of `inception_network`, with weights.
         key: checksum of the weights.
     """
 
@@ -146,7 +147,7 @@ class ModuleExtractor(Extractor):
 
 
 def digest(module: nn.Module) -> str:
-    """Return a hash of a module's weights and buffers, 16 hexadecimal digits."""
+    """Return a hash of the weights and buffers of a module, 16 hexadecimal digits."""
     sha = hashlib.sha256(type(module).__name__.encode())
     for name, value in module.state_dict().items():
         sha.update(name.encode())
@@ -161,11 +162,12 @@ def inception(weights_path: str | None = None, download: bool = True) -> Incepti
     """Return Inception with the published weights.
 
     Args:
-        weights_path: the file; None is torch-fidelity's path.
-        download: download a missing file to torch-fidelity's path.
+        weights_path: file of the weights; None for the path of torch-fidelity.
+        download: whether to download a missing file to the path of torch-fidelity.
 
     Raises:
-        ConfigError: the file is missing and cannot be downloaded, or has another checksum. The message has file, folder and URL.
+        ConfigError: if the file is missing and cannot be downloaded, or has another checksum. The message contains file, folder
+            and URL.
     """
     path = weights(weights_path, download)
     network = inception_network()
@@ -174,7 +176,7 @@ def inception(weights_path: str | None = None, download: bool = True) -> Incepti
 
 
 def weights(weights_path: str | None = None, download: bool = True) -> Path:
-    """Return the path of Inception's weights, after a check of the file. Arguments and errors as in `inception`."""
+    """Return the path of Inception's weights after verifying the checksum. Arguments and errors are those of `inception`."""
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     path = folder / WEIGHTS.name if weights_path is None else Path(weights_path).expanduser()
     if not path.is_file():
@@ -202,11 +204,14 @@ def weights(weights_path: str | None = None, download: bool = True) -> Path:
 
 
 def inception_network() -> nn.Module:
-    """Return torch-fidelity's InceptionV3, random weights: uint8 (B, 3, H, W) → (features (B, 2048), logits (B, 1008))."""
+    """Return the InceptionV3 of torch-fidelity with random weights.
+
+    It maps uint8 (B, 3, H, W) to (features (B, 2048), logits (B, 1008)).
+    """
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     class Network(FeatureExtractorInceptionV3):
-        """Its constructor unpickles a file. Here the file is empty, and the weights are loaded as tensors only."""
+        """Ignore the empty state dict that the constructor unpickles. The weights are loaded afterwards, as tensors."""
 
         def load_state_dict(self, state: Any, *args: Any, **kwargs: Any) -> Any:
             return super().load_state_dict(state, *args, **kwargs) if state else None
@@ -221,21 +226,23 @@ def inception_network() -> nn.Module:
 
 
 def resolve(spec: str | nn.Module, shape: tuple[int, int, int], weights_path: str | None = None) -> Extractor:
-    """Return the extractor of an option other than "classifier", which needs the data.
+    """Return the extractor of an option. "classifier" needs the data and is not supported here (see `classifier`).
 
     Args:
         spec: "inception", or a module.
         shape: (C, H, W) of the images.
-        weights_path: of Inception.
+        weights_path: file of Inception's weights; None for the path of torch-fidelity.
 
     Raises:
-        ConfigError: an unknown name, a module with another output, missing or wrong weights.
+        ConfigError: if the name is unknown, the output of the module is not supported, or weights are missing or wrong.
     """
     if isinstance(spec, nn.Module):
         return ModuleExtractor(spec, shape)
     if spec == "inception":
         if shape[0] not in (1, 3):
-            raise ConfigError(f"Inception takes images of 1 or 3 channels, not {shape[0]}: write extractor=classifier")
+            raise ConfigError(
+                f"Inception accepts images with 1 or 3 channels, not {shape[0]}: write extractor=classifier"
+            )
         return inception(weights_path)
     raise ConfigError(
         f"extractor={spec} is unknown: write inception, classifier, or a class {{_target_: package.Module}}"

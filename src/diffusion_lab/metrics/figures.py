@@ -1,4 +1,4 @@
-"""Format metrics: the direction that is better, and significant digits."""
+"""Format metrics, and state whether a lower or a higher value is better."""
 
 import math
 

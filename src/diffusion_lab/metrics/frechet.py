@@ -12,13 +12,13 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     """Return ‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^½) (Dowson & Landau 1982; Heusel et al. 2017, eq. 6), in float64.
 
     Raises:
-        ConfigError: features of different sizes.
+        ConfigError: if the sizes of the features differ.
     """
     if a.mean.shape != b.mean.shape:
         raise ConfigError(
-            f"features of size {len(a.mean)} and {len(b.mean)} do not compare: compute both with one extractor"
+            f"the sizes of the features differ ({len(a.mean)} and {len(b.mean)}): compute both with the same extractor"
         )
-    # tr (Σ_a Σ_b)^½ from the eigenvalues of Σ_a^½ Σ_b Σ_a^½, which is symmetric: no complex root, singular covariances allowed.
+    # tr (Σ_a Σ_b)^½ from the eigenvalues of Σ_a^½ Σ_b Σ_a^½, which is symmetric: the root is real, also for singular covariances.
     values, vectors = torch.linalg.eigh(a.covariance)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     cross = torch.linalg.eigvalsh(root @ b.covariance @ root).clamp(min=0).sqrt().sum()

@@ -1,4 +1,4 @@
-"""Metrics of torchmetrics, and other subclasses of its `Metric`, on uint8 images."""
+"""Compute subclasses of `torchmetrics.Metric` on uint8 images."""
 
 import copy
 import inspect
@@ -11,37 +11,37 @@ from torchmetrics import Metric
 
 from diffusion_lab.errors import ConfigError
 
-PART = 128  # largest number of images of an update: feature networks keep the activations of all of them
+PART = 128  # maximum number of images per update, which limits the memory of feature networks
 REFUSALS = (
     ValueError,
     TypeError,
     RuntimeError,
     IndexError,
-)  # what torch and torchmetrics raise for tensors that do not fit
+)  # raised by torch and torchmetrics for unsupported tensors
 
 
 class ImageMetric:
-    """A metric of uint8 images (b, C, H, W) in 0 … 255, on rank 0.
+    """A metric of uint8 images (b, C, H, W) in 0 … 255, computed on rank 0.
 
-    Where its `update` has a parameter `real`, it is called with the data (real=True) and the samples (real=False), else with the
-    samples alone. Images of one channel are repeated to three only where the metric refuses one channel and accepts three
-    (Inception of FID and KID).
+    If `update` has a parameter `real`, it is called with the data (real=True) and the samples (real=False), otherwise only with
+    the samples. Images with one channel are repeated to three channels only if the metric does not accept one channel (Inception
+    of FID and KID).
 
-    All images pass through rank 0, in order, and torchmetrics' synchronization is disabled: it needs equally many updates in
-    every process, else list states wait forever or do not fit together. The figure is that of a single process.
+    All images are sent to rank 0, in order, and the synchronization of torchmetrics is disabled, since it requires the same
+    number of updates in every process. The result is that of a single process.
 
     Args:
-        name: key in `metrics`, name of the figure.
-        metric: without updates.
-        probe: real images, uint8 (2, C, H, W), for a check before anything is sampled.
-        device: of the metric.
+        name: key in `metrics`, and name of the value.
+        metric: the metric, before its first update.
+        probe: real images, uint8 (2, C, H, W), with which the metric is checked.
+        device: device of the metric.
 
     Attributes:
-        takes_real: whether the metric compares with the data.
-        warning: a reason to distrust the figure, or None.
+        takes_real: whether the metric compares samples with data.
+        warning: a warning about the value, or None.
 
     Raises:
-        ConfigError: another signature of `update`, or an `update` that refuses the probe.
+        ConfigError: if the signature of `update` is not supported, or `update` raises an error for the probe.
     """
 
     def __init__(self, name: str, metric: Metric, probe: Tensor, device: torch.device | str = "cpu") -> None:
@@ -63,16 +63,16 @@ class ImageMetric:
         return f"{kind.__module__}.{kind.__qualname__}: {call}; uint8, {self.channels} channels"
 
     def copy(self) -> "ImageMetric":
-        """Return a copy with the current state: real images are added once, for several sets of samples."""
+        """Return a copy with the current state, so that real images are added only once for several sets of samples."""
         other = copy.copy(self)
         other.metric = copy.deepcopy(self.metric)
         return other
 
     def add(self, images: Tensor, real: bool = False) -> None:
-        """Update with uint8 images (b, C, H, W); with real ones only where `takes_real`.
+        """Update the metric with uint8 images (b, C, H, W). Real images are allowed only if `takes_real`.
 
         Raises:
-            ConfigError: the metric refuses the images.
+            ConfigError: if the metric raises an error for the images.
         """
         if not len(images):
             return
@@ -83,13 +83,13 @@ class ImageMetric:
             raise ConfigError(f"metrics.{self.name}: {_refusal(self.metric, error)}") from error
 
     def figures(self) -> dict[str, Any]:
-        """Return name → figure.
+        """Return the values of the metric by name.
 
-        The key is `name`; for a pair (mean, standard deviation) `name` and `name_std`; for a mapping `name_KEY`. Several values
-        are a list. Random subsets (KID) have a fixed seed; the state of the global generator is restored.
+        A pair (mean, standard deviation) is returned as `name` and `name_std`, a mapping as `name_KEY`, and a tensor with several
+        elements as a list. Random subsets (KID) are drawn with a fixed seed; the state of the global generator is restored.
 
         Raises:
-            ConfigError: `compute` fails, e.g. with fewer images than its subsets need, or returns another type.
+            ConfigError: if `compute` raises an error, e.g. for too few images, or returns an unsupported type.
         """
         try:
             return self._flat_of(self.metric)
@@ -112,7 +112,7 @@ class ImageMetric:
             return _flat(self.name, metric.compute())
 
     def _channels(self, probe: Tensor) -> int:
-        """Return the number of channels that the metric accepts: that of the images, or 3 for 1."""
+        """Return the number of channels that the metric accepts: that of the images, or 3 for images with one channel."""
         first: Exception | None = None
         for channels in dict.fromkeys((probe.shape[1], 3 if probe.shape[1] == 1 else probe.shape[1])):
             self.channels = channels
@@ -125,12 +125,12 @@ class ImageMetric:
         assert first is not None
         size = "×".join(map(str, probe.shape[1:]))
         raise ConfigError(
-            f"metrics.{self.name}: {_refusal(self.metric, first)}: evaluate passes uint8 images (b, C, H, W) of {size}; choose "
-            "a metric, or a feature module, that accepts them"
+            f"metrics.{self.name}: {_refusal(self.metric, first)} for uint8 images (b, C, H, W) of {size}: choose a metric, or a "
+            "feature module, that accepts them"
         ) from first
 
     def _wraps(self, probe: Tensor) -> str | None:
-        """Return a warning where a metric of samples alone subtracts bytes modulo 256: int16 images give another figure."""
+        """Return a warning if a metric of samples computes uint8 differences modulo 256, so that int16 images differ."""
         if self.takes_real:  # a feature network
             return None
         figures: list[Tensor] = []
@@ -139,13 +139,13 @@ class ImageMetric:
             try:
                 self._update(metric, images, real=True)
                 figures.append(torch.cat([torch.as_tensor(v).flatten() for v in self._flat_of(metric).values()]))
-            except REFUSALS:  # it accepts bytes alone, or needs more images
+            except REFUSALS:  # the metric accepts only uint8, or needs more images
                 return None
         if torch.allclose(figures[0], figures[1], equal_nan=True):
             return None
         return (
-            f"metrics.{self.name}: {type(self.metric).__name__} gives another figure for the same pixels as int16: bytes "
-            "probably wrap around at 256: wrap it in torchmetrics.wrappers.LambdaInputTransformer with "
+            f"metrics.{self.name}: {type(self.metric).__name__} has different values for uint8 and int16 images, probably "
+            "because of an overflow: wrap it in torchmetrics.wrappers.LambdaInputTransformer with "
             "transform_pred={_target_: torch.Tensor.float, _partial_: true}"
         )
 
@@ -161,13 +161,13 @@ def _refuse_signature(name: str, metric: Metric, real: bool) -> None:
         signature.bind(None, **({"real": True} if real else {}))
     except TypeError:
         raise ConfigError(
-            f"metrics.{name}: {type(metric).__name__}.update takes {signature}, and evaluate passes images, and real= to a "
-            "metric with it: choose a metric of one set of images, such as torchmetrics.image.FrechetInceptionDistance"
+            f"metrics.{name}: {type(metric).__name__}.update has the signature {signature}, but is called with images, and real= "
+            "if it is a parameter: choose a metric such as torchmetrics.image.FrechetInceptionDistance"
         ) from None
 
 
 def _refusal(metric: Metric, error: Exception) -> str:
-    return f"{type(metric).__name__} refuses ({' '.join(str(error).split())})"
+    return f"{type(metric).__name__} raised an error ({' '.join(str(error).split())})"
 
 
 def _flat(name: str, result: Any) -> dict[str, Any]:

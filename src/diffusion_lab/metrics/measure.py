@@ -1,4 +1,4 @@
-"""Metrics of features: their extractors, the features to keep for them, the names of their figures."""
+"""Compute metrics of features: select their extractors, and name their values."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -10,14 +10,14 @@ from diffusion_lab.metrics.moments import refuse_few
 from diffusion_lab.metrics.options import FeatureMetric
 from diffusion_lab.metrics.reference import Reference
 
-Metrics = Mapping[str, FeatureMetric]  # by their keys in `metrics`
+Metrics = Mapping[str, FeatureMetric]  # by key in `metrics`
 
 
 class Plan(NamedTuple):
     """Metrics by extractor."""
 
-    by_extractor: dict[str, dict[str, FeatureMetric]]  # name of the extractor, "own" for a module → key → metric
-    main: str  # extractor of the metrics that are not pinned to one; empty without metrics
+    by_extractor: dict[str, dict[str, FeatureMetric]]  # name of the extractor ("own" for a module) → key → metric
+    main: str  # name of the extractor of metrics that are not pinned to one; empty without metrics
 
     def features(self, extractor: str) -> bool:
         """Whether a metric of this extractor needs the features of each image."""
@@ -29,11 +29,11 @@ class Plan(NamedTuple):
 
 
 def plan(metrics: Metrics, extractor: str | None) -> Plan:
-    """Sort the metrics by extractor.
+    """Group the metrics by extractor.
 
     Args:
-        metrics: by key; may be empty.
-        extractor: "inception", "classifier", "own"; None is Inception if fid, kid or is is a metric, else the classifier.
+        metrics: metrics by key; may be empty.
+        extractor: "inception", "classifier" or "own"; None for Inception if fid, kid or is is selected, else the classifier.
     """
     if not metrics:
         return Plan({}, "")
@@ -45,24 +45,27 @@ def plan(metrics: Metrics, extractor: str | None) -> Plan:
 
 
 def check(metrics: Metrics, extractor: Extractor, n: int) -> None:
-    """Raise ConfigError where n images are too few for a metric, or the extractor has no logits for it."""
+    """Raise ConfigError if n images are too few for a metric, or a metric needs logits that the extractor does not have."""
     for key, metric in metrics.items():
         refuse_few(n, metric.least, key)
         if metric.keeps_logits and not extractor.classes:
-            raise ConfigError(f"{key} needs logits, and extractor {extractor.name} has none: write extractor=inception")
+            raise ConfigError(f"{key} needs logits, but extractor {extractor.name} has none: write extractor=inception")
 
 
 def measure(metrics: Metrics, extractor: Extractor, collected: Collected, reference: Reference) -> dict[str, Any]:
-    """Return name → figure for the metrics of one extractor: `kid` and `is` for Inception, else `kid_classifier`, ….
+    """Compute the metrics of one extractor.
 
     Args:
-        metrics: by key.
-        extractor: of the features.
+        metrics: metrics by key.
+        extractor: the extractor.
         collected: features of the samples.
         reference: features of the data.
 
+    Returns:
+        The values by name: `kid` and `is` for Inception, `kid_classifier`, … for other extractors.
+
     Raises:
-        ConfigError: too few images for a metric.
+        ConfigError: if there are too few images for a metric.
     """
     out: dict[str, Any] = {}
     for key, metric in metrics.items():
@@ -76,7 +79,7 @@ def measure(metrics: Metrics, extractor: Extractor, collected: Collected, refere
 
 
 def protocol(metrics: Metrics) -> dict[str, str]:
-    """Return descriptions of the protocol, for comparable figures elsewhere, by key."""
+    """Return descriptions of the protocol by key, so that values can be compared with those of other implementations."""
     texts = {
         "images": "uint8 by x·127.5 + 128 truncated, which rounds; resized inside the extractor only",
         "moments": "float64, covariance with n − 1",
@@ -85,5 +88,5 @@ def protocol(metrics: Metrics) -> dict[str, str]:
 
 
 def label(distance: str, n: int) -> str:
-    """Return the name of a distance with its number of images, on which it depends: fid, 1000 → fid_1k."""
+    """Return the name of a distance with the number of images, on which its value depends: fid, 1000 → fid_1k."""
     return f"{distance}_{n // 1000}k" if n % 1000 == 0 else f"{distance}_{n}"

@@ -1,4 +1,4 @@
-"""Mean and covariance of features, from running sums: memory does not grow with the number of images."""
+"""Mean and covariance of features from running sums, in memory that does not depend on the number of images."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from diffusion_lab.errors import ConfigError
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean and covariance of the features of n images; n is None where a file does not contain it."""
+    """Mean and covariance of the features of n images. n is None if it is unknown."""
 
     mean: Float64[Tensor, "d"]
     covariance: Float64[Tensor, "d d"]
@@ -22,13 +22,13 @@ class Moments:
 class Sums:
     """Running sums Σ 1, Σ x and Σ x xᵀ.
 
-    Attributes:
-        vector: all sums in one vector: a single reduction over processes, where torchmetrics reduces state by state. Float64,
-            because the difference Σ x xᵀ − n μ μᵀ loses digits.
-
     Args:
-        dim: D, the number of features.
-        device: of the sums.
+        dim: the number of features D.
+        device: device of the sums.
+
+    Attributes:
+        vector: all sums in one vector, which is reduced over processes at once; torchmetrics would reduce each state separately.
+            It is float64, since the difference Σ x xᵀ − n μ μᵀ loses digits.
     """
 
     def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
@@ -41,7 +41,7 @@ class Sums:
         return int(self.vector[0])
 
     def add(self, features: Float[Tensor, "b d"]) -> None:
-        """Add features. Raises ConfigError: NaN or Inf."""
+        """Add features. Raises ConfigError if they contain NaN or Inf."""
         refuse_nan(features)
         x = features.to(self.vector.device, torch.float64)
         count, first, second = self._parts()
@@ -54,7 +54,7 @@ class Sums:
         self.vector += other.vector.to(self.vector.device)
 
     def moments(self) -> Moments:
-        """Return mean and covariance, the latter with n − 1. Raises ConfigError: fewer than 2 images."""
+        """Return mean and covariance (divided by n − 1). Raises ConfigError if there are fewer than 2 images."""
         count, first, second = (part.cpu() for part in self._parts())
         n = int(count)
         refuse_few(n)
@@ -67,7 +67,11 @@ class Sums:
 
 
 def moments(features: Float[Tensor, "n d"]) -> Moments:
-    """Return the moments of features, the covariance with n − 1. Raises ConfigError: fewer than 2 images, NaN or Inf."""
+    """Return the moments of features, with the covariance divided by n − 1.
+
+    Raises:
+        ConfigError: if there are fewer than 2 images, or features contain NaN or Inf.
+    """
     refuse_few(len(features))
     refuse_nan(features)
     x = features.double()
@@ -75,13 +79,13 @@ def moments(features: Float[Tensor, "n d"]) -> Moments:
 
 
 def refuse_few(n: int, least: int = 2, of: str = "a Fréchet distance") -> None:
-    """Raise ConfigError where n is less than `least`, the number of images that a metric needs."""
+    """Raise ConfigError if n is less than `least`, the number of images that a metric needs."""
     if n < least:
-        raise ConfigError(f"{of} needs at least {least} images in each set, not {n}: write n={least} or more")
+        raise ConfigError(f"{of} needs at least {least} images in each set, not {n}: write at least n={least}")
 
 
 def singular(n: int, dim: int) -> str | None:
-    """Return a warning where n images give a singular covariance of `dim` features, else None."""
+    """Return a warning if the covariance of `dim` features of n images is singular, else None."""
     if n > dim:
         return None
-    return f"n={n} images for {dim} features: the covariance is singular and the distance biased; write n={10 * dim} or more"
+    return f"n={n} images for {dim} features: the covariance is singular and the distance biased; write at least n={10 * dim}"

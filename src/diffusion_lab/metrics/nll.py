@@ -32,7 +32,7 @@ def chain(sampler: Sampler, denoiser: Denoiser) -> dict[str, Any]:
     if not isinstance(sampler, DDPM | DDIM) or eta == 0 or sampler.deterministic:
         how = " with eta=0" if isinstance(sampler, DDIM) else ""
         raise ConfigError(
-            f"{type(sampler).__name__}{how} has no finite variational bound, which needs a chain with noise in every step: "
+            f"{type(sampler).__name__}{how} has no finite variational bound, which requires noise in every step: "
             "write samplers=[ddpm], samplers=[{ddim:{eta:1}}], or samplers=[ode] for the likelihood of the ODE"
         )
     return {"times": sampler.time_grid(denoiser), "eta": eta, "variance": sampler.variance}
@@ -51,38 +51,40 @@ def measure(
     progress: bool = False,
     **options: Any,
 ) -> Measured:
-    """Return the mean bits per dimension of images, and its terms. x̂_0 is not clipped unless `clip=True` is an option.
+    """Compute the mean bits per dimension of images, and its terms. x̂_0 is not clipped unless `clip=True` is passed.
 
     Args:
-        run: of a checkpoint, on its device.
-        images: uint8 (N, C, H, W).
-        condition: keyword arguments of the network, N rows each; None for none.
-        kind: "vlb", the variational bound of the ancestral chain, or "ode", the density of the ODE on dequantized images.
-        steps: of the chain; None is every step of a table, or the option `times`.
-        variance: of the chain; default fixed_small.
-        seed: of all noise, which is keyed by (seed, i) for image i.
-        batch_size: images at a time; None is all at once.
-        progress: show a progress bar.
-        options: for `likelihood.vlb` (grid, times, eta, decoder, last, clip) or `likelihood.ode` (divergence, dequantize, rtol,
-            atol, start), e.g. `**chain(sampler, run.denoiser)`.
+        run: a run from `load_checkpoint`, on its device.
+        images: images, uint8 (N, C, H, W).
+        condition: keyword arguments of the network, each with N rows, or None.
+        kind: "vlb" for the variational bound of the ancestral chain, "ode" for the density of the ODE on dequantized images.
+        steps: number of steps of the chain; None for every step of a table, or the times in the option `times`.
+        variance: variance of the chain; None for fixed_small.
+        seed: seed of the noise, which depends on (seed, i) for image i.
+        batch_size: number of images per batch; None for all images.
+        progress: whether to show a progress bar.
+        options: options of `likelihood.vlb` (grid, times, eta, decoder, last, clip) or `likelihood.ode` (divergence, dequantize,
+            rtol, atol, start), e.g. `**chain(sampler, run.denoiser)`.
 
     Returns:
+        A dictionary with
+
         - kind, n, seed: the arguments.
-        - bpd, standard_error: mean over images and its standard error (None for one image).
-        - nfe: network evaluations of an image; the mean for the adaptive solver.
-        - settings: all other options that change the result, in plain values.
+        - bpd, standard_error: the mean over images and its standard error (None for one image).
+        - nfe: number of network evaluations per image; the mean for the adaptive solver.
+        - settings: all other options that affect the result, in plain values.
         - values: bits per dimension of each image, float64 (N,).
-        - terms: a list of {term, t, bpd, standard_error}. For the bound L_0, L in the order of t, L_T; their sum is bpd. For the
-          ODE the prior and the divergence; their sum plus log₂ 127.5 is bpd.
+        - terms: a list of {term, t, bpd, standard_error}. For the bound, the terms are L_0, L in the order of t, and L_T; their
+          sum is bpd. For the ODE, the terms are the prior and the divergence; their sum plus log₂ 127.5 is bpd.
 
     Raises:
-        ConfigError: as the likelihoods; images that are not uint8, no images, a condition with another number of rows.
+        ConfigError: if images are not uint8 or there are none, a condition does not have N rows, and as for the likelihoods.
     """
     if kind not in KINDS:
         raise ConfigError(f"nll kind {kind!r} is unknown: write {' or '.join(KINDS)}")
     if images.dtype not in (np.uint8, torch.uint8) or len(images) < 1:
         raise ConfigError(
-            f"nll needs uint8 images, at least one, not {len(images)} of {images.dtype}: name another split"
+            f"nll needs at least one image of type uint8, not {len(images)} of {images.dtype}: name another split"
         )
     for name, value in (condition or {}).items():
         if len(value) != len(images):
@@ -131,8 +133,8 @@ class _Part(NamedTuple):
     """Likelihood of a batch."""
 
     bpd: Tensor  # (B,)
-    evaluations: float  # sum over the batch
-    names: list[tuple[str, float | None]]  # and times of the terms
+    evaluations: float  # network evaluations, summed over the batch
+    names: list[tuple[str, float | None]]  # names and times of the terms
     terms: Tensor  # (B, len(names)) on the CPU
     settings: dict[str, Any]
 
@@ -168,5 +170,5 @@ def _density(denoiser: Denoiser, x0: Tensor, **options: Any) -> _Part:
 
 
 def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options with plain values, without seed and progress."""
+    """Return the options that have plain values, except seed and progress."""
     return {k: v for k, v in options.items() if isinstance(v, str | int | float) and k not in ("seed", "progress")}

@@ -1,4 +1,4 @@
-"""Options of the group `metrics`: one class each; the defaults are the published protocol."""
+"""Options of the group `metrics`, a class for each. The defaults are those of the publications."""
 
 from abc import ABC, abstractmethod
 from typing import ClassVar
@@ -23,13 +23,14 @@ from diffusion_lab.metrics.scores import (
 
 
 class FeatureMetric(ABC):
-    """A metric of the features of samples and data. A subclass from another module works by `_target_`.
+    """Base class of metrics of the features of samples and data. Subclasses in other modules can be used by `_target_`.
 
     Attributes:
-        key: name of the option. Under this key in `metrics` the figures have their published names, else the name of the key.
-        pinned: "inception" or "classifier", its extractor whatever `extractor=` is; None: that of `extractor=`.
-        of_inception: makes Inception the default of `extractor=`.
-        keeps_features, keeps_logits: needs those of each image, not the sums of features alone.
+        key: name of the option. If the key of the node in `metrics` is equal to it, values have their published names,
+            otherwise they are named after the key of the node.
+        pinned: "inception" or "classifier" if the metric always uses this extractor; None if it uses that of `extractor=`.
+        of_inception: whether Inception is the default of `extractor=` for this metric.
+        keeps_features, keeps_logits: whether the metric needs the features or logits of each image, in addition to sums.
         least: smallest number of images.
     """
 
@@ -42,25 +43,25 @@ class FeatureMetric(ABC):
 
     @abstractmethod
     def figures(self, key: str, extractor: Extractor, collected: Collected, reference: Reference) -> dict[str, float]:
-        """Return name → figure.
+        """Return the values of the metric by name.
 
         Args:
-            key: of the node in `metrics`.
-            extractor: of the features.
+            key: key of the node in `metrics`.
+            extractor: extractor of the features.
             collected: features of the samples.
             reference: features of the data.
 
         Raises:
-            ConfigError: too few images, NaN or Inf.
+            ConfigError: if there are too few images, or features contain NaN or Inf.
         """
 
     def protocol(self) -> str | None:
-        """Return a description of the protocol; None where extractor and moments describe it."""
+        """Return a description of the protocol; None if the descriptions of extractor and moments suffice."""
         return None
 
 
 class FD(FeatureMetric):
-    """Fréchet distance of the features of `extractor=` (Heusel et al. 2017)."""
+    """Fréchet distance between features of `extractor=` (Heusel et al. 2017)."""
 
     key = "fd"
 
@@ -70,13 +71,13 @@ class FD(FeatureMetric):
 
 
 class FID(FD):
-    """Fréchet distance of Inception's features, whatever `extractor=` is."""
+    """Fréchet distance between features of Inception, independent of `extractor=`."""
 
     key, pinned, of_inception = "fid", "inception", True
 
 
 class FDClassifier(FD):
-    """Fréchet distance of the features of the data set's classifier, whatever `extractor=` is."""
+    """Fréchet distance between features of the data set's classifier, independent of `extractor=`."""
 
     key, pinned = "fd_classifier", "classifier"
 
@@ -167,7 +168,7 @@ class PRDC(FeatureMetric):
 
 
 class NLL:
-    """Bits per dimension of held-out images, by the variational bound or the ODE of a sampler; not a metric of samples."""
+    """Bits per dimension of held-out images, by the variational bound or the ODE of a sampler. It needs no samples."""
 
     key: ClassVar[str] = "nll"
 
@@ -176,7 +177,7 @@ OPTIONS = ("fid", "kid", "is", "prdc", "fd", "fd_classifier", "nll")
 
 
 def _score(metric: FeatureMetric, key: str, extractor: Extractor, score: Score) -> dict[str, float]:
-    """Return mean and standard deviation, named `kid` or `is` for Inception alone, else with the extractor's name appended."""
+    """Return mean and standard deviation. The name of the extractor is appended to their names, except for Inception."""
     published = key if extractor.name == "inception" else f"{key}_{extractor.name}"
     name = published if key == metric.key else key
     return {name: score.mean, f"{name}_std": score.std}

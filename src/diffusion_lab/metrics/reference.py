@@ -24,7 +24,7 @@ from diffusion_lab.metrics.extractors import Extractor
 from diffusion_lab.metrics.moments import Moments
 from diffusion_lab.metrics.scores import MOST
 
-BATCH = 500  # images of a batch
+BATCH = 500  # number of images per batch
 
 Images = np.ndarray | Rows
 
@@ -34,9 +34,9 @@ class Reference:
     """Statistics of the features of real images.
 
     Attributes:
-        moments: of all images.
-        features: of at most 10,000 evenly spaced images; None where not kept.
-        key: from `key_of`; None for a file without one.
+        moments: moments of the features of all images.
+        features: features of at most 10,000 evenly spaced images, or None.
+        key: the result of `key_of`; None if the file does not contain it.
         path: the file of the moments.
     """
 
@@ -47,13 +47,13 @@ class Reference:
 
 
 def key_of(images: Images, source: Mapping[str, Any], split: str, extractor: Extractor) -> dict[str, Any]:
-    """Return everything that reference statistics depend on, in plain values.
+    """Return the key of reference statistics: plain values that identify data, split and extractor.
 
     Args:
-        images: of the split, uint8 (N, C, H, W).
-        source: from `described`.
+        images: images of the split, uint8 (N, C, H, W).
+        source: the result of `described`.
         split: name of the split.
-        extractor: of the features.
+        extractor: the extractor.
     """
     return {
         **source,
@@ -76,14 +76,14 @@ def reference(images: Images, key: Mapping[str, Any], extractor: Extractor, fold
     """Load reference statistics from their files, or compute and write them. Processes wait for each other.
 
     Args:
-        images: uint8 (N, C, H, W).
-        key: from `key_of`.
-        extractor: on its device.
-        folder: of the files.
-        features: keep the features of at most 10,000 images as well, for KID and PRDC.
+        images: images, uint8 (N, C, H, W).
+        key: the result of `key_of`.
+        extractor: the extractor, on its device.
+        folder: folder of the files.
+        features: whether to include the features of at most 10,000 images, for KID and PRDC.
 
     Raises:
-        ConfigError: fewer than 2 images, no disk space, a folder that cannot be written.
+        ConfigError: if there are fewer than 2 images, disk space is missing, or the folder is not writable.
     """
     stem = file_stem(key)
     path, rows = folder / f"{stem}.npz", folder / f"{stem}-features.npy"
@@ -113,22 +113,22 @@ def reference(images: Images, key: Mapping[str, Any], extractor: Extractor, fold
 
 
 def file_stem(key: Mapping[str, Any]) -> str:
-    """Return the name of the files without suffix: readable parts of the key, then a hash of all of it."""
+    """Return the name of the files without suffix: readable parts of the key, followed by a hash of the key."""
     readable = "-".join(str(key.get(name, "")) for name in ("data", "split", "extractor"))
     code = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     return f"reference-{re.sub(r'[^A-Za-z0-9+-]+', '_', readable)}-{code}"
 
 
 def read(path: Path, extractor: Extractor, key: Mapping[str, Any] | None = None) -> Reference:
-    """Read moments from an .npz with `mu` and `sigma`, of this package or of pytorch-fid, torch-fidelity, EDM or ADM.
+    """Read moments from an .npz with `mu` and `sigma`, written by this package, pytorch-fid, torch-fidelity, EDM or ADM.
 
     Args:
-        path: the file; other arrays are ignored.
-        extractor: of the features.
-        key: from `key_of`; a file with another key is refused.
+        path: the file. Other arrays are ignored.
+        extractor: the extractor of the features.
+        key: the result of `key_of`. It must be equal to the key in the file, if there is one.
 
     Raises:
-        ConfigError: a missing file, moments that are missing, of another size, NaN or Inf, or of another data set.
+        ConfigError: if the file or its moments are missing, have another size, contain NaN or Inf, or have another key.
     """
     if not path.is_file():
         raise ConfigError(
@@ -137,18 +137,18 @@ def read(path: Path, extractor: Extractor, key: Mapping[str, Any] | None = None)
     arrays = read_npz(path)
     if "mu" not in arrays or "sigma" not in arrays:
         raise ConfigError(
-            f"{path.absolute()} holds {', '.join(arrays)}, and no mu and sigma: name an .npz file with mu and sigma"
+            f"{path.absolute()} contains {', '.join(arrays)}, but not mu and sigma: name an .npz file with mu and sigma"
         )
     if any(arrays[name].dtype.kind not in "fiu" for name in ("mu", "sigma")):
         raise ConfigError(f"{path.absolute()} holds mu and sigma that are no numbers: write (D,) and (D, D)")
     mean, covariance = np.asarray(arrays["mu"], np.float64).squeeze(), np.asarray(arrays["sigma"], np.float64)
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise ConfigError(
-            f"{path.absolute()} holds mu {mean.shape} and sigma {covariance.shape}: write (D,) and (D, D)"
+            f"{path.absolute()} contains mu of shape {mean.shape} and sigma of shape {covariance.shape}: write (D,) and (D, D)"
         )
     if len(mean) != extractor.dim:
         raise ConfigError(
-            f"{path.absolute()} has {len(mean)} features, and extractor={extractor.name} has {extractor.dim}: "
+            f"{path.absolute()} has {len(mean)} features, but extractor={extractor.name} has {extractor.dim}: "
             "name statistics of the same extractor"
         )
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
@@ -167,7 +167,11 @@ def read(path: Path, extractor: Extractor, key: Mapping[str, Any] | None = None)
 
 
 def write(path: Path, moments: Moments, key: Mapping[str, Any] | None = None) -> None:
-    """Write an .npz with `mu` and `sigma` for other tools, and `n` and `key`, which they ignore. ConfigError: the file exists."""
+    """Write an .npz with `mu`, `sigma`, `n` and `key`, of which other tools read `mu` and `sigma`.
+
+    Raises:
+        ConfigError: if the file exists.
+    """
     with claimed(path) as file:
         if file is None:
             raise ConfigError(f"{path.absolute()} exists: name another file")
@@ -175,7 +179,7 @@ def write(path: Path, moments: Moments, key: Mapping[str, Any] | None = None) ->
 
 
 def require_space_for(extractor_dim: int, rows: int, folder: Path) -> None:
-    """Raise ConfigError where the disk has no space for the moments and `rows` rows of `extractor_dim` features."""
+    """Raise ConfigError if the disk has no space for the moments and `rows` rows of `extractor_dim` features."""
     need = 8 * extractor_dim * (extractor_dim + 1) + 4 * extractor_dim * rows
     require_space(folder, need, "reference statistics", "write cache=FOLDER on another disk")
 
@@ -184,8 +188,8 @@ def _refuse_other(path: Path, stored_key: Mapping[str, Any], key: Mapping[str, A
     for name in {**key, **stored_key}:
         if stored_key.get(name) != key.get(name):
             raise ConfigError(
-                f"{path.absolute()} is the reference of {name}={stored_key.get(name)}, and this evaluation has "
-                f"{name}={key.get(name)}: name another file, or leave out reference= to compute it"
+                f"{path.absolute()} was computed with {name}={stored_key.get(name)}, but this evaluation has "
+                f"{name}={key.get(name)}: name another file, or remove reference= to compute it"
             )
 
 
@@ -199,7 +203,7 @@ def _packed(moments: Moments, key: Mapping[str, Any] | None) -> bytes:
 
 
 def _spaced(images: Images) -> Images:
-    """Return at most 10,000 images, evenly spaced: data sets are often ordered by class."""
+    """Return at most 10,000 evenly spaced images, since data sets are often sorted by class."""
     if len(images) <= MOST:
         return images
     index = np.linspace(0, len(images) - 1, MOST).round().astype(np.int64)

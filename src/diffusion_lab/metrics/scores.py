@@ -1,4 +1,4 @@
-"""KID, Inception score, precision and recall by torch-fidelity's functions; density and coverage, which it does not have."""
+"""KID, Inception score, precision and recall (computed by torch-fidelity), and density and coverage."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -11,12 +11,12 @@ from diffusion_lab.data.images import refuse_nan
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.metrics.moments import refuse_few
 
-MOST = 10_000  # images of each set for kernels and neighbors, whose cost grows with the square
-SPLITS = 10  # of the Inception score, the published number
-SUBSETS, SUBSET = 100, 1000  # of KID
+MOST = 10_000  # maximum number of images for kernels and neighbors, whose cost is quadratic
+SPLITS = 10  # number of splits of the published Inception score
+SUBSETS, SUBSET = 100, 1000  # number and size of the subsets of KID
 NEAREST = 3  # k of precision and recall (Kynkäänniemi et al. 2019)
 NEAREST_DENSITY = 5  # k of density and coverage (Naeem et al. 2020)
-BLOCK = 1000  # rows of distances at a time
+BLOCK = 1000  # number of rows of the distance matrix in memory
 
 
 class Score(NamedTuple):
@@ -32,13 +32,13 @@ def kid(
     """Return the unbiased squared MMD with the kernel (x·y/D + 1)³ over random subsets (Bińkowski et al. 2018).
 
     Args:
-        features: of the samples.
-        real: of the data, as many features.
+        features: features of the samples.
+        real: features of the data.
         subsets: number of subsets.
-        subset_size: images of a subset; at most n and m are taken.
+        subset_size: number of images per subset; at most n and m are used.
 
     Raises:
-        ConfigError: fewer than 2 images in a set, different numbers of features, NaN or Inf.
+        ConfigError: if a set has fewer than 2 images, the numbers of features differ, or features contain NaN or Inf.
     """
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
@@ -54,11 +54,11 @@ def inception_score(logits: Float[Tensor, "n k"], splits: int = SPLITS) -> Score
     """Return exp E KL(p(y|x) ‖ p(y)) over splits of the shuffled samples (Salimans et al. 2016).
 
     Args:
-        logits: of the samples.
+        logits: logits of the samples.
         splits: number of splits.
 
     Raises:
-        ConfigError: fewer images than splits, NaN or Inf.
+        ConfigError: if there are fewer images than splits, or logits contain NaN or Inf.
     """
     from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
 
@@ -76,19 +76,20 @@ def prdc(
 ) -> dict[str, float]:
     """Return precision, recall, density and coverage, by nearest neighbors.
 
-    The ball of an image has the distance to its k-th nearest neighbor in the same set as radius. Precision: fraction of samples
-    in any real ball. Recall: fraction of real images in any ball of a sample (Kynkäänniemi et al. 2019). Density: mean number
-    of real balls that contain a sample, divided by k. Coverage: fraction of real balls that contain a sample (Naeem et al.
-    2020, eq. 4 and 6).
+    The radius of the ball around an image is the distance to its k-th nearest neighbor in the same set. Precision: fraction of
+    samples in any real ball. Recall: fraction of real images in any ball of a sample (Kynkäänniemi et al. 2019). Density: mean
+    number of real balls that contain a sample, divided by k. Coverage: fraction of real balls that contain a sample (Naeem et
+    al. 2020, eq. 4 and 6).
 
     Args:
-        features: of the samples.
-        real: of the data, as many features.
+        features: features of the samples.
+        real: features of the data.
         neighbors: k of precision and recall.
         density_neighbors: k of density and coverage.
 
     Raises:
-        ConfigError: not more images than the larger k in a set, different numbers of features, NaN or Inf.
+        ConfigError: if the number of images in a set does not exceed both k, the numbers of features differ, or features
+            contain NaN or Inf.
     """
     from torch_fidelity.metric_prc import calculate_precision_recall_part
 
@@ -108,7 +109,7 @@ def prdc(
 
 
 def _balls(real: Float[Tensor, "m d"], k: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield blocks of centers (b, D) with the distance (b, 1) to their k-th nearest neighbor in `real`, themselves excluded."""
+    """Yield blocks of centers (b, D), and the distance (b, 1) to the k-th nearest other row of `real`."""
     for part in real.split(BLOCK):
         distances = torch.cat([torch.cdist(part, other) for other in real.split(BLOCK)], dim=1)
         yield part, distances.kthvalue(k + 1, dim=1, keepdim=True).values
@@ -120,5 +121,5 @@ def _check(features: Tensor, real: Tensor, least: int, of: str) -> None:
         refuse_nan(side, of=name)
     if features.shape[1] != real.shape[1]:
         raise ConfigError(
-            f"features of size {features.shape[1]} and {real.shape[1]} do not compare: compute both with one extractor"
+            f"the sizes of the features differ ({features.shape[1]} and {real.shape[1]}): compute both with the same extractor"
         )

@@ -1,4 +1,4 @@
-"""Several processes for one command, by Lightning Fabric: each takes its share of the images."""
+"""Run a command in several processes with Lightning Fabric. Each process works on a share of the images."""
 
 import functools
 from collections.abc import Callable
@@ -8,23 +8,23 @@ from typing import Any
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.metrics.collect import Processes
 
-TIMEOUT = timedelta(hours=2)  # for a process that waits for the last blocks of the others
+TIMEOUT = timedelta(hours=2)  # a process may wait this long for the last blocks of the others
 
 Settings = dict[str, Any]
 Work = Callable[[Settings, Processes], None]
 
 
 def run_in_group(work: Work, settings: Settings, devices: int, device: str) -> None:
-    """Run work(settings, processes) in `devices` processes, or in this one if there is one.
+    """Call work(settings, processes) in `devices` processes, or in this process if `devices` is 1.
 
     Args:
-        work: a function of a module; rank 0 prints and writes.
+        work: a function on module level. Only rank 0 may print and write.
         settings: plain values.
-        devices: number of processes, each with a GPU of its own where they use one.
+        devices: number of processes; on GPUs, each process uses a separate one.
         device: "cpu" or "cuda".
 
     Raises:
-        ConfigError: `work` refused, in any process.
+        ConfigError: if `work` raises it in any process.
     """
     if devices == 1:
         work(settings, Processes())
@@ -40,7 +40,7 @@ def run_in_group(work: Work, settings: Settings, devices: int, device: str) -> N
 
 
 def _work(fabric: Any, work: Work, settings: Settings) -> str | None:
-    """Run in each process; the return value of rank 0 reaches the process that started the group."""
+    """Call `work`, and return the message of a ConfigError. Fabric returns the value of rank 0 to the parent process."""
     try:
         work(settings, Processes(fabric.device))
     except ConfigError as error:
