@@ -46,7 +46,7 @@ def test_processes_on_each_machine_are_counted_as_lightning_counts():
     ("name", "arguments", "remedy"),
     [
         ("train", [], "write hydra.run.dir=FOLDER"),
-        ("train", ["hydra.run.dir=RUN", "overwrite=true"], "overwrite=true under torchrun"),
+        ("train", ["hydra.run.dir=RUN", "overwrite=true"], "overwrite=true is not supported under torchrun"),
         ("train", ["--multirun", "seed=0,1"], "start each run separately"),
         ("train", ["hydra.run.dir=RUN", "trainer=cpu"], "write trainer=ddp trainer.devices=2 trainer.num_nodes=2"),
         ("evaluate", ["ckpt=RUN"], "write devices=4"),

@@ -301,14 +301,14 @@ def test_images_that_cannot_be_measured_are_refused(settings, measured, tmp_path
     given = {"ckpt": None, "data": composed("evaluate", "data=digits")["data"]}
     for images, said in {
         npz("nan", hole): "image 37 ",
-        npz("range", 3 * floats): "scale to",
+        npz("range", 3 * floats): "scale them to",
         npz("size", np.zeros((80, 9, 8, 1), np.uint8)): "is 9×8×1 where the data set's images are 8×8×1",
         npz("channels", np.zeros((80, 8, 8, 3), np.uint8)): "is 8×8×3",
         npz("kind", good.astype(np.int64)): "write uint8",
         npz("one", good[:1]): "at least 2",
-        npz("few", good[:50]): "holds 50 images",
+        npz("few", good[:50]): "has 50 images",
         str(colours): r"0\.png in ",
-        str(tmp_path / "nowhere"): "no such folder",
+        str(tmp_path / "nowhere"): "no such file",
     }.items():
         with pytest.raises(ValueError, match=said):
             prepare(settings(images=images, **given))

@@ -247,10 +247,10 @@ UNREADABLE = {
     "broken.png": "cannot be read as an image",
     "large.png": "resize it to 8×8",
     "colour.png": "save it in grayscale",
-    "many.npz": "holds 5 images: name one",
+    "many.npz": "has 5 images, but one is needed",
     "broken.npz": "cannot be read as an .npz",
     "other.npz": "1×8×8 where the checkpoint's images are 8×8×1",
-    "nan.npz": "of image 0 hold NaN",
+    "nan.npz": "of image 0 contain NaN",
 }
 
 

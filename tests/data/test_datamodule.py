@@ -119,7 +119,7 @@ def test_stratification_needs_labels(tmp_path):
     options = {"channels": 3, "image_size": [8, 8], "root": str(tmp_path), "val": 0.2, "test": 0.2}
     with pytest.raises(ValueError, match=r"write data\.stratify=false"):
         DataModule(ImageFolder(), num_classes=0, stratify=True, **options).setup()
-    with pytest.raises(ValueError, match="every image into a folder of its class"):
+    with pytest.raises(ValueError, match="images of each class into a separate folder"):
         DataModule(ImageFolder(), num_classes=2, **options).setup()
     data = DataModule(ImageFolder(), num_classes=0, limit=3, **options)
     assert [data.size(split) for split in ("train", "val", "test", "all")] == [3, 2, 2, 10]

@@ -99,9 +99,9 @@ def test_boxes_are_cropped_before_the_resize():
 @pytest.mark.parametrize(
     ("options", "remedy"),
     [
-        ({"resize": "none"}, r"a/b.png is 5×6, too small to crop 8×8 .*resize=shorter"),
+        ({"resize": "none"}, r"a/b.png is 5×6, too small for a crop of 8×8 .*resize=shorter"),
         ({"resize": "none", "center": False}, r"a/b.png is 5×6 where data.image_size=\[8,8\].*resize=exact"),
-        ({"box": (0, 0, 6, 6)}, "a/b.png is 5×6, too small to crop 6×6"),
+        ({"box": (0, 0, 6, 6)}, "a/b.png is 5×6, too small for a crop of 6×6"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_by_name(options, remedy):
@@ -148,7 +148,7 @@ def test_archives_read_like_folders(tmp_path):
 
 
 def test_empty_folders_name_the_suffixes(tmp_path):
-    with pytest.raises(ValueError, match=rf"{tmp_path} holds no images: accepted are \.png \.jpg"):
+    with pytest.raises(ValueError, match=rf"{tmp_path} contains no images: accepted are \.png \.jpg"):
         Files(tmp_path)
     (tmp_path / "x.txt").write_text("")
     with pytest.raises(ValueError, match=r"x\.txt is neither a folder nor a \.zip file"):

@@ -73,5 +73,7 @@ def test_without_network_one_line_names_folder_and_files(tmp_path, monkeypatch):
 
 
 def test_download_can_be_forbidden(tmp_path):
-    with pytest.raises(ValueError, match=f"{tmp_path} lacks x.bin: put them there, or write data.download=true"):
+    with pytest.raises(
+        ValueError, match=f"x.bin missing in {tmp_path}: put the files there, or write data.download=true"
+    ):
         fetch(tmp_path, [remote()], download=False)

@@ -55,7 +55,7 @@ def test_the_size_is_that_of_the_upright_image(tmp_path):
 def test_color_becomes_gray_or_is_refused(tmp_path):
     save(tmp_path / "x.png", 4, 6)
     assert ImageSet(tmp_path / "x.png", (1, 4, 6), minimum=1).block(range(1)).shape == (1, 1, 4, 6)
-    with pytest.raises(ValueError, match=r"image=.*x\.png is in color where .* save it in grayscale"):
+    with pytest.raises(ValueError, match=r"image=.*x\.png is in color, but .* save it in grayscale"):
         read("image", tmp_path / "x.png", (1, 4, 6))
 
 
@@ -68,12 +68,12 @@ def test_an_array_that_holds_no_labels_is_ignored(tmp_path, labels):
 @pytest.mark.parametrize(
     ("array", "remedy"),
     [
-        (np.zeros((0, 4, 6, 3), np.uint8), r"images=.*x\.npz holds images as uint8 \(0, 4, 6, 3\): write uint8"),
-        (np.zeros((3, 4, 6, 3), int), r"holds images as int64 .* or floats in \[-1, 1\]"),
-        (np.full((3, 4, 6, 3), 1.5), r"holds floats up to 1\.5: scale to \[-1, 1\], or write uint8"),
-        (np.full((3, 4, 6, 3), np.inf), r"x\.npz of image 0, 1, 2 hold NaN or infinity"),
+        (np.zeros((0, 4, 6, 3), np.uint8), r"images=.*x\.npz contains images as uint8 \(0, 4, 6, 3\): write uint8"),
+        (np.zeros((3, 4, 6, 3), int), r"contains images as int64 .* or floats in \[-1, 1\]"),
+        (np.full((3, 4, 6, 3), 1.5), r"contains floats up to 1\.5: scale them to \[-1, 1\], or write uint8"),
+        (np.full((3, 4, 6, 3), np.inf), r"x\.npz of image 0, 1, 2 contain NaN or Inf"),
         (np.zeros((3, 6, 4, 3), np.uint8), r"is 6×4×3 where the data set's images are 4×6×3: choose another data="),
-        (np.zeros((1, 4, 6, 3), np.uint8), r"holds 1 image\(s\): name at least 2"),
+        (np.zeros((1, 4, 6, 3), np.uint8), r"has 1 image\(s\), but at least 2"),
     ],
 )
 def test_unsuitable_arrays_are_refused(tmp_path, array, remedy):
@@ -83,7 +83,7 @@ def test_unsuitable_arrays_are_refused(tmp_path, array, remedy):
 
 
 def test_unsuitable_paths_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"images=.*none: there is no such folder or file"):
+    with pytest.raises(ValueError, match=r"images=.*none: no such file or folder"):
         ImageSet(tmp_path / "none", SHAPE)
     np.savez(tmp_path / "x.npz", latents=np.zeros(3))
     with pytest.raises(ValueError, match=r"images=.*x\.npz holds latents: name the images arr_0"):

@@ -189,7 +189,7 @@ def test_cifar_names_missing_and_damaged_files(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="is damaged"):
             load(CIFAR10(), tmp_path)
     batch.unlink()
-    with pytest.raises(ValueError, match="lacks data_batch_3"):
+    with pytest.raises(ValueError, match="data_batch_3.* missing in"):
         load(CIFAR10(), tmp_path)
     (tmp_path / FOLDER).rename(tmp_path / "away")
     (tmp_path / ARCHIVE).write_bytes(b"half")
@@ -330,7 +330,7 @@ def test_arrays_that_are_not_images_are_refused(tmp_path):
         load(ImageFolder(), path)
     for labels in (np.zeros(4, int), np.zeros(5), np.arange(5) - 1):
         np.savez(path, np.zeros((5, 4, 4, 3), np.uint8), labels)
-        with pytest.raises(ValueError, match="holds labels as"):
+        with pytest.raises(ValueError, match="contains labels as"):
             load(ImageFolder(), path)
     np.savez(path, latents=np.zeros(3))
     with pytest.raises(ValueError, match="holds latents: name the images arr_0"):
@@ -343,7 +343,7 @@ def test_arrays_that_are_not_images_are_refused(tmp_path):
 def test_wrong_roots_and_options_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"none does not exist: write data\.root=FOLDER"):
         load(ImageFolder(), tmp_path / "none")
-    with pytest.raises(ValueError, match="holds no images"):
+    with pytest.raises(ValueError, match="contains no images"):
         load(ImageFolder(), tmp_path)
     with pytest.raises(ValueError, match=r"data\.source\.crop=middle"):
         ImageFolder(crop="middle")

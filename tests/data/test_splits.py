@@ -64,11 +64,11 @@ def test_limit_cuts_training_only_and_mixes_classes():
 @pytest.mark.parametrize(
     ("options", "remedy"),
     [
-        ({"val": 0.1, "test": None}, "data.test=null, but the set has no official test part"),
+        ({"val": 0.1, "test": None}, "data.test=null, but the data set has no official test part"),
         ({"val": 0.1, "test": 5, "official": {"test": np.arange(3)}}, "write data.test=null"),
         ({"val": 1.0, "test": 0}, "fraction in"),
         ({"val": -1, "test": 0}, "fraction in"),
-        ({"val": 8, "test": 2}, "nothing is left to train on"),
+        ({"val": 8, "test": 2}, "images for training"),
         ({"val": 0, "test": 0, "limit": 0}, "data.limit=0"),
     ],
 )

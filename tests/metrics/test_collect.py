@@ -206,7 +206,7 @@ def test_images_do_not_depend_on_the_size_of_blocks():
 def test_nan_is_named_by_its_index_in_the_whole_set():
     images = torch.zeros(20, 1, 8, 8)
     images[13, 0, 2, 2] = float("nan")
-    with pytest.raises(ValueError, match="the pixels of image 13 hold NaN"):
+    with pytest.raises(ValueError, match="the pixels of image 13 contain NaN"):
         collect(lambda b: images[b.start : b.stop], 20, 6, [RandomClassifier()])
 
     class Broken(RandomClassifier):

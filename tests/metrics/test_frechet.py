@@ -135,7 +135,7 @@ def test_nan_is_refused_by_index_and_not_averaged_away():
     x = torch.zeros(9, 4)
     x[5, 2], x[7, 0] = float("nan"), float("inf")
     for call in (moments, Sums(4).add):
-        with pytest.raises(ValueError, match="image 5, 7 hold NaN"):
+        with pytest.raises(ValueError, match="image 5, 7 contain NaN"):
             call(x)
     with pytest.raises(ValueError, match="image 105, 107 "):
         refuse_nan(x, first=100)

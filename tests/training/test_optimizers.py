@@ -68,7 +68,7 @@ def test_every_option_trains(option, tmp_path, capfd):
 REFUSED = {
     custom("optimizer", "torch.optim.Adagrad", "foo=1"): "Adagrad has no argument foo",
     custom("optimizer", "torch.optim.RMSprop", "fused=true"): "RMSprop has no argument fused",
-    custom("optimizer", "torch.nn.Linear"): "torch.nn.Linear is no optimizer",
+    custom("optimizer", "torch.nn.Linear"): "torch.nn.Linear is not an optimizer",
     custom("optimizer", "torch.optim.Nothing"): "cannot be imported",
     custom("optimizer", "torch.optim.Adagrad", "lr=-1"): "Invalid learning rate",
     custom("optimizer", "torch.optim.SparseAdam", "weight_decay=0"): "no argument weight_decay",

@@ -1,4 +1,4 @@
-"""Images: data sets (`sources`), splits, batches (`stream`), files that options name, and the LightningDataModule.
+"""Data sets (`sources`), splits, batches (`stream`), image files, and the LightningDataModule.
 
-Only `datamodule` imports Lightning; nothing imports Hydra.
+Only `datamodule` imports Lightning. No module imports Hydra.
 """

@@ -1,4 +1,4 @@
-"""Decoded images in a memory-mapped file, built once and shared by all processes and runs."""
+"""Cache decoded images in a memory-mapped file that is shared by all processes and runs."""
 
 import hashlib
 import json
@@ -16,8 +16,8 @@ from diffusion_lab.data.decode import Decoder, Files
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.io import claimed, load_npy, progress_bar, require_space
 
-VERSION = 2  # of the decoding: raise it when the same files and options give other bytes, or an option is renamed
-CHUNK = 512  # images in flight
+VERSION = 2  # version of the decoding: increase it when the decoded bytes change, or an option is renamed
+CHUNK = 512  # number of images that are decoded concurrently
 CACHE_ELSEWHERE = "write data.source.cache=FOLDER on another disk"
 
 
@@ -45,7 +45,7 @@ def decoded(files: Files, decoder: Decoder, folder: Path, *read: Path) -> NDArra
                     size = len(files.names) * math.prod(decoder.shape)
                     require_space(folder, size, "the decoded images", CACHE_ELSEWHERE)
                     _build(part, files, decoder)
-        except OSError as error:  # unwritable, full, or without locks
+        except OSError as error:  # not writable, full, or without support for locks
             raise ConfigError(f"cannot write {path} ({error}): {CACHE_ELSEWHERE}") from error
     return load_npy(path, (len(files.names), *decoder.shape), "u1", "delete it and run again")
 
@@ -64,7 +64,7 @@ def cache_folders(configured: str | None, images: Path, only_read: bool = False)
 
 
 def _build(out: BinaryIO, files: Files, decoder: Decoder) -> None:
-    # Written in order rather than into a memory map: a disk that fills up raises an error then, instead of SIGBUS.
+    # Written sequentially and not to a memory map, since a full disk would then cause SIGBUS instead of an error.
     shape = (len(files.names), *decoder.shape)
     np.lib.format.write_array_header_1_0(out, {"descr": "|u1", "fortran_order": False, "shape": shape})
     bar = progress_bar(shape[0], f"decoding {files.path.name}", "image", leave=True)

@@ -1,4 +1,4 @@
-"""The LightningDataModule of any `Source`: check it against the configuration, split it, make batches."""
+"""LightningDataModule for any `Source`: check the data set against the configuration, split it, and create batches."""
 
 import logging
 from collections.abc import Sequence
@@ -99,17 +99,21 @@ class DataModule(pl.LightningDataModule):
     # --- Opening -------------------------------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
-        """Download and decode missing files, in one process. Raises ConfigError: it fails, or the set is not as configured."""
+        """Download and decode missing files, in one process.
+
+        Raises:
+            ConfigError: if this fails, or the data set does not match the configuration.
+        """
         self._dataset = self._dataset or self._load()
 
     def setup(self, stage: str | None = None) -> None:
-        """Open and split the set, in every process. Raises ConfigError: as `prepare_data` and `split`."""
+        """Open and split the data set, in every process. Raises ConfigError as `prepare_data` and `split` do."""
         if self._parts:
             return
         dataset = self._dataset or self._load()
         examples = dataset.examples
         if self.stratify and examples.labels is None:
-            raise ConfigError("data.stratify=true needs labels, and the set has none: write data.stratify=false")
+            raise ConfigError("data.stratify=true needs labels, but the data set has none: write data.stratify=false")
         parts = split(
             len(examples),
             val=self.val,
@@ -128,15 +132,15 @@ class DataModule(pl.LightningDataModule):
         shape, name = dataset.examples.images.shape[1:], type(self.source).__name__
         if shape != expected:
             raise ConfigError(
-                f"{name} holds {shape[0]} channel(s) of {shape[1]}×{shape[2]}, configured are {expected[0]} of {height}×{width}: "
-                f"write data.channels={shape[0]} data.image_size=[{shape[1]},{shape[2]}]"
+                f"{name} has {shape[0]} channel(s) of {shape[1]}×{shape[2]}, but data.channels={expected[0]} and "
+                f"data.image_size=[{height},{width}]: write data.channels={shape[0]} data.image_size=[{shape[1]},{shape[2]}]"
             )
         _check_count(name, "num_classes", self.num_classes, len(dataset.class_names))
         _check_count(name, "num_attributes", self.num_attributes, len(dataset.attribute_names))
         return dataset
 
     def _drop_unused(self, dataset: Dataset) -> Dataset:
-        """Drop labels and attributes that the configuration does not use."""
+        """Remove labels and attributes that the configuration does not use."""
         examples = dataset.examples
         if not self.num_classes:
             dataset, examples = replace(dataset, class_names=()), replace(examples, labels=None)
@@ -148,7 +152,7 @@ class DataModule(pl.LightningDataModule):
 
     @property
     def dataset(self) -> Dataset:
-        """The whole data set, opened if `setup` was not called yet."""
+        """The complete data set. It is opened if `setup` was not called yet."""
         self.setup()
         assert self._dataset is not None
         return self._dataset
@@ -164,15 +168,15 @@ class DataModule(pl.LightningDataModule):
         return self.dataset.attribute_names
 
     def examples(self, split: str) -> Examples:
-        """Return the examples of train, val, test, all, or of a sum such as "train+val" (the published training set).
+        """Return the examples of "train", "val", "test", "all", or of a union such as "train+val" (the published training set).
 
         Raises:
-            ConfigError: another split.
+            ConfigError: if the split does not exist.
         """
         dataset, names = self.dataset, split.split("+")
         if not self._parts.keys() >= set(names):
             raise ConfigError(
-                f"split={split}: write one of {', '.join(self._parts)}, or a sum of them such as train+val"
+                f"split={split} is unknown: write one of {', '.join(self._parts)}, or a union such as train+val"
             )
         return dataset.examples.select(np.unique(np.concatenate([self._parts[name] for name in names])))
 
@@ -181,7 +185,7 @@ class DataModule(pl.LightningDataModule):
         return len(self.examples(split))
 
     def images(self, split: str) -> NDArray[np.uint8] | Rows:
-        """Return the images of a split, uint8 (N, C, H, W), read when they are indexed."""
+        """Return the images of a split, uint8 (N, C, H, W). They are read when they are indexed."""
         return self.examples(split).images
 
     def labels(self, split: str) -> Index | None:
@@ -197,7 +201,7 @@ class DataModule(pl.LightningDataModule):
             self._stream.start_step = step
 
     def train_dataloader(self) -> BatchStream:
-        """Return the endless stream of this process. Raises ConfigError: the batch size is not divisible, as in `BatchStream`."""
+        """Return the endless stream of this process. Raises ConfigError if the batch size is not divisible (see `BatchStream`)."""
         accumulate = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
         self._stream = BatchStream(
             self.examples("train"),
@@ -222,7 +226,7 @@ class DataModule(pl.LightningDataModule):
     def transfer_batch_to_device(
         self, batch: dict[str, Any], device: torch.device, dataloader_idx: int
     ) -> dict[str, Any]:
-        """Move a batch, but keep noise keys on the host: times and coefficients are computed there without synchronizing."""
+        """Move a batch to a device, except the keys of the noise: times are computed on the host, without synchronization."""
         keys = {name: batch[name] for name in ("position", "index") if name in batch}
         return {**super().transfer_batch_to_device(batch, device, dataloader_idx), **keys}
 
@@ -235,7 +239,7 @@ class DataModule(pl.LightningDataModule):
 
 def _check_count(name: str, key: str, configured: int, actual: int) -> None:
     if configured == 0 and actual:
-        log.info("%s has data.%s=%d; data.%s=0 leaves them unused", name, key, actual, key)
+        log.info("%s has data.%s=%d, which data.%s=0 does not use", name, key, actual, key)
     if configured not in (0, actual):
-        hint = "" if actual else " (to get classes, put every image into a folder of its class)"
+        hint = "" if actual else " (for labels, put the images of each class into a separate folder)"
         raise ConfigError(f"data.{key}={configured}, but {name} has {actual}: write data.{key}={actual}{hint}")

@@ -1,4 +1,4 @@
-"""Find image files, and decode them with Pillow to uint8 arrays of one shape."""
+"""Find image files, and decode them with Pillow to uint8 arrays of a fixed shape."""
 
 import io
 import os
@@ -23,14 +23,17 @@ FILTERS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 
 
 class Files:
-    """The image files below a folder or in a .zip file, sorted by name. Hidden files and folders are skipped.
+    """The image files in a folder (recursively) or a .zip file, sorted by name. Hidden files and folders are skipped.
+
+    Args:
+        path: the folder or .zip file.
 
     Attributes:
-        names: relative paths, with "/".
-        stamps: (name, size, modification time in ns or CRC) of each file, the key of a cache.
+        names: relative paths, separated by "/".
+        stamps: (name, size, modification time in ns or CRC) of each file, from which the key of the cache is computed.
 
     Raises:
-        ConfigError: `path` is neither a folder nor a .zip file, or contains no image.
+        ConfigError: if `path` is neither a folder nor a .zip file, or contains no image.
     """
 
     def __init__(self, path: Path) -> None:
@@ -56,7 +59,7 @@ class Files:
         self.names = [name for name, _, _ in self.stamps]
         if not self.names:
             raise ConfigError(
-                f"{path.absolute()} holds no images: accepted are {' '.join(SUFFIXES)}, in nested folders too"
+                f"{path.absolute()} contains no images: accepted are {' '.join(SUFFIXES)}, also in nested folders"
             )
 
     def read(self, name: str) -> bytes:
@@ -120,12 +123,13 @@ def open_image(data: bytes, name: str, channels: int, *, refuse_color: bool = Fa
 
     Args:
         data: contents of the file.
-        name: for the message.
-        channels: 1 or 3.
-        refuse_color: refuse a color image where `channels` is 1, instead of converting it to grayscale.
+        name: name of the file, for error messages.
+        channels: number of channels, 1 or 3.
+        refuse_color: if `channels` is 1, raise an error for a color image instead of converting it to grayscale.
 
     Raises:
-        ConfigError: Pillow cannot read the file, it is in color and `refuse_color` is set, or another number of channels.
+        ConfigError: if Pillow cannot read the file, it is in color and `refuse_color` is set, or the number of channels is not
+            supported.
     """
     mode = _mode(channels)
     try:
@@ -138,7 +142,7 @@ def open_image(data: bytes, name: str, channels: int, *, refuse_color: bool = Fa
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise ConfigError(f"{name} cannot be read as an image ({reason}): repair or remove it") from error
     if colored:
-        raise ConfigError(f"{name} is in color where images of 1 channel are needed: save it in grayscale")
+        raise ConfigError(f"{name} is in color, but an image with 1 channel is needed: save it in grayscale")
     return image
 
 
@@ -150,7 +154,7 @@ def refuse_large(size: tuple[float, float]) -> None:
 
 def _mode(channels: int) -> str:
     if channels not in (1, 3):
-        raise ConfigError(f"data.channels={channels}: image files are read as 1 (grayscale) or 3 (RGB)")
+        raise ConfigError(f"data.channels={channels} is not supported for image files: write 1 (grayscale) or 3 (RGB)")
     return "L" if channels == 1 else "RGB"
 
 
@@ -195,10 +199,10 @@ class Decoder:
             check_number("data.source.crop", self.box, "[1, 65536]", hint, whole=True, optional=True)
 
     def __call__(self, data: bytes, name: str) -> NDArray[np.uint8]:
-        """Decode the bytes of a file as `open_image` does, to uint8 (C, H, W).
+        """Decode the bytes of a file to uint8 (C, H, W).
 
         Raises:
-            ConfigError: Pillow cannot read the file, the image is smaller than a crop, or the result is not H×W.
+            ConfigError: if Pillow cannot read the file, the image is smaller than a crop, or the result is not H×W.
         """
         image = open_image(data, name, self.shape[0])
         height, width = self.shape[1:]
@@ -219,7 +223,7 @@ class Decoder:
             image = _crop(image, (height, width), name)
         if image.size != (width, height):
             raise ConfigError(
-                f"{name} is {image.height}×{image.width} where data.image_size=[{height},{width}]: "
+                f"{name} is {image.height}×{image.width}, but data.image_size=[{height},{width}]: "
                 "write data.source.resize=exact, or resize=shorter with crop=center"
             )
         return to_array(image)
@@ -234,7 +238,7 @@ def _crop(image: Image.Image, box: int | Sequence[int], name: str) -> Image.Imag
     top, left, height, width = box
     if top < 0 or left < 0 or top + height > image.height or left + width > image.width:
         raise ConfigError(
-            f"{name} is {image.height}×{image.width}, too small to crop {height}×{width} from it: "
+            f"{name} is {image.height}×{image.width}, too small for a crop of {height}×{width}: "
             "write a smaller data.source.crop, or data.source.resize=shorter"
         )
     return image.crop((left, top, left + width, top + height))

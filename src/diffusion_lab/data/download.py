@@ -22,9 +22,10 @@ log = logging.getLogger(__name__)
 class Remote:
     """A file to download.
 
-    name: file name in the target folder.
-    urls: addresses, tried in order.
-    checksum: MD5 (32 hexadecimal digits) or SHA-256 (64).
+    Attributes:
+        name: file name in the target folder.
+        urls: URLs, tried in order.
+        checksum: MD5 (32 hexadecimal digits) or SHA-256 (64).
     """
 
     name: str
@@ -33,19 +34,23 @@ class Remote:
 
 
 def fetch(folder: Path, missing: Sequence[Remote], *, download: bool) -> None:
-    """Download `missing` into `folder`, which is created.
+    """Download files to a folder, which is created if necessary.
 
-    torchvision (MD5) or torch.hub (SHA-256) transfers and verifies a file, with a progress bar. This function adds three
-    things: mirrors; a timeout, which neither library has; and a temporary name until the checksum is verified, because
-    torchvision writes to the final name.
+    Files are downloaded and verified by torchvision (MD5) or torch.hub (SHA-256), with a progress bar. This function adds
+    mirrors, a timeout, and a temporary name until the checksum is verified, since torchvision writes to the final name.
+
+    Args:
+        folder: the target folder.
+        missing: the files to download.
+        download: if false, raise an error instead.
 
     Raises:
-        ConfigError: `download` is false, no address serves the file with the right checksum, or the folder cannot be
-            written. The message names the folder and the files to put into it.
+        ConfigError: if `download` is false, no URL provides a file with the right checksum, or the folder is not writable. The
+            message contains the folder and the files to put there.
     """
     if not download:
         names = ", ".join(file.name for file in missing)
-        raise ConfigError(f"{folder.absolute()} lacks {names}: put them there, or write data.download=true")
+        raise ConfigError(f"{names} missing in {folder.absolute()}: put the files there, or write data.download=true")
     for i, file in enumerate(missing):
         reason = "no address"
         for url in file.urls:
@@ -74,7 +79,7 @@ def _retrieve(url: str, path: Path, checksum: str) -> None:
 
 @contextmanager
 def _default_timeout(seconds: float) -> Iterator[None]:
-    """Set the timeout of new sockets, which urlopen takes where its caller names none."""
+    """Set the default timeout of new sockets, which urlopen uses if its caller passes none."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:

@@ -1,4 +1,4 @@
-"""Images at a path that an option names: a file, a folder, a .zip file or an .npz file."""
+"""Read the images at a path of the user: a file, a folder, a .zip file or an .npz file."""
 
 import zipfile
 from pathlib import Path
@@ -14,27 +14,28 @@ from diffusion_lab.io import read_bytes, read_npz, require_file
 
 
 class ImageSet:
-    """Images of one shape, unchanged, read a block at a time.
+    """Images of one shape, read in blocks and not modified.
 
-    An .npz file holds `arr_0`: uint8 N×H×W×C (or N×H×W), as sample.py writes, or floats in [−1, 1]. `arr_1` is read as labels
-    if it holds N integers from 0 on. The defaults are those of images to evaluate.
+    An .npz file must contain `arr_0`: uint8 (N, H, W, C) or (N, H, W), as written by sample.py, or floats in [−1, 1]. `arr_1` is
+    read as labels if it contains N integers ≥ 0. The defaults are those of images to evaluate.
 
     Args:
-        path: an image file, a folder or .zip file of them, or an .npz file.
+        path: an image file, a folder or .zip file of image files, or an .npz file.
         shape: (C, H, W) of each image.
-        key: the option that names `path`, for messages.
-        owner: whose images have this shape, for messages.
-        remedy: what to do about images of another shape, for messages.
-        minimum: number of images at least.
-        refuse_color: where C = 1, refuse color files instead of converting them to grayscale.
+        key: the option that names `path`, for error messages.
+        owner: the object whose images have this shape, for error messages.
+        remedy: an imperative for images of another shape, for error messages.
+        minimum: minimum number of images.
+        refuse_color: if C = 1, raise an error for color files instead of converting them to grayscale.
 
     Attributes:
         count: number of images.
-        labels: int64 (count,), or None.
+        labels: labels, int64 (count,), or None.
 
     Raises:
-        ConfigError: no such path, an unreadable file, another shape, NaN or Inf (with the index of the image), values out of
-            range, fewer images than `minimum`. Of files, the first is checked here and the others when their block is read.
+        ConfigError: if the path does not exist, a file is unreadable, an image has another shape, NaN or Inf (the message
+            contains its index) or values out of range, or there are fewer images than `minimum`. The constructor checks only
+            the first file, `block` the others.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class ImageSet:
         self._files: Files | None = None
         self._names: list[str] = []
         if not path.exists():
-            raise ConfigError(f"{self._where}: there is no such folder or file")
+            raise ConfigError(f"{self._where}: no such file or folder")
         if path.suffix == ".npz":
             self._array, self.labels = self._read_npz(key)
             self.count = len(self._array)
@@ -69,9 +70,11 @@ class ImageSet:
             else:
                 self._names = [str(path)]
             self.count = len(self._names)
-            self._decode(self._names[0])  # refuse a wrong size early
+            self._decode(self._names[0])  # check the size early
         if self.count < minimum:
-            raise ConfigError(f"{self._where} holds {self.count} image(s): name at least {minimum}")
+            raise ConfigError(
+                f"{self._where} has {self.count} image(s), but at least {minimum} are needed: name another path"
+            )
 
     def block(self, part: range) -> Tensor:
         """Return the images of a contiguous range, (b, C, H, W), uint8 or float32 in [−1, 1]."""
@@ -92,7 +95,7 @@ class ImageSet:
     def _read_npz(self, key: str) -> tuple[np.ndarray, Tensor | None]:
         arrays = read_npz(self.path, key)
         if "arr_0" not in arrays:
-            raise ConfigError(f"{self._where} holds {', '.join(arrays)}: name the images arr_0, uint8 N×H×W×C")
+            raise ConfigError(f"{self._where} contains {', '.join(arrays)}: name the images arr_0, uint8 (N, H, W, C)")
         images, labels = images_of_npz(arrays["arr_0"], self._where, floats=True), arrays.get("arr_1")
         self._check_size(self._where, images.shape[1:])
         return images, torch.from_numpy(labels.astype(np.int64)) if are_labels(labels, len(images)) else None

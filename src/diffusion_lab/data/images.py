@@ -17,28 +17,33 @@ Index = NDArray[np.int64]
 def to_float(images: NDArray[np.uint8] | Tensor) -> Tensor:
     """Convert uint8 of any shape to float32 in [−1, 1]: level k becomes k/127.5 − 1.
 
-    Computed as (2k − 255)/255, which rounds once: every level is the nearest float32, and k and 255 − k are exact negatives.
+    It is computed as (2k − 255)/255, which rounds once: every level is the nearest float32, and k and 255 − k are exact
+    negatives.
     """
     return torch.as_tensor(images).to(torch.float32).mul_(2).sub_(255).div_(255)
 
 
 def refuse_nan(values: Tensor, first: int = 0, of: str = "the features") -> None:
-    """Raise ConfigError if values (B, …) hold NaN or Inf; the message names the images, numbered from `first`."""
+    """Raise ConfigError if values (B, …) contain NaN or Inf. The message contains the image indices, starting at `first`."""
     finite = values.flatten(1).isfinite().all(1)
     if not bool(finite.all()):
         bad = [int(i) + first for i in (~finite).nonzero()[:, 0]]
         names = ", ".join(map(str, bad[:5])) + (", …" if len(bad) > 5 else "")
         raise ConfigError(
-            f"{of} of image {names} hold NaN or infinity ({len(bad)} of these {len(values)}): leave such images out, "
-            "or take a checkpoint from before the training diverged"
+            f"{of} of image {names} contain NaN or Inf ({len(bad)} of {len(values)} images): remove these images, or use an "
+            "earlier checkpoint of the run"
         )
 
 
 class Rows:
-    """A lazy selection of rows of an array: rows are copied when they are indexed.
+    """A lazy selection of rows of an array. Rows are copied when they are indexed.
 
-    `array[index]` of a memory map would read all of them at once. Supports `shape`, `dtype`, `len`, and indexing by an
-    integer, a slice or an integer array; `np.asarray` copies all rows.
+    In contrast, `array[index]` of a memory map reads all rows at once. `shape`, `dtype`, `len`, and indexing by an integer, a
+    slice or an integer array are supported; `np.asarray` copies all rows.
+
+    Args:
+        array: the array (N, …).
+        index: indices of the selected rows, int64 (n,).
     """
 
     def __init__(self, array: NDArray[np.uint8], index: Index) -> None:
@@ -57,13 +62,14 @@ class Rows:
 
 @dataclass(frozen=True)
 class Examples:
-    """Images with their labels, attributes and further arrays.
+    """Images with labels, attributes and additional arrays.
 
-    images: uint8 (N, C, H, W), an array or `Rows` of one.
-    labels: int64 (N,), or None.
-    attributes: int8 (N, A) of −1 (no) and 1 (yes), or None.
-    more: further arrays of N rows, by their name in a batch. Arrays of four dimensions are images, and are mirrored when
-        the image is.
+    Attributes:
+        images: images, uint8 (N, C, H, W), an array or `Rows`.
+        labels: labels, int64 (N,), or None.
+        attributes: attributes, int8 (N, A) with values −1 (no) and 1 (yes), or None.
+        more: additional arrays with N rows, by their name in a batch. Arrays with four dimensions are images, which are mirrored
+            together with the image.
     """
 
     images: NDArray[np.uint8] | Rows
@@ -75,7 +81,7 @@ class Examples:
         return len(self.images)
 
     def select(self, index: Index) -> "Examples":
-        """Return the examples of `index`, int64 (n,), in its order. Images are not copied."""
+        """Return the examples with the indices `index`, int64 (n,), in this order. Images are not copied."""
         images = self.images
         rows = Rows(images.array, images.index[index]) if isinstance(images, Rows) else Rows(images, index)
         labels = None if self.labels is None else self.labels[index]
@@ -83,15 +89,15 @@ class Examples:
         return Examples(rows, labels, attributes, {name: array[index] for name, array in self.more.items()})
 
     def take(self, index: Index, flip: NDArray[np.bool_] | None = None) -> dict[str, Tensor]:
-        """Return one batch.
+        """Return a batch.
 
         Args:
-            index: int64 (n,).
-            flip: bool (n,), the images to mirror left to right; None mirrors none.
+            index: indices of the examples, int64 (n,).
+            flip: whether to mirror each image left to right, bool (n,); None for no image.
 
         Returns:
-            "image" float32 (n, C, H, W) in [−1, 1]; "label" int64 (n,) and "attributes" float32 (n, A) of ±1 where the set
-            has them; and each array of `more` by its name.
+            "image" float32 (n, C, H, W) in [−1, 1]; "label" int64 (n,) and "attributes" float32 (n, A) with values ±1 if they
+            exist; and each array of `more` by its name.
         """
         images = self.images[index]
         if flip is not None:

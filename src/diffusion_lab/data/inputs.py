@@ -1,4 +1,4 @@
-"""Images that a task of sample.py starts from, and the data of its condition."""
+"""Read the input images of the tasks of sample.py, and the data of a condition."""
 
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,15 @@ from diffusion_lab.io import read_npz
 
 
 def read(key: str, path: Path, shape: tuple[int, int, int]) -> tuple[Tensor, list[int] | None]:
-    """Return images float32 (N, C, H, W) in [−1, 1], and the labels of an .npz file that has them.
+    """Return images float32 (N, C, H, W) in [−1, 1], and the labels of an .npz file, or None.
 
     Args:
-        key: the option that names `path`.
-        path: as in `ImageSet`.
+        key: the option that names `path`, for error messages.
+        path: a path as for `ImageSet`.
         shape: (C, H, W) of each image.
 
     Raises:
-        ConfigError: as `ImageSet`, or a color file where C = 1.
+        ConfigError: as for `ImageSet`, and if a file is in color but C = 1.
     """
     remedy = f"resize it to {shape[1]}×{shape[2]}"
     source = ImageSet(path, shape, key=key, owner="the checkpoint", remedy=remedy, minimum=1, refuse_color=True)
@@ -32,35 +32,38 @@ def read(key: str, path: Path, shape: tuple[int, int, int]) -> tuple[Tensor, lis
 
 
 def read_one(key: str, path: Path, shape: tuple[int, int, int]) -> Tensor:
-    """Return one image, float32 (1, C, H, W) in [−1, 1]. Raises ConfigError: as `read`, or several images."""
+    """Return one image, float32 (1, C, H, W) in [−1, 1]. Raises ConfigError as `read` does, and if there are several images."""
     images, _ = read(key, path, shape)
     if len(images) != 1:
-        raise ConfigError(f"{key}={path} holds {len(images)} images: name one of them")
+        raise ConfigError(f"{key}={path} has {len(images)} images, but one is needed: name one of them")
     return images
 
 
 def read_condition(source: str | None, shape: tuple[int, int, int], condition: Condition) -> dict[str, Any] | None:
-    """Read `condition_data=` as a batch: "image", and the further arrays of an .npz file by name.
+    """Read `condition_data=` as a batch: "image", and the additional arrays of an .npz file by name.
 
     Args:
-        source: an image file, a folder or .zip file of them, or an .npz file of images (arr_0) and further arrays. None
-            returns None.
-        shape: (C, H, W) of the checkpoint's images. For `LowResolution`, images of the lower resolution are accepted too.
-        condition: the checkpoint's.
+        source: an image file, a folder or .zip file of image files, an .npz file with images (arr_0) and additional arrays, or
+            None.
+        shape: (C, H, W) of the checkpoint's images. For `LowResolution`, images of the lower resolution are accepted as well.
+        condition: the condition of the checkpoint.
+
+    Returns:
+        The batch; None if `source` is None.
 
     Raises:
-        ConfigError: the condition takes no data, no such path, or as `read`.
+        ConfigError: if the condition does not depend on data, the path does not exist, and as for `read`.
     """
     if source is None:
         return None
     if not condition.of_data:
         raise ConfigError(
-            "condition_data= is for conditions made of data, and this checkpoint has "
-            f"condition={option_name(condition)}: leave it out"
+            "condition_data= needs a condition that depends on data, but this checkpoint has "
+            f"condition={option_name(condition)}: remove it"
         )
     path = Path(source)
     if not path.exists():
-        raise ConfigError(f"condition_data={path}: there is no such file or folder")
+        raise ConfigError(f"condition_data={path}: no such file or folder")
     arrays = read_npz(path, "condition_data") if path.suffix == ".npz" else {}
     batch = {
         name: tensor_of(array, name, f"condition_data={path}")

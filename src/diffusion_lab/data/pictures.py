@@ -1,4 +1,4 @@
-"""Convert tensors to bytes, and write PNG files, animations and sheets of captioned grids."""
+"""Convert tensors to uint8, and write PNG files, animations and sheets of captioned grids."""
 
 import math
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def save_png(path: Path, pixels: np.ndarray) -> None:
-    """Write uint8 (H, W), (H, W, 1) or (H, W, 3) under a temporary name and rename it; create the folder."""
+    """Write uint8 (H, W), (H, W, 1) or (H, W, 3) atomically as PNG. The folder is created if necessary."""
     squeezed = pixels[..., 0] if pixels.ndim == 3 and pixels.shape[-1] == 1 else pixels
     with replacing(path) as partial:
         Image.fromarray(squeezed).save(partial, format="PNG")
@@ -33,16 +33,16 @@ class Panel(NamedTuple):
 
     caption: str
     images: Tensor  # float (N, C, H, W) in [−1, 1], C = 1 or 3
-    columns: int | None = None  # None: about as many as rows
+    columns: int | None = None  # None for a square grid
 
 
 _GAP, _MARGIN, _PAPER, _INK = 2, 14, 246, (40, 40, 40)
 
 
 def grid(images: Tensor, columns: int | None = None, min_side: int = 40) -> np.ndarray:
-    """Arrange images (N, C, H, W) in [−1, 1] in one uint8 picture (H', W', 3).
+    """Arrange images (N, C, H, W) in [−1, 1] in a grid, uint8 (H', W', 3).
 
-    Images are enlarged by a whole factor until their longer side has at least `min_side` pixels.
+    Images are enlarged by an integer factor so that their longer side has at least `min_side` pixels.
     """
     n, _, height, width = images.shape
     columns = columns or math.ceil(math.sqrt(n))
@@ -62,9 +62,9 @@ def class_grid(images: Tensor, labels: Tensor, max_images: int) -> np.ndarray:
     """Arrange images in one row per class, with its label at the left; uint8 (H', W', 3).
 
     Args:
-        images: (N, C, H, W) in [−1, 1].
-        labels: int64 (N,); rows are in the order of their first occurrence.
-        max_images: number of images at most, but one per class at least.
+        images: images (N, C, H, W) in [−1, 1].
+        labels: labels, int64 (N,). Rows are in the order of their first occurrence.
+        max_images: maximum number of images, except that each class has at least one.
     """
     order = list(dict.fromkeys(labels.tolist()))
     largest = max(int((labels == label).sum()) for label in order)
@@ -86,7 +86,7 @@ def class_grid(images: Tensor, labels: Tensor, max_images: int) -> np.ndarray:
 
 
 def save_animation(path: Path, frames: Sequence[np.ndarray], milliseconds: int = 80, last: int = 1500) -> None:
-    """Write an animated GIF of uint8 frames (H, W, 3) under a temporary name and rename it; the last frame lasts `last` ms."""
+    """Write an animated GIF of uint8 frames (H, W, 3) atomically. The last frame is shown for `last` milliseconds."""
     first, *others = [Image.fromarray(frame) for frame in frames]
     durations = [milliseconds] * len(others) + [last]
     with replacing(path) as partial:
@@ -94,7 +94,7 @@ def save_animation(path: Path, frames: Sequence[np.ndarray], milliseconds: int =
 
 
 def save_sheet(path: Path, panels: Sequence[Panel]) -> None:
-    """Write panels with captions on one sheet: those with columns=None side by side, the others below, one per row."""
+    """Write panels with captions to a PNG: those with columns=None side by side, the others below, one per row."""
     font = ImageFont.load_default(13)
     top = [(panel.caption, grid(panel.images)) for panel in panels if panel.columns is None]
     below = [(panel.caption, grid(panel.images, panel.columns)) for panel in panels if panel.columns is not None]

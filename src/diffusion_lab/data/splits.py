@@ -1,4 +1,4 @@
-"""Split a data set into train, val and test: disjoint, exhaustive, and independent of the run's seed."""
+"""Split a data set into train, val and test. The parts are disjoint and exhaustive, and do not depend on the seed of the run."""
 
 from collections.abc import Mapping
 
@@ -25,18 +25,18 @@ def split(
 
     Args:
         n: number of images.
-        val, test: size of the part, as a fraction in [0, 1) of the images outside official parts, or a count (0: an empty
-            part); None takes the official part.
-        official: "val" and "test" → indices of the published parts.
-        seed: key of the random split. It is not the run's seed: runs of all seeds train on the same images.
-        labels: int64 (n,); stratify: the classes of each part have the proportions of the set, to within one image.
-        limit: maximum number of training images, drawn with the same key.
+        val, test: size of the part, as a fraction in [0, 1) of the images outside official parts, or a number of images; None
+            for the official part.
+        official: indices of the published parts "val" and "test".
+        seed: seed of the random split. It is not the seed of the run, so that all runs train on the same images.
+        labels: labels for a stratified split, int64 (n,): each part has the class proportions of the set, up to one image.
+        limit: maximum number of training images, which are drawn with the same seed.
 
     Returns:
-        "train", "val", "test" → int64 indices in ascending order. The test part does not depend on `val`.
+        The indices of "train", "val" and "test", int64 in ascending order. The test part does not depend on `val`.
 
     Raises:
-        ConfigError: the size of an official part is configured, or that of another part is not; the training part is empty.
+        ConfigError: if the size of an official part is set, that of another part is not, or the training part is empty.
     """
     official = official or {}
     free = np.setdiff1d(np.arange(n), np.concatenate([np.empty(0, np.int64), *official.values()]))
@@ -48,17 +48,17 @@ def split(
         if name in official:
             if amount is not None:
                 raise ConfigError(
-                    f"data.{name}={amount}, but the set has an official {name} part: write data.{name}=null"
+                    f"data.{name}={amount}, but the data set has an official {name} part: write data.{name}=null"
                 )
             parts[name] = np.sort(official[name])
         else:
             count = _count(name, amount, len(free))
             parts[name], order = np.sort(order[:count]), order[count:]
     if limit is not None and limit < 1:
-        raise ConfigError(f"data.limit={limit}: give a positive number of training images, or null for all")
+        raise ConfigError(f"data.limit={limit}: write at least 1, or null for all training images")
     if len(order) == 0:
         raise ConfigError(
-            f"nothing is left to train on: of {n} images data.val={val} and data.test={test} take all; lower them"
+            f"data.val={val} and data.test={test} leave none of {n} images for training: write smaller values"
         )
     return {"train": np.sort(order[:limit]), "val": parts["val"], "test": parts["test"]}
 
@@ -66,15 +66,15 @@ def split(
 def _count(name: str, amount: float | int | None, n: int) -> int:
     if amount is None:
         raise ConfigError(
-            f"data.{name}=null, but the set has no official {name} part: give a fraction, a count, or 0 for none"
+            f"data.{name}=null, but the data set has no official {name} part: write a fraction, a number of images, or 0"
         )
     if amount < 0 or (isinstance(amount, float) and amount >= 1):
-        raise ConfigError(f"data.{name}={amount}: give a fraction in [0, 1) or a whole number of images")
+        raise ConfigError(f"data.{name}={amount}: write a fraction in [0, 1) or a number of images")
     return max(round(amount * n), 1) if 0 < amount < 1 else int(amount)
 
 
 def _interleave(order: Index, labels: Index) -> Index:
-    """Reorder so that every contiguous range has the class proportions of the whole: sort by relative rank in the class."""
+    """Sort by the relative rank within each class, so that every contiguous range has the class proportions of the set."""
     rank = np.empty(len(order))
     for label in np.unique(labels[order]):
         members = np.flatnonzero(labels[order] == label)

@@ -1,7 +1,7 @@
-"""Batches of examples: an endless stream of global batches for training, and finite loaders in order for evaluation.
+"""Batches of examples: an endless stream of global batches for training, and finite ordered loaders for evaluation.
 
-Both replace torch's DataLoader and samplers. The images of a batch are a pure function of the arguments and the step, and no
-sampler or worker state exists: a resumed run, or one with another number of processes, continues with the same global batches.
+Both replace torch's DataLoader and samplers. The images of a batch are a function of the arguments and the step, without the
+state of a sampler or worker. A resumed run, and a run with another number of processes, uses the same global batches.
 """
 
 from collections.abc import Iterator
@@ -58,7 +58,7 @@ class BatchStream:
         repeat: int = 0,
     ) -> None:
         if len(examples) == 0:
-            raise ConfigError("the training split is empty: lower data.val and data.test, or give more images")
+            raise ConfigError("the training split is empty: write smaller data.val= and data.test=, or add images")
         check_number("data.batch_size", batch_size, "[1, 1000000]", whole=True)
         check_number("seed", seed, SEEDS, whole=True)
         check_number("world_size", world_size, "[1, 1000000]", whole=True)
@@ -70,7 +70,7 @@ class BatchStream:
         if batch_size % shares:
             near = max(round(batch_size / shares), 1) * shares
             raise ConfigError(
-                f"data.batch_size={batch_size} (global) does not divide into {world_size} process(es) × {accumulate} "
+                f"the global data.batch_size={batch_size} is not divisible by {world_size} process(es) × {accumulate} "
                 f"micro-batch(es): write data.batch_size={near}, or change trainer.devices or trainer.accumulate_grad_batches"
             )
         self.examples, self.batch_size, self.seed = examples, batch_size, seed
@@ -88,8 +88,8 @@ class BatchStream:
         """Return this rank's micro-batch of a step, b = B/(W·A) examples.
 
         Returns:
-            "image" float32 (b, C, H, W) in [−1, 1]; "label" int64 (b,) and "attributes" float32 (b, A) where the set has them;
-            "position" int64 (b,), positions in the global batch; "step", an int.
+            "image" float32 (b, C, H, W) in [−1, 1]; "label" int64 (b,) and "attributes" float32 (b, A) if they exist; "position"
+            int64 (b,), positions in the global batch; "step", an int.
         """
         position = np.arange(micro * self.world_size + self.rank, self.batch_size, self.world_size * self.accumulate)
         image_step = step % self.repeat if self.repeat else step
@@ -105,7 +105,7 @@ class BatchStream:
 
     def _order(self, epoch: int) -> Index:
         if epoch not in self._orders:
-            if len(self._orders) > 1:  # a global batch spans at most two epochs, unless the set is tiny
+            if len(self._orders) > 1:  # a global batch contains examples of at most two epochs, unless N < B
                 del self._orders[min(self._orders)]
             self._orders[epoch] = noise.permutation(len(self.examples), seed=self.seed, draw=epoch).numpy()
         return self._orders[epoch]

@@ -1,4 +1,4 @@
-"""The data sets. Each is a `Source`: the constructor takes its options, `load` returns a `Dataset`."""
+"""Data sets. Each is a `Source`: options are arguments of the constructor, and `load` returns a `Dataset`."""
 
 from diffusion_lab.data.sources.base import Dataset, Source
 from diffusion_lab.data.sources.celeba import CelebA

@@ -1,4 +1,4 @@
-"""The interface of data sets."""
+"""Base class of data sets."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -14,9 +14,10 @@ from diffusion_lab.data.images import Examples, Index
 class Dataset:
     """An opened data set.
 
-    examples: all images, of all parts.
-    class_names, attribute_names: empty without labels, attributes.
-    official: "val" and "test" → int64 indices of the published parts.
+    Attributes:
+        examples: the examples of all parts.
+        class_names, attribute_names: names of the classes and attributes; empty without labels or attributes.
+        official: indices of the published parts "val" and "test", int64.
     """
 
     examples: Examples
@@ -28,7 +29,7 @@ class Dataset:
 class Source(ABC):
     """A data set that can be downloaded and opened.
 
-    Its public attributes are its options: with the class name they identify cached reference statistics.
+    The public attributes are the options of the data set. With the class name, they identify cached reference statistics.
     """
 
     _only_reads = False
@@ -42,19 +43,19 @@ class Source(ABC):
         """Open the data set, after downloading missing files and decoding images that are not cached.
 
         Args:
-            root: folder of data sets; for the user's images, their folder or file.
-            shape: (C, H, W) that image files are decoded to; data sets of arrays have a fixed shape and ignore it.
-            download: download missing files.
+            root: folder of data sets, or the folder or file of the user's images.
+            shape: (C, H, W) to which image files are decoded. Data sets of arrays have a fixed shape and ignore it.
+            download: whether to download missing files.
 
         Raises:
-            ConfigError: files are missing or damaged, or cannot be downloaded.
+            ConfigError: if files are missing or damaged, or cannot be downloaded.
         """
 
 
 def train_and_test(
     images: tuple[np.ndarray, np.ndarray], labels: tuple[np.ndarray, np.ndarray] | None, class_names: tuple[str, ...]
 ) -> Dataset:
-    """Return a data set of a training and an official test part: images uint8 (N, C, H, W), labels integers (N,)."""
+    """Return a data set with a training and an official test part: images uint8 (N, C, H, W), labels integers (N,)."""
     test = np.arange(len(images[1])) + len(images[0])
     all_labels = None if labels is None else np.concatenate(labels).astype(np.int64)
     return Dataset(Examples(np.concatenate(images), all_labels), class_names, official={"test": test})

@@ -40,7 +40,7 @@ class CelebA(Source):
     ) -> None:
         self.crop = crop
         self.filter, self.cache = filter, cache
-        self._decoder((3, 1, 1))  # refuse unknown options early
+        self._decoder((3, 1, 1))  # check the options early
 
     def _decoder(self, shape: tuple[int, int, int]) -> Decoder:
         return Decoder(shape, box=self.crop, resize="exact", center=False, filter=self.filter)
@@ -55,8 +55,8 @@ class CelebA(Source):
         files = Files(images if images.is_dir() else images.with_suffix(".zip"))
         if not len(files.names) == len(partition) == len(attributes):
             raise ConfigError(
-                f"{folder.absolute()} holds {len(files.names)} images, {len(partition)} lines of {PARTITION} and "
-                f"{len(attributes)} of {ATTRIBUTES}: unpack the missing ones, or put {IMAGES}.zip in place of {IMAGES}"
+                f"{folder.absolute()} has {len(files.names)} images, {len(partition)} lines of {PARTITION} and "
+                f"{len(attributes)} of {ATTRIBUTES}: add the missing images, or replace {IMAGES} by {IMAGES}.zip"
             )
         faces = decoded(files, self._decoder(shape), *cache_folders(self.cache, folder, self._only_reads))
         official = {part: np.flatnonzero(partition[:, 0] == number) for part, number in PARTS.items()}
@@ -66,10 +66,10 @@ class CelebA(Source):
 
 
 def _require(folder: Path, download: bool) -> None:
-    """Download missing files of the three. They are on Google Drive, which needs the package gdown and has a quota.
+    """Download missing files from Google Drive, which needs the package gdown and has a quota.
 
     Raises:
-        ConfigError: files are missing, and `download` is false or fails.
+        ConfigError: if files are missing, and `download` is false or the download fails.
     """
     archive = f"{IMAGES}.zip"
     missing = [name for name in (archive, ATTRIBUTES, PARTITION) if not (folder / name).exists()]
@@ -90,7 +90,7 @@ def _require(folder: Path, download: bool) -> None:
         try:
             download_file_from_google_drive(drive, folder, part.name, md5)
             part.replace(folder / name)
-        except Exception as error:  # gdown raises its own errors, and may be missing
+        except Exception as error:  # errors of gdown, which may not be installed
             reason = " ".join(str(error).split())
             raise ConfigError(f"cannot download {name} ({reason}): {remedy}") from error
         finally:
@@ -98,7 +98,7 @@ def _require(folder: Path, download: bool) -> None:
 
 
 def _read_table(path: Path, skip: int) -> tuple[tuple[str, ...], np.ndarray]:
-    """Read a table with a name and integers a line, sorted by name.
+    """Read a table with a name and integers on each line, and sort it by name.
 
     Args:
         path: the file.
@@ -108,7 +108,7 @@ def _read_table(path: Path, skip: int) -> tuple[tuple[str, ...], np.ndarray]:
         The words of the last header line, and the integers, int64 (N, columns).
 
     Raises:
-        ConfigError: the file is damaged.
+        ConfigError: if the file is damaged.
     """
     try:
         lines = read_bytes(path, MOST_BYTES).decode().splitlines()

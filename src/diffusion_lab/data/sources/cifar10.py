@@ -1,6 +1,6 @@
 """CIFAR-10: 50,000 + 10,000 color images of 32×32, in torchvision's layout.
 
-Either the unpacked `ROOT/cifar-10-batches-py` or the archive `ROOT/cifar-10-python.tar.gz` is read; nothing is unpacked.
+Either the unpacked `ROOT/cifar-10-batches-py` or the archive `ROOT/cifar-10-python.tar.gz` is read, without unpacking it.
 """
 
 import io
@@ -26,8 +26,8 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 class CIFAR10(Source):
     """CIFAR-10 (Krizhevsky 2009).
 
-    torchvision supplies address, checksum and the names of files. Its data set class is not used, because it reads the
-    batches with `pickle.load`, which runs whatever code a file contains; see `_BatchUnpickler`.
+    URL, checksum and file names are those of torchvision. Its data set class is not used, because it reads the batches with
+    `pickle.load`, which executes code in the file; see `_BatchUnpickler`.
     """
 
     def load(self, root: Path, shape: tuple[int, int, int], *, download: bool) -> Dataset:
@@ -40,7 +40,7 @@ class CIFAR10(Source):
         if folder.is_dir():
             if missing := [name for name in names if not (folder / name).exists()]:
                 raise ConfigError(
-                    f"{folder.absolute()} lacks {', '.join(missing)}: add them, or delete the folder and run again"
+                    f"{', '.join(missing)} missing in {folder.absolute()}: add the files, or delete the folder and run again"
                 )
             source, files = folder, {name: read_bytes(folder / name, MOST_BYTES) for name in names}
         else:
@@ -96,9 +96,9 @@ def _empty(kind: object, shape: object, dtype: object) -> np.ndarray:
 
 
 class _BatchUnpickler(pickle.Unpickler):
-    """Unpickle the arrays and lists of a batch, and refuse every other class.
+    """Unpickle the arrays and lists of a batch, and raise an error for every other class.
 
-    A pickle may call any function. `pickle.load`, and torchvision through it, would run the code of a manipulated file.
+    A pickle may call any function, so that `pickle.load` (also in torchvision) executes the code of a manipulated file.
     """
 
     def find_class(self, module: str, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Handwritten digits that scikit-learn ships: 1,797 grayscale images of 8×8."""
+"""Handwritten digits included in scikit-learn: 1,797 grayscale images of 8×8."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ class Digits(Source):
     """
 
     def load(self, root: Path, shape: tuple[int, int, int], *, download: bool) -> Dataset:
-        """See `Source.load`; no argument is used."""
+        """See `Source.load`. No argument is used."""
         from sklearn.datasets import load_digits
 
         digits = load_digits()

@@ -18,23 +18,24 @@ PARTS = {"train": "train", "val": "val", "valid": "val", "test": "test"}
 
 
 class ImageFolder(Source):
-    """All images below `root`, in nested folders, grayscale or color, of any size.
+    """All images in `root` and nested folders, grayscale or color, of any size.
 
-    Common parent folders are skipped. If several folders remain on the first level, they are the classes; if these are
-    `train` and `test` or `val`, they are the official parts and the classes are one level below. `root` may also be a .zip
-    file of such folders, or an .npz file of arrays that are used unchanged: `arr_0` uint8 (N, H, W, C) and, for labels,
-    `arr_1` integers (N,), as sample.py writes; or `train_images`, `train_labels`, `test_images`, `test_labels`.
+    Common parent folders are skipped. The folders on the first remaining level are the classes. If they are `train` and `test`
+    or `val`, they are the official parts, and the classes are the folders on the next level. `root` may also be a .zip file of
+    such folders, or an .npz file of arrays that are not modified: `arr_0` uint8 (N, H, W, C) and, for labels, `arr_1` integers
+    (N,), as written by sample.py; or `train_images`, `train_labels`, `test_images`, `test_labels`.
 
     Args:
-        resize: "shorter" (scale until the image just covers H×W), "exact" (to H×W whatever its aspect ratio) or "none".
-        crop: "center" crops the central H×W after resizing; [top, left, height, width] crops that box before resizing, and
-            the center after it; "none".
-        filter: Pillow's, antialiased: lanczos, bicubic, bilinear, box, hamming or nearest.
-        cache: folder of decoded images. None is `.cache` in the folder of the images, or the user's cache folder if that
-            is read-only.
+        resize: "shorter" scales the image to the smallest size that covers H×W, "exact" scales it to H×W and ignores the aspect
+            ratio, "none" does not scale it.
+        crop: "center" crops the central H×W after resizing; [top, left, height, width] crops this box before resizing, and the
+            center afterwards; "none" does not crop.
+        filter: Pillow's antialiased resampling filter: lanczos, bicubic, bilinear, box, hamming or nearest.
+        cache: folder of decoded images; None for `.cache` in the folder of the images, or the user's cache folder if that is
+            read-only.
 
     Raises:
-        ConfigError: an unknown option.
+        ConfigError: if an option is unknown.
     """
 
     def __init__(
@@ -49,13 +50,13 @@ class ImageFolder(Source):
         self.box = None if isinstance(crop, str) else crop
         self.resize, self.center, self.filter = resize, crop not in ("none", None), filter
         self.cache = cache
-        self._decoder((3, 1, 1))  # refuse unknown options early
+        self._decoder((3, 1, 1))  # check the options early
 
     def _decoder(self, shape: tuple[int, int, int]) -> Decoder:
         return Decoder(shape, self.box, self.resize, self.center, self.filter)
 
     def load(self, root: Path, shape: tuple[int, int, int], *, download: bool) -> Dataset:
-        """See `Source.load`; nothing is downloaded."""
+        """See `Source.load`. No file is downloaded."""
         if not root.exists():
             raise ConfigError(
                 f"{root.absolute()} does not exist: write data.root=FOLDER with your images, or a .zip or .npz file"
@@ -69,7 +70,7 @@ class ImageFolder(Source):
 
 
 def _labels_and_parts(paths: list[list[str]]) -> tuple[Index | None, tuple[str, ...], dict[str, Index]]:
-    """Return labels, class names and official parts of images, from their paths as lists of names."""
+    """Return labels, class names and official parts of images. A path is a list of the names of folders and file."""
     paths = _below_common(paths)
     official = {}
     if {"train"} < {path[0] for path in paths} <= set(PARTS):
@@ -102,7 +103,7 @@ def _read_npz(path: Path) -> Dataset:
         names = _numbers(np.concatenate([train_labels, test_labels]))
         return train_and_test((train, test), (train_labels, test_labels), names)
     raise ConfigError(
-        f"{path.absolute()} holds {', '.join(arrays)}: name the images arr_0, or train_images and test_images"
+        f"{path.absolute()} contains {', '.join(arrays)}: name the images arr_0, or train_images and test_images"
     )
 
 

@@ -18,13 +18,14 @@ MOST_BYTES = 256 << 20  # of an idx file: the largest published one has 47 milli
 
 
 class _IdxSource(Source):
-    """A data set of torchvision in four idx files, each plain or with `.gz`.
+    """A data set of torchvision in four idx files, unpacked or with `.gz`.
 
-    torchvision supplies addresses, checksums and the parser. Its data set class is not used, because it needs the unpacked
-    files in the folder: here archives are unpacked to a temporary folder, so that the folder may be read-only.
+    URLs, checksums and parser are those of torchvision. Its data set class is not used, because it needs unpacked files in the
+    folder. Here archives are unpacked to a temporary folder, so that the folder may be read-only.
 
     Attributes:
-        name: torchvision's class, which also names the folder.
+        name: name of torchvision's class and of the folder.
+        class_names: names of the classes.
     """
 
     name: ClassVar[str]
@@ -51,7 +52,7 @@ class _IdxSource(Source):
                 raise ConfigError(f"{folder} holds labels beyond {len(self.class_names) - 1}: delete it and run again")
             if len(images[-1]) != len(labels[-1]):
                 raise ConfigError(
-                    f"{folder} holds {len(images[-1])} images with {len(labels[-1])} labels: delete it and run again"
+                    f"{folder} has {len(images[-1])} images, but {len(labels[-1])} labels: delete it and run again"
                 )
         return train_and_test((images[0], images[1]), (labels[0], labels[1]), self.class_names)
 
@@ -74,15 +75,15 @@ class FashionMNIST(_IdxSource):
 
 
 def _locate(folder: Path, name: str) -> Path:
-    """Return the path of the plain idx file where it exists, otherwise that of its `.gz` archive."""
+    """Return the path of the unpacked idx file if it exists, otherwise that of its `.gz` archive."""
     return folder / name if (folder / name).exists() else folder / f"{name}.gz"
 
 
 def _read(path: Path, parse: Callable[[str], Tensor]) -> np.ndarray:
-    """Parse an idx file, plain or `.gz`.
+    """Parse an idx file, unpacked or `.gz`.
 
     Raises:
-        ConfigError: the file is damaged, or cannot be read or unpacked.
+        ConfigError: if the file is damaged, or cannot be read or unpacked.
     """
     require_file(path)
     try:
@@ -102,7 +103,7 @@ def _read(path: Path, parse: Callable[[str], Tensor]) -> np.ndarray:
         damage: Exception = error
     except OSError as error:
         raise ConfigError(
-            f"{path.absolute()} cannot be read ({error}): make it readable, with room to unpack it in {tempfile.gettempdir()}"
+            f"{path.absolute()} cannot be read ({error}): check its permissions, and free disk space in {tempfile.gettempdir()}"
         ) from error
     except Exception as error:  # torchvision's parser and zlib raise nearly anything on damaged files
         damage = error
