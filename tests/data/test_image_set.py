@@ -86,7 +86,7 @@ def test_unsuitable_paths_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"images=.*none: no such file or folder"):
         ImageSet(tmp_path / "none", SHAPE)
     np.savez(tmp_path / "x.npz", latents=np.zeros(3))
-    with pytest.raises(ValueError, match=r"images=.*x\.npz holds latents: name the images arr_0"):
+    with pytest.raises(ValueError, match=r"images=.*x\.npz contains latents: name the images arr_0"):
         ImageSet(tmp_path / "x.npz", SHAPE)
     (tmp_path / "x.txt").write_text("text")
     with pytest.raises(ValueError, match=r"images=.*x\.txt cannot be read as an image"):

@@ -217,7 +217,7 @@ def test_nan_is_named_by_its_index_in_the_whole_set():
 
     bright = torch.zeros(20, 1, 8, 8, dtype=torch.uint8)
     bright[17] = 255
-    with pytest.raises(ValueError, match="the features of image 17 hold"):
+    with pytest.raises(ValueError, match="the features of image 17 contain"):
         collect(lambda b: bright[b.start : b.stop], 20, 6, [Broken()])
 
 

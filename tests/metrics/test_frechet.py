@@ -140,7 +140,7 @@ def test_nan_is_refused_by_index_and_not_averaged_away():
     with pytest.raises(ValueError, match="image 105, 107 "):
         refuse_nan(x, first=100)
     x[:] = float("nan")
-    with pytest.raises(ValueError, match="image 0, 1, 2, 3, 4, … hold"):
+    with pytest.raises(ValueError, match="image 0, 1, 2, 3, 4, … contain"):
         refuse_nan(x)
 
 
