@@ -31,7 +31,7 @@ class StaticThreshold:
     """
 
     def __init__(self, limit: float = 1.0) -> None:
-        check_number("clip.limit", limit, "(0, 1000]", "images lie in [-1, 1]; clip=none for no limit")
+        check_number("clip.limit", limit, "(0, 1000]", "images are in [-1, 1]; clip=none for no limit")
         self.limit = limit
 
     def __call__(self, x0: Float[Tensor, "b *chw"]) -> Float[Tensor, "b *chw"]:
@@ -51,7 +51,7 @@ class DynamicThreshold:
 
     def __init__(self, quantile: float = 0.995, maximum: float | None = None) -> None:
         check_number("clip.quantile", quantile, "(0, 1]", "the published value is 0.995")
-        check_number("clip.maximum", maximum, "[1, 1000]", "images lie in [-1, 1]", optional=True)
+        check_number("clip.maximum", maximum, "[1, 1000]", "images are in [-1, 1]", optional=True)
         self.quantile, self.maximum = quantile, maximum
 
     def __call__(self, x0: Float[Tensor, "b *chw"]) -> Float[Tensor, "b *chw"]:

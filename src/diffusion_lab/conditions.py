@@ -205,19 +205,18 @@ def requested_condition(
     """Return the keyword arguments of the network for n samples, each with n rows; empty for an unconditional network.
 
     Args:
-        condition: the network's.
-        num_classes: the number of classes of the network or of its guidance; None without classes.
+        condition: the condition of the network.
+        num_classes: number of classes of the network or of its guidance; None without classes.
         n: number of samples.
-        labels: "cycle" (sample i gets class i mod K) or a list of classes, repeated; of attributes a list of names.
-        batch: for a condition made of data, the tensors of a batch of any length N; sample i gets row i mod N.
+        labels: "cycle" (sample i has class i mod K), a list of classes, which is repeated, or a list of attribute names.
+        batch: tensors of a batch with N rows, if the condition depends on data; sample i uses row i mod N.
 
     Raises:
-        ConfigError: labels that the network does not have; a condition made of data without a batch.
+        ConfigError: if the network does not have the labels, or the condition depends on data and there is no batch.
     """
     if condition.of_data and batch is None:
         raise ConfigError(
-            f"this checkpoint was trained with condition={option_name(condition)}: write condition_data=PATH with the data that "
-            "it is made of"
+            f"this checkpoint was trained with condition={option_name(condition)}, which needs data: write condition_data=PATH"
         )
     arguments: Arguments = {}
     if batch is not None:

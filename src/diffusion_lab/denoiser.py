@@ -3,8 +3,8 @@
     network → y → on_output (guidance) → solve for (x̂_0, ε̂) → clip → on_x0 (known pixels) → Prediction
 
 A denoiser is a frozen value with its transforms in two tuples: `dataclasses.replace(denoiser, clip=None)` keeps the guidance,
-and appending a second transform applies both. Samplers, losses and likelihoods depend on a denoiser alone; no module below
-this one depends on a network.
+and appending a second transform applies both. Samplers, losses and likelihoods depend only on a denoiser, and no module
+below this one depends on a network.
 """
 
 from collections.abc import Callable

@@ -153,12 +153,13 @@ def inpaint(
     under deterministic solvers, and end in x_0. RePaint (Lugmayr et al. 2022, eq. 8) instead draws x_s ~ q(x_s | x_0) at every
     step, independently of x_t: the same law at each time, but for ancestral steps only.
 
-    Neither method alone samples the conditional distribution, for any number of steps, because x_t of the known pixels contains
-    less information than their x_0. For two Gaussian pixels of correlation 0.9 and 50 ancestral steps, the mean of the unknown
-    pixel is off by 0.96 (projection) and 0.94 (RePaint) of its conditional standard deviations. Resampling, a step back up by
-    q(x_t | x_s) and down again, reduces this for both: to 0.14 and 0.16 with jump_length=5 and resample=10. The projection is
-    used here because it works with all samplers. The bias vanishes for many resamplings, jumps short in time and many steps in
-    each jump. Every repetition repeats the error of its steps too, so few steps resampled often give too small a variance.
+    Without resampling, neither method samples the conditional distribution, for any number of steps, because x_t of the known
+    pixels contains less information than their x_0. For two Gaussian pixels of correlation 0.9 and 50 ancestral steps, the
+    mean of the unknown pixel is off by 0.96 (projection) and 0.94 (RePaint) of its conditional standard deviations.
+    Resampling, a step back up by q(x_t | x_s) and down again, reduces this for both: to 0.14 and 0.16 with jump_length=5 and
+    resample=10. The projection is used here because it works with all samplers. The bias vanishes for many resamplings, jumps
+    short in time and many steps in each jump. Every repetition repeats the error of its steps too, so few steps resampled
+    often give too small a variance.
 
     Args:
         sampler: the sampler, whose grid is divided into segments of `jump_length` steps.
@@ -167,7 +168,7 @@ def inpaint(
         known: (1 or B, C, H, W) in [−1, 1].
         mask: 1 where pixels are generated, 0 where `known` is kept; broadcastable to `known`.
         seed: with `index` the key of all noise. Pass k uses the draws from k · 2¹⁶ on, so that no draw is used twice and a
-            single pass uses the noise of the sampler alone.
+            single pass uses only the noise of the sampler.
         index: index of the image in each row.
         condition: keyword arguments for the network, each with B rows.
         jump_length: number of steps of a segment.

@@ -266,14 +266,14 @@ def _interval(interval: Sequence[float]) -> tuple[float, float]:
 
 
 def _inside(interval: tuple[float, float], t: Scalars) -> Bool[Tensor, "*shape"]:
-    """Return whether times t lie in (low, high]."""
+    """Return whether times t are in (low, high]."""
     return (t > interval[0]) & (t <= interval[1])
 
 
 class NoisyClassifier:
     """(x_t, t) → logits on any curve, from a classifier of noisy images trained on another curve.
 
-    p(y | x_t) does not depend on the scale of x_t. The classifier is therefore evaluated at the time of its own curve with equal
+    p(y | x_t) does not depend on the scale of x_t. The classifier is therefore evaluated at the time on its curve with equal
     ln(α/σ), on x_t scaled to α of that time.
 
     Args:

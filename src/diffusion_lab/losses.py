@@ -83,7 +83,7 @@ def diffusion_loss(
     """Return w_t ‖y − ŷ‖² of each image, whose mean over (x_0, ε, t) is the training loss.
 
     A learned variance adds (T/1000) L_t, which is 0.001 of the bound L_vlb = E[T L_t] and has a gradient with respect to the
-    variance only. With `learned.loss="vlb"` the loss is T L_t alone (Nichol & Dhariwal 2021, section 3.1).
+    variance only. With `learned.loss="vlb"` the loss is only T L_t (Nichol & Dhariwal 2021, section 3.1).
 
     Args:
         denoiser: network, schedule and objective; its clipping is not used.

@@ -1,6 +1,6 @@
 """Keyed noise: every random number of training and sampling is a function of its key, without generator state.
 
-Draw k of image i depends on (seed, stream, i, k) alone: not on the batch size, the number of processes or earlier draws. The
+Draw k of image i depends only on (seed, stream, i, k), not on the batch size, the number of processes or earlier draws. The
 generator is the counter-based Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), written
 as vectorized integer operations that run on any device.
 
@@ -47,8 +47,8 @@ Word = TypeVar("Word", int, Tensor)  # philox accepts Python integers and tensor
 def philox(counter: tuple[Word, Word, Word, Word], key: tuple[int, int]) -> tuple[Word, Word, Word, Word]:
     """Map four 32-bit words to four, Python integers or int64 tensors, by Philox4x32-10 (Salmon et al. 2011, section 3.3).
 
-    Between rounds the odd words hold the full product instead of its low half; they enter the next round by xor, where one mask
-    truncates both operands. A product beyond int64 wraps, which preserves its 64 bits.
+    Between rounds the odd words contain the full product instead of its low half; they enter the next round by xor, where a
+    mask truncates both operands. A product beyond int64 wraps, which preserves its 64 bits.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key

@@ -1,4 +1,4 @@
-"""The result of a command, one-line errors, stop signals, and launchers (torchrun, SLURM). Imports the standard library alone.
+"""The result of a command, one-line errors, stop signals, and launchers (torchrun, SLURM). Imports only the standard library.
 
 Under torchrun or srun, rank 0 runs the command as a single process does. The other processes wait for the configuration that
 rank 0 writes and join it, like the processes that Lightning starts.

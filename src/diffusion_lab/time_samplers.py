@@ -1,6 +1,6 @@
 """Time samplers: the distribution of t in training.
 
-Times are keyed like all noise: that of an example depends on (seed, step, position in the global batch) alone. Importance
+The time of an example depends only on (seed, step, position in the global batch), like all random numbers. Importance
 sampling also depends on earlier losses, whose history is therefore part of a checkpoint.
 """
 

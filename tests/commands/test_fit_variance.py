@@ -249,7 +249,7 @@ def test_networks_of_one_s_own(tmp_path, capfd, fit, sample):
     trust = "trust=[own_network]"
     outcome = sample(two, trust, "sampler=ddpm", "sampler.steps=3")
     assert outcome.code == 0, outcome.err
-    refused(fit(one, trust, "variance=sn"), "Own does not show: write variance=analytic")
+    refused(fit(one, trust, "variance=sn"), "but the network is a Own: write variance=analytic")
     assert fit(one, trust, "n=1", "nodes=4").code == 0
     refused(sample(one, trust, "variance=learned", "sampler=ddpm", "sampler.steps=3"), "train with variance=learned")
 

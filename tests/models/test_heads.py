@@ -81,5 +81,5 @@ def test_label_and_previous_reach_the_network(build):
 
 
 def test_a_network_without_accessible_features_is_refused():
-    with pytest.raises(ValueError, match="Conv2d does not show: write variance=analytic"):
+    with pytest.raises(ValueError, match="but the network is a Conv2d: write variance=analytic"):
         VarianceHead(nn.Conv2d(1, 1, 3), "npr")

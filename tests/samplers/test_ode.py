@@ -289,5 +289,5 @@ def test_self_conditioning_is_refused() -> None:
     network.self_conditioning = True  # type: ignore[attr-defined]
     den = Denoiser(network, VP(), PredV())
     for refused in (lambda: ODE().check(den), lambda: ODE()(den, begin(VP()))):
-        with pytest.raises(ValueError, match="self-conditioning network takes: write sampler=ddim"):
+        with pytest.raises(ValueError, match="self-conditioning network needs: write sampler=ddim"):
             refused()

@@ -76,7 +76,7 @@ REFUSED = {
     custom("lr_scheduler", "torch.nn.Linear"): "torch.nn.Linear is not a scheduler",
     custom("lr_scheduler", CURVES + "StepLR"): "+lr_scheduler.step_size=",
     custom("lr_scheduler", CURVES + "StepLR", "step_size=2", "foo=1"): "StepLR has no argument foo",
-    custom("lr_scheduler", CURVES + "LambdaLR", "lr_lambda=1.0"): "is no function",
+    custom("lr_scheduler", CURVES + "LambdaLR", "lr_lambda=1.0"): "is not a function",
     custom("lr_scheduler", CURVES + "SequentialLR"): "lr_scheduler.warmup=",
     custom("lr_scheduler", CURVES + "OneCycleLR", "max_lr=1e-2", "total_steps=3"): "lr_scheduler.total_steps=6",
     custom("lr_scheduler", CURVES + "ReduceLROnPlateau"): "validation.every=500",

@@ -58,7 +58,7 @@ def ode(
     Args:
         denoiser: its clipping is removed; its guidance is kept.
         x0: float images in [−1, 1], on the grid k/127.5 − 1 if dequantized.
-        divergence: "hutchinson", the unbiased estimate zᵀ(∂f/∂x)z with one z of random signs for the whole solve (Hutchinson
+        divergence: "hutchinson", the unbiased estimate zᵀ(∂f/∂x)z with one z of random signs for all steps (Hutchinson
             1990); or "exact", the trace, one backward pass for each of at most 1024 dimensions.
         dequantize: add u/127.5, u uniform in (−½, ½), so that the mean of `bpd` is an upper bound of the bits of the discrete
             data (Theis et al. 2016). False treats x0 as continuous; `bpd` keeps its unit and therefore the offset.

@@ -1,4 +1,4 @@
-"""Networks: `(x, c, label, previous) → output`. They depend on no schedule and no objective, and import errors.py alone.
+"""Networks: `(x, c, label, previous) → output`. They do not depend on a schedule or an objective, and import only errors.py.
 
 | class | description |
 |---|---|

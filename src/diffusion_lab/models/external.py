@@ -32,7 +32,8 @@ class External(nn.Module):
         """Return the result of `module`, or the attribute `sample` of the result.
 
         Raises:
-            ConfigError: a label without its keyword, or a result that is no tensor and has no tensor `sample`.
+            ConfigError: if a label is passed but the network has no keyword for it, or the result is neither a tensor nor has a
+                tensor `sample`.
         """
         if label is None:
             result = self.module(x, c)

@@ -29,8 +29,8 @@ class VarianceHead(nn.Module):
         super().__init__()
         if not isinstance(network, UNetBase):
             raise ConfigError(
-                f"variance={kind} needs the last features of UNet or ClassicUNet, which {type(network).__name__} does not show: "
-                "write variance=analytic, which needs the output alone"
+                f"variance={kind} needs the last features of UNet or ClassicUNet, but the network is a {type(network).__name__}: "
+                "write variance=analytic, which needs only the output"
             )
         self.network = network.requires_grad_(False)
         self.extra, self.self_conditioning = kind, network.self_conditioning

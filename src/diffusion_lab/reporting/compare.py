@@ -343,7 +343,7 @@ def over_seeds(runs: Sequence[RunRecord], chosen: Sequence[Column], metric: Colu
     """Return a table with one row for each set of choices except the seed, the best mean first.
 
     Its columns are the choices, the number of runs, the mean and the standard deviation of `metric`. It is empty unless
-    several runs differ in their seed alone.
+    several runs differ only in their seeds.
     """
     others = [column for column in chosen if column.key != "seed"]
     if len(others) == len(chosen):

@@ -158,7 +158,7 @@ def _result(runs: Sequence[RunRecord], chosen: Sequence[Column], first: Column) 
 
 
 def _best_mean(runs: Sequence[RunRecord], chosen: Sequence[Column], first: Column, name: str) -> str:
-    """Return a sentence with the best mean over seeds; "" if no runs differ in their seed alone."""
+    """Return a sentence with the best mean over seeds; "" if no runs differ only in their seeds."""
     columns = compare.over_seeds(runs, chosen, first)
     if not columns:
         return ""

@@ -376,7 +376,7 @@ def _assign_evaluations(records: Records, measured: list[tuple[Path, list[Row]]]
 
 
 def _find_run(runs: list[RunRecord], folder: Path, source: str) -> RunRecord | None:
-    """Return the run that `source` lies in, else the run that the evaluation `folder` lies in."""
+    """Return the run whose folder contains `source`, or else the run whose folder contains the evaluation `folder`."""
     path = Path(source)
     if path.suffix == ".ckpt":
         path = path.parent.parent if path.parent.name == "checkpoints" else path.parent

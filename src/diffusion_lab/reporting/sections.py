@@ -85,7 +85,7 @@ def anchor(run: RunRecord) -> str:
 
 
 def command(overrides: Sequence[str]) -> str:
-    """Return the shell command that starts a run with these overrides; for a job of a sweep, that run alone."""
+    """Return the shell command that starts a run with these overrides; for a job of a sweep, only that run."""
     single_run = ["hydra.mode=RUN"] if any(o.startswith("sweep=") for o in overrides) else []
     return shlex.join(["python", "src/train.py", *overrides, *single_run])
 

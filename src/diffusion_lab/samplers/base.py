@@ -122,7 +122,7 @@ class Sampler(ABC):
         budget: maximal number of network evaluations of a call; replaces `steps`.
 
     Raises:
-        ConfigError: an unknown grid, steps below 1, or a budget too small for one step.
+        ConfigError: if the grid is unknown, steps < 1, or the budget is too small for one step.
     """
 
     grid_names: tuple[str, ...] = grids.NAMES  # accepted time grids
@@ -145,7 +145,7 @@ class Sampler(ABC):
     @property
     @abstractmethod
     def deterministic(self) -> bool:
-        """Whether the result depends on the initial state alone. Only a deterministic sampler can run from data to noise."""
+        """Whether the result depends only on the initial state. Only a deterministic sampler can run from data to noise."""
 
     def steps_for_budget(self, budget: int) -> int:
         """Return the largest number of steps within `budget` network evaluations. The default is one evaluation a step."""
@@ -189,8 +189,8 @@ class Sampler(ABC):
             )
         if denoiser.self_conditioning and not self.uses_previous:
             raise ConfigError(
-                f"sampler {type(self).__name__} solves an ODE in x alone and cannot pass the previous x_0 estimate that this "
-                "self-conditioning network takes: write sampler=ddim"
+                f"sampler {type(self).__name__} solves an ODE in x and cannot pass the previous x_0 estimate that this "
+                "self-conditioning network needs: write sampler=ddim"
             )
 
     @torch.no_grad()
@@ -212,13 +212,13 @@ class Sampler(ABC):
         Args:
             denoiser: predicts (x̂_0, ε̂).
             x_T: the state at time `start`; at start = 1 σ(1) · noise.
-            seed: with `index` the key of all noise.
+            seed: seed of the noise, which is determined by (seed, index).
             index: the image index of each row; default 0 … B − 1.
             condition: keyword arguments for the network, each with B rows.
             start: the time of x_T, in [0, 1].
             stop: the time of the result, in [0, 1]; start < stop runs a deterministic sampler from data towards noise.
             callback: callback(i, t, x, prediction), invoked before every step.
-            progress: show a progress bar.
+            progress: whether to show a progress bar.
 
         Returns:
             The state at `stop`, in x_T's shape and dtype, and the number of network evaluations.

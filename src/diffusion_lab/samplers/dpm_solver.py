@@ -23,7 +23,7 @@ class DPMSolverPP(Multistep):
         steps: number of steps, at least `order`; None: every step of the schedule.
         order: 1, 2 or 3.
         sde: solve the reverse SDE instead of the probability-flow ODE.
-        corrected: see above; at order 2 it affects the first step alone.
+        corrected: see above. At order 2 it affects only the first step.
         lower_last: with fewer than 10 steps, lower the order of the last ones (the authors' code; diffusers: fewer than 15).
         grid: the time grid.
         budget: maximal number of network evaluations, one a step; replaces `steps`.

@@ -18,9 +18,9 @@ class Heun(Sampler):
 
     An Euler step to s, then the estimates at t and s averaged; the step into data is an Euler step. The rule is applied along
     (α, σ) instead of t: on EDM's curve it is the published method, on the straight line Heun's method of flow matching. It
-    needs no derivative, so α = 0 and t = 0 are no special cases. The state is kept in float64.
+    needs no derivative, so that α = 0 and t = 0 are not special cases. The state is kept in float64.
 
-    Churn: if σ/α lies in [s_min, s_max], a forward step before the solver's step raises the state to the time t̂ at which σ/α is
+    Churn: if σ/α is in [s_min, s_max], a forward step before the solver's step raises the state to the time t̂ at which σ/α is
     (1 + γ) times as large, γ = min(s_churn/N, √2 − 1), with noise of s_noise times the standard deviation of the forward process.
     t̂ is at most 1, the largest time in training; the published code exceeds it, but not with any published s_max.
 

@@ -2,7 +2,7 @@
 
 In λ = ln(α/σ) the solution of the probability-flow ODE is x_s = (σ_s/σ_t) x_t + σ_s ∫ e^λ x̂_0 dλ. With a constant x̂_0 this is
 the DDIM step α_s x̂_0 + σ_s ε̂, also where λ is infinite. A polynomial through earlier estimates adds a weighted sum of their
-differences. So these solvers differ in their weights alone, which are computed before the first evaluation.
+differences. These solvers differ only in their weights, which are computed before the first evaluation.
 """
 
 import math

@@ -7,17 +7,17 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from diffusion_lab.errors import check_number
 from diffusion_lab.training.sharding import whole
 
-Pair = tuple[list[Tensor], list[Tensor]]  # of the average, of the live network
+Pair = tuple[list[Tensor], list[Tensor]]  # tensors of the average, and of the trained network
 
 
 class WeightAverage:
     """θ̄ ← d θ̄ + (1 − d) θ, one fused operation for all parameters; buffers are copied.
 
     Args:
-        network: θ̄, changed in place.
-        live: θ, the network in training. Where FSDP has sharded it, all processes have to call `update` and `reset` together.
-        decay: d, in [0, 1).
-        warmup: use min(d, (1 + n)/(10 + n)) at update n, so that a short run does not keep its random initialization.
+        network: the average θ̄, modified in place.
+        live: the trained network θ. If FSDP has sharded it, all processes must call `update` and `reset`.
+        decay: the decay d, in [0, 1).
+        warmup: whether to use min(d, (1 + n)/(10 + n)) at update n, which discards the random initialization in short runs.
     """
 
     def __init__(self, network: nn.Module, live: nn.Module, decay: float, warmup: bool = True) -> None:
@@ -28,11 +28,11 @@ class WeightAverage:
         self._buffers: Pair = list(network.buffers()), list(live.buffers())
 
     def update(self, n: int) -> None:
-        """Average with the live weights; n counts the updates from 1."""
+        """Average with the current weights. n is the number of updates, including this one."""
         self._blend(min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay)
 
     def reset(self) -> None:
-        """Copy the live weights, bit for bit."""
+        """Set the average to the current weights, exactly."""
         self._blend(0.0)
 
     @torch.no_grad()

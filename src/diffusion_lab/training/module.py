@@ -91,7 +91,7 @@ class DiffusionModule(pl.LightningModule):
         check_number("seed", seed, SEEDS, whole=True)
         check_number("validation.draws", validation_draws, "[1, 100000]", whole=True)
         self.network = network
-        # The denoiser alone refers to the compiled network, and is no nn.Module: state_dict has no `_orig_mod.` keys.
+        # Only the denoiser, which is not an nn.Module, refers to the compiled network: state_dict has no `_orig_mod.` keys.
         self.denoiser = Denoiser(torch.compile(network) if compiled else network, schedule, objective)
         self.schedule, self.objective, self.weighting = schedule, objective, weighting
         self.loss, self.time_sampler, self.condition, self.optimizer_config = loss, time_sampler, condition, optimizer
@@ -139,8 +139,8 @@ class DiffusionModule(pl.LightningModule):
         """Log values with the number of optimizer steps and of epochs (passes over the training images).
 
         Args:
-            values: already reduced over the processes.
-            everywhere: put them into `callback_metrics` of every process; else of rank 0 alone, whose loggers write.
+            values: values by name, reduced over the processes.
+            everywhere: whether to add them to `callback_metrics` of every process, not only of rank 0, whose loggers write.
         """
         images = self.trainer.datamodule.size("train")  # type: ignore[attr-defined]
         axes = {"step": float(self.global_step), "epoch": self.global_step * self.batch_size / images}

@@ -117,14 +117,14 @@ class OptimizerConfig:
 
 
 def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """Build the optimizer of the parameters that require gradients, fused where the optimizer can be.
+    """Build the optimizer of the parameters that require gradients, with a fused kernel if available.
 
-    Mixed precision with clipping excludes a fused one: 16-mixed because gradients must be unscaled before they are clipped, and
-    a fused optimizer unscales them itself; bf16-mixed because Lightning does not distinguish the two. Muon updates matrices
-    alone, and AdamW the other parameters.
+    A fused optimizer is not used for mixed precision with clipping: with 16-mixed it unscales the gradients itself, but they must
+    be unscaled before they are clipped, and Lightning does not distinguish bf16-mixed. Muon updates only matrices, and AdamW the
+    other parameters.
 
     Raises:
-        ConfigError: a class that is no optimizer, or whose constructor refuses its arguments or these parameters.
+        ConfigError: if the class is not an optimizer, or its constructor raises an error for the arguments or parameters.
     """
     check_finite("optimizer", config.make)
     trained = [p for p in parameters if p.requires_grad]
@@ -142,7 +142,7 @@ def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter])
     if not isinstance(optimizer, torch.optim.Optimizer):
         name = getattr(kind, "__name__", kind)
         raise ConfigError(
-            f"optimizer._target_: {name} is no optimizer: write a class derived from torch.optim.Optimizer"
+            f"optimizer._target_: {name} is not an optimizer: write a class derived from torch.optim.Optimizer"
         )
     return optimizer
 
@@ -211,8 +211,8 @@ def lr_schedulers(
             best.ckpt is written; Lightning never does.
 
     Raises:
-        ConfigError: `ReduceLROnPlateau` without validation, a cycle shorter than the run, `lr_lambda` that is no function, or a
-            scheduler that refuses its arguments or this optimizer.
+        ConfigError: if `ReduceLROnPlateau` is used without validation, a cycle is shorter than the run, `lr_lambda` is not a
+            function, or the scheduler raises an error for its arguments or this optimizer.
     """
     schedule = config.schedule
     if isinstance(schedule, LRSchedule):
@@ -250,7 +250,7 @@ def _refuse_functions(make: Callable[..., Any]) -> None:
         functions = value if isinstance(value, list) else [value]
         if not all(callable(function) for function in functions):
             raise ConfigError(
-                f"lr_scheduler.lr_lambda={value} is no function: write +lr_scheduler.lr_lambda._target_=my_package.curve "
+                f"lr_scheduler.lr_lambda={value} is not a function: write +lr_scheduler.lr_lambda._target_=my_package.curve "
                 "+lr_scheduler.lr_lambda._partial_=true, or a class derived from diffusion_lab.training.optim.LRSchedule"
             )
 
@@ -284,7 +284,7 @@ def hyperparameters(optimizer: torch.optim.Optimizer, state: Sequence[set[str]])
 class Resumption:
     """The part of a checkpoint's optimizer and schedulers that a resumed run restores.
 
-    With equal nodes the state is restored bit for bit. An `LRSchedule` is a function of the step alone. If `optimizer` or
+    With equal nodes the state is restored bit for bit. An `LRSchedule` depends only on the step. If `optimizer` or
     `lr_scheduler` was changed, a scheduler of torch is stepped from the start with the new arguments, so that the rate equals
     that of a run which always had them; `ReduceLROnPlateau` keeps its counts, and its rate is scaled.
 
@@ -358,7 +358,7 @@ def plateau_arguments(schedulers: Iterable[Any]) -> dict[str, Any]:
 def evaluation_weights(optimizers: Iterable[Any]) -> Iterator[None]:
     """Use the evaluation weights of schedule-free optimizers (Defazio et al. 2024) inside the context.
 
-    Other optimizers have one set of weights and are left alone, as are schedule-free ones that are in evaluation mode already.
+    Other optimizers, and schedule-free optimizers that are already in evaluation mode, are not changed.
     """
     training = [o for o in optimizers if any(group.get("train_mode", True) for group in o.param_groups)]
     switch(training, "eval")

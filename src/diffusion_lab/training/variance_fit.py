@@ -147,14 +147,14 @@ def train_head(
     t, ε and label drops are keyed as in training.
 
     Args:
-        denoiser: without clipping.
+        denoiser: the denoiser, without clipping.
         kind: "sn" or "npr".
         stream: training batches.
         time_sampler: distribution of t, as in the training of the network.
-        condition: the network's keyword arguments, made of a batch.
+        condition: computes the keyword arguments of the network from a batch.
         steps: number of steps.
         lr: learning rate.
-        decay: d of the head's average, with the warm-up min(d, (1 + n)/(10 + n)); None does not average.
+        decay: decay d of the average of the head, with the warm-up min(d, (1 + n)/(10 + n)); None for no average.
         seed: random seed of all noise.
         progress: show a progress bar.
 

@@ -20,7 +20,7 @@ class Learned(FromExtra):
 
     Args:
         loss: training loss (see `losses.py`). `hybrid`: the weighted error plus a small multiple of the variational bound, in
-            which the mean is detached. `vlb`: the bound alone, which trains the mean too.
+            which the mean is detached. `vlb`: only the bound, which also trains the mean.
 
     Raises:
         ConfigError: an unknown loss.
