@@ -34,7 +34,7 @@ train: setup ## train on real digits, about two minutes on two cores
 sample: setup ## 64 images from the latest run
 	$(PYTHON) src/sample.py ckpt=latest $(ARGS)
 
-evaluate: setup ## how good is the latest run?
+evaluate: setup ## metrics of the latest run
 	$(PYTHON) src/evaluate.py ckpt=latest $(ARGS)
 
 sweep: setup ## schedule x objective on digits, six short runs and the page that compares them: six minutes on two cores
@@ -46,7 +46,7 @@ sweep: setup ## schedule x objective on digits, six short runs and the page that
 report: setup ## all runs below outputs, or ARGS=FOLDER, as one HTML page
 	$(PYTHON) src/report.py $(or $(ARGS),outputs)
 
-# One thread a worker. A file goes to one worker as a whole, in the order that tests/conftest.py chooses.
+# One thread per worker. All tests of a file run in the same worker, in the order of tests/conftest.py.
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: setup ## the unit tests: about ten minutes on two cores
@@ -73,10 +73,10 @@ format: setup ## ruff's formatter and safe fixes
 bench: setup ## speed and quality compared with peers; the tables of docs/benchmarks.md
 	$(PYTHON) benchmarks/run.py $(ARGS)
 
-dashboard: setup ## the W&B workspace of this project's runs, once a project, logged in
+dashboard: setup ## create the W&B workspace of a project (needs a login)
 	$(PYTHON) src/dashboard.py $(ARGS)
 
-pictures: setup ## what the tasks of src/sample.py make of the latest run, in docs/tasks
+pictures: setup ## apply the tasks of src/sample.py to the latest run; writes docs/tasks
 	$(PYTHON) benchmarks/tasks.py $(ARGS)
 
 notebooks: setup ## run notebooks/*.py and write their .ipynb, with figures
@@ -85,6 +85,6 @@ notebooks: setup ## run notebooks/*.py and write their .ipynb, with figures
 screenshots: setup ## the report of ARGS=FOLDER as pictures, in docs (needs Chromium)
 	$(PYTHON) benchmarks/screenshots.py $(ARGS)
 
-clean: ## caches and build products; never runs, data or the environment
+clean: ## delete caches and build products, but not runs, data or the environment
 	rm -rf build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
