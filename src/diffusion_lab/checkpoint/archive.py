@@ -98,11 +98,11 @@ def read(path: Path, kind: str, remedy: str) -> dict[str, Any]:
         remedy: an imperative for messages.
 
     Raises:
-        ConfigError: a missing file, a truncated or damaged one, or one with other values than tensors and plain ones.
+        ConfigError: if the file is missing, truncated or damaged, or contains values other than tensors and plain ones.
     """
     require_file(path)
     if not zipfile.is_zipfile(path):
-        raise ConfigError(f"{path} is not a whole {kind}: truncated, or something else; {remedy}")
+        raise ConfigError(f"{path} is truncated or not a {kind}: {remedy}")
     try:
         _check_members(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -116,7 +116,7 @@ def read(path: Path, kind: str, remedy: str) -> dict[str, Any]:
                     raise ValueError(f"the checksum of {damaged} differs")
     except ConfigError:
         raise
-    except Exception as error:  # zipfile and torch raise nearly anything on damaged files
+    except Exception as error:  # zipfile and torch raise many types for damaged files
         reason = (" ".join(str(error).split()) or type(error).__name__)[:160]
         raise ConfigError(
             f"{path} cannot be read as a {kind} of tensors and plain values ({reason}): {remedy}"
@@ -126,7 +126,7 @@ def read(path: Path, kind: str, remedy: str) -> dict[str, Any]:
 
 
 def check_hash(content: Mapping[str, Any], path: Path, kind: str, remedy: str) -> None:
-    """Compare the content with its hash; print a line if it has none. Raises ConfigError: they differ."""
+    """Compare the content with its hash; print a line if it has none. Raises ConfigError if they differ."""
     if HASH not in content:
         _print_unverified(path, kind)
     elif content[HASH] != digest(content):

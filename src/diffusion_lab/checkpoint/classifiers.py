@@ -61,7 +61,7 @@ def load_classifier(path: Path) -> TrainedClassifier:
         network = fitting(functools.partial(Classifier, **config["model"]), state)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise ConfigError(f"{path} is no classifier of src/train_classifier.py ({reason}): {remedy}") from error
+        raise ConfigError(f"{path} was not written by src/train_classifier.py ({reason}): {remedy}") from error
     return TrainedClassifier(network.eval().requires_grad_(False), untrusted(config), accuracy, by_noise, path)
 
 

@@ -161,7 +161,7 @@ def _check_entries(content: Mapping[str, Any], path: Path) -> None:
             raise ConfigError(f"{path} has no {name} as src/train.py writes it: {REMEDY}")
     averages = [tensor for state in (content.get("ema") or {}).values() for tensor in state.values()]
     if not all(isinstance(tensor, Tensor) for tensor in averages) or content["global_step"] < 0:
-        raise ConfigError(f"{path} has averages that are no tensors, or a negative step: {REMEDY}")
+        raise ConfigError(f"{path} has averages that are not tensors, or a negative step: {REMEDY}")
 
 
 def select(checkpoint: dict[str, Any], weights: str | float) -> tuple[str, dict[str, Tensor]]:

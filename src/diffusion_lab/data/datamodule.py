@@ -201,7 +201,7 @@ class DataModule(pl.LightningDataModule):
             self._stream.start_step = step
 
     def train_dataloader(self) -> BatchStream:
-        """Return the endless stream of this process. Raises ConfigError if the batch size is not divisible (see `BatchStream`)."""
+        """Return the endless stream of this process. Raises ConfigError if the batch size is not divisible."""
         accumulate = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
         self._stream = BatchStream(
             self.examples("train"),
