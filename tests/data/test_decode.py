@@ -99,8 +99,8 @@ def test_boxes_are_cropped_before_the_resize():
 @pytest.mark.parametrize(
     ("options", "remedy"),
     [
-        ({"resize": "none"}, r"a/b.png is 5×6, too small for a crop of 8×8 .*resize=shorter"),
-        ({"resize": "none", "center": False}, r"a/b.png is 5×6 where data.image_size=\[8,8\].*resize=exact"),
+        ({"resize": "none"}, r"a/b.png is 5×6, too small for a crop of 8×8: .*resize=shorter"),
+        ({"resize": "none", "center": False}, r"a/b.png is 5×6, but data.image_size=\[8,8\].*resize=exact"),
         ({"box": (0, 0, 6, 6)}, "a/b.png is 5×6, too small for a crop of 6×6"),
     ],
 )
