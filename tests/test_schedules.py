@@ -64,9 +64,8 @@ def test_data_is_one_zero(name: str) -> None:
 def test_variance_preserving(name: str) -> None:
     t = torch.cat([nodes(TABLES[name]), *(inside_cells(TABLES[name], f) for f in (0.01, 0.3, 0.9))])
     alpha, sigma = TABLES[name].alpha_sigma(t)
-    torch.testing.assert_close(
-        alpha.square() + sigma.square(), torch.ones_like(t), rtol=0, atol=1e-15
-    )  # a few rounding errors
+    # A few rounding errors
+    torch.testing.assert_close(alpha.square() + sigma.square(), torch.ones_like(t), rtol=0, atol=1e-15)
 
 
 @every

@@ -17,9 +17,8 @@ import jaxtyping
 import jaxtyping._decorator
 from beartype import BeartypeConf, beartype
 
-checked = beartype(
-    conf=BeartypeConf(is_pep484_tower=True)
-)  # int is accepted for float, as by static type checkers (PEP 484)
+# `int` is accepted for float, as by static type checkers (PEP 484)
+checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 # The modules of the package that are checked.
 CHECKED = (

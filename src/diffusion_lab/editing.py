@@ -41,9 +41,8 @@ def slerp(
     u, v = (end.double().flatten() for end in (a, b))
     w = weights.double().to(a.device)[:, None]
     p, q = (end / end.norm().clamp(min=torch.finfo(end.dtype).tiny) for end in (u, v))
-    angle = 2 * torch.atan2(
-        (p - q).norm(), (p + q).norm()
-    )  # Kahan's formula: arccos loses half the digits of small angles
+    # Kahan's formula: arccos loses half the digits of small angles
+    angle = 2 * torch.atan2((p - q).norm(), (p + q).norm())
     if angle.sin() < MIN_SIN or u.norm() * v.norm() == 0:
         path = (1 - w) * u + w * v
     else:

@@ -58,9 +58,8 @@ def posterior(schedule: Schedule, t: Scalars, s: Scalars) -> Posterior:
 
 HALF_BIN = 1 / 255  # half the distance between neighboring levels k/127.5 − 1
 EDGE = 0.999  # the levels beyond ±EDGE, −1 and 1, have open bins
-MIN_LOG_PROBABILITY = math.log(
-    1e-12
-)  # floor of the published code: a single pixel of probability 0 leaves the bound finite
+# Floor of the published code: a single pixel of probability 0 leaves the bound finite
+MIN_LOG_PROBABILITY = math.log(1e-12)
 
 
 def kl(

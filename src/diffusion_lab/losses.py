@@ -158,9 +158,8 @@ def bound_term(
     log_variance = learned.log(schedule, t, s, Prediction(x0_hat, noise_hat, output, extra), floor)
     gap = append_dims_like(q.c0, x0) * (x0 - x0_hat)  # μ̃ − μ̂; the term c_1 x_t, common to both, cancels
     nats = kl(gap, append_dims_like(floor.log(), x0), torch.zeros_like(gap), log_variance).flatten(1).mean(1)
-    rows = to_device(
-        into_data.nonzero()[:, 0], x0.device
-    )  # few batches have any, and the decoder costs more than the KL
+    # Few batches have any, and the decoder costs more than the KL
+    rows = to_device(into_data.nonzero()[:, 0], x0.device)
     if len(rows):
         decoder = -discretized_log_likelihood(x0[rows], x0_hat[rows], log_variance[rows]).flatten(1).mean(1)
         nats = nats.index_copy(0, rows, decoder)

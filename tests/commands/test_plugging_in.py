@@ -220,9 +220,8 @@ def test_loggers_by_their_class_each_write_and_wandb_receives_its_arguments(tmp_
     )
     assert code == 0, err
     until = time.monotonic() + 20
-    while (
-        offline_wandb.read(run).run is None and time.monotonic() < until
-    ):  # W&B's service writes after `finish` has returned
+    # W&B's service writes after `finish` has returned
+    while offline_wandb.read(run).run is None and time.monotonic() < until:
         time.sleep(0.2)
     assert offline_wandb.read(run).run.entity == "team"
     assert list((run / "tensorboard").glob("events.out.tfevents*"))

@@ -98,9 +98,8 @@ def test_seeds_order_and_flip_differently():
 
 
 def test_flips_are_keyed_by_seed_step_and_position():
-    ones = Examples(
-        np.tile(np.array([0, 255], np.uint8), (4, 1)).reshape(4, 1, 1, 2)
-    )  # a flip shows, the order does not
+    # A flip shows, the order does not
+    ones = Examples(np.tile(np.array([0, 255], np.uint8), (4, 1)).reshape(4, 1, 1, 2))
     stream = BatchStream(ones, 1000, seed=2, flip=True)
     for step in (0, 1):
         key = {"seed": 2, "index": torch.arange(1000), "draw": step, "stream": noise.Stream.FLIP}

@@ -40,9 +40,8 @@ def test_kid_of_one_distribution_is_zero_on_average():
     g = torch.Generator().manual_seed(1)
     a, b = torch.randn(2000, 16, generator=g), torch.randn(2000, 16, generator=g)
     got = kid(a, b)
-    assert abs(got.mean) < 4 * got.std / math.sqrt(
-        2
-    )  # the 100 subsets of half the images share them: at least 2 are independent
+    # The 100 subsets of half the images share them: at least 2 are independent
+    assert abs(got.mean) < 4 * got.std / math.sqrt(2)
 
 
 def test_inception_score_agrees_with_torch_fidelity_and_reaches_its_extremes():

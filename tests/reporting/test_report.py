@@ -161,9 +161,8 @@ def test_results_are_averaged_over_seeds(tmp_path, report):
         ["linear", "2", "0.2050", "0.007071"],
         ["cosine", "2", "0.2500", "0.2121"],
     ]
-    assert (
-        "Lowest val/loss: 0.1000, run 0" in page.words
-    )  # with the caveat that losses of two schedules are not comparable
+    # With the caveat that losses of two schedules are not comparable
+    assert "Lowest val/loss: 0.1000, run 0" in page.words
     assert "Over seeds, the lowest mean val/loss is 0.2050 ± 0.007071 (2 runs): linear." in page.words
 
 

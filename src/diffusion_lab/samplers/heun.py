@@ -93,9 +93,8 @@ class Heun(Sampler):
 
     def _raised(self, schedule: Schedule, times: Float64[Tensor, " n"]) -> Float64[Tensor, " n"]:
         """Return t̂ of every step."""
-        gamma = min(
-            self.s_churn / (self.steps or len(times)), math.sqrt(2) - 1
-        )  # N of the whole grid, also on a segment
+        # N of the whole grid, also on a segment
+        gamma = min(self.s_churn / (self.steps or len(times)), math.sqrt(2) - 1)
         lam = schedule.lam(times)
         raised = schedule.time(lam - math.log1p(gamma))
         inside = ((-lam).exp() >= self.s_min) & ((-lam).exp() <= self.s_max) & (raised > times)

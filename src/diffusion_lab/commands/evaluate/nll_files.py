@@ -71,9 +71,8 @@ def _style_axes(axes: Any, bounds: Mapping[str, Measured]) -> None:
         fontsize=10,
         loc="left",
     )
-    axes.set_xscale(
-        "log" if first > 1e-4 else "linear"
-    )  # on ve and edm the first time is 0+, and t is logarithmic in σ
+    # On ve and edm the first time is 0+, and t is logarithmic in σ
+    axes.set_xscale("log" if first > 1e-4 else "linear")
     axes.set_yscale("log")
     axes.set_xlabel("t", fontsize=9)
     axes.set_ylabel("bits per dimension", fontsize=9)

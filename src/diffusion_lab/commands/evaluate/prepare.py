@@ -81,9 +81,8 @@ def prepare(settings: dict[str, Any], rank: int = 0) -> Prepared:
     run = _run(settings, target) if settings["ckpt"] else None
     specs = samplers.build(settings, run) if run else []
     if "inception" in plan.by_extractor:
-        extractors.weights(
-            settings["weights_path"]
-        )  # check the file before the data is opened or a classifier is trained
+        # Check the file before the data is opened or a classifier is trained
+        extractors.weights(settings["weights_path"])
     data = _data(settings, run)
     shape = (data.channels, data.image_size[0], data.image_size[1])
     if run and run.shape != shape:

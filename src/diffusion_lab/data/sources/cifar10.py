@@ -68,9 +68,8 @@ def _read_members(archive: Path, names: Sequence[str]) -> Mapping[str, bytes]:
     try:
         with tarfile.open(archive) as tar:
             for member in tar:
-                if (
-                    member.offset_data + member.size > MOST_BYTES
-                ):  # checked before tar unpacks it, to read or to pass over
+                # Checked before tar unpacks it, to read or to pass over
+                if member.offset_data + member.size > MOST_BYTES:
                     raise tarfile.TarError(f"it unpacks to more than {MOST_BYTES / 2**20:,.0f} MiB")
                 if member.isfile() and (name := Path(member.name).name) in names:
                     contents[name] = tar.extractfile(member).read()  # type: ignore[union-attr]
@@ -83,7 +82,8 @@ def _read_members(archive: Path, names: Sequence[str]) -> Mapping[str, bytes]:
 
 def _unpickled(data: bytes) -> Any:
     for code, argument, _ in pickletools.genops(data):
-        if code.name == "LONG_BINPUT" and int(argument or 0) > len(data):  # a table of so many pointers would be allocated
+        # A table of so many pointers would be allocated
+        if code.name == "LONG_BINPUT" and int(argument or 0) > len(data):
             raise pickle.UnpicklingError(f"it numbers its values from {argument:,}")
     return _BatchUnpickler(io.BytesIO(data), encoding="latin1").load()
 

@@ -27,9 +27,8 @@ class Pruning(pl.Callback):
         if kept is None or kept.latest is None:
             return
         value, step = kept.latest
-        if (
-            step > self._reported and step < trainer.max_steps
-        ):  # the run returns the value of the last step as its result
+        # The run returns the value of the last step as its result
+        if step > self._reported and step < trainer.max_steps:
             self._reported = step
             if self.report(value, step):
                 self.pruned = trainer.should_stop = True
