@@ -261,7 +261,7 @@ def test_inception_metrics_without_weights_are_one_line(evaluate, settings, tmp_
         ({"repeats": 0}, "repeats=0: write at least 1"),
         ({"batch_size": 0}, "batch_size=0: write at least 1"),
         ({"extractor": "vgg"}, "inception, classifier"),
-        ({"split": "tests"}, "split=tests: write one of train"),
+        ({"split": "tests"}, "split=tests is unknown: write one of train"),
         ({"weights": "0.7"}, r"weights=0\.7 is not in the checkpoint"),
         ({"ckpt": "nowhere"}, "no checkpoint at nowhere"),
         ({"ckpt": None}, "ckpt=PATH"),

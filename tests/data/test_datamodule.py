@@ -57,7 +57,7 @@ def test_digits_split_and_described():
     assert data.images("val").shape == (180, 1, 8, 8)
     assert data.images("val")[:3].dtype == np.uint8
     assert np.bincount(data.labels("test")).tolist() == pytest.approx([18] * 10, abs=1)
-    with pytest.raises(ValueError, match=r"split=valid: write one of train, val, test, all"):
+    with pytest.raises(ValueError, match=r"split=valid is unknown: write one of train, val, test, all"):
         data.size("valid")
 
 
