@@ -19,7 +19,7 @@ pytestmark = [
 
 # The options of docs/slurm.sbatch for two nodes of two cores.
 NODES = ("--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0", "--signal=USR1@10")
-RUN = (*TINY, "trainer.accelerator=cpu", "trainer.max_steps=4000", "validation.every=500")
+RUN = (*TINY, "trainer.accelerator=cpu", "trainer.max_steps=1200", "validation.every=300")
 
 
 class Job:
@@ -58,7 +58,7 @@ class Job:
             return condition()
 
         try:
-            slurm.wait_for(holds, what, 240)
+            slurm.wait_for(holds, what, 600)
         except RuntimeError as error:
             raise RuntimeError(f"{error}; {self.state}; log:\n{self.log}") from None
 
@@ -130,7 +130,7 @@ def test_three_lives_train_what_an_uninterrupted_run_trains(tmp_path, environmen
     job = Job(tmp_path / "job", environment, *RUN)
     for number in (0, 1):
         folder, before = job.life(number), _rows(job.life(number - 1)) if number else 0
-        job.wait(lambda folder=folder, before=before: _rows(folder) > before + 300, f"300 steps of life {number}")
+        job.wait(lambda folder=folder, before=before: _rows(folder) > before + 200, f"200 steps of life {number}")
         job.signal("USR1")
         job.wait(lambda number=number: job.restarts() == number + 1, f"restart {number + 1}")
     job.wait(job.ended, "end of the job")
@@ -146,7 +146,7 @@ def test_three_lives_train_what_an_uninterrupted_run_trains(tmp_path, environmen
     states = [
         torch.load(folder / "checkpoints/last.ckpt", weights_only=True) for folder in (job.life(2), tmp_path / "single")
     ]
-    assert [state["global_step"] for state in states] == [4000, 4000]
+    assert [state["global_step"] for state in states] == [1200, 1200]
     for name, value in states[0]["state_dict"].items():
         assert torch.equal(value, states[1]["state_dict"][name]), name
 
