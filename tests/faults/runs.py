@@ -10,11 +10,14 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from PIL import Image
 
 from diffusion_lab import cli
 
@@ -26,6 +29,9 @@ PRELOADED += [
     "torchvision",
     "matplotlib.figure",
 ]
+os.environ["TQDM_MININTERVAL"] = (
+    "60"  # few lines of progress: a limit on the size of files holds for the output as well
+)
 _FORKED = multiprocessing.get_context("forkserver")
 _FORKED.set_forkserver_preload(PRELOADED)
 
@@ -34,6 +40,8 @@ EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.truncate", "shutil.r
 
 # A training of a second or two, whose rows, validations and checkpoints coincide at some steps and not at others.
 TRAIN = (
+    "schedule.steps=40",
+    "sampler.steps=4",
     "model.width=8",
     "model.multipliers=[1]",
     "logger=csv",
@@ -50,6 +58,26 @@ TRAIN = (
     "data.batch_size=16",
     "lr_scheduler.warmup=0",
 )
+# Name → command, arguments with {ckpt}, and the folder below the working folder that holds what counts.
+COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "sample": ("sample", ("ckpt={ckpt}", "n=24", "sampler.steps=2", "device=cpu", "out=out"), "out"),
+    "evaluate": (
+        "evaluate",
+        ("ckpt={ckpt}", "n=64", "steps=[2]", "device=cpu", "out=out", "metrics=[fd]", "cache=cache",
+            "extractor={_target_: faults.recorders.Means}"),
+        "out",
+    ),
+    "fit": ("fit_variance", ("ckpt=run", "variance=analytic", "n=64", "device=cpu", "hydra.run.dir=out"), "."),
+    "export": ("export", ("ckpt={ckpt}", "out=out/model.safetensors"), "out"),
+    "cache": (
+        "train",
+        (
+            *TRAIN, "data=image_folder", "data.root=images", "data.image_size=[16,16]", "data.val=8", "data.test=0",
+            "data.limit=null", "model.groups=4", "trainer.max_steps=1", "hydra.run.dir=out",
+        ),
+        "images",
+    ),
+}  # fmt: skip
 MEASURED = ("speed/",)  # columns of metrics.csv that no two runs share
 
 
@@ -72,6 +100,7 @@ def run(
     kill_at: int | None = None,
     kill_after: float | None = None,
     limit: int | None = None,
+    printed: str = "",
 ) -> Outcome:
     """Run `python src/NAME.py ARGUMENTS` to its end.
 
@@ -82,19 +111,20 @@ def run(
         kill_at: send SIGKILL at this event.
         kill_after: send SIGKILL after these seconds.
         limit: RLIMIT_FSIZE, bytes that a file may have.
+        printed: distinguishes commands that run at once in one folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    printed, counted = folder.parent / f"{folder.name}.txt", folder.parent / f"{folder.name}.events"
+    output, counted = (folder.parent / f"{folder.name}{printed}.{kind}" for kind in ("txt", "events"))
     counted.write_text("0")
-    process = _FORKED.Process(target=_one, args=(name, list(arguments), folder, printed, counted, kill_at, limit))
+    process = _FORKED.Process(target=_one, args=(name, list(arguments), folder, output, counted, kill_at, limit))
     process.start()
     process.join(kill_after if kill_after is not None else 240)
     if process.is_alive():
-        assert kill_after is not None, printed.read_text()[-3000:]
+        assert kill_after is not None, output.read_text()[-3000:]
         process.kill()
     process.join()
     assert process.exitcode is not None
-    return Outcome(process.exitcode, printed.read_text(errors="replace"), int(counted.read_text() or 0))
+    return Outcome(process.exitcode, output.read_text(errors="replace"), int(counted.read_text() or 0))
 
 
 def _one(
@@ -127,6 +157,38 @@ def _one(
     finally:
         descriptor = os.open(counted, os.O_WRONLY | os.O_TRUNC)
         os.write(descriptor, str(seen).encode())
+
+
+class Uninterrupted(NamedTuple):
+    """A command that ran to its end: its folder, number of events and duration."""
+
+    folder: Path
+    events: int
+    seconds: float
+
+
+def timed(folder: Path, call: Callable[[], Outcome]) -> Uninterrupted:
+    begin = time.monotonic()
+    outcome = call().succeeded()
+    assert outcome.events > 3
+    return Uninterrupted(folder, outcome.events, time.monotonic() - begin)
+
+
+def _images(folder: Path, count: int) -> None:
+    folder.mkdir(parents=True)
+    drawn = np.random.default_rng(0)
+    for i in range(count):
+        Image.fromarray(drawn.integers(0, 256, (40, 40, 3), np.uint8)).save(folder / f"{i:03d}.png")
+
+
+def prepare_folder(command: str, folder: Path, run_folder: Path) -> None:
+    """Create a working folder with what a command of COMMANDS needs in it."""
+    folder.mkdir()
+    if command == "fit":  # which writes into the folder of the checkpoint
+        (folder / "run").mkdir()
+        (folder / "run" / "last.ckpt").write_bytes((run_folder / "checkpoints" / "last.ckpt").read_bytes())
+    if command == "cache":
+        _images(folder / "images", 64)
 
 
 def program(name: str, arguments: Sequence[str], **options: Any) -> "subprocess.Popen[str]":

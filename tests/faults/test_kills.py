@@ -6,30 +6,30 @@ Half of the kills come at an event of the file system (an open, a rename, …), 
 import json
 import os
 import random
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from faults.runs import TRAIN, Outcome, assert_equal, assert_same_run, checkpoint, partials, run
+from faults.runs import (
+    COMMANDS,
+    TRAIN,
+    Uninterrupted,
+    assert_equal,
+    assert_same_run,
+    checkpoint,
+    partials,
+    prepare_folder,
+    run,
+    timed,
+)
 
 STEPS = 24  # of TRAIN
 LIVES = 4  # killed lives of a training at most
 FULL = os.environ.get("FAULTS") == "full"
 TRAININGS, RERUNS = (16, 7) if FULL else (3, 2)  # about 100 and 20 kills
-
-
-class Uninterrupted(NamedTuple):
-    """A command that ran to its end: its folder, number of events and duration."""
-
-    folder: Path
-    events: int
-    seconds: float
 
 
 class Kill(NamedTuple):
@@ -43,21 +43,6 @@ class Kill(NamedTuple):
         if random_.random() < 0.5:
             return cls(random_.randrange(whole.events), None)
         return cls(None, random_.uniform(0, whole.seconds))
-
-
-def timed(folder: Path, call: Callable[[], Outcome]) -> Uninterrupted:
-    begin = time.monotonic()
-    outcome = call().succeeded()
-    assert outcome.events > 3
-    return Uninterrupted(folder, outcome.events, time.monotonic() - begin)
-
-
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Uninterrupted:
-    """Return an uninterrupted training."""
-    folder = tmp_path_factory.mktemp("whole") / "train"
-    run("train", [*TRAIN, "trainer.max_steps=1", "hydra.run.dir=warm"], folder.with_name("warm"))  # starts the server
-    return timed(folder, lambda: run("train", [*TRAIN, "hydra.run.dir=run"], folder))
 
 
 def killed_training(folder: Path, kills: Callable[[int], Kill | None], whole: Uninterrupted) -> tuple[Path, int]:
@@ -106,13 +91,6 @@ def test_a_kill_at_the_rename_of_a_checkpoint_loses_nothing(trained, tmp_path):
 # commands that are run again -------------------------------------------------------------------------------------------------
 
 
-def _images(folder: Path, count: int) -> None:
-    folder.mkdir(parents=True)
-    drawn = np.random.default_rng(0)
-    for i in range(count):
-        Image.fromarray(drawn.integers(0, 256, (40, 40, 3), np.uint8)).save(folder / f"{i:03d}.png")
-
-
 def _same_file(one: Path, two: Path) -> None:
     if one.suffix == ".pt":
         assert_equal(torch.load(one, weights_only=True), torch.load(two, weights_only=True), one.name)
@@ -127,26 +105,6 @@ def _same_file(one: Path, two: Path) -> None:
 # Files that hold measured times, paths, or overwrite=true of the rerun.
 DIFFER = ("config.yaml", "metrics.csv", "quality.png")
 
-# Name → command, arguments with {ckpt}, and the folder below the working folder that holds what counts.
-COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
-    "sample": ("sample", ("ckpt={ckpt}", "n=24", "sampler.steps=2", "device=cpu", "out=out"), "out"),
-    "evaluate": (
-        "evaluate",
-        ("ckpt={ckpt}", "n=64", "steps=[2]", "device=cpu", "out=out", "metrics=[psnr]", "cache=cache"),
-        "out",
-    ),
-    "fit": ("fit_variance", ("ckpt=run", "variance=analytic", "n=64", "device=cpu", "hydra.run.dir=out"), "."),
-    "export": ("export", ("ckpt={ckpt}", "out=out/model.safetensors"), "out"),
-    "cache": (
-        "train",
-        (
-            *TRAIN, "data=image_folder", "data.root=images", "data.image_size=[16,16]", "data.val=8", "data.test=0",
-            "data.limit=null", "trainer.max_steps=1", "hydra.run.dir=out",
-        ),
-        "images",
-    ),
-}  # fmt: skip
-
 
 @pytest.mark.faults
 @pytest.mark.parametrize("seed", range(RERUNS))
@@ -154,15 +112,10 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
 def test_a_command_that_is_killed_and_run_again_leaves_what_an_uninterrupted_one_does(command, seed, trained, tmp_path):
     name, arguments, kept = COMMANDS[command]
     ckpt = trained.folder / "run"
-    arguments = tuple(argument.format(ckpt=ckpt) for argument in arguments)
+    arguments = tuple(argument.replace("{ckpt}", str(ckpt)) for argument in arguments)
 
     def prepare(folder: Path) -> Path:
-        folder.mkdir()
-        if command == "fit":  # which writes into the folder of the checkpoint
-            (folder / "run").mkdir()
-            (folder / "run" / "last.ckpt").write_bytes((ckpt / "checkpoints" / "last.ckpt").read_bytes())
-        if command == "cache":
-            _images(folder / "images", 64)
+        prepare_folder(command, folder, ckpt)
         return folder
 
     whole = prepare(tmp_path / "whole")

@@ -85,9 +85,10 @@ def run(config: DictConfig) -> Result:
     checks.check_disk(folder, network, settings)
     checks.check_data(data, condition, callbacks, trainer)
     if trainer.is_global_zero:  # after all checks, so that an invalid configuration leaves no files
-        _write_configuration(folder, settings)
-        if resume:
-            resuming.carry(resume, settings, folder, loggers, callbacks)
+        with os_errors():
+            _write_configuration(folder, settings)
+            if resume:
+                resuming.carry(resume, settings, folder, loggers, callbacks)
 
     summary.announce(trainer, network, settings)
     os.environ[CONFIG_ENV] = str(folder / "config.yaml")  # read by the processes that Lightning starts
