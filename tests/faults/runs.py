@@ -73,7 +73,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
         "train",
         (
             *TRAIN, "data=image_folder", "data.root=images", "data.image_size=[16,16]", "data.val=8", "data.test=0",
-            "data.limit=null", "model.groups=4", "trainer.max_steps=1", "hydra.run.dir=out",
+            "data.limit=null", "model=unet_digits", "trainer.max_steps=1", "hydra.run.dir=out",
         ),
         "images",
     ),
@@ -142,9 +142,9 @@ def _one(
 
     def hook(event: str, values: tuple[Any, ...]) -> None:
         nonlocal seen
-        if event not in EVENTS or not os.fspath(
-            values[0] if isinstance(values[0], str | os.PathLike) else ""
-        ).startswith(root):
+        if event not in EVENTS or not isinstance(values[0], str | os.PathLike):
+            return
+        if not os.path.abspath(values[0]).startswith(root):
             return
         if seen == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
