@@ -212,9 +212,9 @@ def test_errors() -> None:
     refused("write one of hutchinson, exact", den, x0, "nonesuch")
     refused("divergence=hutchinson", den, torch.zeros(1, 3, 32, 32), "exact")
     refused("float images", den, x0.to(torch.uint8))
-    refused("outside", den, x0, start=0.0)
-    refused("outside", den, x0, start=1.0)
-    refused("rtol > 0", den, x0, rtol=0.0)
+    refused(r"start=0.0: write a number in \(0, 1\)", den, x0, start=0.0)
+    refused("start=1.0", den, x0, start=1.0)
+    refused(r"rtol=0.0: write a number in", den, x0, rtol=0.0)
 
     class SelfConditioned(nn.Module):
         self_conditioning = True

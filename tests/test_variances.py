@@ -251,8 +251,9 @@ def test_analytic_clips_c_to_0_and_1(moments: list[float]) -> None:
 
 def test_analytic_errors() -> None:
     for times, moments, remedy in (
-        (None, None, "fit_variance.py"), ([0.5], [0.1, 0.2], "as many"), ([], [], "at least one"), ([0.0], [1.0], "increase"),
-        ([0.5, 0.4], [1.0, 1.0], "increase"), ([0.5, 1.2], [1.0, 1.0], "increase"), ([0.5], [math.nan], "finite"),
+        (None, None, "fit_variance.py"), ([0.5], [0.1, 0.2], "as many"), ([], [], "at least one"),
+        ([0.0], [1.0], r"times=\[0.0\]"), ([0.5, 0.4], [1.0, 1.0], "increase"), ([0.5, 1.2], [1.0, 1.0], r"in \(0, 1\]"),
+        ([0.5], [math.nan], r"moments=\[nan\]"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=remedy):
             Analytic(times, moments)

@@ -10,7 +10,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override
+from hydra.core.override_parser.types import Glob, Override, QuotedString
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -56,6 +56,8 @@ def checked_overrides(overrides: Sequence[str]) -> list[str]:
             raise ConfigError(f"{text} was renamed: write {new}")
         if key in LISTS and not override.is_delete() and override.value() is None:  # Hydra raises a TypeError for it
             raise ConfigError(f"{key}=null is not a list of options: write {key}=[] for none, or {key}=[OPTION,…]")
+        if not override.is_delete() and is_group(key):
+            _check_names(override)
         lines.append(f"+{text}" if override.is_add() and not is_group(key) else text)
     return lines
 
@@ -93,6 +95,16 @@ def composed(name: str, overrides: Sequence[str] = (), config_dir: str | None = 
             return compose(name, [*search, *overrides], return_hydra_config=True)
     except COMPOSITION_ERRORS as error:
         raise ConfigError(explain(error, name, overrides, config_dir)) from None
+
+
+def _check_names(override: Override) -> None:
+    """Raise ConfigError for a choice that is no name, null, a number or a mapping, for which Hydra raises a ValueError."""
+    group, value = override.key_or_group.split("@")[0], override.value()
+    chosen = list(override.sweep_iterator()) if override.is_discrete_sweep() else [value]
+    names = [name for choice in chosen for name in (choice if isinstance(choice, list) else [choice])]
+    if override.is_interval_sweep() or any(not isinstance(name, str | QuotedString) for name in names):
+        known = [option for option in options(group) if "/" not in option]
+        raise ConfigError(f"{override.input_line} names no option: leave it out, or write one of {', '.join(known)}")
 
 
 def explain(error: Exception, name: str, overrides: Sequence[str], config_dir: str | None = None) -> str:
@@ -147,6 +159,8 @@ def unknown_key(override: Override, name: str, config_dir: str | None) -> str:
     if "." not in key:
         groups = [path.name for path in CONF.iterdir() if path.is_dir() and path.name != "base"]
         known = [k for k in known if "." not in k] + groups
+    if key in known:
+        return f"unknown key {key}, which another override of this command line removes: write one of the two"
     return f"unknown key {key}{closest(key, known)}; --help lists all keys"
 
 

@@ -7,6 +7,7 @@ import secrets
 import shutil
 import stat
 import sys
+import tempfile
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -223,11 +224,24 @@ def claimed_folder(folder: Path, key: str, config: str, overwrite: bool = False)
 
 
 def refuse_filled(folder: Path, key: str, overwrite: bool) -> None:
-    """Raise ConfigError if `folder`, the value of the option `key`, is a file, or is not empty and `overwrite` is false."""
-    if folder.is_file():
-        raise ConfigError(f"the output folder {folder} is a file: write {key}= with a folder")
-    if not overwrite and folder.is_dir() and any(folder.iterdir()):
-        raise ConfigError(f"the output folder {folder} is not empty: write overwrite=true, or another {key}=")
+    """Raise ConfigError if `folder`, the value of the option `key`, cannot be written, or has files and `overwrite` is false."""
+    with os_errors():
+        if folder.is_file():
+            raise ConfigError(f"the output folder {folder} is a file: write {key}= with a folder")
+        if not overwrite and folder.is_dir() and any(folder.iterdir()):
+            raise ConfigError(f"the output folder {folder} is not empty: write overwrite=true, or another {key}=")
+    require_writable(folder, key)
+
+
+def require_writable(folder: Path, key: str) -> None:
+    """Raise ConfigError if no file can be written to `folder`, the value of the option `key`, which need not exist."""
+    try:
+        path = folder.absolute()
+        existing = next(parent for parent in (path, *path.parents) if parent.exists())
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{key}={folder!s:.100} cannot be written ({error.strerror}): name another folder") from error
 
 
 def require_space(folder: Path, need: int, what: str, remedy: str) -> None:

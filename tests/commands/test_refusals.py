@@ -234,9 +234,9 @@ def test_sampling_refuses_what_cannot_be(tmp_path, capfd, monkeypatch):
     _refused(command("sample", [f"out={tmp_path / 'out'}"], capfd), "ckpt=PATH")
     assert [p.name for p in full.iterdir()] == ["notes.txt"]
     assert command("sample", [ckpt, f"out={tmp_path / 'out'}", "n=1", "sampler.steps=1"], capfd).code == 0
-    assert list((tmp_path / "outputs" / "sample").iterdir()) == []  # no dated folder beside the one asked for
+    assert not (tmp_path / "outputs").exists()  # no dated folder beside the one asked for
 
 
 def test_checkpoints_are_written_at_least_every_step():
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(ValueError, match="at least 1 step"):
         Checkpoints("somewhere", every=0)

@@ -59,7 +59,7 @@ RECORDS = ("checkpoint", "cli", "commands", "composition", "interop", "processes
 VALUES = (
     "Examples", "Rows", "Dataset", "Panel", "EvaluationContext", "Collected", "Moments", "Sums", "Score", "ImageSet",
     "ModuleExtractor", "ClassifierExtractor", "Pruning", "Residual", "Attention", "ResAttnBlock", "StridedConv", "NearestConv",
-    "DoubleConv", "Solution", "Processes",
+    "DoubleConv", "Solution", "Processes", "Recipe",
 )  # fmt: skip
 IMAGES = np.zeros((20, 1, 8, 8), np.uint8)
 IMAGES[:] = np.arange(20, dtype=np.uint8)[:, None, None, None] * 10

@@ -184,7 +184,7 @@ def test_the_step_into_data_is_the_prediction(sampler: DDPM | DDIM) -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(ValueError, match=r"eta in \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"eta=.*: write a number in \[0, 1\]"):
         DDIM(10, eta=1.5)
     with pytest.raises(ValueError, match="sampler=ddpm"):
         DDIM(10, variance=FixedLarge())

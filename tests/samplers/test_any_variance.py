@@ -158,7 +158,7 @@ def test_max_final_noise_bounds_the_last_stochastic_step_only() -> None:
     )
     assert noise_scales(DDPM(n, FixedLarge()))[-2] > LEVEL, "no bound by default"
     assert noise_scales(DDPM(n, FixedLarge(), max_final_noise=1))[-2] == pytest.approx(LEVEL, rel=1e-9)
-    with pytest.raises(ValueError, match="not above 0"):
+    with pytest.raises(ValueError, match=r"max_final_noise=0: write null, or a number in \(0, inf\]"):
         DDPM(n, max_final_noise=0)
 
 

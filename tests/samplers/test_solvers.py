@@ -371,13 +371,13 @@ def test_the_budget_of_heun(budget: int, stop: float) -> None:
         (lambda: DPMSolverPP(2, 3), "steps >= 3"),
         (lambda: UniPC(1, 2), "steps >= 2"),
         (lambda: UniPC(order=3, budget=2), "steps >= 3"),
-        (lambda: DPMSolverPP(order=4), "order=1, 2 or 3"),
+        (lambda: DPMSolverPP(order=4), r"order=4: write a whole number in \[1, 3\]"),
         (lambda: DPMSolverPP(order=1, corrected=True), "order=3"),
-        (lambda: UniPC(order=0), "order >= 1"),
+        (lambda: UniPC(order=0), r"order=0: write a whole number in \[1, 10\]"),
         (lambda: UniPC(b="bh3"), "bh2"),
-        (lambda: Heun(s_churn=-1.0), "s_churn=0"),
+        (lambda: Heun(s_churn=-1.0), "0 is deterministic"),
         (lambda: Heun(s_min=2.0, s_max=1.0), "s_min <= s_max"),
-        (lambda: Heun(s_noise=math.nan), "s_noise >= 0"),
+        (lambda: Heun(s_noise=math.nan), r"s_noise=nan: write a number in \[0, 10\]"),
     ],
 )
 def test_refusals(make: Callable[[], Sampler], remedy: str) -> None:

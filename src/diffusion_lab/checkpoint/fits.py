@@ -15,7 +15,7 @@ from diffusion_lab.checkpoint import Run, archive
 from diffusion_lab.checkpoint.build import build
 from diffusion_lab.checkpoint.upgrade import condition_of_format_1
 from diffusion_lab.errors import ConfigError
-from diffusion_lab.instantiation import instantiate, locate
+from diffusion_lab.instantiation import check, instantiate, locate
 from diffusion_lab.io import write_new_file
 from diffusion_lab.models import VarianceHead
 from diffusion_lab.samplers import Sampler
@@ -48,6 +48,7 @@ def variance_for(node: Node | None, run: Run) -> tuple[Variance, Run]:
         variance: Variance = build(stored, run.trust, "variance", Variance) if stored else FixedSmall()
         variance.check(run.denoiser.network)
         return variance, run
+    check(node, "variance", (), Variance)
     kind = FITTED.get(node["_target_"])
     if kind is None or (kind == "analytic" and node.get("times") is not None):
         variance = instantiate(node)
@@ -84,8 +85,9 @@ def sampler_for(node: Node, run: Run) -> tuple[Sampler, Run]:
     Raises:
         ConfigError: as for `variance_for`.
     """
+    check(node, "sampler", ("variance",), Sampler)
     if "variance" not in node:
-        return instantiate(node), run
+        return instantiate(node, "sampler"), run
     variance, run = variance_for(node["variance"], run)
     sampler_class = locate(node, "sampler")
     if not node["variance"] and variance.ancestral_only and not getattr(sampler_class, "ancestral", True):
@@ -94,7 +96,7 @@ def sampler_for(node: Node, run: Run) -> tuple[Sampler, Run]:
             "(sampler=ddpm)"
         )
         variance = FixedSmall()
-    return instantiate({**node, "variance": None}, variance=variance), run
+    return instantiate({**node, "variance": None}, "sampler", variance=variance), run
 
 
 # files --------------------------------------------------------------------------------------------------------------------

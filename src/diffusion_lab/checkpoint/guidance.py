@@ -51,6 +51,10 @@ def guided(node: Node | None, run: Run) -> Run:
             "condition.drop=0.1, or write guidance=classifier"
         )
     options = {key: value for key, value in node.items() if key != "ckpt"}
+    if "denoiser" not in accepted(options, denoiser=run.denoiser):
+        raise ConfigError(
+            f"guidance._target_={node['_target_']} has no argument `denoiser`: write a class that takes one"
+        )
     denoiser = instantiate(options, "guidance", denoiser=run.denoiser, **accepted(options, **arguments))
     if not isinstance(denoiser, Denoiser):
         raise ConfigError(

@@ -25,11 +25,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from diffusion_lab import composition, processes
-from diffusion_lab.cli import sweeps
-from diffusion_lab.cli.schema import COMMANDS, OUT_FILE, Node
+from diffusion_lab.cli import folders, sweeps
+from diffusion_lab.cli.schema import COMMANDS, OUT_FILE, READ, Node
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.instantiation import coerce
-from diffusion_lab.io import refuse_filled
+from diffusion_lab.io import os_errors, refuse_filled, require_writable
 from diffusion_lab.processes import one_line
 
 
@@ -55,7 +55,7 @@ class Checks(Callback):
 def _exit_on_error() -> Iterator[None]:
     """Exit with code 2 on a ConfigError, and with code 1 and a traceback on any other exception."""
     try:
-        with one_line():
+        with one_line(), os_errors():
             yield
     except Exception:
         traceback.print_exc()
@@ -80,9 +80,14 @@ def check_configuration(config: DictConfig, name: str) -> None:
         first = composition.composed(name, [composition.single(o) for o in overrides if not o.is_interval_sweep()])
         _check_root(_without_hydra(first), COMMANDS[name], "")
     try:
-        OmegaConf.to_container(OmegaConf.create({**plain, "run_dir": "."}), resolve=True)
+        resolved: Any = OmegaConf.to_container(OmegaConf.create({**plain, "run_dir": "."}), resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"the configuration cannot be resolved: {composition.first_line(error)}") from None
+    _check_root(resolved, COMMANDS[name], "")
+    for group, keys in READ.items() if name == "train" else ():
+        for key in keys:
+            if key not in resolved[group]:
+                raise ConfigError(f"the key {group}.{key} is missing: write {group}.{key}=VALUE")
 
 
 def _without_hydra(config: DictConfig) -> dict[str, Any]:
@@ -99,7 +104,7 @@ def _check_root(values: Mapping[str, Any], schema: type, prefix: str) -> None:
         prefix: the dotted key of `values`, ending in a dot; empty for the root.
     """
     fields = {field.name: field for field in dataclasses.fields(schema)}
-    types = typing.get_type_hints(schema)
+    types = typing.get_type_hints(schema, include_extras=True)
     for key, value in values.items():
         if key not in fields:
             hint = composition.closest(prefix + key, [prefix + name for name in fields])
@@ -121,12 +126,14 @@ def _check_values(overrides: Sequence[Override], config: DictConfig, name: str) 
     The types of root keys are defined in `cli.schema`. A key whose default is a number or a boolean accepts neither a mapping
     nor text other than `auto`.
     """
-    types = typing.get_type_hints(COMMANDS[name])
+    types = typing.get_type_hints(COMMANDS[name], include_extras=True)
     defaults: DictConfig | None = None
     for override in overrides:
         key = override.key_or_group.split("@")[0]
         if override.is_delete():
             continue
+        if key == "run_dir":
+            raise ConfigError(f"{override.input_line} is set by Hydra: write hydra.run.dir=FOLDER")
         if composition.is_group(override.key_or_group):
             _check_choices(override, key)
             continue
@@ -138,7 +145,10 @@ def _check_values(overrides: Sequence[Override], config: DictConfig, name: str) 
         added = override.is_add() or override.is_force_add()
         if override.is_sweep_override() and not added and key not in composition.keys(config):
             raise ConfigError(composition.unknown_key(override, name, None))
-        for value in _values(override):
+        values = _values(override)
+        if not values and override.is_discrete_sweep() and not isinstance(override.value(), Glob):
+            raise ConfigError(f"{override.input_line} has no values: write {key}=A,B or {key}=range(1,4)")
+        for value in values:
             text = isinstance(value, str)
             if text and "${" in value:  # an interpolation: the value is checked with the key to which it refers
                 continue
@@ -187,10 +197,15 @@ def _output_folder(config: DictConfig, name: str, key: str, node: DictConfig) ->
     """
     overwrite = bool(config.get("overwrite"))
     try:
+        if node.dir is None:
+            raise ConfigError(f"{key}=null names no folder: write {key}=FOLDER, or leave it out")
         folder = Path(str(node.dir))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{key} cannot be resolved: {composition.first_line(error)}") from None
     refuse_filled(folder, key, overwrite)
     if config.get("out") and name not in OUT_FILE:
         refuse_filled(Path(str(config.out)), "out", overwrite)
+    elif config.get("out"):
+        require_writable(Path(str(config.out)).parent, "out")
+    folders.begin(folder)
     return folder

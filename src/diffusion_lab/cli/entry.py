@@ -6,8 +6,8 @@ A ConfigError is printed as one line on stderr, and the exit code is 2.
 import importlib
 import os
 import re
-import shutil
 import sys
+import typing
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,10 +20,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from diffusion_lab import composition, processes
-from diffusion_lab.cli import sweeps
+from diffusion_lab.cli import folders, sweeps
 from diffusion_lab.cli.schema import COMMANDS, POSITIONAL
 from diffusion_lab.errors import ConfigError
-from diffusion_lab.instantiation import CONF
+from diffusion_lab.instantiation import CONF, coerce
 from diffusion_lab.io import claimed_folder
 from diffusion_lab.processes import CONFIG_ENV, Result, one_line
 
@@ -120,12 +120,8 @@ def _under_hydra(name: str, flags: list[str], overrides: list[str], config_dir: 
             if outcome["code"] > 128 and os.getpid() == first_process:  # a signal ends the sweep, not one job of it
                 raise SystemExit(outcome["code"])
             return outcome
-        try:
-            with one_line():
-                codes.append(_command(name, config).code)
-        finally:  # a refused command, or one with out=, leaves nothing but Hydra's record in the run folder
-            if folder.is_dir() and {path.name for path in folder.iterdir()} <= {".hydra"}:
-                shutil.rmtree(folder)
+        with one_line():
+            codes.append(_command(name, config).code)
         return None
 
     sys.argv = [sys.argv[0], *flags, *overrides]  # Hydra parses sys.argv
@@ -138,12 +134,18 @@ def _under_hydra(name: str, flags: list[str], overrides: list[str], config_dir: 
         if entered:
             raise
         raise ConfigError(composition.explain(error, name, overrides, config_dir)) from None
+    except OSError as error:  # of the run folder, which Hydra creates
+        if entered:
+            raise
+        raise ConfigError(f"{error}: write hydra.run.dir=FOLDER of a folder that can be written") from None
     except (SystemExit, KeyboardInterrupt) as end:
         if (folder := sweeps.folder()) is None:
             raise
         # A signal, or a process of the sweep that was killed: print the summary nevertheless.
         code = 130 if isinstance(end, KeyboardInterrupt) else end.code if isinstance(end.code, int) else 1
         return max(code, sweeps.summarize(folder))
+    finally:  # a refused command, or one with out=, leaves nothing in the run folder
+        folders.remove_unused()
     if (folder := sweeps.folder()) is not None:
         return sweeps.summarize(folder)
     return max(codes, default=0)
@@ -155,6 +157,10 @@ CLAIMING = ("sample", "evaluate", "fit_variance", "train_classifier")
 
 def _command(name: str, config: Any) -> Result:
     """Run a command; its configuration becomes config.yaml in its output folder."""
+    types = typing.get_type_hints(COMMANDS[name])
+    for key in [key for key in config if key in types]:
+        if isinstance(config[key], int | float):  # a number becomes text where text is needed, out=2026
+            config[key] = coerce(config[key], types[key], str(key))
     module = importlib.import_module(f"diffusion_lab.commands.{name}")
     if name in CLAIMING:
         folder, key = Path(str(config.get("out") or config.run_dir)), "out" if "out" in config else "hydra.run.dir"

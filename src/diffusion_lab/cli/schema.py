@@ -1,28 +1,35 @@
 """Root keys of each command and their types. This module does not import torch.
 
-A key of type `Node` is the selected option of a group. Its arguments are checked against the constructor's signature.
+A key of type `Node` is the selected option of a group. Its arguments are checked against the constructor's signature. The
+text in `Annotated` is the range of a number.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from diffusion_lab.errors import SEEDS
 
 Node = dict[str, Any]
+Seed = Annotated[int, SEEDS]
+Count = Annotated[int, "[1, 1000000000]"]
+BatchSize = Annotated[int, "[1, 1000000]"]
+Processes = Annotated[int, "[1, 4096]"]
 
 
 @dataclass
 class Validation:
     """Number of steps between two validations, and of draws (t, ε) per validation image."""
 
-    every: int
-    draws: int
+    every: Annotated[int, "[0, 1000000000]"]
+    draws: Annotated[int, "[1, 100000]"]
 
 
 @dataclass
 class Inpaint:
     """Arguments of RePaint's resampling."""
 
-    jump_length: int
-    resample: int
+    jump_length: Annotated[int, "[1, 100000]"]
+    resample: Annotated[int, "[1, 10000]"]
 
 
 @dataclass
@@ -43,7 +50,7 @@ class Train:
     callbacks: Node
     trainer: Node
     logger: Node
-    seed: int
+    seed: Seed
     ckpt: str | None
     init: str | None
     validation: Validation
@@ -62,11 +69,11 @@ class Sample:
     task: str
     ckpt: str | None
     weights: str
-    n: int
-    seed: int
+    n: Count
+    seed: Seed
     labels: str | list[Any]
     condition_data: str | None
-    batch_size: int
+    batch_size: BatchSize
     device: str
     out: str | None
     save_images: bool
@@ -77,7 +84,7 @@ class Sample:
     latents: str | None
     mask: str | None
     inpaint: Inpaint
-    strength: float
+    strength: Annotated[float, "(0, 1]"]
     run_dir: str
     variance: Node | None = None
 
@@ -94,20 +101,20 @@ class Evaluate:
     metrics: Node
     extractor: str | Node | None
     weights_path: str | None
-    n: int | None
+    n: Annotated[int, "[2, 1000000000]"] | None
     split: str
     nll_split: str
     reference: str | None
     save_reference: str | None
     samplers: list[Any]
-    steps: list[int]
-    budget: int | list[int] | None
-    repeats: int
-    seed: int
+    steps: list[Annotated[int, "[1, 100000]"]]
+    budget: BatchSize | list[BatchSize] | None
+    repeats: Annotated[int, "[1, 10000]"]
+    seed: Seed
     labels: str | list[Any]
-    batch_size: int
+    batch_size: BatchSize
     device: str
-    devices: int
+    devices: Processes
     cache: str
     out: str | None
     overwrite: bool
@@ -121,15 +128,15 @@ class FitVariance:
     variance: Node
     ckpt: str | None
     weights: str
-    n: int
-    nodes: int | None
-    steps: int
-    lr: float
-    ema: float | None
-    batch_size: int
-    seed: int
+    n: Count
+    nodes: Annotated[int, "[1, 100000]"] | None
+    steps: Count
+    lr: Annotated[float, "(0, 1]"]
+    ema: Annotated[float, "[0, 1)"] | None
+    batch_size: BatchSize
+    seed: Seed
     device: str
-    devices: int
+    devices: Processes
     data: Node
     overwrite: bool
     trust: list[str]
@@ -141,7 +148,7 @@ class TrainClassifier:
     data: Node
     schedule: Node
     noisy: bool
-    steps: int | None
+    steps: Count | None
     device: str
     cache: str
     out: str | None
@@ -187,5 +194,13 @@ COMMANDS: dict[str, type] = {
     "report": Report,
     "dashboard": Dashboard,
 }
+# Keys of groups that the command itself reads, so that ~KEY must not remove them.
+READ = {
+    "trainer": (
+        "accelerator", "accumulate_grad_batches", "deterministic", "devices", "gradient_clip_val", "log_every_n_steps",
+        "max_steps", "num_nodes", "precision", "strategy",
+    ),
+    "data": ("batch_size", "channels", "image_size", "val"),
+}  # fmt: skip
 POSITIONAL = {"report": "paths"}  # the key to which positional arguments of a command are assigned
 OUT_FILE = ("export", "report")  # commands whose `out` is a file

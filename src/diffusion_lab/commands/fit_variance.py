@@ -15,7 +15,7 @@ from diffusion_lab.checkpoint.build import build, data_module, overridden
 from diffusion_lab.data.datamodule import DataModule
 from diffusion_lab.device import device
 from diffusion_lab.errors import ConfigError
-from diffusion_lab.io import os_errors, write_file
+from diffusion_lab.io import os_errors, require_writable, write_file
 from diffusion_lab.metrics.collect import Processes
 from diffusion_lab.metrics.worker_group import run_in_group
 from diffusion_lab.models import VarianceHead
@@ -93,6 +93,7 @@ def prepare(settings: dict[str, Any], rank: int = 0) -> Prepared:
     target = device(settings["device"], settings["devices"], rank)
     loaded = load_checkpoint(settings["ckpt"], settings["weights"], settings["trust"])
     path = fits.place(loaded, kind)
+    require_writable(path.parent, "ckpt")
     if path.exists() and not settings["overwrite"] and rank == 0:
         raise ConfigError(
             f"{path} exists and was fitted to these weights: use it, or write overwrite=true to fit again"

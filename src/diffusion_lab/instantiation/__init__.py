@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from diffusion_lab.errors import ConfigError, UntrustedNode
-from diffusion_lab.instantiation.annotations import annotation, coerce
+from diffusion_lab.instantiation.annotations import annotation, class_members, coerce
 from diffusion_lab.instantiation.trust import CONF, PACKAGE, refuse_untrusted, targets, untrusted, untrusted_modules
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "is_node",
     "locate",
     "refuse_untrusted",
+    "require_kind",
     "targets",
     "untrusted",
     "untrusted_modules",
@@ -95,22 +96,35 @@ def accepted(node: Node, **candidates: Any) -> dict[str, Any]:
     return {k: v for k, v in candidates.items() if k in parameters and node.get(k) is None}
 
 
-def check(node: Node, where: str, passed: Collection[str] = ()) -> None:
+def check(node: Node, where: str, passed: Collection[str] = (), kind: Any = None) -> None:
     """Compare a node and its nested nodes with the signatures and annotations of the constructors, without building them.
 
     Args:
         node: the node, in plain containers with interpolations resolved.
         where: the key of the node, for error messages.
         passed: names of arguments that the command passes later.
+        kind: the class that a class in `_target_` is derived from; the result of a function is checked where it is built.
 
     Raises:
         ConfigError: if a value does not match the annotation of its parameter, `_target_` is missing or cannot be imported, an
             argument is unknown, or a required one is missing.
     """
-    _, arguments = _bind(node, where, passed)
+    target, arguments = _bind(node, where, passed)
+    if kind is not None and isinstance(target, type):
+        require_kind(target, kind, where)
     for value in arguments.values():
         for child, path in value.nodes:
             check(child, path)
+
+
+def require_kind(found: Any, kind: Any, where: str) -> None:
+    """Raise ConfigError unless `found`, a class or an object, is of the class `kind`."""
+    cls = found if isinstance(found, type) else type(found)
+    if not issubclass(cls, kind):
+        raise ConfigError(
+            f"{where}: {cls.__module__}.{cls.__qualname__} is no {kind.__name__}: write {where}._target_= of a class derived "
+            f"from {kind.__module__}.{kind.__qualname__}"
+        )
 
 
 def check_named(nodes: Node, group: str, example: str, passed: Collection[str] = ()) -> None:
@@ -181,6 +195,10 @@ def _bind(node: Node, where: str, passed: Collection[str]) -> tuple[Any, dict[st
             raise ConfigError(_unknown_argument(target, parameters, str(key), where))
         path = f"{where or node['_target_']}.{key}"
         nodes = list(_children(value, path))
+        if is_node(value) and isinstance(child := locate(value, path), type):
+            kinds = class_members(annotation(target, parameters[key])) if key in parameters else ()
+            if kinds and not issubclass(child, kinds):
+                require_kind(child, kinds[0], path)
         if key in parameters and not nodes:
             value = coerce(value, annotation(target, parameters[key]), path)
         arguments[str(key)] = _Argument(value, nodes)

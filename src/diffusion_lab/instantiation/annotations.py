@@ -1,12 +1,13 @@
 """Check plain values against the annotations of parameters."""
 
+import datetime
 import inspect
 import types
 import typing
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from diffusion_lab.errors import ConfigError
+from diffusion_lab.errors import ConfigError, check_number, shown
 from diffusion_lab.instantiation.trust import PACKAGE
 
 
@@ -46,20 +47,27 @@ def coerce(value: Any, expected: Any, where: str) -> Any:
         where: the key of the value, for error messages.
 
     Raises:
-        ConfigError: if the value does not match the annotation.
+        ConfigError: if the value does not match the annotation, or is outside the range that an `Annotated` number states.
     """
     if _fits(value, expected):
+        _check_ranges(value, expected, where)
         return value
     if isinstance(value, int | float) and not isinstance(value, bool) and _fits("", expected):
         return str(value)
     if value == "???":
         raise ConfigError(f"{where} has no value: write {where}=VALUE")
-    raise ConfigError(f"{where}={_shown(value)} has the wrong type: write {' or '.join(_words(expected))}")
+    raise ConfigError(f"{where}={shown(value)} has the wrong type: write {' or '.join(_words(expected))}")
 
 
-def _shown(value: Any) -> str:
-    """Return a value in the syntax of the command line."""
-    return {True: "true", False: "false", None: "null"}[value] if isinstance(value, bool | None) else str(value)
+def _check_ranges(value: Any, expected: Any, where: str) -> None:
+    """Raise ConfigError for a number, also one in a list, outside the range that is the text of an `Annotated`."""
+    for member in _members(expected):
+        origin, arguments = typing.get_origin(member), typing.get_args(member)
+        if origin is typing.Annotated and isinstance(arguments[1], str) and not isinstance(value, list | None):
+            check_number(where, value, arguments[1], whole=arguments[0] is int)
+        elif origin is list and isinstance(value, list):
+            for element in value:
+                _check_ranges(element, arguments[0], where)
 
 
 def _members(expected: Any) -> tuple[Any, ...]:
@@ -68,6 +76,13 @@ def _members(expected: Any) -> tuple[Any, ...]:
     if origin in (typing.Union, types.UnionType):
         return tuple(m for member in typing.get_args(expected) for m in _members(member))
     return (expected,)
+
+
+def class_members(expected: Any) -> tuple[type, ...]:
+    """Return the classes of this package in an annotation; none if it also allows another object."""
+    members = [m for m in _members(expected) if m not in (None, type(None))]
+    ours = [m for m in members if isinstance(m, type) and m.__module__.split(".", 1)[0] == PACKAGE]
+    return tuple(ours) if len(ours) == len(members) else ()
 
 
 def _fits(value: Any, expected: Any) -> bool:
@@ -95,6 +110,8 @@ def _fits(value: Any, expected: Any) -> bool:
         return len(inner) != 1 or all(_fits(v, inner[0]) for v in value)
     if origin in (dict, Mapping):
         return isinstance(value, Mapping)
+    if origin is datetime.timedelta:
+        return False
     if isinstance(origin, type) and origin.__module__.split(".", 1)[0] == PACKAGE:
         return isinstance(value, origin)  # an object built from a node, not a number, text or a plain mapping
     return True
@@ -109,6 +126,8 @@ def _words(expected: Any) -> list[str]:
             words += [str(choice) for choice in typing.get_args(member)]
         elif origin in (tuple, set, Sequence, Iterable, Collection):
             words.append(WORDS[list])
+        elif origin is typing.Annotated:
+            words.append(WORDS[typing.get_args(member)[0]])
         elif origin in WORDS or member is None:
             words.append(WORDS[type(None) if member is None else origin])
         else:

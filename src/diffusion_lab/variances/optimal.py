@@ -50,7 +50,7 @@ class Analytic(Variance):
             )
         for name, values in (("times", times), ("moments", moments)):
             if not isinstance(values, Tensor):
-                check_numbers(f"variance.{name}", values, "(0, 1]" if name == "times" else "[0, 1e6]")
+                check_numbers(f"variance.{name}", values, "(0, 1]" if name == "times" else "[-1e6, 1e6]")
         self.times, self.moments = (torch.as_tensor(v, dtype=torch.float64).cpu() for v in (times, moments))
         if self.times.ndim != 1 or self.times.shape != self.moments.shape or len(self.times) == 0:
             raise ConfigError(

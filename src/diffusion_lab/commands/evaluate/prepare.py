@@ -21,7 +21,8 @@ from diffusion_lab.data.image_set import ImageSet
 from diffusion_lab.data.images import Examples
 from diffusion_lab.device import device
 from diffusion_lab.errors import ConfigError
-from diffusion_lab.instantiation import check, check_named, instantiate
+from diffusion_lab.instantiation import check, check_named, instantiate, locate
+from diffusion_lab.io import require_writable
 from diffusion_lab.metrics import classifier, extractors, measure, reference
 from diffusion_lab.metrics.collect import classes
 from diffusion_lab.metrics.extractors import Extractor
@@ -155,6 +156,10 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             raise ConfigError(f"{key}={settings[key]}: write at least {smallest}")
     if settings["save_reference"] and Path(settings["save_reference"]).exists():
         raise ConfigError(f"save_reference={settings['save_reference']} exists: name another file")
+    if settings["save_reference"]:
+        require_writable(Path(settings["save_reference"]).parent, "save_reference")
+    if settings["reference"] and not Path(settings["reference"]).is_file():
+        raise ConfigError(f"reference={settings['reference']}: no such file: name an .npz file with mu and sigma")
     _extractor_name(settings)
     if settings["images"] and is_guided(settings["guidance"]):
         raise ConfigError(
@@ -166,6 +171,7 @@ def _extractor_name(settings: Mapping[str, Any]) -> str | None:
     """Return "inception", "classifier", "own" for a node, or None for the default."""
     chosen = settings["extractor"]
     if isinstance(chosen, dict):
+        locate(chosen, "extractor")
         return "own"
     if chosen not in (None, "inception", "classifier"):
         raise ConfigError(

@@ -71,7 +71,10 @@ def _named(entries: list[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield name and options of each entry: ddim, or {ddim: {eta: 1}}."""
     for entry in entries:
         if isinstance(entry, dict):
-            yield from ((str(name), dict(options or {})) for name, options in entry.items())
+            for name, options in entry.items():
+                if not isinstance(options, dict | None):
+                    raise ConfigError(f"samplers={name}: write its options, {{{name}:{{OPTION:VALUE}}}}, not {options}")
+                yield str(name), dict(options or {})
         else:
             yield str(entry), {}
 

@@ -20,15 +20,17 @@ from diffusion_lab.commands.train.configuration import Configuration, refuse_oth
 from diffusion_lab.commands.train.initialize import initialize
 from diffusion_lab.commands.train.trainer import build_trainer
 from diffusion_lab.errors import ConfigError
-from diffusion_lab.instantiation import locate
+from diffusion_lab.instantiation import locate, require_kind
 from diffusion_lab.io import os_errors, write_file
 from diffusion_lab.processes import CONFIG_ENV, Interrupted, Result, stop_signals
+from diffusion_lab.samplers import Sampler
 from diffusion_lab.training.callbacks import GracefulStop, Pruning, WandbSummary
 from diffusion_lab.training.loggers import Identity, identity
 from diffusion_lab.variances import Learned
 from hydra_plugins.diffusion_lab_optuna import reporter
 
 
+@os_errors()
 def run(config: DictConfig) -> Result:
     """Train a model.
 
@@ -81,7 +83,9 @@ def run(config: DictConfig) -> Result:
     saved = configuration.entries(run_identity.id, data.class_names)
     module = build.module(settings, network, condition, saved, make)
 
-    make(settings["sampler"], "sampler").check(module.denoiser)
+    sampler = make(settings["sampler"], "sampler")
+    require_kind(sampler, Sampler, "sampler")
+    sampler.check(module.denoiser)
     checks.check_disk(folder, network, settings)
     checks.check_data(data, condition, callbacks, trainer)
     if trainer.is_global_zero:  # after all checks, so that an invalid configuration leaves no files
@@ -94,7 +98,7 @@ def run(config: DictConfig) -> Result:
     os.environ[CONFIG_ENV] = str(folder / "config.yaml")  # read by the processes that Lightning starts
     failed = 1
     try:
-        with os_errors(), spawning(trainer, callbacks):
+        with spawning(trainer, callbacks):
             checkpoint = str(resume.path) if resume else None
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         failed = 0

@@ -1,7 +1,7 @@
 """Build the objects of a training run from its configuration: data, condition, network, module, callbacks, loggers."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,37 @@ from diffusion_lab.conditions import Condition
 from diffusion_lab.data.datamodule import DataModule
 from diffusion_lab.denoiser import Denoiser, Prediction
 from diffusion_lab.errors import ConfigError
-from diffusion_lab.instantiation import accepted, check, check_named, instantiate, locate
-from diffusion_lab.training.callbacks import GracefulStop
+from diffusion_lab.instantiation import PACKAGE, accepted, check, check_named, instantiate, locate, require_kind
+from diffusion_lab.losses import PointwiseLoss
+from diffusion_lab.objectives import Objective
+from diffusion_lab.samplers import Sampler
+from diffusion_lab.schedules import Schedule
+from diffusion_lab.time_samplers import TimeSampler
+from diffusion_lab.training.callbacks import GracefulStop, QualityMonitor
 from diffusion_lab.training.loggers import Identity
 from diffusion_lab.training.module import DiffusionModule
 from diffusion_lab.training.optim import LRSchedule, OptimizerConfig, TorchSchedule
+from diffusion_lab.variances import Variance
+from diffusion_lab.weightings import Weighting
 
 Config = Mapping[str, Any]
 Make = Callable[..., Any]  # `instantiate`, or `instantiate_untrusted` for the configuration of a checkpoint
 
-# Groups with a single node, and the arguments that the command passes to its constructor.
+# Groups with a single node: the class of what it describes, and the arguments that the command passes to its constructor.
+KINDS: dict[str, Any] = {
+    "data": DataModule,
+    "condition": Condition,
+    "model": nn.Module,
+    "schedule": Schedule,
+    "objective": Objective,
+    "weighting": Weighting,
+    "loss": PointwiseLoss,
+    "time_sampler": TimeSampler,
+    "sampler": Sampler,
+    "variance": Variance,
+    "clip": Callable,
+    "trainer": pl.Trainer,
+}
 PASSED: dict[str, tuple[str, ...]] = {
     "data": ("seed",),
     "condition": ("num_classes", "num_attributes", "names"),
@@ -60,7 +81,7 @@ def check_nodes(config: Config) -> None:
     """
     _check_kinds(config)
     for group, passed in PASSED.items():
-        check(config[group], group, passed)
+        check(config[group], group, passed, KINDS.get(group))
     check(_torch_arguments(config["lr_scheduler"]) or config["lr_scheduler"], "lr_scheduler", ("optimizer",))
     check_named(config["callbacks"], "callbacks", "callbacks=default", ("folder", "sampler", "clip"))
     check_named(config["logger"], "logger", "logger=[csv,wandb]", ("save_dir", "identity", "config"))
@@ -102,6 +123,7 @@ def data(config: Config, make: Make = instantiate) -> DataModule:
     """Build the data module. No file is read."""
     node = config["data"]
     module: DataModule = make(node, "data", **accepted(node, seed=config["seed"]))
+    require_kind(module, DataModule, "data")
     return module
 
 
@@ -117,6 +139,7 @@ def condition(config: Config, data: DataModule, make: Make = instantiate) -> tup
     names = list(data.attribute_names) if "names" in accepted(node, names=()) else None
     node |= accepted(node, **counts, **({} if names is None else {"names": names}))
     built: Condition = make(node, "condition")
+    require_kind(built, Condition, "condition")
     return built, node
 
 
@@ -145,6 +168,11 @@ def model(
     node |= accepted(node, **{k: v for k, v in arguments.items() if v})
     torch.manual_seed(config["seed"])
     built: nn.Module = make(node, "model")
+    require_kind(built, nn.Module, "model")
+    for name, value in (("channels", data["channels"]), ("given_channels", condition.given_channels)):
+        actual = getattr(built, name, value)
+        if actual != value:
+            raise ConfigError(f"model.{name}={actual}, and data and condition have {value}: leave model.{name} out")
     return built, node
 
 
@@ -157,17 +185,16 @@ def module(
         ConfigError: if the optimizer or scheduler cannot be built, or variance=learned and the network does not output variance
             channels.
     """
+    groups = ("schedule", "objective", "weighting", "loss", "time_sampler", "variance")
+    parts = {group: make(config[group], group) for group in groups}
+    for group, part in parts.items():
+        require_kind(part, KINDS[group], group)
     built = DiffusionModule(
         network,
-        schedule=make(config["schedule"], "schedule"),
-        objective=make(config["objective"], "objective"),
-        weighting=make(config["weighting"], "weighting"),
-        loss=make(config["loss"], "loss"),
-        time_sampler=make(config["time_sampler"], "time_sampler"),
+        **parts,
         condition=condition,
         optimizer=optimizer(config, make),
         batch_size=config["data"]["batch_size"],
-        variance=make(config["variance"], "variance"),
         seed=config["seed"],
         compiled=config["compile"],
         validation_draws=config["validation"]["draws"],
@@ -233,7 +260,7 @@ def callbacks(config: Config, folder: Path, make: Make = instantiate) -> list[pl
     for name, node in (config.get("callbacks") or {}).items():
         if node is not None:
             if "folder" in node:  # possibly from the configuration of an untrusted checkpoint
-                below = Path(node["folder"])
+                below = Path(str(node["folder"]))
                 if below.is_absolute() or ".." in below.parts:
                     raise ConfigError(
                         f"callbacks.{name}.folder={below} is outside the run folder: write a relative path"
@@ -241,6 +268,7 @@ def callbacks(config: Config, folder: Path, make: Make = instantiate) -> list[pl
                 node = {**node, "folder": str(folder / below)}
             built.append(make(node, f"callbacks.{name}"))
             _check_callback(built[-1], name, validates(config))
+    check_monitors(built, config)
     return [*built, GracefulStop()]
 
 
@@ -276,6 +304,21 @@ def _check_callback(callback: pl.Callback, name: str, validated: bool) -> None:
             f"callbacks.{name}: this {type(callback).__name__} would overwrite last.ckpt or best.ckpt of "
             f"callbacks.checkpoints: write callbacks.{name}.save_last=false and another filename"
         )
+
+
+def check_monitors(callbacks: Sequence[pl.Callback], config: Config) -> None:
+    """Raise ConfigError for a monitor that nothing logs, unless a callback of the user may log it."""
+    if any(not type(c).__module__.startswith((f"{PACKAGE}.", "pytorch_lightning.")) for c in callbacks):
+        return
+    quality = any(isinstance(c, QualityMonitor) for c in callbacks)
+    logged = ["val/loss", "train/loss"] + ["quality"] * quality
+    for name, node in (config.get("callbacks") or {}).items():
+        monitor = str((node or {}).get("monitor") or "val/loss")
+        prefixes = ("train/", "speed/", *(("fid", "fd", "confident_fraction") if quality else ()))
+        if monitor not in (*logged, "step", "epoch") and not monitor.startswith(prefixes):
+            raise ConfigError(
+                f"callbacks.{name}.monitor={monitor} is not logged by this run: write one of {', '.join(logged)}"
+            )
 
 
 def loggers(config: Config, folder: Path, identity: Identity, make: Make = instantiate) -> list[Logger]:

@@ -17,7 +17,7 @@ from diffusion_lab.conditions import Condition
 from diffusion_lab.data.datamodule import DataModule
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.io import require_space
-from diffusion_lab.training.callbacks import QualityMonitor
+from diffusion_lab.training.callbacks import QualityMonitor, Samples
 
 
 def check_processes(settings: Mapping[str, Any], resume: Resume | None) -> None:
@@ -31,6 +31,11 @@ def check_processes(settings: Mapping[str, Any], resume: Resume | None) -> None:
     if strategy == "fsdp":
         _check_sharding(settings, resume)
     each = processes.processes_per_node(options["devices"])
+    if processes.launched() is None and options["num_nodes"] > 1:
+        raise ConfigError(
+            f"trainer.num_nodes={options['num_nodes']}, and no launcher starts the other nodes: start by srun or torchrun, or "
+            "write trainer.num_nodes=1"
+        )
     started = processes.launched()
     in_slurm = "SLURM_NTASKS" in os.environ and not processes.interactive()
     if started is None and in_slurm and processes.is_multiprocess(options):
@@ -99,6 +104,11 @@ def check_data(data: DataModule, condition: Condition, callbacks: Sequence[pl.Ca
     for callback in callbacks:
         if isinstance(callback, QualityMonitor):
             callback.check(data)
+        if isinstance(callback, Samples) and data.channels not in (1, 3):
+            raise ConfigError(
+                f"callbacks.samples draws images of 1 or 3 channels, and data.channels={data.channels}: write "
+                "callbacks.samples=null"
+            )
     if 0 < data.size("val") < trainer.world_size:
         raise ConfigError(
             f"{data.size('val')} validation image(s) are fewer than the {trainer.world_size} processes: write data.val=0, or a "

@@ -1,19 +1,20 @@
 """Build Lightning's Trainer."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Checkpoint, ModelSummary, ProgressBar
+from pytorch_lightning.callbacks import Checkpoint, ModelSummary, ProgressBar, Timer
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from diffusion_lab import processes
 from diffusion_lab.commands.train.build import Config, Make, validates
-from diffusion_lab.errors import ConfigError
-from diffusion_lab.instantiation import accepted, instantiate
+from diffusion_lab.errors import ConfigError, check_number
+from diffusion_lab.instantiation import accepted, foreign, instantiate
 from diffusion_lab.training import sharding
 from diffusion_lab.training.saving import AtomicCheckpointIO
 
@@ -29,7 +30,7 @@ def build_trainer(
     node, validation = dict(config["trainer"]), config["validation"]
     if node["accelerator"] == "auto":  # not Apple's MPS, which has no float64: all coefficients are computed in it
         node["accelerator"] = "gpu" if torch.cuda.is_available() else "cpu"
-    _check_flags(node, validation["draws"])
+    _check_flags(node)
     if node["strategy"] == "fsdp":
         available = 1 if node["accelerator"] == "cpu" else torch.cuda.device_count()
         per_node = processes.processes_per_node(node["devices"]) or available
@@ -65,7 +66,7 @@ def build_trainer(
     return built
 
 
-def _check_flags(node: Config, draws: int) -> None:
+def _check_flags(node: Config) -> None:
     """Raise ConfigError for Trainer flags that are not supported, or that do not apply to an endless stream of batches."""
     if node["accelerator"] in ("gpu", "cuda") and not torch.cuda.is_available():
         raise ConfigError("trainer.accelerator=gpu, but torch sees no CUDA device: write trainer=cpu")
@@ -73,13 +74,16 @@ def _check_flags(node: Config, draws: int) -> None:
         raise ConfigError(
             "trainer.precision=16-mixed needs a GPU (on a CPU, Lightning would silently use bf16): write 32-true or bf16-mixed"
         )
-    for key in ("max_steps", "accumulate_grad_batches", "log_every_n_steps", "num_nodes"):
-        if node[key] < 1:
-            raise ConfigError(f"trainer.{key}={node[key]}: write at least 1")
-    if draws < 1:
-        raise ConfigError(f"validation.draws={draws}: write at least 1")
-    if (node["gradient_clip_val"] or 0) < 0:
-        raise ConfigError(f"trainer.gradient_clip_val={node['gradient_clip_val']} is negative: write 0 for no clipping")
+    # A step is a 32-bit word of the key of all noise.
+    for key, largest in (("max_steps", 2**32 - 1), ("accumulate_grad_batches", 10**6), ("log_every_n_steps", 10**9)):
+        check_number(f"trainer.{key}", node[key], f"[1, {largest}]", "at least 1", whole=True)
+    check_number("trainer.num_nodes", node["num_nodes"], "[1, 4096]", whole=True)
+    check_number("trainer.gradient_clip_val", node["gradient_clip_val"], "[0, 1e9]", "0 for no clipping", optional=True)
+    if node.get("max_time") is not None:
+        duration = node["max_time"] if isinstance(node["max_time"], dict) else str(node["max_time"])
+        limit = foreign(functools.partial(Timer, duration), "trainer.max_time").time_remaining()
+        if limit is not None and not limit > 0:
+            raise ConfigError(f"trainer.max_time={node['max_time']} is no time: write DD:HH:MM:SS, or leave it out")
     if node.get("barebones"):
         raise ConfigError(
             "trainer.barebones=true is not supported, since it disables loggers, checkpoints and callbacks: write "

@@ -106,6 +106,8 @@ class QualityMonitor(pl.Callback):
                 f"callbacks.quality.split={self.split} has {len(images)} image(s), but at least 2 are needed: write "
                 "callbacks.quality.split=train+val"
             )
+        if isinstance(self.extractor, str) and self.extractor not in ("inception", "classifier"):
+            raise ConfigError(f"callbacks.quality.extractor={self.extractor}: write classifier, inception, or a module")
         if self.extractor == "inception":
             extractors.weights(self.weights_path)
         elif self.extractor == "classifier":
