@@ -105,7 +105,7 @@ def test_a_network_reads_the_conditioning_image(network: type[nn.Module], option
         (lambda: Attributes(2, drop_each=-0.1), "drop_each"),
         (lambda: Attributes(2, names=["smiling"]), "name each"),
         (lambda: Tensors([]), "condition=none"),
-        (lambda: LowResolution(1, 1), r"factor=1: write a whole number in \[2, 1024\]"),
+        (lambda: LowResolution(1, 1), r"factor=1: write an integer in \[2, 1024\]"),
         (lambda: LowResolution(1, 3)({"image": torch.zeros(1, 1, 8, 8)}), "divide"),
     ],
 )

@@ -137,7 +137,7 @@ def test_passes_where_segments_do_not_divide_the_steps() -> None:
     assert passes(11, 5, 2) == [(0, 1, False), (1, 6, False), (1, 6, True), (6, 11, False), (6, 11, True)]
     assert passes(3, 5, 10) == passes(3, 3, 10) == passes(3, 1, 1) == [(0, 3, False)]
     for arguments in ((10, 0, 1), (10, 1, 0)):
-        with pytest.raises(ValueError, match=r"inpaint.(jump_length|resample)=0: write a whole number in"):
+        with pytest.raises(ValueError, match=r"inpaint.(jump_length|resample)=0: write an integer in"):
             passes(*arguments)
 
 
@@ -349,5 +349,5 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match="one image at a time"):
         inpaint(ODE(), denoiser, two, two, HOLE, index=torch.arange(2))
     assert inpaint(DDIM(3), denoiser, two, two, HOLE, index=torch.arange(2), resample=1).x.shape == two.shape
-    with pytest.raises(ValueError, match=r"inpaint.resample=0: write a whole number in \[1, 10000\]"):
+    with pytest.raises(ValueError, match=r"inpaint.resample=0: write an integer in \[1, 10000\]"):
         inpaint(DDIM(3), denoiser, two, PICTURE, HOLE, index=torch.arange(2), resample=0)

@@ -40,7 +40,7 @@ def test_batches_hold_every_image_once_with_its_condition():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0,), r"n=0: write a whole number in \[1, 1000000000\]"),
+        ((0,), r"n=0: write an integer in \[1, 1000000000\]"),
         ((3, 0), "batch_size=0"),
         ((3, 2, {"label": torch.arange(2)}), "one row for each"),
     ],

@@ -182,7 +182,7 @@ def test_epochs_and_seeds_have_different_orders() -> None:
 @pytest.mark.parametrize("key", [{"seed": -1}, {"seed": 2**64}, {"seed": 0, "draw": -1}, {"seed": 0, "draw": 2**32}])
 def test_seeds_and_draws_out_of_range_are_refused(key: dict[str, int]) -> None:
     with pytest.raises(
-        ValueError, match=r"seed=.*: write a whole number in \[0, 18446744073709551615\]|draw=.* is outside"
+        ValueError, match=r"seed=.*: write an integer in \[0, 18446744073709551615\]|draw=.* is outside"
     ):
         words(1, index=torch.arange(1), **key)  # type: ignore[arg-type]
 

@@ -595,9 +595,9 @@ def test_ve_has_the_sigmas_of_diffusers() -> None:
     [
         (lambda: Linear(20), "steps=21"),
         (lambda: Linear(beta_start=0.03), "beta_start"),
-        (lambda: Linear(1), r"steps=1: write a whole number in \[2, 100000\]"),
+        (lambda: Linear(1), r"steps=1: write an integer in \[2, 100000\]"),
         (lambda: ScaledLinear(12), "steps=13"),
-        (lambda: Cosine(1), r"steps=1: write a whole number in \[2, 100000\]"),
+        (lambda: Cosine(1), r"steps=1: write an integer in \[2, 100000\]"),
         (lambda: Cosine(beta_max=1.0), "0.999"),
         (lambda: Sigmoid(start=3, end=-3), "start < end"),
         (lambda: Sigmoid(tau=0), r"tau=0: write a number in \[0.01, 100\]"),

@@ -271,8 +271,8 @@ def test_a_restored_importance_sampler_continues_identically() -> None:
     [
         (lambda: LogNormal(std=0.0), r"std=0.0: write a number in \(0, 20\]"),
         (lambda: LogitNormal(mean=math.nan), r"mean=nan: write a number in \[-20, 20\]"),
-        (lambda: Importance(history=0), r"history=0: write a whole number in \[1, 1000\]"),
-        (lambda: Importance(bins=0), r"bins=0: write a whole number in \[1, 10000\]"),
+        (lambda: Importance(history=0), r"history=0: write an integer in \[1, 1000\]"),
+        (lambda: Importance(bins=0), r"bins=0: write an integer in \[1, 10000\]"),
         (lambda: Importance(uniform_prob=1.5), r"uniform_prob=1.5: write a number in \[0, 1\]"),
     ],
 )

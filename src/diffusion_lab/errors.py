@@ -52,11 +52,11 @@ def check_number(
         value: any object.
         interval: "[0, 1)", "(0, inf]": a bracket includes the end, also an infinite one.
         hint: the end of the message.
-        whole: allow whole numbers alone.
+        whole: allow integers alone.
         optional: allow None.
     """
     if not (value is None and optional) and not _inside(value, interval, whole):
-        kind = ("null, or " if optional else "") + ("a whole number" if whole else "a number")
+        kind = ("null, or " if optional else "") + ("an integer" if whole else "a number")
         raise ConfigError(f"{name}={shown(value)}: write {kind} in {interval}{': ' * bool(hint)}{hint}")
 
 
@@ -66,7 +66,7 @@ def check_numbers(
     """Raise ConfigError unless `values` is a list or tuple of numbers in an interval; `length`: of that many."""
     fits = isinstance(values, Sequence) and not isinstance(values, str | bytes) and length in (None, len(values))
     if not (fits and all(_inside(value, interval, whole) for value in values)):
-        kind = f"a list of {'' if length is None else f'{length} '}{'whole ' if whole else ''}numbers"
+        kind = f"a list of {'' if length is None else f'{length} '}{'integers' if whole else 'numbers'}"
         raise ConfigError(f"{name}={shown(values)}: write {kind} in {interval}{': ' * bool(hint)}{hint}")
 
 

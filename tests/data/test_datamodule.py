@@ -101,11 +101,11 @@ def test_unused_labels_are_left_out():
     [
         ({"channels": 3}, r"Digits has 1 channel.* write data\.channels=1 data\.image_size=\[8,8\]"),
         ({"image_size": [8, 16]}, r"but data.channels=1 and data.image_size=\[8,16\]"),
-        ({"image_size": [8]}, r"image_size=\[8\]: write a list of 2 whole numbers in \[1, 65536\]: \[height,width\]"),
+        ({"image_size": [8]}, r"image_size=\[8\]: write a list of 2 integers in \[1, 65536\]: \[height,width\]"),
         ({"num_classes": 9}, r"data\.num_classes=9, but Digits has 10: write data\.num_classes=10"),
         ({"num_attributes": 4}, r"write data\.num_attributes=0"),
         ({"test": None}, r"data\.test=null"),
-        ({"batch_size": 0}, r"data\.batch_size=0: write a whole number in \[1, 1000000\]"),
+        ({"batch_size": 0}, r"data\.batch_size=0: write an integer in \[1, 1000000\]"),
     ],
 )
 def test_a_configuration_that_contradicts_the_data_is_refused(options, remedy):

@@ -423,7 +423,7 @@ def cases(target: Any, name: str, forms: set[str]) -> list[Any]:
     try:
         target(**{**arguments_of(target), name: math.nan})
     except ConfigError as error:
-        if stated := re.search(r"(whole )?numbers? in ([\[(])([-\w.+]+), ([-\w.+]+)([\])])", str(error)):
+        if stated := re.search(r"(integers?)?(?: numbers?)? in ([\[(])([-\w.+]+), ([-\w.+]+)([\])])", str(error)):
             whole, opening, low, high, closing = stated.groups()
             if not whole:
                 values += [float(low)] * (opening == "[") + [float(high)] * (closing == "]")

@@ -37,7 +37,7 @@ EARLY = {
     ("train", "logger=[3]"): "write one of csv",
     ("train", "--multirun", "seed=range(1,1)"): "has no values",
     ("train", f"seed={2**64}"): "[0, 18446744073709551615]",
-    ("train", "seed=${oc.env:HOME}"): "write a whole number",
+    ("train", "seed=${oc.env:HOME}"): "write an integer",
     ("train", "run_dir=/tmp"): "hydra.run.dir=FOLDER",
     ("train", "run_dir=null"): "hydra.run.dir=FOLDER",
     ("train", "hydra.run.dir=/proc/x"): "cannot be written",
@@ -54,7 +54,7 @@ EARLY = {
 }
 
 
-@pytest.mark.parametrize(("line", "remedy"), EARLY.items(), ids=lambda value: " ".join(value)[:60])
+@pytest.mark.parametrize(("line", "remedy"), EARLY.items(), ids=str)
 def test_what_no_run_can_be_is_refused_before_the_imports(line, remedy, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
     outcome = command(line[0], line[1:], capfd)
@@ -83,7 +83,7 @@ LATE = {
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize(("arguments", "remedy"), LATE.items(), ids=" ".join)
+@pytest.mark.parametrize(("arguments", "remedy"), LATE.items(), ids=str)
 def test_what_a_constructor_refuses_leaves_no_folder(arguments, remedy, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
     outcome = command("train", tiny(arguments), capfd)

@@ -54,8 +54,8 @@ def test_whole_numbers_lists_and_null() -> None:
     check_number("key", np.int64(3), "[1, 3]", whole=True)
     check_number("key", None, "[1, 3]", optional=True)
     check_numbers("key", (1, 2), "[1, 3]", whole=True, length=2)
-    with pytest.raises(ConfigError, match=r"^key=1.0: write null, or a whole number in \[1, 3\]: hint$"):
+    with pytest.raises(ConfigError, match=r"^key=1.0: write null, or an integer in \[1, 3\]: hint$"):
         check_number("key", 1.0, "[1, 3]", "hint", whole=True, optional=True)
     for values in ("12", [1], [1, 2, 3], [1, 4], 1, None, [1, True]):
-        with pytest.raises(ConfigError, match=r"write a list of 2 whole numbers in \[1, 3\]$"):
+        with pytest.raises(ConfigError, match=r"write a list of 2 integers in \[1, 3\]$"):
             check_numbers("key", values, "[1, 3]", whole=True, length=2)

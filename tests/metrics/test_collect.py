@@ -306,5 +306,5 @@ def test_a_metric_under_another_key_has_its_own_arguments_and_names():
         lambda: PRDC(neighbors=0),
         lambda: InceptionScore(0),
     ):
-        with pytest.raises(ValueError, match="write a whole number in"):
+        with pytest.raises(ValueError, match="write an integer in"):
             make()

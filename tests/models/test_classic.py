@@ -57,7 +57,7 @@ def test_learned_variance_doubles_the_channels():
 
 
 @pytest.mark.parametrize(
-    ("options", "remedy"), [({"levels": 0}, r"levels=0: write a whole number in \[1, 12\]"), ({"width": 5}, "even")]
+    ("options", "remedy"), [({"levels": 0}, r"levels=0: write an integer in \[1, 12\]"), ({"width": 5}, "even")]
 )
 def test_refusals_name_the_remedy(options, remedy):
     with pytest.raises(ValueError, match=remedy):

@@ -58,7 +58,7 @@ def test_labels_and_attributes_have_the_same_null_embedding():
     [
         (lambda: Embedding(16, "learned", torch.nn.SiLU, None), "sinusoidal, fourier"),
         (lambda: Embedding(15, "sinusoidal", torch.nn.SiLU, None), "even"),
-        (lambda: Embedding(2, "sinusoidal", torch.nn.SiLU, None), "width=2: write a whole number in \\[4, 65536\\]"),
+        (lambda: Embedding(2, "sinusoidal", torch.nn.SiLU, None), "width=2: write an integer in \\[4, 65536\\]"),
         (lambda: Embedding(3, "fourier", torch.nn.SiLU, None), "even"),
         (lambda: Embedding(16, "sinusoidal", torch.nn.SiLU, 0), "null"),
         (lambda: Embedding(16, "sinusoidal", torch.nn.SiLU, None)(torch.ones(2), torch.ones(2).long()), "num_classes"),

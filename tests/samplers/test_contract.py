@@ -339,7 +339,7 @@ def test_the_budget_of_an_adaptive_solver_is_a_limit(name: str) -> None:
 
 @pytest.mark.parametrize("name", STEPPED)
 def test_steps_and_grid_out_of_range_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=r"steps=0: write null, or a whole number in \[1, 100000\]"):
+    with pytest.raises(ValueError, match=r"steps=0: write null, or an integer in \[1, 100000\]"):
         make(name, 0)
     with pytest.raises(ValueError, match="fewer"):
         make(name, 41).check(oracle(DATA, SCHEDULES["Linear-40"], PredV()))

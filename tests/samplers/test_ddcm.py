@@ -143,5 +143,5 @@ def test_indices_of_another_code_are_refused(wrong: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("options", [{"codebook": 1}, {"codebook": 0}])
 def test_a_codebook_needs_two_vectors(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"codebook=[01]: write a whole number in \[2, 65536\]"):
+    with pytest.raises(ValueError, match=r"codebook=[01]: write an integer in \[2, 65536\]"):
         DDCM(**options)

@@ -279,7 +279,7 @@ def test_nan_is_named_with_its_evaluation_and_time() -> None:
 @pytest.mark.parametrize("options", [{"rtol": 0.0}, {"atol": -1e-5}, {"budget": 0}])
 def test_arguments(options: dict[str, Any]) -> None:
     with pytest.raises(
-        ValueError, match=r"[ra]tol=.*: write a number in \[1e-14, 1\]|budget=0: write null, or a whole number"
+        ValueError, match=r"[ra]tol=.*: write a number in \[1e-14, 1\]|budget=0: write null, or an integer"
     ):
         ODE(**options)
 

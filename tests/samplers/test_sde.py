@@ -374,7 +374,7 @@ def test_an_infinite_drift_is_refused(schedule: Schedule) -> None:
     ("options", "remedy"),
     [
         ({"predictor": "ancestral"}, "write one of reverse_diffusion, euler_maruyama"),
-        ({"corrector_steps": -1}, r"corrector_steps=-1: write a whole number in \[0, 1000\]"),
+        ({"corrector_steps": -1}, r"corrector_steps=-1: write an integer in \[0, 1000\]"),
         ({"snr": 0.0}, r"snr=0.0: write a number in \(0, 10\]"),
         ({"snr": math.nan}, "snr=nan"),
         ({"budget": 1}, "write a larger budget"),
