@@ -24,7 +24,7 @@ SPARE = 64 << 20  # bytes that are kept free on a disk; bytes that a .zip may un
 MOST_INFLATION = (
     100  # unpacked bytes of a .zip for a packed one: arrays and images that people look at take less than 50
 )
-MOST_VALUES, DEEPEST = 2_000_000, 100  # of nested plain values in one file
+MOST_VALUES, DEEPEST = 500_000, 100  # of nested plain values in one file
 
 T = TypeVar("T")
 

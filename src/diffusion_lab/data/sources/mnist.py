@@ -14,7 +14,7 @@ from diffusion_lab.data.sources.base import Dataset, Source, train_and_test
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.io import read_bytes, require_file
 
-MOST_BYTES = 256 << 20  # of an idx file: the largest published one has 47 million
+MOST_BYTES = 128 << 20  # of an idx file: the largest published one has 47 million
 
 
 class _IdxSource(Source):
