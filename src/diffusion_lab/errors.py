@@ -29,6 +29,10 @@ class ConfigError(ValueError):
         super().__init__(printable(message))
 
 
+class DamagedFileError(ValueError):
+    """Content that a reader refuses. The function that opened the file turns it into a ConfigError with the file's name."""
+
+
 class UntrustedNode(dict[str, Any]):
     """A mapping read from a file. Only `instantiation.instantiate_untrusted` builds what its `_target_` names.
 

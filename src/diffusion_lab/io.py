@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, TypeVar
 
-from diffusion_lab.errors import ConfigError, printable
+from diffusion_lab.errors import ConfigError, DamagedFileError, printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -399,13 +399,13 @@ def require_npy(file: IO[bytes], size: int) -> "tuple[tuple[int, ...], np.dtype[
     version = np.lib.format.read_magic(file)
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     if version not in readers:
-        raise ValueError(f"version {version} of the .npy format")
+        raise DamagedFileError(f"version {version} of the .npy format")
     shape, _, dtype = readers[version](file)
     if dtype.hasobject:
-        raise ValueError("an array of Python objects")
+        raise DamagedFileError("an array of Python objects")
     declared, actual = math.prod(shape) * dtype.itemsize, size - file.tell()
     if min(shape, default=0) < 0 or declared != actual:
-        raise ValueError(f"it declares {dtype} {shape}, {declared:,} bytes, and has {actual:,}")
+        raise DamagedFileError(f"it declares {dtype} {shape}, {declared:,} bytes, and has {actual:,}")
     return shape, dtype
 
 
@@ -428,9 +428,9 @@ def load_npy(path: Path, shape: tuple[int | None, ...], dtype: str, remedy: str)
         with path.open("rb") as file:
             actual, kind = require_npy(file, path.stat().st_size)
         if len(actual) != len(shape) or any(n not in (None, m) for n, m in zip(shape, actual, strict=True)):
-            raise ValueError(f"its shape is {actual}")
+            raise DamagedFileError(f"its shape is {actual}")
         if kind != np.dtype(dtype):
-            raise ValueError(f"its values are {kind}")
+            raise DamagedFileError(f"its values are {kind}")
         array: NDArray[Any] = np.load(path, mmap_mode="r")
     except Exception as error:  # numpy's parser of the header raises nearly anything
         reason = " ".join(str(error).split())[:160] or type(error).__name__

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_lab.errors import ConfigError, printable
+from diffusion_lab.errors import ConfigError, DamagedFileError, printable
 from diffusion_lab.io import refuse_bombs, require_file
 from diffusion_lab.processes import rank
 
@@ -107,13 +107,13 @@ def read(path: Path, kind: str, remedy: str) -> dict[str, Any]:
         _check_members(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if not isinstance(content, dict):
-            raise ValueError(f"it holds a {type(content).__name__}")
+            raise DamagedFileError(f"it holds a {type(content).__name__}")
         refuse_bombs(content, str(path))
         _check_tensors(content, path.stat().st_size)
         if HASH not in content:
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():
-                    raise ValueError(f"the checksum of {damaged} differs")
+                    raise DamagedFileError(f"the checksum of {damaged} differs")
     except ConfigError:
         raise
     except Exception as error:  # zipfile and torch raise many types for damaged files
@@ -143,19 +143,19 @@ def _print_unverified(path: Path, kind: str) -> None:
 
 
 def _check_members(path: Path) -> None:
-    """Raise ValueError for a .zip that torch.save did not write: compressed members, or a pickle that calls other functions."""
+    """Raise DamagedFileError for a .zip that torch.save did not write: compressed members, a pickle that calls functions."""
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         if any(m.compress_type != zipfile.ZIP_STORED or m.compress_size != m.file_size for m in members):
-            raise ValueError("its members are compressed")
+            raise DamagedFileError("its members are compressed")
         if sum(m.file_size for m in members) > path.stat().st_size:
-            raise ValueError("its members overlap")
+            raise DamagedFileError("its members overlap")
         pickles = [m for m in members if m.filename.endswith(".pkl")]
         if len(pickles) != 1 or pickles[0].file_size > MOST_PICKLE:
-            raise ValueError("it has no data.pkl of a sensible size")
+            raise DamagedFileError("it has no data.pkl of a sensible size")
         for code, argument, _ in pickletools.genops(archive.read(pickles[0])):
             if code.name == "GLOBAL" and not _is_called(str(argument)):
-                raise ValueError(f"it refers to {str(argument).replace(' ', '.')}")
+                raise DamagedFileError(f"it refers to {str(argument).replace(' ', '.')}")
 
 
 def _is_called(name: str) -> bool:
@@ -166,7 +166,7 @@ def _is_called(name: str) -> bool:
 
 
 def _check_tensors(content: Mapping[str, Any], size: int) -> None:
-    """Raise ValueError for tensors that stand for more numbers than a file of `size` bytes holds."""
+    """Raise DamagedFileError for tensors that stand for more numbers than a file of `size` bytes holds."""
     storages: dict[int, int] = {}
     waiting: list[Any] = [content]
     while waiting:
@@ -177,10 +177,10 @@ def _check_tensors(content: Mapping[str, Any], size: int) -> None:
             waiting += value
         elif isinstance(value, Tensor):
             if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
-                raise ValueError(f"it holds a tensor of layout {value.layout} on {value.device}")
+                raise DamagedFileError(f"it holds a tensor of layout {value.layout} on {value.device}")
             storage = value.untyped_storage()
             if value.numel() * value.element_size() > storage.nbytes():
-                raise ValueError(f"a tensor {tuple(value.shape)} is expanded from fewer numbers")
+                raise DamagedFileError(f"a tensor {tuple(value.shape)} is expanded from fewer numbers")
             storages[storage.data_ptr()] = storage.nbytes()
     if sum(storages.values()) > size:
-        raise ValueError("its tensors declare more numbers than it holds")
+        raise DamagedFileError("its tensors declare more numbers than it holds")

@@ -7,7 +7,7 @@ from typing import Any
 
 from diffusion_lab.checkpoint import archive
 from diffusion_lab.checkpoint.build import fitting
-from diffusion_lab.errors import ConfigError
+from diffusion_lab.errors import ConfigError, DamagedFileError
 from diffusion_lab.instantiation import untrusted
 from diffusion_lab.models.classifier import Classifier
 
@@ -66,11 +66,11 @@ def load_classifier(path: Path) -> TrainedClassifier:
 
 
 def _check_config(config: dict[str, Any]) -> None:
-    """Raise ValueError for a configuration without the entries that this project writes."""
+    """Raise DamagedFileError for a configuration without the entries that this project writes."""
     data = config["data"]
     if not (
         isinstance(data["name"], str) and len(data["shape"]) == 3 and all(isinstance(n, int) for n in data["shape"])
     ):
-        raise ValueError("data has no name or shape")
+        raise DamagedFileError("data has no name or shape")
     if not isinstance(data["classes"], int) or not isinstance(config["schedule"], dict | None):
-        raise ValueError("data.classes or schedule is missing")
+        raise DamagedFileError("data.classes or schedule is missing")

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from diffusion_lab.errors import ConfigError, check_number, check_numbers
+from diffusion_lab.errors import ConfigError, DamagedFileError, check_number, check_numbers
 from diffusion_lab.io import read_bytes, require_file
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
@@ -72,7 +72,7 @@ class Files:
             if self._zip is None:
                 return read_bytes(self.path / name, MOST_BYTES)
             if self._members[name].file_size > MOST_BYTES:
-                raise ValueError(f"it declares {self._members[name].file_size / 2**20:,.0f} MiB")
+                raise DamagedFileError(f"it declares {self._members[name].file_size / 2**20:,.0f} MiB")
             return self._zip.read(name)
         except ConfigError:
             raise

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from diffusion_lab.errors import ConfigError
+from diffusion_lab.errors import ConfigError, DamagedFileError
 from diffusion_lab.io import read_bytes
 
 MOST_BYTES, MOST_PIXELS = 64 << 20, 1 << 26  # of the file of a grid
@@ -43,7 +43,7 @@ def picture(path: Path, limit: int) -> Picture:
         raw = read_bytes(path, MOST_BYTES)
         with Image.open(io.BytesIO(raw), formats=("PNG",)) as opened:
             if opened.width * opened.height > MOST_PIXELS:
-                raise ValueError(f"it has {opened.width}×{opened.height} pixels")
+                raise DamagedFileError(f"it has {opened.width}×{opened.height} pixels")
             opened.load()
             if opened.format == "PNG" and len(raw) <= limit:
                 return Picture(_data_url("png", raw), *opened.size)

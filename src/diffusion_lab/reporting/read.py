@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from diffusion_lab.errors import ConfigError
+from diffusion_lab.errors import ConfigError, DamagedFileError
 from diffusion_lab.io import parse_plain, read_bytes
 
 Row = dict[str, Any]  # one row of metrics.json
@@ -239,7 +239,7 @@ def _read_yaml(path: Path) -> Any:
         try:
             return yaml.load(text, _Loader)
         except yaml.YAMLError as error:
-            raise ValueError(str(error)) from None
+            raise DamagedFileError(str(error)) from None
 
     try:
         return parse_plain(read_bytes(path, MOST_YAML), loads, path.name)
@@ -315,7 +315,7 @@ def _read_curves(path: Path, notes: list[str]) -> dict[str, Curve]:
     for row in body:
         try:
             if len(row) != len(header):
-                raise ValueError
+                raise DamagedFileError
             step = int(float(row[step_column]))
             values = [(i, float(row[i])) for i in shown if row[i]]
         except (ValueError, OverflowError):

@@ -9,7 +9,7 @@ from diffusion_lab.data.cache import cache_folders, decoded
 from diffusion_lab.data.decode import Decoder, Files
 from diffusion_lab.data.images import Examples
 from diffusion_lab.data.sources.base import Dataset, Source
-from diffusion_lab.errors import ConfigError
+from diffusion_lab.errors import ConfigError, DamagedFileError
 from diffusion_lab.io import read_bytes
 
 FOLDER, IMAGES = "celeba", "img_align_celeba"
@@ -115,7 +115,7 @@ def _read_table(path: Path, skip: int) -> tuple[tuple[str, ...], np.ndarray]:
         header = tuple(lines[skip - 1].split()) if skip else ()
         table = np.array([line.split()[1:] for line in sorted(filter(None, lines[skip:]))], dtype=np.int64)
         if table.ndim != 2 or table.shape[1] != (len(header) or 1):
-            raise ValueError(f"it holds {table.shape} integers")
+            raise DamagedFileError(f"it holds {table.shape} integers")
         return header, table
     except (ValueError, IndexError, OverflowError) as error:
         if isinstance(error, ConfigError):

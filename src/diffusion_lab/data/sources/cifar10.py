@@ -15,7 +15,7 @@ import numpy as np
 
 from diffusion_lab.data.download import Remote, fetch
 from diffusion_lab.data.sources.base import Dataset, Source, train_and_test
-from diffusion_lab.errors import ConfigError
+from diffusion_lab.errors import ConfigError, DamagedFileError
 from diffusion_lab.io import read_bytes, require_file
 
 HARMLESS = ("numpy.dtype", "_codecs.encode")
@@ -55,7 +55,7 @@ class CIFAR10(Source):
                 len(a) != len(b) or not ((b >= 0) & (b < len(CLASSES))).all()
                 for a, b in zip(images, labels, strict=True)
             ):
-                raise ValueError("its labels do not fit its images")
+                raise DamagedFileError("its labels do not fit its images")
         except Exception as error:  # a damaged pickle raises nearly anything
             raise ConfigError(f"{source.absolute()} is damaged ({error}): delete it and run again") from error
         train, train_labels = np.concatenate(images[:-1]), np.concatenate(labels[:-1])

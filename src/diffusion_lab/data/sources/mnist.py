@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffusion_lab.data.download import Remote, fetch
 from diffusion_lab.data.sources.base import Dataset, Source, train_and_test
-from diffusion_lab.errors import ConfigError
+from diffusion_lab.errors import ConfigError, DamagedFileError
 from diffusion_lab.io import read_bytes, require_file
 
 MOST_BYTES = 128 << 20  # of an idx file: the largest published one has 47 million
@@ -93,7 +93,7 @@ def _read(path: Path, parse: Callable[[str], Tensor]) -> np.ndarray:
         with tempfile.TemporaryDirectory() as temporary, gzip.open(path) as packed:
             content = packed.read(MOST_BYTES + 1)
             if len(content) > MOST_BYTES:
-                raise ValueError(f"it unpacks to more than {MOST_BYTES / 2**20:,.0f} MiB")
+                raise DamagedFileError(f"it unpacks to more than {MOST_BYTES / 2**20:,.0f} MiB")
             plain = Path(temporary) / "idx"
             plain.write_bytes(content)
             return parse(str(plain)).numpy()
