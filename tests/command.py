@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -151,7 +152,7 @@ def evaluated(arguments: Sequence[str], out: Path, capfd: pytest.CaptureFixture[
     assert outcome.code == code, outcome.err
     if code:
         assert not out.exists()
-        assert outcome.err.count("error: ") == 1
+        assert len(re.findall(r"(?:^|[\r\n])error: ", outcome.err)) == 1
         assert "Traceback" not in outcome.err
         return outcome.err.splitlines()[-1]
     return outcome, json.loads((out / "metrics.json").read_text())

@@ -38,7 +38,7 @@ def ClassifierFree(
 
     Args:
         denoiser: its network takes `label`, int64 (B,) with a null label or float (B, K) where zeros mean no label.
-        scale: s in [0, 1000]; 0 is the unconditional model.
+        scale: s in [0, 10⁹]; 0 is the unconditional model.
         rescale: φ in [0, 1]; the guided output is interpolated with weight φ to its rescaling to the standard deviation of the
             conditional one, for each image (Lin et al. 2024, eq. 15 and 16, who publish 0.7).
         interval: (low, high) in [0, 1]; guide at times t in (low, high] only (Kynkäänniemi et al. 2024, who state it in σ).
@@ -81,7 +81,7 @@ def ClassifierGuidance(
         denoiser: the denoiser to guide; a network that takes labels gets them too.
         classifier: (x_t (B, C, H, W), t 0-d or (B,)) → logits (B, K), differentiable.
         num_classes: K; labels ≥ K are null labels. None uses the number of logits.
-        scale: s in [0, 1000].
+        scale: s in [0, 10⁹].
         interval: (low, high) in [0, 1]; guide at times t in (low, high] only.
         form: "exact" or "published".
         labeled: whether the network itself takes labels; None means that it has the attribute `num_classes`. Otherwise this
@@ -252,8 +252,8 @@ class ClassifierTransform:
 
 
 def _scale(scale: float) -> float:
-    """Return `scale`. Raises ConfigError: it is outside [0, 1000]."""
-    check_number("guidance.scale", scale, "[0, 1000]")
+    """Return `scale`. Raises ConfigError: it is outside [0, 10⁹]."""
+    check_number("guidance.scale", scale, "[0, 1000000000]")
     return float(scale)
 
 

@@ -126,7 +126,7 @@ def test_evaluation_says_what_guided(run, judges, cache, tmp_path, capfd):
     common = [a for a in common if not a.startswith("out=")]
     outcome = command("evaluate", [*common, f"out={tmp_path / 'other'}", "metrics=[nll]", "guidance=cfg"], capfd)
     assert outcome.code == 2
-    assert "leave out guidance" in outcome.err
+    assert "write guidance=none" in outcome.err
 
 
 @pytest.mark.integration
@@ -214,7 +214,7 @@ def test_attributes_by_their_names(tmp_path, capfd, monkeypatch):
         ("run", ["labels=[3,10]"], "0 … 9"),
         ("run", ["labels=[three]"], "cycle or a list"),
         ("run", ["condition_data=somewhere"], "remove it"),
-        ("run", ["guidance=cfg", "guidance.scale=-1"], "finite number >= 0"),
+        ("run", ["guidance=cfg", "guidance.scale=-1"], "write a number in [0, 1000000000]"),
         ("run", ["guidance=cfg", "guidance.interval=[0.5,0.1]"], "low < high"),
         ("run", ["guidance.scale=2"], "guidance"),
         ("run", ["guidance=classifier"], "train_classifier.py data=digits noisy=true schedule=cosine"),

@@ -219,7 +219,7 @@ def test_references_are_exported_imported_and_not_mixed_up(measured, settings, t
             {"reference": kept, "split": "all", "metrics": ["prdc"], "extractor": "classifier"},
             "remove reference=, or kid and prdc",
         ),
-        ({"reference": str(tmp_path / "inception.npz")}, "has 2048 features, and extractor=classifier has 64"),
+        ({"reference": str(tmp_path / "inception.npz")}, "has 2048 features, but extractor=classifier has 64"),
     ):
         with pytest.raises(ValueError, match=said):
             prepare(settings(**values))
@@ -252,7 +252,7 @@ def test_inception_metrics_without_weights_are_one_line(evaluate, settings, tmp_
     ("values", "remedy"),
     [
         ({"metrics": ["fud"]}, "write one of custom, fd, fd_classifier, fid, is, kid, nll, prdc"),
-        ({"metrics": []}, "write some of fid, kid, is, prdc"),
+        ({"metrics": []}, "write one or more of fid, kid, is, prdc"),
         ({"n": 1}, "n=1: write at least 2"),
         ({"samplers": ["dpm"]}, "samplers=dpm is unknown"),
         ({"samplers": [{"ddim": {"etta": 1}}]}, "no option etta"),
@@ -265,7 +265,7 @@ def test_inception_metrics_without_weights_are_one_line(evaluate, settings, tmp_
         ({"weights": "0.7"}, r"weights=0\.7 is not in the checkpoint"),
         ({"ckpt": "nowhere"}, "no checkpoint at nowhere"),
         ({"ckpt": None}, "ckpt=PATH"),
-        ({"extractor": {"_target_": "builtins.dict"}, "metrics": ["fd"]}, r"no torch\.nn\.Module"),
+        ({"extractor": {"_target_": "builtins.dict"}, "metrics": ["fd"]}, "is not a torch.nn.Module"),
         ({"metrics": ["prdc"], "n": 5}, "at least 6 images"),
         ({"images": "here.npz", "ckpt": None}, "data=digits"),
         ({"images": "here.npz"}, "ckpt=PATH"),

@@ -159,10 +159,10 @@ def test_what_cannot_be_fitted(made, fit, capfd, tmp_path):
     for arguments, remedy in {
         ("variance=fixed_small",): "write variance=analytic",
         ("variance=learned",): "write variance=analytic",
-        ("n=0",): "at least 1",
-        ("nodes=41",): "nodes=null",
+        ("n=0",): "an integer in [1, 1000000000]",
+        ("nodes=41",): "nodes=41: write null, or an integer in [1, 40]",
         ("variance=sn", "devices=2"): "devices=1",
-        ("variance=sn", "steps=0"): "at least 1",
+        ("variance=sn", "steps=0"): "an integer in [1, 1000000000]",
         ("weights=0.5",): "ema, raw",
         ("device=tpu",): "write auto, cpu or cuda",
     }.items():
@@ -215,7 +215,7 @@ REFUSED = {
     ("variance=learned", "sampler=ddim"): "sampler=ddpm",
     ("variance=learned", "variance.loss=mse"): "hybrid, vlb",
     ("variance=learned", "sampler=ddpm", "schedule=vp", "sampler.steps=4"): "schedule=cosine",
-    ("sampler=ddpm", "sampler.max_final_noise=0"): "1 or 2 (levels)",
+    ("sampler=ddpm", "sampler.max_final_noise=0"): "1 or 2 levels",
     ("sampler.grid=optimal",): "write variance=analytic",
 }
 

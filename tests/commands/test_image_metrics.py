@@ -196,7 +196,7 @@ MINE = "+metrics.mine._target_"
 @pytest.mark.parametrize(
     ("arguments", "remedy"),
     [
-        (["metrics=[]"], "write some of fid, kid, is, prdc, fd, fd_classifier, nll, or +metrics.NAME._target_="),
+        (["metrics=[]"], "write one or more of fid, kid, is, prdc, fd, fd_classifier, nll, or +metrics.NAME._target_="),
         (["metrics=null"], "write metrics=[] for none"),
         (["logger=null"], "write logger=[] for none"),
         (["metrics=[fud]"], "did you mean fd?"),
@@ -209,10 +209,10 @@ MINE = "+metrics.mine._target_"
         ([f"{MINE}=torchmetrics.MeanMetric", "+metrics.mine.color=1"], "metrics.mine: MeanMetric raised an error"),
         ([f"{MINE}=own_features.Extremes", "+metrics.mine.color=1"], "Extremes has no argument color"),
         (["metrics=[kid]", "+metrics.kid.subset=3"], "KID has no argument subset (did you mean subsets?)"),
-        (["metrics=[kid]", "metrics.kid.subset_size=1"], "metrics.kid.subset_size=1: write at least 2"),
+        (["metrics=[kid]", "metrics.kid.subset_size=1"], "metrics.kid.subset_size=1: write an integer in [2, 1000000]"),
         (["metrics=[kid]", "metrics.kid.subset_size=few"], "write an integer"),
         (["metrics=[prdc]", "extractor=classifier", "metrics.prdc.neighbors=70"], "at least 71 images"),
-        ([f"{MINE}=torchmetrics.MeanSquaredError"], "MeanSquaredError.update takes"),
+        ([f"{MINE}=torchmetrics.MeanSquaredError"], "MeanSquaredError.update has the signature"),
         (["+metrics.n._target_=torchmetrics.MeanMetric"], "write +metrics.my_n._target_="),
         ([*FID[:1], "+metrics.mine.feature={_target_: torch.nn.Conv2d, in_channels: 2, out_channels: 1, kernel_size: 1}"],
          "metrics.mine: "),

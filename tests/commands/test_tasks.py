@@ -275,7 +275,7 @@ REFUSED = {  # by a command: the checkpoint is read, nothing is sampled or writt
     ("task=edit", "image={given}/broken.png"): "cannot be read as an image",
     ("task=inpaint", "image={given}/a.png", "mask={given}/large.png"): "resize it to 8×8",
     ("task=inpaint", "image={given}/a.png", "mask={given}/black.png"): "no white pixel",
-    ("task=inpaint", "image={given}/a.png", "mask={given}/mask.png", "inpaint.resample=0"): "at least 1",
+    ("task=inpaint", "image={given}/a.png", "mask={given}/mask.png", "inpaint.resample=0"): "inpaint.resample=0: write an integer in [1, 10000]",
     ("task=inpaint", "image={given}/a.png"): "needs mask=PATH",
     ("task=encode", "image={given}/a.png", "sampler.eta=1"): "sampler=ddim variance=fixed_small",
     ("task=encode", "image={given}/a.png", "sampler.grid=leading"): "grid=trailing",
@@ -305,10 +305,10 @@ def test_latents_of_another_checkpoint_are_refused(sample, run, given, tmp_path,
     latents = f"latents={tmp_path / 'own' / 'latents.npz'}"
     refused = command("sample", [f"ckpt={run}", "task=decode", latents, "weights=raw", f"out={tmp_path / 'x'}"], capfd)
     assert refused.code == 2
-    assert "was not encoded with these weights" in refused.err
+    assert "belongs to other weights" in refused.err
     assert str(run) in refused.err
     train(tmp_path / "other", "trainer.max_steps=1", capfd=capfd)
     refused = command("sample", [f"ckpt={tmp_path / 'other'}", "task=decode", latents, f"out={tmp_path / 'x'}"], capfd)
     assert refused.code == 2
-    assert "was not encoded with these weights" in refused.err
+    assert "belongs to other weights" in refused.err
     assert not (tmp_path / "x").exists()
