@@ -275,7 +275,12 @@ REFUSED = {  # by a command: the checkpoint is read, nothing is sampled or writt
     ("task=edit", "image={given}/broken.png"): "cannot be read as an image",
     ("task=inpaint", "image={given}/a.png", "mask={given}/large.png"): "resize it to 8×8",
     ("task=inpaint", "image={given}/a.png", "mask={given}/black.png"): "no white pixel",
-    ("task=inpaint", "image={given}/a.png", "mask={given}/mask.png", "inpaint.resample=0"): "inpaint.resample=0: write an integer in [1, 10000]",
+    (
+        "task=inpaint",
+        "image={given}/a.png",
+        "mask={given}/mask.png",
+        "inpaint.resample=0",
+    ): "inpaint.resample=0: write an integer in [1, 10000]",
     ("task=inpaint", "image={given}/a.png"): "needs mask=PATH",
     ("task=encode", "image={given}/a.png", "sampler.eta=1"): "sampler=ddim variance=fixed_small",
     ("task=encode", "image={given}/a.png", "sampler.grid=leading"): "grid=trailing",
