@@ -751,6 +751,16 @@ def test_resuming(whole, good, capfd):
     outside, composed = whole.folder / "outside", good["composed"]
     cases = {name: (lambda p, c=c: saved(c, p)) for name, c in altered(good, {"text": ESCAPES, "a mapping": {"a": 1}})}
 
+    for entry in ("loops", "callbacks"):
+        inside = good[entry]
+        for name, c in altered(inside, {"text": ESCAPES, "a mapping": {"a": 1}}, depth=2):
+            cases[f"{entry}: {name}"] = lambda p, e=entry, c=c: saved({**good, e: c}, p)
+    for key, value in (("width", 10**7), ("multipliers", [1] * 500), ("width", 24)):
+        model = {**good["composed"]["model"], key: value}
+        cases[f"model.{key}={str(value)[:20]}"] = lambda p, m=model: saved(
+            {**good, "composed": {**composed, "model": m}}, p
+        )
+
     def with_nodes(**nodes: Any) -> hostile.Write:
         return lambda p: saved({**good, "composed": {**composed, **nodes}}, p)
 
@@ -782,6 +792,8 @@ def test_resuming(whole, good, capfd):
         ):
             cases[line] = lambda p, o=line: saved({**good, "overrides": [*good["overrides"], o]}, p)
     cases["hydra.searchpath"] = lambda p: saved({**good, "overrides": ["hydra.searchpath=[pkg://evil_module]"]}, p)
+
+    whole.every = 1 if hostile.FULL else 6  # a second or two each
 
     def resumed() -> bool:
         # trainer=cpu and callbacks=default name classes on this command line; those of the file stay untrusted.

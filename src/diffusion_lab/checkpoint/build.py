@@ -53,6 +53,28 @@ def network_of(node: Any, trust: Collection[str], state: Mapping[str, Tensor]) -
     return network
 
 
+def outlined(construct: Callable[[], N], most: int) -> N:
+    """Construct a network on torch's meta device: with names and shapes, without numbers.
+
+    Raises:
+        RuntimeError: more than `most` parameters, at the first one too many.
+    """
+    count = 0
+
+    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal count
+        count += parameter is not None
+        if count > most:
+            raise RuntimeError(f"the network has more than {most:,} weights")
+
+    hook = register_module_parameter_registration_hook(register)
+    try:
+        with torch.device("meta"):
+            return construct()
+    finally:
+        hook.remove()
+
+
 def fitting(construct: Callable[[], N], state: Mapping[str, Tensor]) -> N:
     """Construct a network and load its weights.
 
@@ -62,20 +84,7 @@ def fitting(construct: Callable[[], N], state: Mapping[str, Tensor]) -> N:
     Raises:
         RuntimeError: weights that do not fit.
     """
-    count = 0
-
-    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        nonlocal count
-        count += parameter is not None
-        if count > len(state):
-            raise RuntimeError(f"the network has more than the {len(state)} weights of the file")
-
-    hook = register_module_parameter_registration_hook(register)
-    try:
-        with torch.device("meta"):
-            outline = construct().state_dict()
-    finally:
-        hook.remove()
+    outline = outlined(construct, len(state)).state_dict()
     different = [name for name in {**outline, **state} if _shape(outline, name) != _shape(state, name)]
     if different:
         name = different[0]

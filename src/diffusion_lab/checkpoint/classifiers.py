@@ -58,6 +58,11 @@ def load_classifier(path: Path) -> TrainedClassifier:
             raise KeyError("kind")
         config, state, accuracy, by_noise = (saved[key] for key in ("config", "state", "accuracy", "by_noise"))
         _check_config(config)
+        if not isinstance(accuracy, float | None) or not all(
+            isinstance(name, str) and name.isprintable() and isinstance(value, float)
+            for name, value in by_noise.items()
+        ):
+            raise ValueError("its accuracies are no numbers")
         network = fitting(functools.partial(Classifier, **config["model"]), state)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:160]

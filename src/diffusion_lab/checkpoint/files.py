@@ -1,6 +1,7 @@
 """Find a checkpoint's file, read it with `weights_only=True`, and select its weights."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,15 @@ def metadata(path: Path) -> dict[str, Any] | None:
     return stored
 
 
+def _is_weights(name: Any) -> bool:
+    """Whether a name of weights is "raw" or "ema DECAY"."""
+    return name == "raw" or (isinstance(name, str) and name.startswith("ema ") and _is_decay(name[4:]))
+
+
+def _is_decay(name: Any) -> bool:
+    return isinstance(name, str) and re.fullmatch(r"[0-9.e-]{1,20}", name) is not None
+
+
 ENTRIES: dict[str, tuple[type, Any]] = {  # of a checkpoint: its type, and the type of its values
     "config": (dict, None),
     "global_step": (int, None),
@@ -142,6 +152,7 @@ ENTRIES: dict[str, tuple[type, Any]] = {  # of a checkpoint: its type, and the t
     "class_names": (list, str),
     "times": (dict, None),
     "wandb_id": (str, None),
+    "loss_sums": (Tensor, None),
 }
 REQUIRED = ("config", "global_step", "state_dict")
 
@@ -159,6 +170,8 @@ def _check_entries(content: Mapping[str, Any], path: Path) -> None:
             or (of and not all(isinstance(v, of) for v in inside))
         ):
             raise ConfigError(f"{path} has no {name} as src/train.py writes it: {REMEDY}")
+    if not all(map(_is_decay, content.get("ema") or {})) or not _is_weights(content.get("weights", "raw")):
+        raise ConfigError(f"{path} has averages whose names are no decays: {REMEDY}")
     averages = [tensor for state in (content.get("ema") or {}).values() for tensor in state.values()]
     if not all(isinstance(tensor, Tensor) for tensor in averages) or content["global_step"] < 0:
         raise ConfigError(f"{path} has averages that are not tensors, or a negative step: {REMEDY}")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_lab import composition
+from diffusion_lab.errors import printable
 from diffusion_lab.io import write_file
 from diffusion_lab.processes import Refusal, Result, one_line
 
@@ -107,7 +108,7 @@ def summarize(folder: Path) -> int:
         print(f"  {o['metric']} {o['value']:<9.4g} {name}  {_own_overrides(o, common)}{status}")
     unsuccessful = {name: o for name, o in outcomes.items() if o["status"] in ("failed", "refused")}
     for name, o in unsuccessful.items():
-        print(f"  {o['status']}  {name}  {_own_overrides(o, common)}: {o['reason']}")
+        print(printable(f"  {o['status']}  {name}  {_own_overrides(o, common)}: {o['reason']}"))
     print(f"compare  python src/report.py {shlex.quote(str(folder))}", flush=True)
     return FAILED if unsuccessful else 0
 

@@ -1,5 +1,6 @@
 """Train, resume or fine-tune a model (`src/train.py`). `run` lists the steps, the other modules implement them."""
 
+import functools
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -15,7 +16,7 @@ from omegaconf import DictConfig
 from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher
 
-from diffusion_lab.commands.train import build, checks, resuming, summary
+from diffusion_lab.commands.train import build, checks, foreign, resuming, summary
 from diffusion_lab.commands.train.configuration import Configuration, refuse_other_optimizer
 from diffusion_lab.commands.train.initialize import initialize
 from diffusion_lab.commands.train.trainer import build_trainer
@@ -70,12 +71,14 @@ def run(config: DictConfig) -> Result:
                 f"{resume.path} has {resume.step} steps, but trainer.max_steps={trainer.max_steps}: write a larger "
                 "trainer.max_steps="
             )
+        foreign.check_loops(resume.content, trainer.fit_loop.state_dict(), resume.path)
         data.start_at(resume.step)
     data.setup()
 
     condition, settings["condition"] = build.condition(settings, data, make)
     learned = locate(settings["variance"], "variance") is Learned
-    network, settings["model"] = build.model(settings, condition, learned, make)
+    check = functools.partial(checks.check_weights, resume) if resume else None
+    network, settings["model"] = build.model(settings, condition, learned, make, check)
     if resume:
         checks.check_weights(resume, network)
     if settings["init"]:

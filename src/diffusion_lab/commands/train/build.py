@@ -20,11 +20,21 @@ from pytorch_lightning.loggers import CSVLogger, Logger
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from diffusion_lab.checkpoint.build import outlined
 from diffusion_lab.conditions import Condition
 from diffusion_lab.data.datamodule import DataModule
 from diffusion_lab.denoiser import Denoiser, Prediction
 from diffusion_lab.errors import ConfigError
-from diffusion_lab.instantiation import PACKAGE, accepted, check, check_named, instantiate, locate, require_kind
+from diffusion_lab.instantiation import (
+    PACKAGE,
+    accepted,
+    check,
+    check_named,
+    instantiate,
+    locate,
+    require_kind,
+    targets,
+)
 from diffusion_lab.losses import PointwiseLoss
 from diffusion_lab.objectives import Objective
 from diffusion_lab.samplers import Sampler
@@ -38,6 +48,7 @@ from diffusion_lab.variances import Variance
 from diffusion_lab.weightings import Weighting
 
 Config = Mapping[str, Any]
+MOST_WEIGHTS = 20_000  # tensors of a network
 Make = Callable[..., Any]  # `instantiate`, or `instantiate_untrusted` for the configuration of a checkpoint
 
 # Groups with a single node: the class of what it describes, and the arguments that the command passes to its constructor.
@@ -144,7 +155,11 @@ def condition(config: Config, data: DataModule, make: Make = instantiate) -> tup
 
 
 def model(
-    config: Config, condition: Condition, learned: bool, make: Make = instantiate
+    config: Config,
+    condition: Condition,
+    learned: bool,
+    make: Make = instantiate,
+    check: Callable[[nn.Module], None] | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Build the network with newly initialized weights, which depend only on the seed.
 
@@ -153,6 +168,7 @@ def model(
         condition: the condition of the network.
         learned: whether the network predicts a variance.
         make: the function that instantiates a node.
+        check: of the weights' shapes, which a checkpoint's configuration determines; called before they are allocated.
 
     Returns:
         The network, and its node including the arguments that other groups determine.
@@ -166,6 +182,11 @@ def model(
         "given_channels": condition.given_channels,
     }
     node |= accepted(node, **{k: v for k, v in arguments.items() if v})
+    if check is not None and all(target.startswith(f"{PACKAGE}.") for target in targets(node)):
+        try:
+            check(outlined(lambda: make(node, "model"), MOST_WEIGHTS))
+        except RuntimeError as error:
+            raise ConfigError(f"model cannot be built: {error}") from None
     torch.manual_seed(config["seed"])
     built: nn.Module = make(node, "model")
     require_kind(built, nn.Module, "model")

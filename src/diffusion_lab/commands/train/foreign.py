@@ -103,11 +103,33 @@ def require_resumable(content: Mapping[str, Any], path: Path) -> None:
     optimizers, callbacks = content.get("optimizer_states"), content.get("callbacks")
     whole &= isinstance(optimizers, list) and all(map(_is_optimizer_state, optimizers))
     whole &= isinstance(callbacks, Mapping) and all(isinstance(state, Mapping) for state in callbacks.values())
-    whole &= isinstance(content.get("lr_schedulers"), list)
+    whole &= isinstance(content.get("lr_schedulers"), list) and isinstance(
+        content.get("pytorch-lightning_version"), str
+    )
     if not whole or not {"composed", "overrides"} <= content.keys():
         raise ConfigError(
             f"{path} has no state of the optimizer and the loops to resume from: write init={path} to use its weights"
         )
+
+
+def check_loops(resume: Mapping[str, Any], fresh: Any, path: Path) -> None:
+    """Raise ConfigError unless a checkpoint's counts of steps and batches have the keys of a new trainer's.
+
+    Args:
+        resume: the content of the checkpoint.
+        fresh: the state of the fit loop of the trainer that resumes it.
+        path: of the checkpoint.
+    """
+    if not _has_keys(resume["loops"]["fit_loop"], fresh):
+        raise ConfigError(
+            f"{path} has no counts of steps and batches to resume from: write init={path} to use its weights"
+        )
+
+
+def _has_keys(value: Any, fresh: Any) -> bool:
+    if isinstance(fresh, Mapping):
+        return isinstance(value, Mapping) and all(k in value and _has_keys(value[k], v) for k, v in fresh.items())
+    return isinstance(value, int)
 
 
 def _is_optimizer_state(state: Any) -> bool:

@@ -5,7 +5,7 @@ from pathlib import Path
 from torch import nn
 
 from diffusion_lab import checkpoint
-from diffusion_lab.errors import ConfigError
+from diffusion_lab.errors import ConfigError, printable
 from diffusion_lab.interop.diffusers import load_diffusers
 
 
@@ -40,4 +40,4 @@ def initialize(network: nn.Module, path: str) -> str:
             f"init={path}: {len(unfit)} weights do not fit this network, e.g. {unfit[0]}: write model= as in that run"
         )
     network.load_state_dict({**fresh, **{key: v for key, v in state.items() if key in fresh and key not in differ}})
-    return f"{file} ({name}" + (f", without {', '.join(differ)})" if differ else ")")
+    return printable(f"{file} ({name}" + (f", without {', '.join(differ)})" if differ else ")"))

@@ -142,7 +142,8 @@ class Checkpoints(pl.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._carried and state_dict.get("monitor", self.monitor) == self.monitor:
-            self.best = state_dict["best"]
+            best = state_dict.get("best")
+            self.best = best if isinstance(best, float) else None
 
 
 def measured_by(config: Mapping[str, Any]) -> list[Any]:
