@@ -116,6 +116,7 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     output, counted = (folder.parent / f"{folder.name}{printed}.{kind}" for kind in ("txt", "events"))
     counted.write_text("0")
+    output.write_text("")  # a kill may come before the command opens it
     process = _FORKED.Process(target=_one, args=(name, list(arguments), folder, output, counted, kill_at, limit))
     process.start()
     process.join(kill_after if kill_after is not None else 240)
@@ -179,6 +180,7 @@ def _images(folder: Path, count: int) -> None:
     drawn = np.random.default_rng(0)
     for i in range(count):
         Image.fromarray(drawn.integers(0, 256, (40, 40, 3), np.uint8)).save(folder / f"{i:03d}.png")
+        os.utime(folder / f"{i:03d}.png", (0, 0))  # part of the key of a cache
 
 
 def prepare_folder(command: str, folder: Path, run_folder: Path) -> None:

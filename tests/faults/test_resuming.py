@@ -4,6 +4,7 @@ import pytest
 import torch
 from command import TINY, code, command, train
 
+from diffusion_lab.checkpoint.archive import sealed
 from diffusion_lab.commands.train.configuration import Resume, _merged
 from faults.runs import checkpoint, rows
 
@@ -50,8 +51,9 @@ def test_a_best_checkpoint_that_is_newer_than_the_resumed_one_is_left(first, tmp
     older = tmp_path / "older" / "checkpoints"
     older.mkdir(parents=True)
     state = checkpoint(first, "last")
-    torch.save({**state, "callbacks": {"Checkpoints": {"best": 0.0, "monitor": "val/loss"}}}, older / "last.ckpt")
-    torch.save({**checkpoint(first, "best"), "global_step": 4}, older / "best.ckpt")
+    lower = {**state, "callbacks": {"Checkpoints": {"best": 0.0, "monitor": "val/loss"}}}
+    torch.save(sealed(lower), older / "last.ckpt")
+    torch.save(sealed({**checkpoint(first, "best"), "global_step": 4}), older / "best.ckpt")
     train(tmp_path / "b", f"ckpt={older / 'last.ckpt'}", "trainer.max_steps=4", capfd=capfd)
     best = checkpoint(tmp_path / "b", "best")
     assert best["global_step"] == 4
@@ -64,7 +66,7 @@ def test_weights_of_a_loss_that_is_not_finite_replace_none(every, tmp_path, capf
     """However often rows are logged: the run exits with 1, and last.ckpt is of finite weights or missing."""
     folder = tmp_path / "run"
     arguments = [
-        *TINY, "optimizer.lr=1e25", "trainer.gradient_clip_val=0", "trainer.max_steps=4", "callbacks.checkpoints.every=1",
+        *TINY, "optimizer.lr=1e9", "trainer.gradient_clip_val=0", "trainer.max_steps=6", "callbacks.checkpoints.every=1",
         f"trainer.log_every_n_steps={every}", f"hydra.run.dir={folder}",
     ]  # fmt: skip
     outcome = command("train", arguments, capfd)
@@ -98,7 +100,7 @@ def test_a_later_group_or_key_wins_over_what_it_replaces(before, now, later, wan
     content = {**checkpoint(first, "last"), "overrides": [*TINY, before]}
     for overrides in (now, (later,)):
         current = dict.fromkeys(("ckpt", "init", "overwrite", "trust", "run_dir"))
-        composed, lines, _, _ = _merged(current, list(overrides), Resume(first, 3, content))
+        composed, lines, *_ = _merged(current, list(overrides), Resume(first, 3, content))
         content = {**content, "composed": composed, "overrides": lines}
     assert (composed["trainer"]["strategy"], composed["trainer"]["devices"]) == wanted
     assert composed["trainer"]["max_steps"] == content["composed"]["trainer"]["max_steps"]
