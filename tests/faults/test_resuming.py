@@ -1,11 +1,14 @@
 """What a resumed run keeps, and what it refuses; what a run whose loss is NaN leaves."""
 
+import csv
+
 import pytest
 import torch
 from command import TINY, code, command, train
 
 from diffusion_lab.checkpoint.archive import sealed
 from diffusion_lab.commands.train.configuration import Resume, _merged
+from diffusion_lab.training.loggers import CSVLogger
 from faults.runs import checkpoint, rows
 
 VALIDATED = ("validation.every=1", "callbacks.ema.decay=0.5")
@@ -104,3 +107,22 @@ def test_a_later_group_or_key_wins_over_what_it_replaces(before, now, later, wan
         content = {**content, "composed": composed, "overrides": lines}
     assert (composed["trainer"]["strategy"], composed["trainer"]["devices"]) == wanted
     assert composed["trainer"]["max_steps"] == content["composed"]["trainer"]["max_steps"]
+
+
+def test_a_kill_while_metrics_csv_gets_a_column_keeps_its_rows(tmp_path, monkeypatch):
+    """Lightning's own writer truncates the file first and leaves none of the rows."""
+    logger = CSVLogger(tmp_path, name="", version="")
+    for step, name in enumerate("ab", 1):
+        logger.log_metrics({name: float(step)}, step=step)
+        logger.save()
+    before = (tmp_path / "metrics.csv").read_text()
+    assert before.splitlines() == ["a,b,step", "1.0,,1", ",2.0,2"]
+
+    def killed(writer: csv.DictWriter, rows: list) -> None:
+        raise SystemExit
+
+    monkeypatch.setattr(csv.DictWriter, "writerows", killed)
+    logger.log_metrics({"c": 3.0}, step=3)
+    with pytest.raises(SystemExit):
+        logger.save()
+    assert (tmp_path / "metrics.csv").read_text() == before

@@ -1,5 +1,6 @@
 """The W&B logger, the name of a run, and tables of figures for any logger."""
 
+import csv
 import netrc
 import os
 import secrets
@@ -13,8 +14,11 @@ from urllib.request import getproxies
 
 import pytorch_lightning.loggers as lightning_loggers
 from pytorch_lightning.loggers import Logger
+from pytorch_lightning.loggers.csv_logs import ExperimentWriter
+from pytorch_lightning.loggers.logger import rank_zero_experiment
 
 from diffusion_lab.errors import ConfigError, check_number
+from diffusion_lab.io import replacing
 
 CONNECT_SECONDS = 3.0
 FINISH_SECONDS = 120.0  # for W&B to send its last data when a run ends; `wandb sync` sends the rest
@@ -73,6 +77,32 @@ def identity(
     name = "-".join([*([recipe] if recipe else []), str(choices.get("schedule")), str(choices.get("objective"))])
     tags = [f"{group}={choices[group]}" for group in _TAGGED if choices.get(group)]
     return Identity(" ".join([name, *values]), sweep.name if sweep else None, tags, wandb_id or secrets.token_hex(4))
+
+
+class _CSVWriter(ExperimentWriter):
+    """Replace metrics.csv atomically when a new column appears; Lightning truncates it first, so that a kill loses all rows."""
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        path = Path(self.metrics_file_path)
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        with replacing(path) as partial, partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames)
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+class CSVLogger(lightning_loggers.CSVLogger):
+    """Lightning's CSVLogger, whose metrics.csv survives a kill at any time. For arguments see Lightning's class."""
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> ExperimentWriter:
+        """Writer of metrics.csv."""
+        if not isinstance(self._experiment, _CSVWriter):
+            Path(self.log_dir).mkdir(parents=True, exist_ok=True)
+            self._experiment = _CSVWriter(self.log_dir)
+        return self._experiment
 
 
 class WandbLogger(lightning_loggers.WandbLogger):
