@@ -217,12 +217,12 @@ def test_sampling_refuses_what_cannot_be(tmp_path, capfd, monkeypatch):
     full.mkdir()
     (full / "notes.txt").write_text("mine")
     for arguments, remedy in {
-        ("n=0",): "at least 1",
+        ("n=0",): "n=0: write an integer in [1, ",
         ("labels=[1]",): "condition=label",
         ("weights=0.5",): "ema, raw",
         ("sampler=ddpm", "sampler.steps=1001"): "write fewer steps",
-        ("batch_size=0",): "at least 1",
-        ("seed=-1",): "non-negative",
+        ("batch_size=0",): "batch_size=0: write an integer in [1, ",
+        ("seed=-1",): "seed=-1: write an integer in [0, ",
         (f"out={full}",): "overwrite=true",
         ("device=cuda",): "device=cpu",
         ("n=null",): "n",

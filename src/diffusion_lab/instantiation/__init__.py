@@ -64,7 +64,7 @@ def instantiate(node: Node, where: str = "", **passed: Any) -> Any:
 
     Raises:
         ConfigError: if `_target_` is missing or cannot be imported, an argument is unknown, or a required one is missing; or if
-            a class outside this package raises ValueError, TypeError or MisconfigurationException.
+            a class outside this package raises ValueError, TypeError, LookupError or MisconfigurationException.
         TypeError: if the node was read from a file (use `instantiate_untrusted`). This is a defect of the caller.
     """
     if isinstance(node, UntrustedNode):
@@ -160,13 +160,16 @@ def locate(node: Node, where: str = "") -> Any:
         key = where or "the node"
         raise ConfigError(f"{key} needs a class: write {key}._target_=my_package.MyClass")
     try:
-        return pkgutil.resolve_name(str(name))
+        found = pkgutil.resolve_name(str(name))
     except (ImportError, AttributeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(
             f"{where or 'the node'}._target_={name} cannot be imported ({reason}): write module.Class of an installed package, "
             "or of a module on PYTHONPATH or in the working folder"
         ) from error
+    if not callable(found):
+        raise ConfigError(f"{where or 'the node'}._target_={name} is a {type(found).__name__}: write module.Class")
+    return found
 
 
 # building -------------------------------------------------------------------------------------------------------------------
@@ -237,7 +240,8 @@ def foreign(call: Callable[[], Any], where: str = "") -> Any:
         where: the key of the node, for error messages.
 
     Raises:
-        ConfigError: if a class outside this package raises ValueError, TypeError, ImportError or MisconfigurationException.
+        ConfigError: if a class outside this package raises ValueError, TypeError, LookupError, ImportError
+            or MisconfigurationException.
     """
     target = call.func if isinstance(call, functools.partial) else call
     if str(getattr(target, "__module__", "")).split(".", 1)[0] == PACKAGE:
@@ -248,7 +252,7 @@ def foreign(call: Callable[[], Any], where: str = "") -> Any:
         raise
     except Exception as error:
         if (
-            not isinstance(error, ValueError | TypeError | ImportError)
+            not isinstance(error, ValueError | TypeError | LookupError | ImportError)
             and type(error).__name__ != "MisconfigurationException"
         ):
             raise

@@ -50,7 +50,7 @@ class Ancestral(Sampler):
         self.variance = variance or FixedSmall()
         if grid == "optimal" and not isinstance(self.variance, Analytic):
             raise ConfigError("grid=optimal needs a fitted variance: write variance=analytic, or sampler.grid=trailing")
-        hint = "1 or 2 levels, or .inf for no bound"
+        hint = "1 or 2 (levels), or .inf for no bound"
         check_number("sampler.max_final_noise", max_final_noise, "(0, inf]", hint, optional=True)
         self.max_final_noise = self.variance.max_final_noise if max_final_noise is None else max_final_noise
 

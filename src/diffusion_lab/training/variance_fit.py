@@ -37,7 +37,7 @@ def fit_times(schedule: Schedule, count: int | None = None) -> Tensor:
     """
     available = schedule.steps or CURVE_NODES
     interval = f"[1, {schedule.steps or 100_000}]"
-    check_number("nodes", count, interval, "null for all nodes (the count of times)", whole=True, optional=True)
+    check_number("nodes", count, interval, "nodes=null (count) for all nodes", whole=True, optional=True)
     n = available if count is None else count
     times = torch.arange(1, n + 1, dtype=torch.float64) / n
     return (times * available).round() / available if schedule.steps is not None else times
