@@ -111,7 +111,7 @@ def test_a_broken_image_is_named_and_leaves_nothing(images, tmp_path):
 def test_a_full_disk_is_refused_beforehand_with_figures(images, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 60_000_000))
-    with pytest.raises(ValueError, match=r"images take 0 MiB, and 57 MiB are free: .*data\.source\.cache"):
+    with pytest.raises(ValueError, match=r"images take 0 MiB, but 57 MiB are free: .*data\.source\.cache"):
         decoded(Files(images), DECODER, tmp_path / "cache")
     assert file_names(tmp_path / "cache") == []
 

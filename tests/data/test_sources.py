@@ -132,7 +132,7 @@ def test_mnist_names_damaged_files(tmp_path):
             load(MNIST(), tmp_path)
     images.write_bytes(whole)
     write_idx(raw / "train-labels-idx1-ubyte.gz", np.zeros(6, np.uint8))
-    with pytest.raises(ValueError, match="7 images with 6 labels"):
+    with pytest.raises(ValueError, match="has 7 images, but 6 labels"):
         load(MNIST(), tmp_path)
 
 

@@ -133,7 +133,7 @@ def test_another_set_another_size_and_broken_files_are_refused(images, key, extr
         (
             "small",
             {"mu": np.zeros(9), "sigma": np.eye(9)},
-            f"has 9 features, and extractor=classifier has {extractor.dim}",
+            f"has 9 features, but extractor=classifier has {extractor.dim}",
         ),
         ("none", {"arr_0": np.zeros(3)}, "contains arr_0, but not mu and sigma"),
         ("shape", {**good, "sigma": np.zeros(extractor.dim)}, r"write \(D,\) and \(D, D\)"),

@@ -81,7 +81,7 @@ REFUSED = {
     custom("lr_scheduler", CURVES + "OneCycleLR", "max_lr=1e-2", "total_steps=3"): "lr_scheduler.total_steps=6",
     custom("lr_scheduler", CURVES + "ReduceLROnPlateau"): "validation.every=500",
     (*custom("lr_scheduler", CURVES + "ReduceLROnPlateau"), "validation.every=2", "data.val=0"): "data.val=0.1",
-    ("lr_scheduler.warmup=-1",): "write 0 for none",
+    ("lr_scheduler.warmup=-1",): "lr_scheduler.warmup=-1: write an integer in [0, 10000000]",
 }
 
 
@@ -215,7 +215,7 @@ def test_what_is_changed_on_resuming_takes_effect(tmp_path, capfd):
         step: {
             ("optimizer.lr=0.04",): [0.02, 0.01, 0.01],
             ("+lr_scheduler.gamma=0.1", "optimizer.weight_decay=0.2"): [0.001, 0.0001, 0.0001],
-            ("lr_scheduler=constant",): [0.01, 0.01, 0.01],
+            ("lr_scheduler=constant", "lr_scheduler.warmup=0"): [0.01, 0.01, 0.01],
         },
     }
     for i, (chosen, cases) in enumerate(changes.items()):

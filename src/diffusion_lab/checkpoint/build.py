@@ -1,5 +1,6 @@
 """Build the objects that a file describes: of the kind that its place needs, no larger than the weights in the file."""
 
+import threading
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
@@ -59,11 +60,11 @@ def outlined(construct: Callable[[], N], most: int) -> N:
     Raises:
         RuntimeError: more than `most` parameters, at the first one too many.
     """
-    count = 0
+    count, thread = 0, threading.get_ident()
 
     def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         nonlocal count
-        count += parameter is not None
+        count += parameter is not None and threading.get_ident() == thread  # the hook is one of all threads
         if count > most:
             raise RuntimeError(f"the network has more than {most:,} weights")
 

@@ -56,6 +56,6 @@ def labels_of_npz(array: np.ndarray | None, count: int, where: str) -> Index | N
         return None
     if not are_labels(array, count):
         raise ConfigError(
-            f"{where} holds labels as {array.dtype} {array.shape}: write N integers from 0 to {MOST_CLASSES - 1:,}"
+            f"{where} contains labels as {array.dtype} {array.shape}: write N integers from 0 to {MOST_CLASSES - 1:,}"
         )
     return array.astype(np.int64)

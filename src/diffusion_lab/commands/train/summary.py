@@ -33,6 +33,7 @@ def silence_lightning() -> None:
         ".*Checkpoint directory .* exists and is not empty.*",  # it contains best.ckpt of the resumed run
         ".*isinstance.treespec, LeafSpec.*",  # Lightning uses a deprecated function of torch
         ".*does not have many workers.*",
+        ".*`srun` command is available on your system but is not used.*",  # one process on a login node
     ):
         warnings.filterwarnings("ignore", advice)
 
