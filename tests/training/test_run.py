@@ -53,6 +53,13 @@ class StopAt(pl.Callback):
             trainer.should_stop = True
 
 
+class SignalInValidation(pl.Callback):
+    """Sends SIGTERM when the first validation starts."""
+
+    def on_validation_start(self, *_):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 class Start(pl.Callback):
     """Starts a timer with the first step."""
 
@@ -115,6 +122,33 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, capfd, 
         assert int(one["times"]["counts"].sum()) == 8 * 16
     assert _losses(whole) == _losses(second)  # the rows before the stop are carried over
     assert one["callbacks"]["Checkpoints"] == two["callbacks"]["Checkpoints"]
+
+
+def _mean(losses, first, last):
+    return pytest.approx(sum(losses[step] for step in range(first, last + 1)) / (last - first + 1), rel=1e-6)
+
+
+def test_every_run_logs_the_steps_after_its_last_row(tmp_path, capfd, also):
+    """However it ends, and although it is shorter than an interval. A resumed run has the rows of an uninterrupted one."""
+    rare = ("trainer.log_every_n_steps=3", "data.val=0")
+    train(tmp_path / "each", "trainer.max_steps=8", "data.val=0", capfd=capfd)
+    each = _losses(tmp_path / "each")
+    train(tmp_path / "short", *rare, "trainer.max_steps=2", capfd=capfd)
+    assert _losses(tmp_path / "short") == {2: _mean(each, 1, 2)}
+    with also(StopAt(5)):
+        train(tmp_path / "stopped", *rare, "trainer.max_steps=8", capfd=capfd)
+    assert _losses(tmp_path / "stopped") == {3: _mean(each, 1, 3), 5: _mean(each, 4, 5)}
+    train(tmp_path / "resumed", f"ckpt={tmp_path / 'stopped'}", capfd=capfd)
+    whole = {3: _mean(each, 1, 3), 6: _mean(each, 4, 6), 8: _mean(each, 7, 8)}
+    assert _losses(tmp_path / "resumed") == whole
+
+
+def test_a_run_that_a_signal_ends_in_its_first_validation_logs_its_steps(tmp_path, capfd, also):
+    options = ("trainer.max_steps=8", "trainer.log_every_n_steps=50", "validation.every=2")
+    with also(SignalInValidation()):
+        got, _, err = command("train", [*TINY, *options, f"hydra.run.dir={tmp_path / 'run'}"], capfd)
+    assert got == 143, err
+    assert list(_losses(tmp_path / "run")) == [2]
 
 
 @pytest.mark.integration

@@ -148,6 +148,17 @@ class DiffusionModule(pl.LightningModule):
             {**values, **axes}, rank_zero_only=not everywhere, sync_dist=everywhere and self.trainer.world_size > 1
         )
 
+    def log_row_now(self, values: Mapping[str, float]) -> None:
+        """Write a row to the loggers at any step, also at the end of the run, where Lightning's `log` is not available.
+
+        Args:
+            values: already reduced over the processes. Later rows do not repeat them, as they do with `log_row`.
+        """
+        images = self.trainer.datamodule.size("train")  # type: ignore[attr-defined]
+        row = {**values, "epoch": self.global_step * self.batch_size / images}
+        for logger in self.trainer.loggers:
+            logger.log_metrics(row, step=self.global_step)
+
     # one step ---------------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 raise
 
 
-def carry_rows(loggers: list[Logger], folder: Path, before: Path, step: int) -> None:
+def carry_rows(loggers: list[Logger], folder: Path, before: Path, step: int, every: int) -> None:
     """Begin metrics.csv of `folder` with the rows of the run that is resumed, up to its checkpoint's step.
 
     Args:
@@ -36,11 +36,18 @@ def carry_rows(loggers: list[Logger], folder: Path, before: Path, step: int) -> 
         folder: of the run.
         before: metrics.csv of the run that is resumed; nothing is carried where it is missing.
         step: of the checkpoint.
+        every: steps between two rows of the training loss in `before`. The row that a run writes at its end between two of
+            them is not carried: the next row of the resumed run covers its steps.
     """
     if not before.is_file():
         return
     with before.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if _is_complete(row) and int(float(row["step"])) <= step]
+        complete = [row for row in csv.DictReader(file) if _is_complete(row)]
+    rows = [
+        row
+        for row in complete
+        if (at := int(float(row["step"]))) <= step and not (row.get("train/loss") and at % every)
+    ]
     for logger in loggers:
         if isinstance(logger, CSVLogger) and Path(logger.log_dir) == folder and rows:
             logger.experiment.metrics.extend(rows)  # text, written as it was read

@@ -30,7 +30,7 @@ def carry(
     before = resume.content["config"]
     kept = (before["callbacks"] or {}).get("checkpoints") or {}
     run = resume.path.absolute().parents[len(Path(kept.get("folder", "checkpoints")).parts)]
-    carry_rows(loggers, folder, run / "metrics.csv", resume.step)
+    carry_rows(loggers, folder, run / "metrics.csv", resume.step, before["trainer"]["log_every_n_steps"])
     remove_partials(resume.path.parent)
     best = resume.path.with_name("best.ckpt")
     writer = next((callback for callback in callbacks if isinstance(callback, Checkpoints)), None)

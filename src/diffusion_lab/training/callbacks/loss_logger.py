@@ -10,6 +10,7 @@ import torch
 from pytorch_lightning.loggers import WandbLogger
 
 from diffusion_lab.errors import ConfigError, check_numbers
+from diffusion_lab.processes import Interrupted
 from diffusion_lab.schedules import to_device
 from diffusion_lab.training.module import DiffusionModule
 from diffusion_lab.training.sharding import local
@@ -42,6 +43,7 @@ class LossLogger(pl.Callback):
         self.diverged: int | None = None
         self._restored: torch.Tensor | None = None
         self._stopped_at = torch.zeros(1, dtype=torch.int64)  # a tensor is shared with spawned processes
+        self._reset(torch.device("cpu"))
         self.names = [f"train/loss_snr/{low}_{high}" for low, high in pairwise(bounds)]
 
     @property
@@ -70,23 +72,39 @@ class LossLogger(pl.Callback):
         micro = (trainer.fit_loop.epoch_loop.batch_progress.current.ready) % trainer.accumulate_grad_batches
         if micro or trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
-        total, weight, count = trainer.strategy.reduce(self._sums, reduce_op="sum")
-        values: dict[str, float] = {"train/loss": float(total.sum() / count.sum())}
-        if self.edges:
-            # NaN for a bin without images: Lightning would repeat the value of an earlier row where there is none.
-            values |= dict(zip(self.names, (total / weight).tolist(), strict=True))
+        values = self._row(trainer)
         pl_module.log_row(values)
         self._reset(pl_module.device)
         self._check_finite(trainer, values["train/loss"])
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Record a loss that is NaN or Inf in the last row or since it, or such weights, however short the run."""
-        total, _, count = trainer.strategy.reduce(self._sums.clone(), reduce_op="sum")
-        finite = not float(count.sum()) or math.isfinite(float(total.sum()))
+    def _row(self, trainer: pl.Trainer) -> dict[str, float]:
+        """Return the means over the images of all processes since the last row; {} if there are none."""
+        total, weight, count = trainer.strategy.reduce(self._sums.clone(), reduce_op="sum")
+        if not float(count.sum()):
+            return {}
+        values = {"train/loss": float(total.sum() / count.sum())}
+        if self.edges:
+            # NaN for a bin without images: Lightning would repeat the value of an earlier row where there is none.
+            values |= dict(zip(self.names, (total / weight).tolist(), strict=True))
+        return values
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: DiffusionModule) -> None:  # type: ignore[override]
+        """Log the steps since the last row; record a loss or weights that are NaN or Inf, however short the run."""
+        values = self._row(trainer)
+        if values:
+            pl_module.log_row_now(values)
+        finite = math.isfinite(values.get("train/loss", 0.0))
         if self.diverged is None and not (finite and weights_are_finite(trainer)):
             self.diverged = trainer.global_step
         if self.diverged is not None:
             self._stopped_at.fill_(self.diverged)
+
+    def on_exception(  # type: ignore[override]
+        self, trainer: pl.Trainer, pl_module: DiffusionModule, exception: BaseException
+    ) -> None:
+        """Log the steps since the last row of a run that a signal ends in a validation, after its checkpoint is written."""
+        if isinstance(exception, Interrupted) and trainer.world_size == 1 and (values := self._row(trainer)):
+            pl_module.log_row_now(values)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

@@ -221,9 +221,7 @@ class QualityMonitor(pl.Callback):
         row = {self.label: self.value}
         if collected.confident is not None:
             row[label("confident_fraction", self.n)] = float(collected.confident.sum()) / self.n
-        epoch = trainer.global_step * module.batch_size / data.size("train")
-        for logger in trainer.loggers:  # self.log would repeat the value in later rows, and skip steps between two rows
-            logger.log_metrics({**row, "epoch": epoch}, step=trainer.global_step)
+        module.log_row_now(row)  # log_row would repeat the value in later rows, and skip steps between two rows
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in row.items()})  # for `monitor=`
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Checkpoints):
