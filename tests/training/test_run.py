@@ -3,18 +3,22 @@
 import contextlib
 import csv
 import os
+import re
 import signal
 import threading
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from command import TINY, command, train
+from command import TINY, command, composed, train
+from PIL import Image
 
 from diffusion_lab.checkpoint import load_checkpoint
 from diffusion_lab.commands.train import build
 from diffusion_lab.noise import normal
 from diffusion_lab.training.callbacks import GracefulStop
+from diffusion_lab.training.callbacks.samples import is_due
 
 
 def _state(path):
@@ -230,7 +234,9 @@ def test_a_run_leaves_what_it_promises_and_samples_from_it(tmp_path, capfd):
         capfd=capfd,
     )  # fmt: skip
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
-    assert sorted(p.name for p in (run / "samples").iterdir()) == ["step_0000002.png", "step_0000004.png"]
+    assert sorted(p.name for p in (run / "samples").iterdir()) == [
+        "data.png", "step_0000002.png", "step_0000004.png"
+    ]  # fmt: skip
     assert (run / ".hydra" / "config.yaml").is_file()
     with (run / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -240,6 +246,49 @@ def test_a_run_leaves_what_it_promises_and_samples_from_it(tmp_path, capfd):
     assert code == 0, err
     assert sorted(p.name for p in out.iterdir()) == ["config.yaml", "grid.png", "images", "samples.npz"]
     assert len(list((out / "images").iterdir())) == 5
+
+
+class FilesBeforeStep(pl.Callback):
+    """Records the files of the run's grids before each step."""
+
+    def __init__(self, folder):
+        self.folder, self.files = folder, {}
+
+    def on_train_batch_start(self, trainer, *_):
+        self.files[trainer.global_step] = sorted(p.stem for p in self.folder.iterdir())
+
+
+def test_grids_come_early_and_the_data_before_the_first_step(tmp_path, capfd, also):
+    """At step 100, long before `every`, and at the end; the progress bar has the time left."""
+    files = FilesBeforeStep(tmp_path / "run" / "samples")
+    grids = "{_target_: diffusion_lab.training.callbacks.Samples, folder: samples, every: 5000, n: 4, strip: null, "
+    grids += "sampler: {_target_: diffusion_lab.samplers.DDIM, steps: 1}}"
+    with also(files):
+        outcome = train(
+            tmp_path / "run", "trainer.max_steps=102", "trainer.log_every_n_steps=50", f"callbacks.samples={grids}",
+            "callbacks.progress={_target_: diffusion_lab.training.callbacks.Progress}", capfd=capfd,
+        )  # fmt: skip
+    assert files.files[0] == ["data"]
+    new = [step for step in files.files if step and len(files.files[step]) > len(files.files[step - 1])]
+    assert new == [100]
+    assert max(p.stem for p in files.folder.iterdir()) == "step_0000102"
+    assert f"look at  {files.folder / 'data.png'}: training images after crop and resize" in outcome.out
+    assert re.search(r"102/102 steps, \d\d:\d\d passed, about 00:00 left, loss=0\.\d+", outcome.err)
+
+    data = build.data(composed("train"))
+    data.setup()
+    images = {image.tobytes() for image in np.asarray(data.images("train"))}
+    with Image.open(files.folder / "data.png") as picture:
+        pixels = np.asarray(picture)[27:, 14:]  # below the caption, right of the margin
+    corners = [(y, x) for y in (0, 42) for x in (0, 42)]  # four tiles of 8×8, enlarged by 5, with gaps of 2
+    shown = [pixels[y : y + 40 : 5, x : x + 40 : 5, 0].tobytes() for y, x in corners]
+    assert set(shown) <= images
+    assert len(set(shown)) == 4
+
+
+@pytest.mark.parametrize(("every", "steps"), [(800, [100, 200, 400, 800, 1600, 2400]), (90, [90, 180]), (1, [1, 2, 3])])
+def test_grids_are_due_at_doubled_steps_and_at_multiples(every, steps):
+    assert [step for step in range(steps[-1] + 1) if is_due(step, every)] == steps
 
 
 def test_ema_and_best_are_of_the_averaged_weights(tmp_path, capfd):

@@ -22,7 +22,9 @@ class Progress(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
             total = trainer.max_steps if trainer.max_steps > 0 else None
-            options: dict[str, Any] = {"initial": trainer.global_step, "mininterval": _interval()}
+            # The remaining time is computed from the mean of the run, validations and grids included (smoothing=0).
+            options: dict[str, Any] = {"initial": trainer.global_step, "mininterval": _interval(), "miniters": 1}
+            options |= {"smoothing": 0, "bar_format": _FORMAT}
             self._bar = progress_bar(total, "training", "step", leave=True, dynamic_ncols=True, **options)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
@@ -55,4 +57,7 @@ def _interval() -> float:
     return 0.2 if sys.stderr.isatty() else 20.0
 
 
+_FORMAT = (
+    "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps, {elapsed} passed, about {remaining} left{postfix}"
+)
 _SHOWN = (("loss", "train/loss"), ("val", "val/loss"))

@@ -25,7 +25,7 @@ from diffusion_lab.metrics.moments import singular
 from diffusion_lab.samplers import Sampler
 from diffusion_lab.training.callbacks.checkpoints import Checkpoints
 from diffusion_lab.training.callbacks.graceful_stop import GracefulStop
-from diffusion_lab.training.callbacks.throughput import Throughput, peak_memory
+from diffusion_lab.training.callbacks.throughput import paused, peak_memory
 from diffusion_lab.training.classifier import train_classifier
 from diffusion_lab.training.module import DiffusionModule
 
@@ -186,15 +186,12 @@ class QualityMonitor(pl.Callback):
         accumulating = trainer.fit_loop.epoch_loop.batch_progress.current.ready % trainer.accumulate_grad_batches
         if not step or accumulating or not (last or step % self.every == 0):
             return
-        begin = time.perf_counter()
-        try:
-            self._evaluate(trainer, pl_module)
-        except (ConfigError, torch.OutOfMemoryError) as error:  # the same in every process; training continues
-            if trainer.is_global_zero:
-                warnings.warn(f"no {self.label} at step {step:,}: {error}", stacklevel=2)
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, Throughput):
-                callback.pause(time.perf_counter() - begin)
+        with paused(trainer):
+            try:
+                self._evaluate(trainer, pl_module)
+            except (ConfigError, torch.OutOfMemoryError) as error:  # the same in every process; the training continues
+                if trainer.is_global_zero:
+                    warnings.warn(f"no {self.label} at step {step:,}: {error}", stacklevel=2)
 
     def _evaluate(self, trainer: pl.Trainer, module: DiffusionModule) -> None:
         assert self._extractor is not None

@@ -16,13 +16,28 @@ from diffusion_lab.data.pictures import Panel, grid, save_sheet
 from diffusion_lab.denoiser import Clip
 from diffusion_lab.errors import SEEDS, ConfigError, check_number, check_numbers
 from diffusion_lab.generation import Batch, generate
+from diffusion_lab.noise import permutation
 from diffusion_lab.samplers import Sampler
 from diffusion_lab.training.callbacks.graceful_stop import GracefulStop
+from diffusion_lab.training.callbacks.throughput import paused
 from diffusion_lab.training.module import DiffusionModule
+
+FIRST = 100  # step of the first grid
+DATA = "data.png"
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether a grid is drawn at a step: 100, 200, 400, … below `every`, and its multiples."""
+    doublings, rest = divmod(step, FIRST)
+    early = step < every and rest == 0 and doublings.bit_count() == 1
+    return step > 0 and (early or step % every == 0)
 
 
 class Samples(pl.Callback):
-    """Write `step_0001000.png` every `every` steps and at the end, and log it by every logger of images.
+    """Write grids of samples, `step_0001000.png`, during training, and log them by every logger of images.
+
+    Grids are drawn at steps 100, 200, 400, …, doubled up to `every`, then every `every` steps, and at the end. `data.png` shows
+    training images as the network receives them, after crop and resize, and is written before the first step.
 
     A file has a grid of samples for the averaged and for the raw weights, from the same noise, and a strip of x̂_0 at several
     steps of the sampler.
@@ -31,8 +46,8 @@ class Samples(pl.Callback):
         folder: of the files.
         sampler: any sampler.
         clip: the clipping of x̂_0.
-        every: training steps between two files, at least 1.
-        n: images of each grid, in [1, 10000].
+        every: largest number of training steps between two files, at least 1.
+        n: images of each grid and of `data.png`, in [1, 10000].
         seed: of the noise, the same for every file of a run.
         strip: number of images and of steps in the strip, e.g. [4, 10]; null for no strip.
     """
@@ -57,13 +72,20 @@ class Samples(pl.Callback):
         self.path: Path | None = None  # the newest grid
         self._drawn = -1
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: DiffusionModule) -> None:  # type: ignore[override]
         self._drawn = trainer.global_step
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        try:
+            path = self._write_data(trainer)
+            print(f"look at  {path}: training images after crop and resize", flush=True)
+        except OSError as error:  # a full disk; the training continues
+            warnings.warn(f"no {DATA}: {error}", stacklevel=2)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: DiffusionModule, *_: Any) -> None:  # type: ignore[override]
-        step = trainer.global_step
-        if step and step % self.every == 0:
-            self._draw(trainer, pl_module)
+        if is_due(trainer.global_step, self.every):
+            with paused(trainer):
+                self._draw(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: DiffusionModule) -> None:  # type: ignore[override]
         stopped = any(isinstance(c, GracefulStop) and c.received is not None for c in trainer.callbacks)  # type: ignore[attr-defined]
@@ -86,6 +108,17 @@ class Samples(pl.Callback):
         ) as error:  # NaN, too many images, a full disk: training goes on
             warnings.warn(f"no samples at step {step}: {error}", stacklevel=2)
 
+    def _write_data(self, trainer: pl.Trainer) -> Path:
+        """Write the first images of the training stream, unflipped; return the path."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        examples = data.examples("train")
+        images = examples.take(permutation(len(examples), seed=data.seed).numpy()[: self.n])["image"]
+        path = self.folder / DATA
+        caption = f"{len(images)} of {len(examples):,} training images, {'×'.join(map(str, data.image_size))} pixels"
+        save_sheet(path, [Panel(caption, images)])
+        self._log(trainer, [("data", np.asarray(Image.open(path)), caption)])
+        return path
+
     def _write(self, trainer: pl.Trainer, step: int, panels: list[Panel]) -> None:
         path = self.folder / f"step_{step:07d}.png"
         save_sheet(path, panels)
@@ -94,6 +127,11 @@ class Samples(pl.Callback):
         caption = f"step {step:,}, {type(self.sampler).__name__}, seed {self.seed}: {what}"
         pictures = [("samples", np.asarray(Image.open(path)), caption)]
         pictures += [("trajectory", grid(p.images, p.columns), p.caption) for p in panels if p.columns is not None]
+        self._log(trainer, pictures)
+
+    def _log(self, trainer: pl.Trainer, pictures: list[tuple[str, np.ndarray, str]]) -> None:
+        """Log (name, pixels, caption) by every logger of images."""
+        step = trainer.global_step
         for logger in trainer.loggers:
             for name, picture, caption in pictures:
                 if isinstance(logger, WandbLogger):

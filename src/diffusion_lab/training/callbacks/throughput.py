@@ -3,6 +3,8 @@
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
@@ -60,6 +62,16 @@ class Throughput(pl.Callback):
                 "speed/hours_to_go": self.hours_to_go,
             }
         )
+
+
+@contextmanager
+def paused(trainer: pl.Trainer) -> Iterator[None]:
+    """Exclude the time of the block from the rate of every `Throughput` of the run."""
+    begin = time.perf_counter()
+    yield
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Throughput):
+            callback.pause(time.perf_counter() - begin)
 
 
 def peak_memory(device: torch.device) -> int:
