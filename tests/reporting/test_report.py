@@ -372,8 +372,8 @@ def test_empty_folder_produces_a_page(tmp_path, report, capsys):
     assert "No runs to show." in page.words
     assert f"{tmp_path / 'empty'}: the folder is empty" in page.words
     write(tmp_path / "other" / "notes.txt", "nothing")
-    assert "contains no run" in report(tmp_path / "other").words
-    assert "contains no run" in capsys.readouterr().err
+    assert "contains neither a run" in report(tmp_path / "other").words
+    assert "contains neither a run" in capsys.readouterr().err
 
 
 def test_truncated_lines_are_skipped(sweep, report):

@@ -24,6 +24,7 @@ _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fas
 MOST_YAML, MOST_JSON, MOST_CSV = 1 << 20, 16 << 20, 32 << 20  # bytes; a run of a million steps writes 10 MB
 
 _RUN_FILES = {"config.yaml", "metrics.csv", "checkpoints", ".hydra", "outcome.json"}  # any of these marks a run folder
+_TRAIN_FOLDERS = {"checkpoints", ".hydra"}  # only src/train.py writes these; every command writes config.yaml
 _SKIPPED_FOLDERS = {"checkpoints", "samples", "wandb", "tensorboard", "images", "cache"}  # contain no runs
 _LOSSES = ("val/loss", "train/loss")
 # Columns of metrics.csv without a chart; the training loss by bins of ln SNR has none either.
@@ -69,11 +70,19 @@ class RunRecord:
 
 @dataclass
 class LeftOut:
-    """A folder that cannot be shown, the reason, and its command-line overrides if they were recorded."""
+    """A folder that cannot be shown.
+
+    Attributes:
+        folder: the folder.
+        reason: why it cannot be shown.
+        overrides: command-line overrides; None if they were not recorded.
+        program: the command that wrote the folder, such as "train" or "evaluate".
+    """
 
     folder: Path
     reason: str
     overrides: list[str] | None = None
+    program: str = "train"
 
 
 @dataclass
@@ -112,7 +121,7 @@ def read_records(paths: Sequence[Path]) -> Records:
     Raises:
         ConfigError: a path does not exist or is a file.
     """
-    records, measured, seen = Records(), list[tuple[Path, list[Row]]](), set[Path]()
+    records, measured, seen = Records(), list[tuple[Path, list[Row]]](), set[tuple[Path, str]]()
     for path in paths:
         if not path.exists():
             raise ConfigError(
@@ -120,9 +129,10 @@ def read_records(paths: Sequence[Path]) -> Records:
             )
         if not path.is_dir():
             raise ConfigError(f"{path} is a file: name the folder of a run, a sweep or an evaluation")
-        seen_before = len(seen)
-        for folder, kind in _walk(path):
-            if (real := folder.resolve()) in seen:
+        empty = not any(path.iterdir())
+        found = [(path, "empty")] if empty else list(_walk(path, in_sweep=(path.parent / "multirun.yaml").exists()))
+        for folder, kind in found:
+            if (real := (folder.resolve(), kind)) in seen:
                 continue
             seen.add(real)
             try:
@@ -130,12 +140,14 @@ def read_records(paths: Sequence[Path]) -> Records:
                     records.runs.append(_read_run(folder))
                 elif kind == "evaluation":
                     measured.append((folder, _read_rows(folder / "metrics.json")))
+                elif kind == "job":
+                    _refuse_failed(_read_outcome(folder, []))
                 else:
                     records.left_out.append(LeftOut(folder, "the folder is empty"))
             except ConfigError as error:
-                records.left_out.append(LeftOut(folder, str(error), _read_overrides(folder)))
-        if len(seen) == seen_before and path.resolve() not in seen:
-            reason = "contains no run: no config.yaml, metrics.csv or metrics.json in it or below it"
+                records.left_out.append(LeftOut(folder, str(error), _read_overrides(folder), _program(folder)))
+        if not found:
+            reason = "contains neither a run of src/train.py nor an evaluation of src/evaluate.py"
             records.left_out.append(LeftOut(path, reason))
     _set_names(records.runs)
     _assign_evaluations(records, measured)
@@ -145,25 +157,58 @@ def read_records(paths: Sequence[Path]) -> Records:
 # folders ------------------------------------------------------------------------------------------------------------------
 
 
-def _walk(folder: Path) -> Iterator[tuple[Path, str]]:
-    """Yield (folder, "run" | "evaluation" | "empty") at and below `folder`, in natural order: 2 before 10."""
+def _walk(folder: Path, in_sweep: bool = False) -> Iterator[tuple[Path, str]]:
+    """Yield (folder, "run" | "evaluation" | "job" | "empty") at and below `folder`, in natural order: 2 before 10.
+
+    A run that was evaluated into its own folder is both a run and an evaluation. A job is one of a sweep of another command,
+    which is shown if it failed, and an empty folder one of a job that left nothing. Other folders of other commands, such as
+    those of sample.py, contain nothing that the report shows.
+    """
     entries = list(os.scandir(folder))
     names = {entry.name for entry in entries}
-    is_run = bool(names & _RUN_FILES) and "multirun.yaml" not in names
-    if not entries:
+    is_run = is_evaluation = False
+    if not entries and in_sweep:
         yield folder, "empty"
-    elif "metrics.json" in names and not names & {"config.yaml", ".hydra"}:
-        yield folder, "evaluation"
-        return
-    elif is_run:
-        yield folder, "run"
+    elif "multirun.yaml" not in names:
+        is_evaluation = "metrics.json" in names
+        is_run = bool(names & _RUN_FILES) and _is_run(folder, names)
+        if is_run:
+            yield folder, "run"
+        if is_evaluation:
+            yield folder, "evaluation"
+        elif not is_run and "outcome.json" in names:
+            yield folder, "job"
     for entry in sorted(entries, key=lambda e: _natural_key(e.name)):
         if (
-            entry.is_dir(follow_symlinks=False)
+            not (is_evaluation and not is_run)
+            and entry.is_dir(follow_symlinks=False)
             and not entry.name.startswith(".")
             and entry.name not in _SKIPPED_FOLDERS
         ):
-            yield from (f for f in _walk(Path(entry.path)) if not is_run or f[1] == "evaluation")
+            below = _walk(Path(entry.path), "multirun.yaml" in names)
+            yield from (f for f in below if not is_run or f[1] == "evaluation")
+
+
+def _is_run(folder: Path, names: set[str]) -> bool:
+    """Whether src/train.py wrote a folder that has files of a run; an evaluation has a config.yaml and a metrics.csv as well."""
+    if names & _TRAIN_FOLDERS:
+        return True
+    if "config.yaml" in names:
+        try:
+            config = _read_yaml(folder / "config.yaml")
+        except ConfigError:
+            config = None
+        return "trainer" in config if isinstance(config, dict) else "metrics.json" not in names
+    return "metrics.json" not in names and _program(folder) == "train"
+
+
+def _program(folder: Path) -> str:
+    """Return the command that ran a job of a sweep, by Hydra's record in the folder above; "train" without one."""
+    try:
+        record: Any = _read_yaml(folder.parent / "multirun.yaml")
+        return str(record["hydra"]["job"]["name"])
+    except (ConfigError, KeyError, TypeError):
+        return "train"
 
 
 def _natural_key(text: str) -> list[tuple[int, str]]:
@@ -189,9 +234,8 @@ def _read_run(folder: Path) -> RunRecord:
     """
     notes: list[str] = []
     outcome = _read_outcome(folder, notes)
+    _refuse_failed(outcome)
     status, reason = str(outcome.get("status", "")), outcome.get("reason")
-    if status in ("failed", "refused"):
-        raise ConfigError(f"{status}: {reason or 'no reason is recorded'}")
     config = _read_mapping(folder / "config.yaml", "the run was refused, or stopped before training began")
     curves = _read_curves(folder / "metrics.csv", notes)
     choices = {} if config.get("ckpt") else _read_choices(folder)
@@ -201,6 +245,12 @@ def _read_run(folder: Path) -> RunRecord:
     run.seconds = float(seconds) if isinstance(seconds, int | float) and math.isfinite(seconds) else None
     run.grid = max((folder / "samples").glob("step_*.png"), default=None)
     return run
+
+
+def _refuse_failed(outcome: dict[str, Any]) -> None:
+    """Raise ConfigError with the reason that outcome.json records for a failed or refused job."""
+    if (status := outcome.get("status")) in ("failed", "refused"):
+        raise ConfigError(f"{status}: {outcome.get('reason') or 'no reason is recorded'}")
 
 
 def _status(run: RunRecord, outcome: str, reason: object) -> str:
@@ -383,8 +433,9 @@ def _find_run(runs: list[RunRecord], folder: Path, source: str) -> RunRecord | N
     for run in runs:
         if source and path.resolve() == run.folder.resolve():
             return run
+    place = folder.resolve()
     for run in runs:
-        if run.folder.resolve() in folder.resolve().parents:
+        if run.folder.resolve() in (place, *place.parents):
             return run
     if len(path.parts) < 2:
         return None

@@ -84,10 +84,10 @@ def anchor(run: RunRecord) -> str:
     return "run-" + hashlib.sha256(str(run.folder.absolute()).encode("utf-8", "replace")).hexdigest()[:8]
 
 
-def command(overrides: Sequence[str]) -> str:
-    """Return the shell command that starts a run with these overrides; for a job of a sweep, only that run."""
+def command(overrides: Sequence[str], program: str = "train") -> str:
+    """Return the shell command that starts a run with these overrides; for a job of a sweep, that run alone."""
     single_run = ["hydra.mode=RUN"] if any(o.startswith("sweep=") for o in overrides) else []
-    return shlex.join(["python", "src/train.py", *overrides, *single_run])
+    return shlex.join(["python", f"src/{program}.py", *overrides, *single_run])
 
 
 # runs ---------------------------------------------------------------------------------------------------------------------
@@ -256,7 +256,7 @@ def _metric_cell(row: Row, name: str) -> Cell:
 def left_out_section(left_out: Sequence[LeftOut]) -> Section | None:
     """Return (folder, reason, command or None) for each folder that cannot be shown."""
     rows = [
-        (folder.folder, folder.reason, None if folder.overrides is None else command(folder.overrides))
+        (folder.folder, folder.reason, None if folder.overrides is None else command(folder.overrides, folder.program))
         for folder in left_out
     ]
     return Section("Left out", "Left out", "left_out.html", rows) if rows else None

@@ -114,7 +114,7 @@ class Samples(pl.Callback):
         examples = data.examples("train")
         images = examples.take(permutation(len(examples), seed=data.seed).numpy()[: self.n])["image"]
         path = self.folder / DATA
-        caption = f"{len(images)} of {len(examples):,} training images, {'×'.join(map(str, data.image_size))} pixels"
+        caption = f"{len(images)} of {len(examples):,} training images, {'x'.join(map(str, data.image_size))} pixels"
         save_sheet(path, [Panel(caption, images)])
         self._log(trainer, [("data", np.asarray(Image.open(path)), caption)])
         return path
