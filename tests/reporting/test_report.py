@@ -240,11 +240,14 @@ def test_evaluations_are_assigned_to_runs_and_drawn_over_nfe(sweep, tmp_path, re
     assert len(page.tables["evaluations"]) == 1 + 6
 
 
-def test_evaluations_of_different_protocols_have_separate_columns(sweep, tmp_path, report):
+def test_evaluations_of_different_protocols_have_separate_columns_and_lines(sweep, tmp_path, report):
     make_evaluation(tmp_path / "eval" / "a", str(sweep / "0"), {("ddim", 20): 3.0})
     make_evaluation(tmp_path / "eval" / "b", str(sweep / "1"), {("ddim", 20): 2.0}, n=100)
-    head = report(sweep, tmp_path / "eval").tables["runs"][0]
-    assert {"fd_classifier (n=500)", "fd_classifier (n=100)"} <= set(head)
+    page = report(sweep, tmp_path / "eval")
+    assert {"fd_classifier (n=500)", "fd_classifier (n=100)"} <= set(page.tables["runs"][0])
+    chart = page.data["charts"]["nfe"][0]
+    assert [(s["name"], s["y"]) for s in chart["series"]] == [("ddim, n=100", [2.0]), ("ddim, n=500", [3.0])]
+    assert chart["note"] == "lower is better; not comparable: n=100; n=500"
 
 
 def test_evaluation_without_a_run(tmp_path, report):
@@ -653,7 +656,7 @@ def test_browser_at_phone_width(sweep, tmp_path, report):
     outcome = script_result(document)
     assert outcome["width"] == [360, 360]
     assert outcome["wide"] == []
-    assert outcome["table"] == [True]
+    assert outcome["table"] == [False]
     assert outcome["drawn"] == [4, 4, 4, 2, 2]
     assert outcome["first"] == ["1", "10", "2", "0"]
     assert outcome["once"] == ["2", "0", "1", "10"]  # pred_noise before pred_v; the sort is stable

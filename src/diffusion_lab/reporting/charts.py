@@ -81,33 +81,34 @@ def curves(runs: Sequence[RunRecord]) -> list[Chart]:
 
 
 def against_nfe(runs: Sequence[RunRecord], others: Sequence[Evaluation]) -> list[Chart]:
-    """Return a chart for each metric and protocol, with a line over network evaluations for each run and sampler.
+    """Return a chart for each metric, with a line over network evaluations for each evaluated run, sampler and protocol.
 
     The indices of `others`, evaluations of no run in the report, follow those of the runs.
     """
     sources = [run.evaluations for run in runs] + [evaluation.rows for evaluation in others]
-    rows = [row for source in sources for row in source]
+    rows = [row for source in sources for row in source if isinstance(row.get("nfe"), int)]
     charts: list[Chart] = []
-    for key, text in protocols(rows).items() if rows else ():
-        for name in dict.fromkeys(name for row in rows if protocol(row) == key for name in scalars(row)):
-            series = []
-            for i, source in enumerate(sources):
-                lines: dict[str, Curve] = {}
-                for row in source:
-                    if protocol(row) == key and name in scalars(row) and isinstance(row.get("nfe"), int):
-                        lines.setdefault(_line_name(row, source), []).append((row["nfe"], scalars(row)[name]))
-                series += [_series(i, sampler, sorted(line)) for sampler, line in lines.items()]
-            if series:
-                charts.append(
-                    {
-                        "name": f"{name} ({text})" if text else name,
-                        "note": figures.better(name),
-                        "x": "NFE",
-                        "axis": "network evaluations per sample",
-                        "points": True,
-                        "series": series,
-                    }
-                )
+    for name in dict.fromkeys(name for row in rows for name in scalars(row)):
+        texts = protocols([row for row in rows if name in scalars(row)])
+        series = []
+        for i, source in enumerate(sources):
+            lines: dict[str, Curve] = {}
+            for row in source:
+                if isinstance(row.get("nfe"), int) and name in scalars(row):
+                    line = ", ".join(filter(None, (_line_name(row, source), texts[protocol(row)])))
+                    lines.setdefault(line, []).append((row["nfe"], scalars(row)[name]))
+            series += [_series(i, line, sorted(curve)) for line, curve in lines.items()]
+        incomparable = "" if len(texts) == 1 else f"not comparable: {'; '.join(texts.values())}"
+        charts.append(
+            {
+                "name": name,
+                "note": "; ".join(filter(None, (figures.better(name), incomparable))),
+                "x": "NFE",
+                "axis": "network evaluations per sample",
+                "points": True,
+                "series": series,
+            }
+        )
     return charts
 
 

@@ -24,6 +24,18 @@ _COMPARABLE = (
 )  # val/loss depends on these
 _IMAGE_KEYS = ("source", "image_size", "channels", "val", "test", "split_seed", "limit")  # of data: select the images
 _SINGLE_RUN_GROUPS = ("data", "schedule", "objective", "weighting", "variance", "sampler")  # shown for a single run
+# Columns of choices are in this order, and others before the seed.
+_ORDER = (
+    *("experiment", "data", "model", "condition", "schedule", "objective", "weighting", "loss", "time_sampler"),
+    *("variance", "sampler", "clip", "optimizer", "lr_scheduler"),
+)
+# Keys of execution and recording. Those that differ are folded, unless no choice differs.
+_EXECUTION = {
+    *("trainer", "callbacks", "validation", "quality", "compile", "print_config", "init", "ckpt", "debug", "recipe"),
+    *("sweep", "hydra", "data.download", "data.eval_batch_size"),
+}
+_CHOICES_OF_EXECUTION = ("callbacks.ema", "trainer.precision", "trainer.gradient_clip_val")  # which change the result
+_MAX_TEXT = 32  # characters of a value in a label
 _MAX_CHOICES = 6  # columns of choices if no command line names a key that differs
 
 
@@ -47,6 +59,7 @@ class Column:
         texts: formatted values; None formats numbers to four significant digits.
         ranks: whether the best value may be marked.
         details: small print below each value.
+        eligible: whether each run may have the best value; None for all runs.
     """
 
     key: str
@@ -56,6 +69,12 @@ class Column:
     texts: list[str] | None = None
     ranks: bool = True
     details: list[str] | None = None
+    eligible: list[bool] | None = None
+
+    def number(self, i: int) -> float | None:
+        """Return the value of run `i` if it is a finite number and the run is eligible, else None."""
+        value, eligible = self.values[i], self.eligible is None or self.eligible[i]
+        return value if eligible and isinstance(value, int | float) and math.isfinite(value) else None
 
     def text(self, i: int) -> str:
         """Return the formatted value of run `i`."""
@@ -70,7 +89,7 @@ class Column:
 
     def best(self) -> int | None:
         """Return the index of the run with the best value; None if fewer than two values differ or neither way is better."""
-        finite = [(v, i) for i, v in enumerate(self.values) if isinstance(v, int | float) and math.isfinite(v)]
+        finite = [(v, i) for i in range(len(self.values)) if (v := self.number(i)) is not None]
         if not self.better or len({value for value, _ in finite}) < 2:
             return None
         return min(finite)[1] if self.better == "low" else max(finite, key=lambda pair: (pair[0], -pair[1]))[1]
@@ -144,20 +163,49 @@ def _text(node: Any) -> str:
 
 
 def choices(runs: Sequence[RunRecord]) -> list[Column]:
-    """Return the columns that distinguish the runs: differing keys of their command lines, or else of their configurations."""
+    """Return the columns that distinguish the runs: differing keys of their command lines, or else of their configurations.
+
+    Keys of execution, such as trainer.max_steps, are columns only if no choice differs; see `folded`.
+    """
     if len(runs) == 1:
         return [_choice(group, [_value(runs[0], group)]) for group in _SINGLE_RUN_GROUPS if group in runs[0].config]
-    keys = dict.fromkeys(_key(override) for run in runs for override in run.overrides or ())
+    columns = _differing(runs)
+    if not columns:
+        for difference in sorted(
+            differences([run.config for run in runs]), key=lambda d: all(map(is_execution, d.keys))
+        ):
+            key = next((key for key in difference.keys if not is_execution(key)), difference.keys[0])
+            columns.append(_choice(key, [NONE if v is None else v for v in difference.values]))
+        columns = columns[:_MAX_CHOICES]
+    return [column for column in columns if not is_execution(column.key)] or columns
+
+
+def folded(runs: Sequence[RunRecord]) -> list[Column]:
+    """Return the columns of differing keys of the command lines that are not among `choices`."""
+    shown = {column.key for column in choices(runs)}
+    return [column for column in _differing(runs) if column.key not in shown]
+
+
+def is_execution(key: str) -> bool:
+    """Whether a key of the configuration sets how a run is executed and recorded, and not what is trained."""
+    below = [key[:i] for i, character in enumerate(f"{key}.") if character == "."]
+    return bool(_EXECUTION & set(below)) and not set(_CHOICES_OF_EXECUTION) & set(below)
+
+
+def _differing(runs: Sequence[RunRecord]) -> list[Column]:
+    """Return a column for each key of the command lines whose values differ; keys with the same values share one."""
+    keys = dict.fromkeys(_key(override).removesuffix("._target_") for run in runs for override in run.overrides or ())
     columns: dict[tuple[Any, ...], Column] = {}
-    for key in keys:
+    for key in sorted(keys, key=_place):
         values = [_value(run, key) for run in runs]
         if key and key.split(".")[0] not in _IGNORED and len(set(values)) > 1:
             columns.setdefault(tuple(values), _choice(key, values))
-    if not columns:
-        for difference in differences([run.config for run in runs])[:_MAX_CHOICES]:
-            values = [NONE if v is None else v for v in difference.values]
-            columns[tuple(values)] = _choice(difference.keys[0], values)
     return list(columns.values())
+
+
+def _place(key: str) -> int:
+    group = key.split(".")[0]
+    return _ORDER.index(group) if group in _ORDER else len(_ORDER) + (group == "seed")
 
 
 def _choice(key: str, values: list[Any]) -> Column:
@@ -170,8 +218,8 @@ def _key(override: str) -> str:
 
 
 def _value(run: RunRecord, key: str) -> Any:
-    """Return the option of a group, else the value in the resolved configuration; numbers stay numbers."""
-    if key in run.choices:
+    """Return the option of a group, the class of a node, or the value in the configuration; numbers stay numbers."""
+    if run.choices.get(key, "custom") != "custom":
         return run.choices[key]
     node: Any = run.config
     for part in key.split("."):
@@ -233,12 +281,23 @@ def results(runs: Sequence[RunRecord]) -> list[Column]:
     """Return the columns of results. The first one ranks the runs: a quality metric that most runs have, else a loss."""
     evaluated = _evaluated(runs)
     trained = [_best_of_curve(runs, name) for name in quality(runs)]
-    losses = _losses(runs)
+    losses, eligible = _losses(runs), long_enough(runs)
     candidates = [*(c for c in evaluated if c.better == "low"), *(c for c in trained if c.better == "low"), losses[0]]
-    frequent = [c for c in candidates if 2 * sum(v is not None for v in c.values) >= len(runs)]
+    columns = [*evaluated, *trained, *losses, *_costs(runs)]
+    for column in columns:
+        column.eligible = eligible
+    counts = [
+        sum(value is not None for value, is_long in zip(c.values, eligible, strict=True) if is_long) for c in candidates
+    ]
+    frequent = [c for c, count in zip(candidates, counts, strict=True) if 2 * count >= sum(eligible)]
     first = (frequent or candidates)[0]
-    rest = [c for c in (*evaluated, *trained, *losses) if c is not first]
-    return [first, *rest, *_costs(runs)]
+    return [first, *(c for c in columns if c is not first)]
+
+
+def long_enough(runs: Sequence[RunRecord]) -> list[bool]:
+    """Whether each run has at least half the steps of the longest one. Shorter runs are shown, but are not the best."""
+    least = max(run.steps for run in runs) / 2
+    return [run.steps >= least for run in runs]
 
 
 def _evaluated(runs: Sequence[RunRecord]) -> list[Column]:
@@ -307,9 +366,10 @@ def _costs(runs: Sequence[RunRecord]) -> list[Column]:
     seconds = [_seconds(run, rate) for run, rate in zip(runs, rates, strict=True)]
     second_texts = [NONE if s is None else f"{'' if s[1] else '≈ '}{s[0]:,.0f}" for s in seconds]
     second_description = "duration of the job; ≈ marks an estimate, steps × batch size ÷ images/s"
+    short = ["" if is_long else "not ranked: short" for is_long in long_enough(runs)]
     return [
         Column("images/s", rates, "high", "median over the rows of metrics.csv", rate_texts),
-        Column("steps", [run.steps for run in runs], description="last step of metrics.csv"),
+        Column("steps", [run.steps for run in runs], description="last step of metrics.csv", details=short),
         Column("seconds", [s and s[0] for s in seconds], "", second_description, second_texts),
         Column("state", [run.status.split(":")[0] for run in runs], description="how the run ended"),
     ]
@@ -346,12 +406,13 @@ def over_seeds(runs: Sequence[RunRecord], chosen: Sequence[Column], metric: Colu
     several runs differ only in their seeds.
     """
     others = [column for column in chosen if column.key != "seed"]
+    grouping = [*others, *folded(runs)] if len(runs) > 1 else others
     if len(others) == len(chosen):
         return []
     groups: dict[tuple[str, ...], list[float]] = {}
-    for i, value in enumerate(metric.values):
-        if isinstance(value, int | float) and math.isfinite(value):
-            groups.setdefault(tuple(column.text(i) for column in others), []).append(value)
+    for i in range(len(runs)):
+        if (value := metric.number(i)) is not None:
+            groups.setdefault(tuple(column.text(i) for column in grouping), []).append(value)
     if max(map(len, groups.values()), default=0) < 2:
         return []
     rows = sorted(groups.items(), key=lambda row: statistics.fmean(row[1]), reverse=metric.better == "high")
@@ -371,7 +432,13 @@ def label(columns: Sequence[Column], i: int, run: RunRecord) -> str:
 
 
 def _short(column: Column, value: Any) -> str:
-    if isinstance(value, str) and re.fullmatch(r"[A-Za-z_]\w*", value) and value not in ("true", "false", "null"):
+    if (
+        isinstance(value, str)
+        and re.fullmatch(r"[A-Za-z_]\w*", value)
+        and value not in ("true", "false", "null", "none")
+    ):
         return value
     text = f"{value:g}" if isinstance(value, float) else str(value)
+    text = text.rstrip("/").rsplit("/", 1)[-1]  # of a path, its last part
+    text = text if len(text) <= _MAX_TEXT else f"{text[: _MAX_TEXT - 1]}…"
     return f"{column.key.rsplit('.', 1)[-1]}={text}"

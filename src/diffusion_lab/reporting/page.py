@@ -100,8 +100,11 @@ def _ordered(runs: list[RunRecord]) -> tuple[list[RunRecord], list[Column], list
         return [], [], []
     first = compare.results(runs)[0]
     sign = -1 if first.better == "high" else 1
+    eligible = compare.long_enough(runs)
     missing = [not _is_number(v) for v in first.values]
-    order = sorted(range(len(runs)), key=lambda i: (missing[i], 0 if missing[i] else sign * first.values[i]))
+    order = sorted(
+        range(len(runs)), key=lambda i: (not eligible[i], missing[i], 0 if missing[i] else sign * first.values[i])
+    )
     runs = [runs[i] for i in order]
     return runs, compare.choices(runs), compare.results(runs)
 
@@ -114,9 +117,10 @@ def _run_labels(
     runs: Sequence[RunRecord], chosen: Sequence[Column], others: Sequence[Evaluation]
 ) -> list[dict[str, Any]]:
     """Return name, label and choices of the runs and evaluations that the `run` indices of the charts refer to."""
+    texts = [compare.label(chosen, i, run) for i, run in enumerate(runs)]
+    texts = [text if texts.count(text) == 1 else f"{text} · {run.name}" for text, run in zip(texts, runs, strict=True)]
     labels: list[dict[str, Any]] = [
-        {"name": run.name, "label": compare.label(chosen, i, run), "values": [c.text(i) for c in chosen]}
-        for i, run in enumerate(runs)
+        {"name": run.name, "label": texts[i], "values": [c.text(i) for c in chosen]} for i, run in enumerate(runs)
     ]
     return labels + [{"name": e.folder.name, "label": e.source, "values": [NONE] * len(chosen)} for e in others]
 
@@ -145,15 +149,22 @@ def _result(runs: Sequence[RunRecord], chosen: Sequence[Column], first: Column) 
     if len(runs) == 1:
         value = f": {first.key} {first.text(0)}" if first.values[0] is not None else ""
         return Summary(f"One run, {runs[0].steps:,} steps{value}.{status}")
-    if sum(map(_is_number, first.values)) < 2:
-        return Summary(f"{len(runs)} runs; fewer than two have a {name} to compare.")
+    short = compare.long_enough(runs).count(False)
+    unranked = ""
+    if short:
+        verbs = ("run has", "is") if short == 1 else ("runs have", "are")
+        unranked = f" {short:,} {verbs[0]} fewer than half the steps of the longest run and {verbs[1]} not ranked."
+    ranked = sum(first.number(i) is not None for i in range(len(runs)))
+    if not ranked or (ranked == 1 and not short):
+        return Summary(f"{len(runs)} runs; fewer than two have a {name} to compare.{unranked}")
     label = compare.label(chosen, 0, runs[0])
+    extreme = "" if ranked == 1 else "Lowest " if first.better == "low" else "Highest "
     return Summary(
-        f"{len(runs)} runs. {'Lowest' if first.better == 'low' else 'Highest'} {name}:",
+        f"{len(runs)} runs. {extreme}{name}:",
         first.text(0),
         first.details[0] if first.details else "",
         runs[0],
-        (f": {label}." if label != runs[0].name else ".") + status + _best_mean(runs, chosen, first, name),
+        (f": {label}." if label != runs[0].name else ".") + status + unranked + _best_mean(runs, chosen, first, name),
     )
 
 

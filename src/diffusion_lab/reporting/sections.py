@@ -99,7 +99,8 @@ def runs_section(runs: Sequence[RunRecord], chosen: Sequence[Column], results: S
         return None
     headings = [Heading("run"), *(Heading(c.key, c.description) for c in chosen)]
     for c in results:
-        order = ("descending" if c.better == "high" else "ascending") if c is results[0] else None
+        ranked = c is results[0] and all(compare.long_enough(runs))  # short runs are the last rows
+        order = ("descending" if c.better == "high" else "ascending") if ranked else None
         headings.append(Heading(c.key, c.description, c.key != "state", order))
     best = [c.best() if c.ranks else None for c in results]
     rows = []
@@ -189,7 +190,7 @@ def differences_section(runs: Sequence[RunRecord]) -> Section | None:
     if not runs:
         return None
     configs = [run.config for run in runs]
-    rows = []
+    rows: list[tuple[list[str], list[tuple[str, str]]]] = []
     for difference in compare.differences(configs):
         names_by_value: dict[str, list[str]] = {}
         for run, value in zip(runs, difference.values, strict=True):
@@ -198,8 +199,16 @@ def differences_section(runs: Sequence[RunRecord]) -> Section | None:
         rows.append((difference.keys, [(value, _run_names(names)) for value, names in names_by_value.items()]))
     shared = compare.common(configs)
     summary = f"{len(shared)} keys that {'all runs share' if len(runs) > 1 else 'the run has'}"
-    message = "The configurations are equal." if len(runs) > 1 else "There is only one run."
-    content = {"rows": rows, "message": message, "shared": shared, "summary": summary}
+    message = "The choices are equal." if len(runs) > 1 else "There is only one run."
+    folded = [row for row in rows if all(map(compare.is_execution, row[0]))]
+    content = {
+        "rows": [row for row in rows if row not in folded],
+        "message": message,
+        "folded": folded,
+        "folded_summary": f"{len(folded)} differences in execution and recording",
+        "shared": shared,
+        "summary": summary,
+    }
     return Section("What differs", "What differs", "differences.html", content)
 
 
