@@ -12,7 +12,7 @@ from diffusion_lab.denoiser import Denoiser, Prediction
 from diffusion_lab.errors import ConfigError, check_number
 from diffusion_lab.gaussian import transition
 from diffusion_lab.noise import Draws
-from diffusion_lab.samplers.base import Sampler, Samples, progress_range
+from diffusion_lab.samplers.base import Sampler, Samples, at_first_time, progress_range
 from diffusion_lab.schedules import PerExample, Schedule, append_dims_like, to_device
 from diffusion_lab.variances import FixedSmall, Variance
 from diffusion_lab.variances.base import StepVariance
@@ -193,7 +193,7 @@ def inpaint(
     inpainting, variance = InpaintingTransform(denoiser, known, mask), getattr(sampler, "variance", None)
     if variance is not None and not isinstance(variance, FixedSmall):  # FixedSmall is the floor everywhere
         variance = MaskedVariance(variance, unknown)
-    x, nfe = x_T, 0
+    x, nfe = at_first_time(denoiser.schedule, x_T, times), 0
     evaluations: Tensor | None = None
     for k in progress_range(len(segments), progress and len(segments) > 1):
         segment = segments[k]

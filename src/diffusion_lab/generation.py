@@ -5,7 +5,7 @@ Image i depends on the seed, i and its condition, not on the batch size or the n
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from diffusion_lab.denoiser import Denoiser, Prediction
 from diffusion_lab.errors import ConfigError, check_number
 from diffusion_lab.io import progress as show_progress
-from diffusion_lab.noise import normal
+from diffusion_lab.noise import Draws, normal
 from diffusion_lab.samplers import Sampler, Samples, prior
 from diffusion_lab.samplers.base import Callback
 
@@ -115,22 +115,22 @@ def decode(
     batch: Batch,
     *,
     seed: int = 0,
-    start: float = 1.0,
+    times: Tensor | None = None,
     callback: Callback | None = None,
 ) -> Samples:
-    """Integrate states (B, C, H, W) at time `start` to images, x float32 in [−1, 1]. Arguments and errors as for `generate`."""
+    """Integrate states (B, C, H, W) to images, x float32 in [−1, 1]. Other arguments and errors as for `generate`.
+
+    Args:
+        states: at times[0], or without `times` at t = 1.
+        times: the times of the sampler, as from its `time_grid`; None: those of its grid from 1 to 0.
+    """
 
     def sample(callback: Callback | None, progress: bool = False) -> Samples:
-        return sampler(
-            denoiser,
-            states,
-            seed=seed,
-            index=batch.indices,
-            condition=batch.condition,
-            start=start,
-            callback=callback,
-            progress=progress,
-        )
+        options: dict[str, Any] = {"condition": batch.condition, "callback": callback, "progress": progress}
+        if times is None:
+            return sampler(denoiser, states, seed=seed, index=batch.indices, **options)
+        noise = Draws(tuple(states.shape[1:]), seed, batch.indices, states.dtype)
+        return sampler.integrate_grid(denoiser, states, times, noise=noise, **options)
 
     try:
         samples = sample(callback, batch.progress)

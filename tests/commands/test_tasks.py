@@ -171,6 +171,13 @@ def test_little_noise_keeps_an_image_and_much_does_not(sample, given, tmp_path):
     assert gaps[0] < 10
 
 
+def test_an_edit_is_noised_to_the_first_time_of_the_grid(sample, given, run):
+    """grid=leading omits strength=1: the text names the time of the noised image, and sheet.png shows it."""
+    times = DDIM(3, grid="leading").time_grid(load_checkpoint(run).denoiser)
+    said, *_ = sample("leading", "task=edit", f"image={given / 'a.png'}", "strength=1", "sampler.grid=leading")
+    assert f"t={float(times[0]):g}" in said
+
+
 def test_a_trajectory_is_filmed(sample, tmp_path):
     said, images, _ = sample("film", "task=trajectory", "n=5", "batch_size=3", steps=7)
     assert "5 images with their trajectories" in said

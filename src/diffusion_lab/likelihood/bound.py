@@ -134,7 +134,7 @@ def vlb(
         valid.append(torch.stack([x0_hat.isfinite().all(), to_device(positive, x0.device)]))
     _refuse_invalid(torch.stack(valid), chain[1:])
 
-    prior = _prior(x0, alpha[-1], sigma[-1], schedule.alpha_sigma(torch.ones_like(chain[-1]))[1])
+    prior = _prior(x0, alpha[-1], sigma[-1])
     by_name = {"L_T": prior, "L": torch.stack(terms, 1)[:, 1:], "L_0": terms[0]}
     return Bound(prior + by_name["L"].sum(1) + terms[0], len(terms), by_name, chain[1:], decoder, last, clipped)
 
@@ -169,21 +169,12 @@ def _data_floor(schedule: Schedule, chain: Float64[Tensor, " nodes"], last: str)
 
 
 def _prior(
-    x0: Float[Tensor, "b c h w"],
-    alpha: Float64[Tensor, ""],
-    sigma: Float64[Tensor, ""],
-    prior_sigma: Float64[Tensor, ""],
+    x0: Float[Tensor, "b c h w"], alpha: Float64[Tensor, ""], sigma: Float64[Tensor, ""]
 ) -> Float64[Tensor, " b"]:
-    """Return KL(N(α x_0, σ² I) ‖ N(0, prior_sigma² I)) in bits per dimension."""
-    x0_64 = x0.double()
-    return bits(
-        kl(
-            append_dims_like(alpha, x0_64) * x0_64,
-            append_dims_like(2 * sigma.log(), x0_64),
-            torch.zeros_like(x0_64),
-            append_dims_like(2 * prior_sigma.log(), x0_64),
-        )
-    )
+    """Return KL(N(α x_0, σ² I) ‖ N(0, σ² I)) in bits per dimension: a sampler starts with the σ of its first time."""
+    x0_64, log_variance = x0.double(), 2 * sigma.log()
+    log_variance = append_dims_like(log_variance, x0_64)
+    return bits(kl(append_dims_like(alpha, x0_64) * x0_64, log_variance, torch.zeros_like(x0_64), log_variance))
 
 
 def _check(schedule: Schedule, variance: Variance, decoder: str, last: str, eta: float) -> None:

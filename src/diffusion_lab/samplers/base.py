@@ -211,11 +211,12 @@ class Sampler(ABC):
 
         Args:
             denoiser: predicts (x̂_0, ε̂).
-            x_T: the state at time `start`; at start = 1 σ(1) · noise.
+            x_T: at start = 1 σ(1) · noise; else the state at the first time of the grid, time_grid(denoiser, start)[0].
             seed: seed of the noise, which is determined by (seed, index).
             index: the image index of each row; default 0 … B − 1.
             condition: keyword arguments for the network, each with B rows.
-            start: the time of x_T, in [0, 1].
+            start: the time at which the grid starts, in [0, 1]. The first time of grid=leading is below it; pure noise is
+                scaled to that time (`at_first_time`).
             stop: the time of the result, in [0, 1]; start < stop runs a deterministic sampler from data towards noise.
             callback: callback(i, t, x, prediction), invoked before every step.
             progress: whether to show a progress bar.
@@ -234,6 +235,8 @@ class Sampler(ABC):
             )
         self._check_denoiser(denoiser)
         times = self.time_grid(denoiser, start, stop)
+        if start == 1:
+            x_T = at_first_time(denoiser.schedule, x_T, times)
         key = torch.arange(len(x_T), device=x_T.device) if index is None else index.to(x_T.device)
         noise = Draws(tuple(x_T.shape[1:]), seed, key, x_T.dtype)
         return self.integrate_grid(
@@ -278,6 +281,19 @@ class Sampler(ABC):
 def prior(schedule: Schedule, noise: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Return σ(1) · noise, the state at t = 1 from which sampling starts, for standard normal noise."""
     return append_dims_like(schedule.alpha_sigma(torch.ones((), dtype=torch.float64))[1], noise) * noise
+
+
+def at_first_time(
+    schedule: Schedule, x_T: Float[Tensor, "b c h w"], times: Float64[Tensor, " n_plus_1"]
+) -> Float[Tensor, "b c h w"]:
+    """Return σ(times[0])/σ(1) · x_T: pure noise at the first time of a grid, from σ(1) · noise.
+
+    Only grid=leading has a first time below 1. There x_t = α_t x_0 + σ_t ε is approximated by its noise.
+    """
+    if times[0] == 1:
+        return x_T
+    first, last = schedule.alpha_sigma(torch.stack([times[0], torch.ones_like(times[0])]))[1]
+    return append_dims_like(first / last, x_T) * x_T
 
 
 def progress_range(n: int, progress: bool) -> Iterable[int]:

@@ -12,7 +12,7 @@ from diffusion_lab.denoiser import Denoiser, Prediction
 from diffusion_lab.errors import SEEDS, ConfigError, check_number
 from diffusion_lab.noise import Draws, Stream, normal
 from diffusion_lab.samplers.ancestral import DDPM, Draw
-from diffusion_lab.samplers.base import EvaluationContext, Samples, prior
+from diffusion_lab.samplers.base import EvaluationContext, Samples, at_first_time, prior
 from diffusion_lab.variances import Variance
 
 # choice(i, codebook (K, C, H, W), prediction) → int64 (B,): the codebook index of each image at step i
@@ -130,7 +130,8 @@ class DDCM(DDPM):
         start = self._vectors(like, torch.zeros(len(like), dtype=torch.int64), 0)
         unused = Draws(tuple(like.shape[1:]), 0, torch.arange(len(like), device=like.device), like.dtype)
         context = EvaluationContext(denoiser, condition or {}, None, unused)
-        x = self.chain(prior(denoiser.schedule, start), times, context, range(len(times) - 1), self._draw(choice))
+        x_T = at_first_time(denoiser.schedule, prior(denoiser.schedule, start), times)
+        x = self.chain(x_T, times, context, range(len(times) - 1), self._draw(choice))
         context.refuse_nan()
         return Samples(x, context.nfe)
 

@@ -83,11 +83,11 @@ class SamplingContext:
         denoiser, parts = self.run.denoiser, self.batches(len(images), condition)
         return join(encode(denoiser, self.sampler, _rows(images, batch), batch) for batch in parts)
 
-    def decode(self, states: Tensor, condition: Mapping[str, Tensor], start: float = 1.0) -> Samples:
-        """Integrate states (N, C, H, W) at time `start` to images in [−1, 1]."""
+    def decode(self, states: Tensor, condition: Mapping[str, Tensor], times: Tensor | None = None) -> Samples:
+        """Integrate states (N, C, H, W) to images in [−1, 1]: along `times` from times[0], or from t = 1."""
         denoiser, seed, parts = self.run.denoiser, self.settings["seed"], self.batches(len(states), condition)
         return join(
-            decode(denoiser, self.sampler, _rows(states, batch), batch, seed=seed, start=start) for batch in parts
+            decode(denoiser, self.sampler, _rows(states, batch), batch, seed=seed, times=times) for batch in parts
         )
 
     def summary(self, what: str, nfe: int, look: str = "grid.png") -> str:

@@ -13,12 +13,13 @@ from diffusion_lab.generation import initial_noise
 def run_task(context: SamplingContext) -> str:
     """Add noise to image= up to time strength=, sample n images from there, and write them and sheet.png."""
     settings, n, run = context.settings, context.settings["n"], context.run
-    schedule, t = run.denoiser.schedule, torch.tensor(float(settings["strength"]), dtype=torch.float64)
+    schedule = run.denoiser.schedule
     x0 = read_one("image", Path(settings["image"]), run.shape)
-    context.sampler.time_grid(run.denoiser, float(t))  # raises if the grid has fewer steps below this time
+    times = context.sampler.time_grid(run.denoiser, float(settings["strength"]))
+    t = times[0]  # strength=, or for grid=leading its largest time below that
     condition = context.condition(n)
     states = schedule.corrupt(x0, initial_noise(run.shape, torch.arange(n), settings["seed"]), t)
-    images, nfe, _ = context.decode(states, condition, start=float(t))
+    images, nfe, _ = context.decode(states, condition, times=times)
     write_samples(context.out, images, condition.get("label"), settings["save_images"])
     noised = to_visible(states[:SHOWN], *schedule.alpha_sigma(t))
     panels = [("original", x0), (f"noised to t = {float(t):g}", noised), ("edited", images[:SHOWN])]
