@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int64, Shaped
+from jaxtyping import Bool, Float, Float64, Int64, Shaped
 from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser, Prediction
@@ -95,6 +95,9 @@ class MaskedVariance(Variance):
 
     def __init__(self, variance: Variance, unknown: Bool[Tensor, "..."]) -> None:
         self.variance, self.unknown = variance, unknown
+
+    def extra_time(self, schedule: Schedule, t: Float64[Tensor, ""]) -> Float64[Tensor, ""] | None:
+        return self.variance.extra_time(schedule, t)
 
     def __call__(
         self, schedule: Schedule, t: PerExample, s: PerExample, prediction: Prediction, floor: PerExample | float = 0.0

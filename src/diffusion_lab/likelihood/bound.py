@@ -116,7 +116,11 @@ def vlb(
     for k, t in enumerate(show_progress(chain[1:], "likelihood", "term", progress)):
         noise = normal(shape, seed=seed, index=key, draw=k + FIRST_DRAW, stream=Stream.LIKELIHOOD, dtype=x0.dtype)
         x_t = append_dims_like(alpha[k + 1], x0) * x0 + append_dims_like(sigma[k + 1], x0) * noise
-        prediction = denoiser(x_t, t, **(condition or {}))
+        extra_time = variance.extra_time(schedule, t)
+        if extra_time is None:
+            prediction = denoiser(x_t, t, **(condition or {}))
+        else:
+            prediction = denoiser.with_extra_at(x_t, t, extra_time, **(condition or {}))
         x0_64, x0_hat = x0.double(), prediction.x0.double()
         if k > 0:
             floor, factor = append_dims_like(floors[k - 1], x0_64), append_dims_like(x0_factors[k - 1], x0_64)

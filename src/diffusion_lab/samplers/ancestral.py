@@ -63,6 +63,13 @@ class Ancestral(Sampler):
             return super().time_grid(denoiser, start, stop)
         return optimal_grid(self.variance, denoiser.schedule, self.steps, start, stop)
 
+    def predict(
+        self, context: EvaluationContext, i: int, x: Float[Tensor, "b c h w"], times: Float64[Tensor, " n_plus_1"]
+    ) -> Prediction:
+        """Evaluate the denoiser for step i, with the channels that the variance reads at the time it needs."""
+        extra_time = (context.variance or self.variance).extra_time(context.schedule, times[i])
+        return context.predict(i, x, times[i], times[i + 1], extra_time)
+
     def step_noise(
         self,
         context: EvaluationContext,
@@ -128,7 +135,7 @@ class DDPM(Ancestral):
         """Integrate as `integrate` does, with draw(i, prediction) as z of step i."""
         posteriors = posterior(context.schedule, times[:-1], times[1:])
         for i in steps:
-            prediction = context.predict(i, x, times[i], times[i + 1])
+            prediction = self.predict(context, i, x, times)
             q = Posterior(*(value[i] for value in posteriors))
             x = q.mean(x, prediction.x0)
             if times[i + 1] > 0:  # the step into data adds no noise
@@ -186,7 +193,7 @@ class DDIM(Ancestral):
             floor = self.eta**2 * posterior(context.schedule, times[:-1], times[1:]).variance
         direction = (sigma.square() - floor).clamp(min=0).sqrt()
         for i in steps:
-            prediction = context.predict(i, x, times[i], times[i + 1])
+            prediction = self.predict(context, i, x, times)
             x = append_dims_like(alpha[i], x) * prediction.x0 + append_dims_like(direction[i], x) * prediction.noise
             if not self.deterministic and times[i + 1] > 0:
                 x = x + self.step_noise(context, times, i, floor[i], prediction, context.noise(i))

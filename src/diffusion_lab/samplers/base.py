@@ -67,6 +67,7 @@ class EvaluationContext:
         x: Float[Tensor, "b c h w"],
         t: Float[Tensor, ""] | Float[Tensor, " b"],
         rows: Int[Tensor, " b"] | None = None,
+        extra_time: Float[Tensor, ""] | None = None,
     ) -> Prediction:
         """Evaluate the network once.
 
@@ -75,11 +76,15 @@ class EvaluationContext:
             t: the time; 0-d on the CPU, or one per image.
             rows: if x is a part of the batch, the indices of its images, which select the condition. The previous x̂_0 is then
                 not passed: a sampler that uses `rows` sets `uses_previous = False`.
+            extra_time: the time of the channels beyond C, if it differs from t (`Variance.extra_time`).
         """
         condition, previous = self.condition, self._previous
         if rows is not None:
             condition, previous = {name: value[rows.to(value.device)] for name, value in condition.items()}, None
-        prediction = self.denoiser(x, t, previous=previous, **condition)
+        if extra_time is None:
+            prediction = self.denoiser(x, t, previous=previous, **condition)
+        else:
+            prediction = self.denoiser.with_extra_at(x, t, extra_time, previous, **condition)
         self._previous = prediction.x0 if rows is None else None
         self.nfe += 1
         sums = prediction.x0.flatten(1).sum(1, dtype=torch.float64)  # finite if and only if all elements are
@@ -87,12 +92,20 @@ class EvaluationContext:
         self._sums.append(sums.sum())  # stays on the device; read once, at the end
         return prediction
 
-    def predict(self, i: int, x: Float[Tensor, "b c h w"], t: Float[Tensor, ""], s: Float[Tensor, ""]) -> Prediction:
+    def predict(
+        self,
+        i: int,
+        x: Float[Tensor, "b c h w"],
+        t: Float[Tensor, ""],
+        s: Float[Tensor, ""],
+        extra_time: Float[Tensor, ""] | None = None,
+    ) -> Prediction:
         """Evaluate the denoiser at state x for step i from t to s, and invoke the callback.
 
         Encoding begins at t = 0, where no network is trained: x̂_0 is x there, and ε̂ is predicted at the next time s.
+        `extra_time` as for a call.
         """
-        prediction = self(x, s)._replace(x0=x) if t == 0 else self(x, t)
+        prediction = self(x, s)._replace(x0=x) if t == 0 else self(x, t, extra_time=extra_time)
         self.report(i, t, x, prediction)
         return prediction
 

@@ -43,6 +43,10 @@ class Variance(ABC):
             floor: variance of the sampler's own noise.
         """
 
+    def extra_time(self, schedule: Schedule, t: Float64[Tensor, ""]) -> Float64[Tensor, ""] | None:
+        """Return the time at which `prediction.extra` is evaluated in place of t; None: at t itself."""
+        return None
+
     def check(self, network: object) -> None:  # noqa: B027 most variances work with every network
         """Raise ConfigError if `network.extra` names channels that this variance cannot read."""
 

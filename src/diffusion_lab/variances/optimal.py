@@ -1,5 +1,6 @@
 """The optimal variance, from Cov[x_0 | x_t]: estimated on the data for each t, or predicted by a second head."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 
@@ -11,6 +12,8 @@ from diffusion_lab.errors import ConfigError, check_numbers
 from diffusion_lab.objectives import Prediction
 from diffusion_lab.schedules import PerExample, Scalars, Schedule, append_dims_like
 from diffusion_lab.variances.base import FromExtra, StepVariance, Variance, floor_is_variance, to_float64
+
+MIN_LAMBDA = -math.log(32)  # ln(α/σ) at which a second head stands for α = 0: w is still a thousandth of c
 
 
 def gain(schedule: Schedule, t: Scalars, s: Scalars, floor: Float64[Tensor, "*#shape"]) -> Float64[Tensor, "*shape"]:
@@ -84,9 +87,11 @@ class Analytic(Variance):
 
 
 class FromHead(FromExtra):
-    """c = clip((σ²/α²) w, 0, 1) of each element, w from a second head on a frozen network; c = 1 at α = 0.
+    """c = clip((σ²/α²) w, 0, 1) of each element, w from a second head on a frozen network.
 
-    Bao et al. 2022, "Estimating the optimal covariance with imperfect mean in diffusion probabilistic models".
+    Bao et al. 2022, "Estimating the optimal covariance with imperfect mean in diffusion probabilistic models". At α = 0 w is 0
+    and does not determine c. Cov[x_0 | x_t] is continuous there, so w is evaluated at the time with α/σ = 1/32 (`extra_time`):
+    on Gaussian data of variance v its c is smaller by a fraction v/1024.
     """
 
     max_final_noise = 1.0
@@ -98,6 +103,13 @@ class FromHead(FromExtra):
             "them"
         )
 
+    def extra_time(self, schedule: Schedule, t: Float64[Tensor, ""]) -> Float64[Tensor, ""] | None:
+        return None if schedule.alpha_sigma(t)[0] > 0 else self._informative(schedule, t)
+
+    def _informative(self, schedule: Schedule, t: PerExample) -> PerExample:
+        """Return t, or where α = 0 the time with λ = `MIN_LAMBDA`."""
+        return torch.where(schedule.alpha_sigma(t)[0] > 0, t, schedule.time(torch.full_like(t, MIN_LAMBDA)))
+
     @abstractmethod
     def scaled_covariance(self, prediction: Prediction) -> Float[Tensor, "b c h w"]:
         """Return w = (α²/σ²) Cov[x_0 | x_t] of each element."""
@@ -106,10 +118,8 @@ class FromHead(FromExtra):
         self, schedule: Schedule, t: PerExample, s: PerExample, prediction: Prediction, floor: PerExample | float = 0.0
     ) -> StepVariance:
         w, floor64 = self.scaled_covariance(prediction), to_float64(floor, s)
-        alpha, sigma = schedule.alpha_sigma(t.double())
-        informative = alpha > 0
-        ratio = torch.where(informative, (sigma / alpha).square(), 0.0)
-        c = (append_dims_like(ratio, w) * w + append_dims_like((~informative).double(), w)).clamp(0, 1)
+        alpha, sigma = schedule.alpha_sigma(self._informative(schedule, t.double()))
+        c = (append_dims_like((sigma / alpha).square(), w) * w).clamp(0, 1)
         return append_dims_like(floor64, w) + append_dims_like(gain(schedule, t, s, floor64), w) * c
 
 
