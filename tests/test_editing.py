@@ -1,6 +1,7 @@
 """Edits against exact results: slerp, the distribution of SDEdit, the Gaussian conditional of inpainting."""
 
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -11,11 +12,12 @@ from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.editing import InpaintingTransform, MaskedVariance, inpaint, passes, slerp
+from diffusion_lab.gaussian import posterior
 from diffusion_lab.noise import normal
-from diffusion_lab.objectives import PredNoise, PredV
+from diffusion_lab.objectives import PredNoise, PredV, PredX0
 from diffusion_lab.samplers import DDIM, DDPM, ODE, Heun, Sampler, prior
 from diffusion_lab.schedules import Cosine, Linear, Schedule
-from diffusion_lab.variances import FixedLarge
+from diffusion_lab.variances import Analytic, FixedLarge
 
 D = torch.float64
 
@@ -272,6 +274,35 @@ def test_many_steps_and_resamplings_converge_to_the_gaussian_conditional(
         errors = bias(*moments(make(steps), Cosine(max(steps, 1000)), jump, resample))
         assert errors[0] < mean
         assert errors[1] < variance
+
+
+@pytest.mark.parametrize("jump_length", [1, 2, 3, 8])
+@pytest.mark.parametrize("make", [DDPM, DDIM])
+def test_the_last_noise_is_bounded_for_every_jump_length(make: type[Any], jump_length: int) -> None:
+    """With x̂_0 = 0 and no known pixels the last step between t_2 and t_1, before the step into data, is x → c x + σ z with
+    c = c_1 or σ_s/σ_t. Its σ is 2/255·√(π/2) with max_final_noise=1, for every division of the grid, and more with ∞."""
+    seen: list[tuple[int, torch.Tensor]] = []
+
+    def network(x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        seen.append((round(float(c[0])) + 1, x))
+        return torch.zeros_like(x)
+
+    schedule, fit = Cosine(40), torch.arange(1, 41, dtype=D) / 40
+    zero, count = torch.zeros(1, 1, 1, 1, dtype=D), 4000
+    for bound in (1.0, math.inf):
+        sampler = make(8, variance=Analytic(fit, torch.zeros(40, dtype=D)), max_final_noise=bound)
+        times = sampler.time_grid(Denoiser(network, schedule, PredX0()))
+        seen.clear()
+        inpaint(
+            sampler, Denoiser(network, schedule, PredX0()), zero.expand(count, -1, -1, -1), zero, zero + 1,
+            index=torch.arange(count), jump_length=jump_length, resample=2,
+        )  # fmt: skip
+        at = max(k for k, (node, _) in enumerate(seen) if node == round(float(times[-3]) * 40))
+        sigma, sigma_s = schedule.alpha_sigma(times[-3:-1])[1]
+        carried = posterior(schedule, times[-3], times[-2]).c1 if make is DDPM else sigma_s / sigma
+        spread = float((seen[at + 1][1] - carried * seen[at][1]).std())
+        level = 2 / 255 * (math.pi / 2) ** 0.5
+        assert spread == pytest.approx(level, rel=0.05) if bound == 1 else spread > 2 * level
 
 
 BLOBS = Mixture(torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(5)) / 2, torch.tensor([0.2, 0.3, 0.1]))

@@ -211,6 +211,7 @@ def inpaint(
             noise=noise,
             condition=condition,
             variance=variance,
+            following=times[segment.end + 1] if segment.end + 1 < len(times) else None,
             progress=progress and len(segments) == 1,
         )
         nfe += segment_nfe

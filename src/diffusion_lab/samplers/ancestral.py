@@ -91,7 +91,8 @@ class Ancestral(Sampler):
         """
         variance = context.variance or self.variance
         sigma2 = variance(context.schedule, times[i], times[i + 1], prediction, floor=floor)
-        if self.max_final_noise is not None and i == len(times) - 3 and times[-1] == 0:
+        after = times[i + 2] if i + 2 < len(times) else context.following
+        if self.max_final_noise is not None and after is not None and after == 0:  # the next step is into data
             sigma2 = sigma2.clamp(max=(self.max_final_noise * LEVEL) ** 2)
         noise = sigma2.sqrt().to(z.dtype) * z
         return noise if prediction.gradient is None else noise + sigma2.to(z.dtype) * prediction.gradient

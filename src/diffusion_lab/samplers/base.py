@@ -41,6 +41,7 @@ class EvaluationContext:
         callback: invoked by `report`.
         noise: noise(i) is the noise of step i, standard normal, of the state's shape; each i is one draw of the key.
         variance: replaces the variance of an ancestral sampler; None keeps it.
+        following: the time after the last one, if the times are a segment of a grid; None: there is none.
 
     Attributes:
         nfe: network evaluations so far.
@@ -54,7 +55,9 @@ class EvaluationContext:
         callback: Callback | None,
         noise: Draws,
         variance: Variance | None = None,
+        following: Float64[Tensor, ""] | None = None,
     ) -> None:
+        self.following = following
         self.denoiser, self.schedule, self.condition = denoiser, denoiser.schedule, condition
         self.callback, self.noise, self.variance, self.nfe = callback, noise, variance, 0
         self.evaluations: Tensor | None = None
@@ -266,6 +269,7 @@ class Sampler(ABC):
         noise: Draws,
         condition: Mapping[str, Shaped[Tensor, "b ..."]] | None = None,
         variance: Variance | None = None,
+        following: Float64[Tensor, ""] | None = None,
         callback: Callback | None = None,
         progress: bool = False,
     ) -> Samples:
@@ -277,6 +281,7 @@ class Sampler(ABC):
             times: N + 1 strictly monotone times on the CPU; increasing times need a deterministic sampler.
             noise: the noise of the steps, of x's shape and dtype. Each segment of a grid needs different draws (see editing.py).
             variance: replaces the variance of an ancestral sampler; other samplers ignore it.
+            following: the time after times[-1], if `times` is a segment of a grid that continues.
             condition, callback, progress: as in `__call__`.
 
         Returns:
@@ -285,7 +290,7 @@ class Sampler(ABC):
         Raises:
             ConfigError: the network returned NaN or infinity. `check` tests whether sampler and denoiser fit each other.
         """
-        context = EvaluationContext(denoiser, condition or {}, callback, noise, variance)
+        context = EvaluationContext(denoiser, condition or {}, callback, noise, variance, following)
         x = self.integrate(x, times, context, progress_range(len(times) - 1, progress))
         context.refuse_nan()
         return Samples(x, context.nfe, context.evaluations)
