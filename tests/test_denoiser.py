@@ -8,9 +8,11 @@ from contracts import OBJECTIVES, PAIRS, SCHEDULES
 from oracle import Gaussian, Mixture, oracle
 from torch import Tensor, nn
 
-from diffusion_lab.denoiser import Denoiser
-from diffusion_lab.objectives import PredNoise, PredV, PredX0
+from diffusion_lab.denoiser import Denoiser, Prediction
+from diffusion_lab.errors import ConfigError
+from diffusion_lab.objectives import Objective, PredNoise, PredV, PredX0
 from diffusion_lab.schedules import Cosine, Linear
+from diffusion_lab.variances import NPR, SN
 
 D = torch.float64
 DATA = Mixture(
@@ -144,3 +146,28 @@ def test_the_exact_flow_of_the_oracle_solves_the_ode() -> None:
     d_alpha, d_sigma = s.derivatives(torch.tensor(t, dtype=D))
     slope = (data.flow(x, s, t, t + h) - data.flow(x, s, t, t - h)) / (2 * h)
     torch.testing.assert_close(d_alpha * p.x0 + d_sigma * p.noise, slope, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("objective", [PredNoise(), PredV()])
+def test_an_alpha_that_underflows_float32_is_the_schedule_s_fault(objective: Objective) -> None:
+    """α(1) = 2e-67 is 0 in float32: refused before any step, with the remedy. 2e-34 is a float32 number, and x̂_0 is finite
+    with it; α(1) = 0 exactly is another case, which pred_v solves."""
+    network = lambda x, c: torch.zeros_like(x)  # noqa: E731
+    with pytest.raises(ConfigError, match=r"Linear ends in alpha = .*zero_terminal_snr=true"):
+        Denoiser(network, Linear(beta_end=0.5), objective)
+    schedule = Linear(beta_end=0.28)
+    x = torch.ones(1, 1, 1, 1)
+    assert 1e-37 < float(schedule.alpha_sigma(torch.ones((), dtype=torch.float64))[0]) < 1e-33
+    assert Denoiser(network, schedule, objective)(x, 1.0).x0.isfinite().all()
+    Denoiser(network, Linear(beta_end=0.5, zero_terminal_snr=True), PredV())
+
+
+@pytest.mark.parametrize("variance", [SN(), NPR()])
+def test_a_second_head_of_zero_at_a_tiny_alpha_gives_the_floor(variance: SN) -> None:
+    """(σ/α)² overflows float32 at α = 2e-34, where σ/α does not: c = 0, not NaN, and 1 for a positive head."""
+    schedule, zero = Linear(beta_end=0.28), torch.zeros(1, 1, 1, 1)
+    t, s = torch.ones((), dtype=torch.float64), torch.tensor(0.5, dtype=torch.float64)
+    for head, c in ((0.0, 0.0), (0.5, 1.0)):
+        got = variance(schedule, t, s, Prediction(zero, zero, zero, zero + head), 0.0)
+        alpha_s = float(schedule.alpha_sigma(s)[0])
+        assert float(got) == pytest.approx(c * alpha_s**2, rel=1e-6)

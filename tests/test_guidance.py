@@ -1,5 +1,6 @@
 """Thresholds for x̂_0, and guidance on data with known class-conditional scores."""
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -253,6 +254,28 @@ def test_rescale_against_numpy() -> None:
         want = phi * cfg * factor[:, None, None, None] + (1 - phi) * cfg
         got = ClassifierFree(den, 4.0, rescale=phi)(x, t, label=LABEL).output
         np.testing.assert_allclose(got.numpy(), want, rtol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, D])
+@pytest.mark.parametrize("value", [0.0, 0.3])
+def test_rescale_leaves_a_constant_output_as_it_is(dtype: torch.dtype, value: float) -> None:
+    """The standard deviations of eq. 15 are 0, or rounding errors, for an image of one pixel or of equal pixels: the factor is 1.
+    The conditional output may have a spread: no factor gives a constant one that spread either."""
+    ramp = torch.linspace(-1, 1, 16, dtype=dtype).reshape(1, 1, 4, 4)
+
+    def network(slope: torch.Tensor, x: torch.Tensor, c: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        shade = label.to(x).reshape(-1, 1, 1, 1)
+        return x + shade / 7 + (3 + shade / 3) * slope  # label 3 is the null label
+
+    for side, slope in ((1, ramp[..., :1, :1] * 0), (4, ramp * 0), (4, ramp)):  # u + 4 (c − u): the slope 4 + 4 (3 − 4)
+        x = torch.full((1, 1, side, side), value, dtype=dtype)
+        plain = Denoiser(functools.partial(network, slope), Cosine(), PredV())
+        free, scaled = (ClassifierFree(plain, 4.0, rescale=phi, num_classes=3) for phi in (0.0, 0.7))
+        want, got = (
+            den(x, torch.tensor(0.5, dtype=D), label=torch.zeros(1, dtype=torch.int64)).output for den in (free, scaled)
+        )
+        assert float(want.std(correction=0)) < 1e-6
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
 
 
 def test_the_interval() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from diffusion_lab.errors import check_number
 from diffusion_lab.objectives import Objective, Prediction
-from diffusion_lab.schedules import PerExample, Schedule, append_dims_like, to_device
+from diffusion_lab.schedules import PerExample, Schedule, append_dims_like, check_float32, to_device
 
 __all__ = ["Clip", "Denoiser", "Evaluate", "OnOutput", "OnX0", "Output", "Prediction"]
 
@@ -69,7 +69,7 @@ class Denoiser:
             does not depend on x̂_0: they count as changed even where the values are equal (both −1 after clipping).
 
     Raises:
-        ConfigError: the objective cannot be used with the schedule.
+        ConfigError: the objective cannot be used with the schedule, or α(1) of the schedule underflows float32.
     """
 
     network: Callable[..., Tensor]
@@ -81,6 +81,7 @@ class Denoiser:
 
     def __post_init__(self) -> None:
         self.objective.check(self.schedule)
+        check_float32(self.schedule)
         if not callable(self.clip):
             check_number("clip", self.clip, "(0, 1000]", "a limit, or a function of x_0", optional=True)
         if getattr(self.clip, "identity", False):

@@ -17,6 +17,8 @@ from diffusion_lab.errors import ConfigError, check_number, check_numbers
 from diffusion_lab.objectives import Objective
 from diffusion_lab.schedules import PerExample, Scalars, Schedule, append_dims_like, to_device
 
+FLAT = 4  # spread in units of the rounding error of the largest pixel, up to which an image counts as constant
+
 
 def Unguided(denoiser: Denoiser) -> Denoiser:
     """Return the denoiser unchanged."""
@@ -154,7 +156,10 @@ class ClassifierFreeTransform:
         conditional, y = self._combine(both.y, inside)
         if self.rescale:
             std, target_std = (v.flatten(1).std(1, correction=0) for v in (y, conditional))
-            rescaled = y * append_dims_like(1 + self.rescale * (target_std / std - 1), y)
+            # a constant image has no spread but that of rounding, and no scale gives it another: it is not rescaled
+            constant = std <= FLAT * torch.finfo(std.dtype).eps * y.flatten(1).abs().amax(1)
+            ratio = torch.where(constant, 1.0, target_std / std)
+            rescaled = y * append_dims_like(1 + self.rescale * (ratio - 1), y)
             y = rescaled if t.ndim == 0 else torch.where(append_dims_like(inside, y) > 0, rescaled, conditional)
         return Output(
             y,

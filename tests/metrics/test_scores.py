@@ -1,6 +1,7 @@
 """KID, Inception score, precision, recall, density, coverage: against torch-fidelity, formulas written out, extremes."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,21 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
+from diffusion_lab.metrics.collect import Collected
+from diffusion_lab.metrics.extractors import Extractor
+from diffusion_lab.metrics.moments import Sums
+from diffusion_lab.metrics.options import KID, InceptionScore
+from diffusion_lab.metrics.reference import Reference
 from diffusion_lab.metrics.scores import inception_score, kid, prdc
+
+
+class Inception(Extractor):
+    """An extractor by its name alone: the features are given."""
+
+    name = "inception"
+
+    def extract(self, images):
+        raise NotImplementedError
 
 
 def two(n=600, m=700, dim=32, shift=0.15):
@@ -34,6 +49,27 @@ def test_kid_is_the_unbiased_mmd_of_the_cubic_kernel():
     want = kernel(x, x)[off].mean() + kernel(y, y)[off].mean() - 2 * kernel(x, y).mean()
     assert kid(a, b).mean == pytest.approx(float(want), rel=1e-10)
     assert kid(a, b).std == pytest.approx(0, abs=1e-12)
+    assert (kid(a, b).subsets, kid(a, b, subset_size=39).subsets, kid(a, a[:39]).subsets) == (1, 100, 100)
+
+
+@pytest.mark.parametrize(
+    ("metric", "n", "names"),
+    [
+        (KID(subset_size=40), 40, {"kid"}),
+        (KID(subset_size=39), 40, {"kid", "kid_std"}),
+        (KID(subsets=1, subset_size=39), 40, {"kid"}),
+        (InceptionScore(splits=1), 40, {"is"}),
+        (InceptionScore(splits=2), 40, {"is", "is_std"}),
+    ],
+)
+def test_the_spread_of_one_subset_is_not_reported(metric, n, names):
+    """Where both sets fit one subset every subset is the whole: a standard deviation of 0 would claim an exact figure."""
+    a, b = two(n=n, m=n)
+    sums = Sums(32)
+    sums.add(b)
+    reference = Reference(sums.moments(), b, None, Path())
+    figures = metric.figures(metric.key, Inception(torch.nn.Identity()), Collected(n, sums, a, a), reference)
+    assert set(figures) == names
 
 
 def test_kid_of_one_distribution_is_zero_on_average():
@@ -75,6 +111,23 @@ def test_density_and_coverage_follow_their_definitions():
     got = prdc(a, b)
     assert got["density"] == pytest.approx(inside.sum() / (5 * 1203), rel=2e-3)
     assert got["coverage"] == pytest.approx(inside.any(1).mean(), abs=1e-9)
+
+
+def test_neighbors_of_features_far_from_zero():
+    """Features 50 ± 0.05 in float32: all four figures are those of exact distances, and of the features less 50."""
+    g = torch.Generator().manual_seed(3)
+    a, b = (50 + 0.05 * torch.randn(n, 32, generator=g) for n in (400, 300))
+    far = np.sqrt(((b[:, None].double().numpy() - a[None].double().numpy()) ** 2).sum(-1))
+    among = [np.sqrt(((v[:, None].double().numpy() - v[None].double().numpy()) ** 2).sum(-1)) for v in (a, b)]
+    (radii_a, _), (radii_b, radii_5) = ((np.sort(d, 1)[:, 3], np.sort(d, 1)[:, 5]) for d in among)
+    want = {
+        "precision": (far <= radii_b[:, None]).any(0).mean(),
+        "recall": (far <= radii_a[None]).any(1).mean(),
+        "density": (far <= radii_5[:, None]).sum() / (5 * 400),
+        "coverage": (far <= radii_5[:, None]).any(1).mean(),
+    }
+    assert prdc(a, b) == pytest.approx(want, abs=1e-6)
+    assert prdc(a.double() - 50, b.double() - 50) == pytest.approx(want, abs=1e-6)
 
 
 def test_extremes_of_neighbors():

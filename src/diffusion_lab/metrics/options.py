@@ -177,7 +177,10 @@ OPTIONS = ("fid", "kid", "is", "prdc", "fd", "fd_classifier", "nll")
 
 
 def _score(metric: FeatureMetric, key: str, extractor: Extractor, score: Score) -> dict[str, float]:
-    """Return mean and standard deviation. The name of the extractor is appended to their names, except for Inception."""
+    """Return the mean and, of more than one subset, the standard deviation.
+
+    The name of the extractor is appended to their names, except for Inception.
+    """
     published = key if extractor.name == "inception" else f"{key}_{extractor.name}"
     name = published if key == metric.key else key
-    return {name: score.mean, f"{name}_std": score.std}
+    return {name: score.mean} | ({f"{name}_std": score.std} if score.subsets > 1 else {})

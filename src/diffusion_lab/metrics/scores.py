@@ -24,6 +24,7 @@ class Score(NamedTuple):
 
     mean: float
     std: float
+    subsets: int  # number of different subsets; with 1 `std` is 0 and no measure of an error
 
 
 def kid(
@@ -47,7 +48,8 @@ def kid(
     out = kid_features_to_metric(
         features.double(), real.double(), kid_subsets=subsets, kid_subset_size=size, verbose=False
     )
-    return Score(out[KEY_METRIC_KID_MEAN], out[KEY_METRIC_KID_STD])
+    different = subsets if max(len(features), len(real)) > size else 1
+    return Score(out[KEY_METRIC_KID_MEAN], out[KEY_METRIC_KID_STD], different)
 
 
 def inception_score(logits: Float[Tensor, "n k"], splits: int = SPLITS) -> Score:
@@ -65,7 +67,7 @@ def inception_score(logits: Float[Tensor, "n k"], splits: int = SPLITS) -> Score
     refuse_few(len(logits), splits, f"is, a mean over {splits} splits,")
     refuse_nan(logits, of="the logits")
     out = isc_features_to_metric(logits, splits=splits)
-    return Score(out[KEY_METRIC_ISC_MEAN], out[KEY_METRIC_ISC_STD])
+    return Score(out[KEY_METRIC_ISC_MEAN], out[KEY_METRIC_ISC_STD], splits)
 
 
 def prdc(
@@ -94,6 +96,8 @@ def prdc(
     from torch_fidelity.metric_prc import calculate_precision_recall_part
 
     _check(features, real, max(neighbors, density_neighbors) + 1, "prdc")
+    # cdist expands |x − y|², so its rounding error is that of |x|²: in float32 features far from 0 lose their distances
+    features, real = features.double(), real.double()
     precision, recall = calculate_precision_recall_part(features, real, neighbors, BLOCK)
     inside, covered = 0, []
     for balls, radii in _balls(real, density_neighbors):

@@ -10,6 +10,7 @@ from diffusion_lab.schedules.base import (
     Schedule,
     append_dims_like,
     cast_like,
+    check_float32,
     noise_level,
     to_device,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "Table",
     "append_dims_like",
     "cast_like",
+    "check_float32",
     "noise_level",
     "to_device",
 ]

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from diffusion_lab.errors import check_number
+from diffusion_lab.errors import ConfigError, check_number
 
 Scalars = Float[Tensor, "*shape"]  # the tensors of one signature have one shape
 PerExample = Float[Tensor, ""] | Float[Tensor, " b"]  # one value for the whole batch, or one for each example
@@ -97,6 +97,16 @@ class Schedule(ABC):
     def zero_terminal_snr(self) -> bool:
         """Whether α(1) = 0 exactly (zero terminal SNR, flow), so that x_t at t = 1 is independent of x_0."""
         return bool(self.alpha_sigma(torch.ones((), dtype=torch.float64))[0] == 0)
+
+
+def check_float32(schedule: Schedule) -> None:
+    """Raise ConfigError if α(1) > 0 underflows float32, the dtype of states: 1/α is infinite there, and x̂_0 NaN."""
+    alpha = float(schedule.alpha_sigma(torch.ones((), dtype=torch.float64))[0])
+    if 0 < alpha < torch.finfo(torch.float32).tiny:
+        raise ConfigError(
+            f"the schedule {type(schedule).__name__} ends in alpha = {alpha:.2g}, which is 0 in float32: lower its noise "
+            "(schedule.beta_end, schedule.beta_max), or write schedule.zero_terminal_snr=true objective=pred_v"
+        )
 
 
 def noise_level(schedule: Schedule, t: Scalars) -> Scalars:

@@ -119,7 +119,8 @@ class FromHead(FromExtra):
     ) -> StepVariance:
         w, floor64 = self.scaled_covariance(prediction), to_float64(floor, s)
         alpha, sigma = schedule.alpha_sigma(self._informative(schedule, t.double()))
-        c = (append_dims_like((sigma / alpha).square(), w) * w).clamp(0, 1)
+        ratio = append_dims_like(sigma / alpha, w)
+        c = (ratio * (ratio * w)).clamp(0, 1)  # ratio² overflows float32 before ratio does, and ∞ · 0 is NaN
         return append_dims_like(floor64, w) + append_dims_like(gain(schedule, t, s, floor64), w) * c
 
 
