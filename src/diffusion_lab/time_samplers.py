@@ -20,7 +20,8 @@ from diffusion_lab.schedules import Schedule
 class TimeSampler(ABC):
     """time_sampler(schedule, position, batch_size, seed=…, step=…) → t in (0, 1], float64, of the shape of `position`.
 
-    A subclass implements `times`, the inverse of its distribution function. On a table t is rounded up to the next node.
+    A subclass implements `times`, the inverse of its distribution function. On a table t is rounded up to the next node, so that
+    uniform times have equally likely nodes, or to the nearest one.
 
     Args:
         stratified: draw one u in each of B equal parts of (0, 1], B the size of the global batch, which lowers the variance of
@@ -29,9 +30,11 @@ class TimeSampler(ABC):
 
     Attributes:
         learns: whether `update` uses the losses.
+        nearest: round to the nearest node, for a density in λ or t that rounding up would shift by half a step towards noise.
     """
 
     learns = False
+    nearest = False
 
     def __init__(self, stratified: bool = False) -> None:
         self.stratified = stratified
@@ -60,7 +63,8 @@ class TimeSampler(ABC):
         t = self.times(schedule, self.stratify(u, position, batch_size)).clamp(schedule.t_eps, 1)
         if schedule.steps is None:
             return t
-        return ((t * schedule.steps).floor() + 1).clamp(max=schedule.steps) / schedule.steps
+        node = (t * schedule.steps).round() if self.nearest else (t * schedule.steps).floor() + 1
+        return node.clamp(1, schedule.steps) / schedule.steps
 
     def weight(self, schedule: Schedule, t: Float[Tensor, " b"]) -> Float64[Tensor, " b"]:
         """Return the importance weight of the loss at times t.
@@ -120,6 +124,8 @@ class LogNormal(TimeSampler):
         ConfigError: an argument is out of range.
     """
 
+    nearest = True
+
     def __init__(self, mean: float = -1.2, std: float = 1.2, stratified: bool = True) -> None:
         super().__init__(stratified)
         self.mean, self.std = _normal(mean, std)
@@ -139,6 +145,8 @@ class LogitNormal(TimeSampler):
     Raises:
         ConfigError: an argument is out of range.
     """
+
+    nearest = True
 
     def __init__(self, mean: float = 0.0, std: float = 1.0, stratified: bool = True) -> None:
         super().__init__(stratified)
