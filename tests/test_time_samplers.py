@@ -9,8 +9,10 @@ import torch
 from contracts import SCHEDULES, members, takes
 from scipy import stats
 
-from diffusion_lab.schedules import EDM, VP, Cosine, Flow, Linear, Schedule, Sigmoid, Table
+from diffusion_lab.objectives import PredFlow, PredV, PredX0
+from diffusion_lab.schedules import EDM, VE, VP, Cosine, Flow, Linear, Schedule, Sigmoid, SubVP, Table
 from diffusion_lab.time_samplers import Importance, LogitNormal, LogNormal, Stratified, TimeSampler, Uniform
+from diffusion_lab.weightings import VLB, Eps
 
 D = torch.float64
 SAMPLERS: dict[str, TimeSampler] = {c.__name__: c() for c in members(TimeSampler, "time_samplers")}
@@ -98,6 +100,74 @@ def test_stratified_lowers_the_variance_of_a_mean() -> None:
         for s in (Uniform(), Stratified())
     }
     assert means["Stratified"].var() < 0.1 * means["Uniform"].var()
+
+
+# ------------------------------------------------------------------------------------------------- least time in training
+
+CURVES: dict[str, Callable[..., Schedule]] = {"VP": VP, "SubVP": SubVP, "VE": VE, "EDM": EDM, "Flow": Flow}
+
+
+class Lowest(TimeSampler):
+    """t = u/10⁹: below every least time."""
+
+    def times(self, schedule: Schedule, u: torch.Tensor) -> torch.Tensor:
+        return u * 1e-9
+
+
+@pytest.mark.parametrize("name", [*SAMPLERS, "Lowest"])
+@pytest.mark.parametrize("curve", CURVES)
+def test_no_time_is_below_the_least_one_of_the_curve(name: str, curve: str) -> None:
+    """By default 1e-5 (VE and EDM: 0+) and with t_train_min=0.04 this, with every distribution."""
+    for least, schedule in ((None, CURVES[curve]()), (0.04, CURVES[curve](t_train_min=0.04))):
+        sampler = Lowest() if name == "Lowest" else SAMPLERS[name]
+        sampler.load(type(sampler)().state())
+        want = least or (schedule.t_eps if curve in ("VE", "EDM") else 1e-5)
+        t = torch.cat([sampler(schedule, torch.arange(500), 500, seed=4, step=k) for k in range(8)])
+        assert want <= float(t.min())
+        assert float(t.max()) <= 1
+        if name == "Lowest":
+            assert (t - want).abs().max() <= 1e-9
+
+
+@pytest.mark.parametrize("name", ["Uniform", "Stratified", "Importance", "Importance-independent"])
+@pytest.mark.parametrize("least", [1e-5, 0.004, 0.1])
+def test_uniform_times_are_uniform_above_the_least_one(name: str, least: float) -> None:
+    """Score SDEs: t ~ U(ε, 1). The first of 100 bins of importance sampling is uniform in [ε, 0.01], and clipped if ε is more."""
+    schedule = VP(t_train_min=least)
+    SAMPLERS[name].load(type(SAMPLERS[name])().state())
+    t = torch.cat([SAMPLERS[name](schedule, torch.arange(100), 100, seed=1, step=k) for k in range(100)])
+    assert float(t.min()) >= least
+    if name.startswith("Importance"):
+        first = t[t <= 0.01]
+        if least < 0.01:
+            assert stats.kstest(first.numpy(), stats.uniform(least, 0.01 - least).cdf).pvalue > 1e-3
+    else:
+        assert stats.kstest(t.numpy(), stats.uniform(least, 1 - least).cdf).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("curve", CURVES)
+def test_weights_are_bounded_and_the_vlb_has_a_finite_mean(curve: str) -> None:
+    """∫ −dλ/dt dt over the times of training is λ(t_0) − λ(1): 40,000 stratified times, t_0 = 1e-3.
+    The largest weight is that of t_0; without a least time it is 5e11 on VP and 1e24 on Flow."""
+    schedule = CURVES[curve](t_train_min=1e-3)
+    low, high = torch.tensor([1e-3, 0.999], dtype=D)
+    t = draws(Stratified(), schedule, 40_000)
+    t = t[t <= high]
+    got = float((VLB()(schedule, PredX0(), t) / (2 * schedule.lam(t)).exp()).mean())  # the weight on ε, also at α = 0
+    want = float(schedule.lam(low) - schedule.lam(high)) / float(high - low)
+    assert got == pytest.approx(want, rel=2e-3)
+    if curve in (
+        "VP",
+        "SubVP",
+        "Flow",
+    ):  # λ ≈ −ln t there, or half of it, so SNR ≤ 1/t² and −dλ/dt ≤ 1/t up to a factor of 1.1
+        t = torch.cat([draws(Uniform(), CURVES[curve]()), torch.tensor([1e-5], dtype=D)])
+        lowest = torch.tensor(1e-5, dtype=D)
+        for objective in (PredV(), PredFlow(), PredX0()):
+            assert float(VLB()(CURVES[curve](), objective, t).max()) <= float(VLB()(CURVES[curve](), objective, lowest))
+        assert (
+            float(Eps()(CURVES[curve](), PredX0(), t).max()) <= float((2 * CURVES[curve]().lam(lowest)).exp()) * 1.001
+        )
 
 
 # ------------------------------------------------------------------------------------------------- log-normal, logit-normal

@@ -58,9 +58,13 @@ class TimeSampler(ABC):
     def __call__(
         self, schedule: Schedule, position: Int64[Tensor, " b"], batch_size: int, *, seed: int, step: int
     ) -> Float64[Tensor, " b"]:
-        """Return the times of the examples at `position`, each in [0, batch_size), in the global batch of `step`."""
+        """Return the times of the examples at `position`, each in [0, batch_size), in the global batch of `step`.
+
+        They are in [schedule.t_train_min, 1]: a uniform distribution is that of the interval, others are clipped to it.
+        """
         u = uniform((), seed=seed, index=position, draw=step, stream=Stream.TIME)
-        t = self.times(schedule, self.stratify(u, position, batch_size)).clamp(schedule.t_eps, 1)
+        lowest = max(schedule.t_eps, schedule.t_train_min)
+        t = self.times(schedule, self.stratify(u, position, batch_size)).clamp(lowest, 1)
         if schedule.steps is None:
             return t
         node = (t * schedule.steps).round() if self.nearest else (t * schedule.steps).floor() + 1
@@ -99,7 +103,7 @@ class Uniform(TimeSampler):
         super().__init__(stratified=False)
 
     def times(self, schedule: Schedule, u: Float64[Tensor, " b"]) -> Float64[Tensor, " b"]:
-        return u
+        return _uniform(schedule, u)
 
 
 class Stratified(TimeSampler):
@@ -109,7 +113,7 @@ class Stratified(TimeSampler):
         super().__init__(stratified=True)
 
     def times(self, schedule: Schedule, u: Float64[Tensor, " b"]) -> Float64[Tensor, " b"]:
-        return u
+        return _uniform(schedule, u)
 
 
 class LogNormal(TimeSampler):
@@ -220,7 +224,9 @@ class Importance(TimeSampler):
         i = torch.searchsorted(upper, u).clamp(max=len(p) - 1)
         # strictly inside the bin, so that rounding moves no time into the neighboring one
         fraction = ((u - (upper - p)[i]) / p[i]).clamp(1e-9, 1 - 1e-9)
-        return (i + fraction) / len(p)
+        t = (i + fraction) / len(p)
+        lowest = schedule.t_train_min  # the first bin is uniform in [lowest, 1/n]
+        return torch.where(i == 0, lowest + (1 - lowest * len(p)) * t, t) if lowest * len(p) < 1 else t
 
     def weight(self, schedule: Schedule, t: Float[Tensor, " b"]) -> Float64[Tensor, " b"]:
         """Return 1/(n p), n the number of bins: the mean of the weighted loss is the mean over uniform times."""
@@ -250,6 +256,11 @@ class Importance(TimeSampler):
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         self._losses, self._counts = state["losses"].clone(), state["counts"].clone()
+
+
+def _uniform(schedule: Schedule, u: Float64[Tensor, " b"]) -> Float64[Tensor, " b"]:
+    """Return the times in [t_train_min, 1] for u ∈ (0, 1)."""
+    return schedule.t_train_min + (1 - schedule.t_train_min) * u
 
 
 def _normal(mean: float, std: float) -> tuple[float, float]:

@@ -38,6 +38,7 @@ class Schedule(ABC):
 
     steps: int | None = None  # T of a table; None for a continuous curve
     t_min: float = 1e-3  # smallest time at which the network is evaluated; 1/T for a table
+    t_train_min: float = 0.0  # smallest time in training; below `t_eps` without effect
     t_eps: float = 1e-12  # t = 0+, where limits towards data are evaluated: on VE and EDM σ is σ_min there, not 0
 
     @abstractmethod
@@ -107,6 +108,12 @@ def check_float32(schedule: Schedule) -> None:
             f"the schedule {type(schedule).__name__} ends in alpha = {alpha:.2g}, which is 0 in float32: lower its noise "
             "(schedule.beta_end, schedule.beta_max), or write schedule.zero_terminal_snr=true objective=pred_v"
         )
+
+
+def checked_t_train_min(t: float) -> float:
+    """Return `t_train_min`. Raises ConfigError: it is outside [0, 0.1]."""
+    check_number("schedule.t_train_min", t, "[0, 0.1]", "the published value of the score SDEs is 1e-5")
+    return float(t)
 
 
 def noise_level(schedule: Schedule, t: Scalars) -> Scalars:

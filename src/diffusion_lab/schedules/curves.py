@@ -7,7 +7,15 @@ from functools import cached_property
 import torch
 
 from diffusion_lab.errors import ConfigError, check_number
-from diffusion_lab.schedules.base import Scalars, Schedule, cast_like, checked_shift, noise_level, shifted
+from diffusion_lab.schedules.base import (
+    Scalars,
+    Schedule,
+    cast_like,
+    checked_shift,
+    checked_t_train_min,
+    noise_level,
+    shifted,
+)
 
 
 class _Curve(Schedule):
@@ -32,7 +40,8 @@ class _Curve(Schedule):
 class _Exponential(_Curve):
     """α = e^−M, M(t) = t²(β_max − β_min)/4 + tβ_min/2 = ½∫β, common to VP and sub-VP (Song et al. 2021, appendix B)."""
 
-    def __init__(self, name: str, beta_min: float, beta_max: float) -> None:
+    def __init__(self, name: str, beta_min: float, beta_max: float, t_train_min: float) -> None:
+        self.t_train_min = checked_t_train_min(t_train_min)
         for key, value in (("beta_min", beta_min), ("beta_max", beta_max)):
             check_number(f"schedule.{key}", value, "(0, 100]", "the published values are 0.1 and 20")
         if beta_min > beta_max:
@@ -65,13 +74,16 @@ class VP(_Exponential):
         beta_max: β(1), in [β(0), 100].
         shift: factor on σ/α, λ' = λ − ln shift with α² + σ² = 1. For images of d×d pixels, shift = d/64 preserves the SNR of the
             coarse structure at each t as at 64×64 (Hoogeboom et al. 2023).
+        t_train_min: smallest time in training, in [0, 0.1]: 1e-5 is that of the score SDEs (Song et al. 2021, their code).
 
     Raises:
         ConfigError: an argument is out of range.
     """
 
-    def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0, shift: float = 1.0) -> None:
-        super().__init__("vp", beta_min, beta_max)
+    def __init__(
+        self, beta_min: float = 0.1, beta_max: float = 20.0, shift: float = 1.0, t_train_min: float = 1e-5
+    ) -> None:
+        super().__init__("vp", beta_min, beta_max, t_train_min)
         self.shift = checked_shift(shift)
 
     def _unshifted(self, m: Scalars) -> tuple[Scalars, Scalars]:
@@ -104,13 +116,14 @@ class SubVP(_Exponential):
     Args:
         beta_min: β(0), in (0, 100].
         beta_max: β(1), in [β(0), 100].
+        t_train_min: smallest time in training, in [0, 0.1]: 1e-5 is that of the score SDEs (Song et al. 2021, their code).
 
     Raises:
         ConfigError: an argument is out of range.
     """
 
-    def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0) -> None:
-        super().__init__("sub_vp", beta_min, beta_max)
+    def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0, t_train_min: float = 1e-5) -> None:
+        super().__init__("sub_vp", beta_min, beta_max, t_train_min)
 
     def alpha_sigma(self, t: Scalars) -> tuple[Scalars, Scalars]:
         m, _ = self._exponent(t)
@@ -128,7 +141,8 @@ class SubVP(_Exponential):
 class _Exploding(_Curve):
     """α = 1, and σ rises from σ_min at 0+ to σ_max. At t = 0, which is data, σ jumps to 0. Time-conditioning input: ln(σ)/4."""
 
-    def __init__(self, name: str, sigma_min: float, sigma_max: float) -> None:
+    def __init__(self, name: str, sigma_min: float, sigma_max: float, t_train_min: float) -> None:
+        self.t_train_min = checked_t_train_min(t_train_min)
         for key, value in (("sigma_min", sigma_min), ("sigma_max", sigma_max)):
             check_number(f"schedule.{key}", value, "[1e-6, 1e6]", "in units of the images' range [-1, 1]")
         if sigma_min >= sigma_max:
@@ -163,6 +177,7 @@ class VE(_Exploding):
     Args:
         sigma_min: σ(0+), in [1e-6, 1e6].
         sigma_max: σ(1), above σ_min and at most 1e6; 50 for CIFAR-10.
+        t_train_min: smallest time in training, in [0, 0.1]; σ_min bounds every weight. σ of the published 1e-5 is σ_min too.
 
     Raises:
         ConfigError: an argument is out of range.
@@ -170,8 +185,8 @@ class VE(_Exploding):
 
     t_min = 1e-5
 
-    def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0) -> None:
-        super().__init__("ve", sigma_min, sigma_max)
+    def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0, t_train_min: float = 0.0) -> None:
+        super().__init__("ve", sigma_min, sigma_max, t_train_min)
         self._ends = math.log(sigma_min), math.log(sigma_max)
 
     def _sigma(self, t: Scalars) -> tuple[Scalars, Scalars]:
@@ -193,6 +208,7 @@ class EDM(_Exploding):
         sigma_min: σ(0+), in [1e-6, 1e6].
         sigma_max: σ(1), above σ_min and at most 1e6.
         rho: ρ, in [0.1, 100]; a larger value allots more of [0, 1] to small σ.
+        t_train_min: smallest time in training, in [0, 0.1]; σ_min bounds every weight.
 
     Raises:
         ConfigError: an argument is out of range.
@@ -200,8 +216,10 @@ class EDM(_Exploding):
 
     t_min = 1e-9  # 0+: σ equals σ_min there to a relative 1e-7
 
-    def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> None:
-        super().__init__("edm", sigma_min, sigma_max)
+    def __init__(
+        self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, t_train_min: float = 0.0
+    ) -> None:
+        super().__init__("edm", sigma_min, sigma_max, t_train_min)
         check_number("schedule.rho", rho, "[0.1, 100]", "the published value is 7")
         self.rho = rho
         self._ends = math.pow(sigma_min, 1 / rho), math.pow(sigma_max, 1 / rho)
@@ -223,13 +241,15 @@ class Flow(_Curve):
 
     Args:
         shift: factor s on σ/α, giving σ = t' = st/(1 + (s − 1)t) (Esser et al. 2024, eq. 23, who use 3 for 1024×1024).
+        t_train_min: smallest time in training, in [0, 0.1]. A weight on the error of ε or λ grows without bound towards t = 0, as
+            SNR for objective=pred_x0 with weighting=eps.
 
     Raises:
-        ConfigError: `shift` is outside [0.001, 1000].
+        ConfigError: an argument is out of range.
     """
 
-    def __init__(self, shift: float = 1.0) -> None:
-        self.shift = checked_shift(shift)
+    def __init__(self, shift: float = 1.0, t_train_min: float = 1e-5) -> None:
+        self.shift, self.t_train_min = checked_shift(shift), checked_t_train_min(t_train_min)
 
     def _scale(self, t: Scalars) -> tuple[Scalars, Scalars]:
         """Return (t, 1 + (s − 1)t) in float64."""
