@@ -13,10 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffusion_lab.denoiser import Denoiser, Prediction
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.gaussian import posterior
-from diffusion_lab.losses import L1, L2, Huber, PointwiseLoss, bound_term, diffusion_loss, head_loss
+from diffusion_lab.losses import L1, L2, Huber, PointwiseLoss, bound_term, check_bound_times, diffusion_loss, head_loss
 from diffusion_lab.objectives import Objective, PredNoise, PredV, PredX0
-from diffusion_lab.schedules import Cosine, Linear
+from diffusion_lab.schedules import Cosine, Linear, Schedule
+from diffusion_lab.time_samplers import Importance, LogitNormal, LogNormal, Stratified, TimeSampler, Uniform
 from diffusion_lab.variances import FixedLarge, Learned
 from diffusion_lab.weightings import VLB, Eps, MinSNR, Native
 
@@ -288,3 +290,44 @@ def test_the_loss_of_a_second_head(kind: str) -> None:
     noise_grad, head_grad = torch.autograd.grad(got.sum(), [noise_hat, head], allow_unused=True)
     assert noise_grad is None or (noise_grad == 0).all()
     torch.testing.assert_close(head_grad, 2 * (head - target) / 4)
+
+
+class Half(TimeSampler):
+    """A distribution of one's own: it does not state that its weighted mean is uniform."""
+
+    def times(self, schedule: Schedule, u: Tensor) -> Tensor:
+        return u / 2
+
+
+def test_the_bound_alone_is_trained_where_its_mean_is_the_bound() -> None:
+    """For f(t) = t² on 40 nodes the mean of weight · f is that of all nodes, Σ (i/T)²/T, for every sampler that is accepted, and
+    another number for every one that is refused. The hybrid loss accepts all."""
+    schedule, node = Linear(40), torch.arange(1, 41, dtype=D) / 40
+    accepted = []
+    for sampler in (
+        Uniform(),
+        Stratified(),
+        Importance(),
+        Importance(stratified=False),
+        LogNormal(),
+        LogitNormal(),
+        Half(),
+    ):
+        if isinstance(sampler, Importance):
+            for step in range(40):
+                t = sampler(schedule, torch.arange(400), 400, seed=0, step=step)
+                sampler.update(schedule, t, t)
+        check_bound_times(Learned(), sampler)
+        t = torch.cat([sampler(schedule, torch.arange(400), 400, seed=1, step=k) for k in range(100)])
+        same = float((sampler.weight(schedule, t) * t.square()).mean()) == pytest.approx(
+            float(node.square().mean()), rel=0.02
+        )
+        try:
+            check_bound_times(Learned("vlb"), sampler)
+        except ConfigError as error:
+            assert "time_sampler=stratified" in str(error)
+            assert not same, sampler
+        else:
+            assert same, sampler
+            accepted.append(type(sampler).__name__)
+    assert accepted == ["Uniform", "Stratified", "Importance", "Importance"]

@@ -13,6 +13,7 @@ from diffusion_lab.denoiser import Denoiser, Prediction
 from diffusion_lab.errors import ConfigError, check_number
 from diffusion_lab.gaussian import discretized_log_likelihood, kl, posterior
 from diffusion_lab.schedules import NODE_TOLERANCE, append_dims_like, to_device
+from diffusion_lab.time_samplers import TimeSampler
 from diffusion_lab.variances import Learned
 from diffusion_lab.weightings import Weighting
 
@@ -124,6 +125,16 @@ def chain_steps(denoiser: Denoiser) -> int:
             "schedule=cosine or schedule=linear, or variance=fixed_small"
         )
     return denoiser.schedule.steps
+
+
+def check_bound_times(learned: Learned, time_sampler: TimeSampler) -> None:
+    """Raise ConfigError if loss="vlb", whose mean is the bound over uniform times, is drawn at others without their weight."""
+    if learned.loss == "vlb" and not time_sampler.uniform_mean:
+        raise ConfigError(
+            "variance.loss=vlb trains on the variational bound, a sum over all steps, and the time sampler "
+            f"{type(time_sampler).__name__} draws some more often than others: write time_sampler=stratified or "
+            "time_sampler=importance, or variance.loss=hybrid"
+        )
 
 
 def bound_term(

@@ -30,10 +30,12 @@ class TimeSampler(ABC):
 
     Attributes:
         learns: whether `update` uses the losses.
+        uniform_mean: whether the mean of weight(t) · f(t) is that of f over uniform times, as a sum over all terms of the bound.
         nearest: round to the nearest node, for a density in λ or t that rounding up would shift by half a step towards noise.
     """
 
     learns = False
+    uniform_mean = False
     nearest = False
 
     def __init__(self, stratified: bool = False) -> None:
@@ -99,6 +101,8 @@ class TimeSampler(ABC):
 class Uniform(TimeSampler):
     """Independent uniform times (Ho et al. 2020, algorithm 1)."""
 
+    uniform_mean = True
+
     def __init__(self) -> None:
         super().__init__(stratified=False)
 
@@ -108,6 +112,8 @@ class Uniform(TimeSampler):
 
 class Stratified(TimeSampler):
     """Uniform times, one in each of B equal parts of (0, 1], B the size of the global batch."""
+
+    uniform_mean = True
 
     def __init__(self) -> None:
         super().__init__(stratified=True)
@@ -178,7 +184,7 @@ class Importance(TimeSampler):
         ConfigError: an argument is out of range.
     """
 
-    learns = True
+    learns = uniform_mean = True
 
     def __init__(
         self, history: int = 10, uniform_prob: float = 0.001, bins: int = 100, stratified: bool = True

@@ -13,7 +13,7 @@ from torchmetrics import MeanMetric
 from diffusion_lab.conditions import Condition
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.errors import SEEDS, check_number
-from diffusion_lab.losses import PointwiseLoss, chain_steps, diffusion_loss
+from diffusion_lab.losses import PointwiseLoss, chain_steps, check_bound_times, diffusion_loss
 from diffusion_lab.noise import Stream, word
 from diffusion_lab.objectives import Objective
 from diffusion_lab.schedules import Schedule, to_device
@@ -65,7 +65,7 @@ class DiffusionModule(pl.LightningModule):
         averages: decay → network with averaged weights (EMA), the first one evaluated; empty without callbacks.ema.
 
     Raises:
-        ConfigError: a learned variance that this network does not output, or that this schedule cannot train.
+        ConfigError: a learned variance that this network does not output, or that this schedule or time sampler cannot train.
     """
 
     def __init__(
@@ -102,6 +102,7 @@ class DiffusionModule(pl.LightningModule):
             variance.check(network)
         if self.learned_variance:
             chain_steps(self.denoiser)
+            check_bound_times(self.learned_variance, time_sampler)
         self.averages: dict[str, nn.Module] = {}  # a dict hides the averages from nn.Module's registration
         self._validation_loss = MeanMetric(nan_strategy="disable")
         self._resumption: Resumption | None = None
