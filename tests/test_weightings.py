@@ -43,6 +43,9 @@ PUBLISHED: dict[str, Callable[[Schedule, torch.Tensor, torch.Tensor], torch.Tens
     # (s² + σ_d²)/(s σ_d)² on x_0, divided by SNR for the error of ε; s = 1/√SNR, σ_d = ½
     "EDM": lambda s, t, snr: (1 / snr + 0.25) / (0.25 / snr) / snr,
     "Sigmoid": lambda s, t, snr: 1 / (1 + snr),
+    # D²/α² of pred_v and of pred_flow
+    "V": lambda s, t, snr: (s.alpha_sigma(t)[0] * (1 + 1 / snr)).square(),
+    "FlowVelocity": lambda s, t, snr: (1 + snr.rsqrt()).square(),
 }
 
 
@@ -82,6 +85,18 @@ def test_the_published_weight_times_alpha_over_d_squared(schedule: str, objectiv
         got = WEIGHTINGS[name](s, OBJECTIVES[objective], t)
         want = published(s, t, (alpha / sigma).square()) * (alpha / d).square()
         torch.testing.assert_close(got, want, rtol=1e-7, atol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize(("schedule", "objective"), PAIRS)
+@pytest.mark.parametrize("bias", [-3.0, 0.0, 20.0])
+def test_the_rate_of_the_sigmoid_weight(schedule: str, objective: str, bias: float) -> None:
+    """Kingma & Gao 2023: ½ sigmoid(b − l) (−dl/dt) with l = ln SNR = 2λ, so −dl/dt = 2 (−dλ/dt) of `VLB`, and ½ is kept."""
+    s, t = SCHEDULES[schedule], times(SCHEDULES[schedule])
+    t = t[s.alpha_sigma(t)[0] > 0]
+    alpha = s.alpha_sigma(t)[0]
+    w = 0.5 * torch.sigmoid(bias - 2 * s.lam(t)) * 2 * vlb_noise(s, t)
+    got = Sigmoid(bias, rate=True)(s, OBJECTIVES[objective], t)
+    torch.testing.assert_close(got, w * (alpha / determinant(s, objective, t)).square(), rtol=1e-7, atol=0)
 
 
 @pytest.mark.parametrize("weighting", [w for w in WEIGHTINGS if w not in {"Native", "VLB"}])

@@ -56,6 +56,24 @@ class X0(OnNoise):
         return sigma2
 
 
+class V(OnNoise):
+    """w = ((α² + σ²)/α)², which is 1 on the error of v = αε − σx_0: the loss of objective=pred_v for every objective."""
+
+    def alpha2w(self, schedule: Schedule, t: Scalars, alpha2: Scalars, sigma2: Scalars) -> Scalars:
+        return (alpha2 + sigma2).square()
+
+
+class FlowVelocity(OnNoise):
+    """w = ((α + σ)/α)², which is 1 on the error of ε − x_0: the loss of objective=pred_flow for every objective.
+
+    Li & He 2025 ("JiT") train pred_x0 with it on the curve `flow`, with σ clipped at 0.05 in its denominator: here
+    schedule.t_train_min bounds the weight.
+    """
+
+    def alpha2w(self, schedule: Schedule, t: Scalars, alpha2: Scalars, sigma2: Scalars) -> Scalars:
+        return (alpha2.sqrt() + sigma2.sqrt()).square()
+
+
 class TruncatedSNR(OnNoise):
     """w = max(SNR, 1)/SNR (Salimans & Ho 2022, section 4)."""
 
@@ -142,22 +160,27 @@ class VLB(OnNoise):
 
 
 class Sigmoid(OnNoise):
-    """w = e^b/(e^b + SNR) (Kingma & Gao 2023; Hoogeboom et al. 2024), without the published factor −d ln SNR/dt.
+    """w = e^b/(e^b + SNR) (Kingma & Gao 2023; Hoogeboom et al. 2024), with or without the published factor −d ln SNR/dt.
+
+    Their λ is ln SNR, twice ours. `rate` multiplies w by −½ d ln SNR/dt = −dλ/dt, the weight `VLB` (on a table its difference
+    of one step): the factor ½ of their loss is kept, and w tends to the weight of the bound for large b.
 
     Args:
         bias: b in [-20, 20], added to −ln SNR.
+        rate: multiply by −½ d ln SNR/dt, for uniform t.
 
     Raises:
         ConfigError: b is out of range.
     """
 
-    def __init__(self, bias: float = 0.0) -> None:
+    def __init__(self, bias: float = 0.0, rate: bool = False) -> None:
         check_number("weighting.bias", bias, "[-20, 20]", "the published values are -3 to 3")
-        self.bias = bias
+        self.bias, self.rate = bias, rate
 
     def alpha2w(self, schedule: Schedule, t: Scalars, alpha2: Scalars, sigma2: Scalars) -> Scalars:
         scale = torch.tensor(self.bias, dtype=torch.float64).exp()
-        return alpha2 * scale / (scale + alpha2 / sigma2)
+        unit = VLB().alpha2w(schedule, t, alpha2, sigma2) if self.rate else alpha2
+        return unit * scale / (scale + alpha2 / sigma2)
 
 
 class EDM(OnNoise):
