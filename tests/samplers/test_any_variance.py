@@ -13,7 +13,7 @@ from oracle import Gaussian, Mixture, WithHead, oracle
 from diffusion_lab.denoiser import Denoiser, Prediction
 from diffusion_lab.editing import InpaintingTransform
 from diffusion_lab.gaussian import posterior
-from diffusion_lab.guidance import ClassifierFree
+from diffusion_lab.guidance import ClassifierFree, ClassifierGuidance
 from diffusion_lab.noise import normal
 from diffusion_lab.objectives import PredNoise, PredV
 from diffusion_lab.samplers import DDIM, DDPM
@@ -373,3 +373,24 @@ def test_wrong_variances_of_diffusers() -> None:
     theirs = diffusers.DDPMScheduler(variance_type="learned")
     step = theirs.step(torch.cat([x, x - 4], 1), 500, x, generator=torch.Generator().manual_seed(0))
     assert step.prev_sample.isnan().any()
+
+
+@pytest.mark.parametrize("variance", [FixedLarge(), Learned()], ids=["large", "learned"])
+def test_ddim_with_eta_1_takes_the_variances_of_ddpm(variance: Variance) -> None:
+    """Equal samples on one grid; below η = 1 a refusal that names it."""
+    den = Denoiser(two, Linear(40), PredNoise(), clip=1.0)
+    got, want = (s(den, X, seed=5).x for s in (DDIM(10, 1.0, variance), DDPM(10, variance, "trailing")))
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match=r"sampler\.eta=1"):
+        DDIM(10, 0.5, variance)
+
+
+def test_ddim_with_eta_1_takes_the_published_guidance() -> None:
+    plain = oracle(DATA, Cosine(), PredV())
+    den = ClassifierGuidance(plain, lambda x, t: torch.cat([x.flatten(1), -x.flatten(1)], 1), 2, 1.5, form="published")
+    label = torch.tensor([0, 1, 1, 0, 1])
+    got, want = (s(den, X, seed=5, condition={"label": label}).x for s in (DDIM(10, 1.0), DDPM(10, grid="trailing")))
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    assert (got - DDIM(10, 1.0)(plain, X, seed=5).x).abs().max() > 1e-3
+    with pytest.raises(ValueError, match=r"guidance\.form=exact"):
+        DDIM(10, 0.5)(den, X, condition={"label": label})

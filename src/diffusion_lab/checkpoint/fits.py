@@ -19,6 +19,7 @@ from diffusion_lab.instantiation import check, instantiate, locate
 from diffusion_lab.io import write_new_file
 from diffusion_lab.models import VarianceHead
 from diffusion_lab.samplers import Sampler
+from diffusion_lab.samplers.ancestral import is_ancestral
 from diffusion_lab.variances import Analytic, FixedSmall, Variance
 
 FORMAT = 1  # version of the file format
@@ -90,7 +91,7 @@ def sampler_for(node: Node, run: Run) -> tuple[Sampler, Run]:
         return instantiate(node, "sampler"), run
     variance, run = variance_for(node["variance"], run)
     sampler_class = locate(node, "sampler")
-    if not node["variance"] and variance.ancestral_only and not getattr(sampler_class, "ancestral", True):
+    if not node["variance"] and variance.ancestral_only and not is_ancestral(sampler_class, node.get("eta")):
         print(
             f"{sampler_class.__name__} uses variance=fixed_small, since {type(variance).__name__} requires ancestral steps "
             "(sampler=ddpm)"

@@ -147,7 +147,8 @@ class DDPM(Ancestral):
 class DDIM(Ancestral):
     """x_s = α_s x̂_0 + √(σ_s² − η²σ̃²) ε̂ + σ z (Song et al. 2021, eq. 12), with σ = ησ̃ for the variance `FixedSmall`.
 
-    η = 0 with `FixedSmall` is deterministic, a first-order method for the probability-flow ODE; η = 1 is DDPM.
+    η = 0 with `FixedSmall` is deterministic, a first-order method for the probability-flow ODE; η = 1 is DDPM, with all its
+    variances and guidance.
 
     Args:
         eta: η in [0, 1].
@@ -155,10 +156,10 @@ class DDIM(Ancestral):
         steps, grid, budget, max_final_noise: as in `Ancestral`.
 
     Raises:
-        ConfigError: η outside [0, 1], a variance for ancestral steps only, and as `Ancestral`.
+        ConfigError: η outside [0, 1], with η < 1 a variance for ancestral steps only, and as `Ancestral`.
     """
 
-    ancestral = False  # refuses variances with `ancestral_only`
+    ancestral = False  # below η = 1 refuses variances with `ancestral_only`
 
     def __init__(
         self,
@@ -171,11 +172,12 @@ class DDIM(Ancestral):
     ) -> None:
         super().__init__(steps, variance, grid, budget, max_final_noise)
         check_number("sampler.eta", eta, "[0, 1]", "0 is deterministic, 1 is ancestral")
-        if self.variance.ancestral_only:
+        if self.variance.ancestral_only and not is_ancestral(type(self), eta):
             raise ConfigError(
-                f"variance {type(self.variance).__name__} is for ancestral steps only: write sampler=ddpm or variance=fixed_small"
+                f"variance {type(self.variance).__name__} is for ancestral steps only: write sampler=ddpm, sampler.eta=1 or "
+                "variance=fixed_small"
             )
-        self.eta = eta
+        self.eta, self.moves_mean = eta, eta == 1
 
     @property
     def deterministic(self) -> bool:
@@ -199,6 +201,11 @@ class DDIM(Ancestral):
             if not self.deterministic and times[i + 1] > 0:
                 x = x + self.step_noise(context, times, i, floor[i], prediction, context.noise(i))
         return x
+
+
+def is_ancestral(sampler: type, eta: object = None) -> bool:
+    """Return whether a sampler of this class, with this η if it has one, can use variances with `ancestral_only`."""
+    return bool(getattr(sampler, "ancestral", True)) or eta == 1
 
 
 @functools.lru_cache(maxsize=16)  # `check` and every call of a sampler share one run of the dynamic program

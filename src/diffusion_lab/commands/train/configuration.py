@@ -25,6 +25,7 @@ from diffusion_lab.commands.train.build import Make
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.instantiation import CONF, instantiate, instantiate_untrusted, locate, refuse_untrusted, targets
 from diffusion_lab.processes import rank
+from diffusion_lab.samplers.ancestral import is_ancestral
 from diffusion_lab.variances import Learned
 
 BEGIN = ("experiment", "recipe", "sweep")  # overlays, which begin a run
@@ -227,7 +228,7 @@ def _with_usable_variance(composed: dict[str, Any]) -> dict[str, Any]:
     sampler = composed["sampler"]
     if not isinstance(sampler, dict) or sampler.get("variance") != "${variance}":
         return composed
-    ancestral = getattr(locate(sampler, "sampler"), "ancestral", True)
+    ancestral = is_ancestral(locate(sampler, "sampler"), sampler.get("eta"))
     if locate(composed["variance"], "variance") is not Learned or ancestral:
         return composed  # the constructor of the sampler raises an error for other variances that it cannot use
     if rank() == 0:
