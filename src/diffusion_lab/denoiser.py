@@ -134,7 +134,8 @@ class Denoiser:
         both = self.output(
             torch.cat([x_t, x_t]), times, None if previous is None else torch.cat([previous] * 2), **twice
         )
-        halves = [Output(*(v if v is None else v.chunk(2)[k] for v in both)) for k in range(2)]
+        parts = [(None, None) if v is None else v.chunk(2) for v in both]
+        halves = [Output(*(part[k] for part in parts)) for k in range(2)]  # type: ignore[arg-type]  # y is a tensor
         first, second = self.solve(x_t, t, halves[0]), self.solve(x_t, extra_time, halves[1])
         return first._replace(
             extra=second.extra, unclipped=second.noise if second.unclipped is None else second.unclipped
