@@ -87,7 +87,9 @@ class QualityMonitor(pl.Callback):
         check_number("callbacks.quality.n", n, "[2, 10000000]", "images", whole=True)
         check_number("callbacks.quality.batch_size", batch_size, "[1, 1000000]", whole=True)
         check_number("callbacks.quality.seed", seed, SEEDS, whole=True)
-        check_number("callbacks.quality.share", share, "(0, 1000000000]", "a fraction of the time, 1 or more for no warning")
+        check_number(
+            "callbacks.quality.share", share, "(0, 1000000000]", "a fraction of the time, 1 or more for no warning"
+        )
         self.sampler, self.clip, self.extractor, self.every, self.n = sampler, clip, extractor, every, n
         self.split, self.batch_size, self.seed, self.share = split, batch_size, seed, share
         self.weights_path, self.cache = weights_path, Path(cache)
