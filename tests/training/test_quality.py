@@ -58,7 +58,7 @@ def test_the_figure_is_logged_decides_best_and_is_evaluate_s(tmp_path, cache, ca
     assert command("evaluate", evaluation, capfd).code == 0
     (row,) = json.loads((out / "metrics.json").read_text())
     assert row["metrics"]["fd_classifier"] == pytest.approx(logged[5], rel=1e-5)  # the last step's averaged weights
-    train(again, f"ckpt={run}", "trainer.max_steps=6", capfd=capfd)
+    train(again, f"ckpt={run}", f"+{cache}", "trainer.max_steps=6", capfd=capfd)
     resumed = torch.load(again / "checkpoints" / "last.ckpt", weights_only=True)
     assert resumed["callbacks"]["Checkpoints"]["best"] == pytest.approx(min(*logged.values(), *figures(again).values()))
 

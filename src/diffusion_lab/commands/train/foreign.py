@@ -3,11 +3,13 @@
 Classes to trust and the values of `init`, `overwrite` and `run_dir` never come from a checkpoint, see `configuration`.
 """
 
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusion_lab.errors import ConfigError
+from diffusion_lab.errors import ConfigError, printable
+from diffusion_lab.processes import rank
 
 WRITERS = ("callbacks", "logger", "trainer")  # groups whose classes write files
 # Arguments of their constructors that name places to write to, or (settings) any option of another program.
@@ -21,12 +23,14 @@ ONLY_READ = ("weights_path",)
 def without_places(composed: Mapping[str, Any], named: Collection[str]) -> dict[str, Any]:
     """Return a checkpoint's configuration without the places to write to that this command line does not name.
 
-    The defaults of the constructors take their place; loggers write to the run folder.
+    The defaults of the constructors take their place, which is printed; loggers write to the run folder.
 
     Args:
         composed: plain containers, with interpolations.
         named: keys and groups of this command line.
     """
+
+    dropped = []
 
     def cleaned(value: Any, key: str) -> Any:
         if isinstance(value, list):
@@ -34,11 +38,18 @@ def without_places(composed: Mapping[str, Any], named: Collection[str]) -> dict[
         if not isinstance(value, Mapping):
             return value
         kept = {k: v for k, v in value.items() if k not in PLACES or _is_named(f"{key}.{k}", named)}
+        dropped.extend(f"+{key}.{k}={value[k]}" for k in value.keys() - kept.keys() if value[k])
         if key.startswith("logger.") and "save_dir" in kept and not _is_named(f"{key}.save_dir", named):
             kept["save_dir"] = "${run_dir}"
         return {k: cleaned(v, f"{key}.{k}") for k, v in kept.items()}
 
-    return {key: cleaned(value, key) if key in WRITERS else value for key, value in composed.items()}
+    result = {key: cleaned(value, key) if key in WRITERS else value for key, value in composed.items()}
+    if dropped and rank() == 0:
+        text = (
+            f"not taken from the checkpoint, which may be anybody's: {' '.join(sorted(dropped))} (write it to use it)"
+        )
+        print(printable(text), file=sys.stderr, flush=True)
+    return result
 
 
 def refuse_places(settings: Mapping[str, Any], named: Collection[str]) -> None:
