@@ -215,7 +215,7 @@ REFUSED = {
     ("variance=learned", "sampler=ddim"): "sampler=ddpm",
     ("variance=learned", "variance.loss=mse"): "hybrid, vlb",
     ("variance=learned", "sampler=ddpm", "schedule=vp", "sampler.steps=4"): "schedule=cosine",
-    ("sampler=ddpm", "sampler.max_final_noise=0"): "1 or 2 levels",
+    ("sampler=ddpm", "sampler.max_final_noise=0"): "sampler.max_final_noise=0: write null, or a number in (0, inf]",
     ("sampler.grid=optimal",): "write variance=analytic",
 }
 

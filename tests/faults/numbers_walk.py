@@ -143,6 +143,7 @@ ARGUMENTS: dict[str, Callable[[], dict[str, Any]]] = {
     "Samples": lambda: {"folder": "samples", "sampler": DDIM(4)},
     "QualityMonitor": lambda: {"sampler": DDIM(4)},
     "Checkpoints": lambda: {"folder": "checkpoints"},
+    "CSVLogger": lambda: {"save_dir": tempfile.gettempdir()},
     "WandbLogger": lambda: {"save_dir": tempfile.gettempdir(), "mode": "offline"},
     "Analytic": lambda: {"times": [0.25, 0.5, 1.0], "moments": [0.2, 0.5, 0.9]},
     "UNetBase": lambda: {

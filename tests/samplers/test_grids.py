@@ -231,7 +231,7 @@ def test_continuous_curves(name: str, schedule: str) -> None:
         (("nonesuch", Linear(), 10), "write one of"),
         (("trailing", Linear(), 1001), "fewer"),
         (("trailing", Linear(), 501, 0.5, 0.0), "fewer"),
-        (("trailing", Linear(), 0), "steps >= 1"),
+        (("trailing", Linear(), 0), "sampler.steps=0: write null, or an integer in"),
         (("trailing", Linear(), 10, 0.5, 0.5), "two different times"),
         (("trailing", Linear(), 10, 1.5, 0.0), "in \\[0, 1\\]"),
         (("trailing", Linear(), 10, math.nan, 0.0), "in \\[0, 1\\]"),

@@ -62,7 +62,7 @@ def load_classifier(path: Path) -> TrainedClassifier:
             isinstance(name, str) and name.isprintable() and isinstance(value, float)
             for name, value in by_noise.items()
         ):
-            raise ValueError("its accuracies are no numbers")
+            raise DamagedFileError("its accuracies are not numbers")
         network = fitting(functools.partial(Classifier, **config["model"]), state)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:160]

@@ -93,7 +93,24 @@ class _CSVWriter(ExperimentWriter):
 
 
 class CSVLogger(lightning_loggers.CSVLogger):
-    """Lightning's CSVLogger, whose metrics.csv survives a kill at any time. For arguments see Lightning's class."""
+    """Lightning's CSVLogger, whose metrics.csv survives a kill at any time.
+
+    Args:
+        save_dir: folder of metrics.csv, with `name` and `version` as sub-folders unless they are empty.
+        name: name of the experiment.
+        version: version of the experiment.
+        prefix: text before the name of each metric.
+        flush_logs_every_n_steps: steps after which rows are written to the file, in [1, 10⁹].
+
+    Raises:
+        ConfigError: a number out of range.
+    """
+
+    def __init__(
+        self, save_dir: str, name: str = "", version: str = "", prefix: str = "", flush_logs_every_n_steps: int = 100
+    ) -> None:
+        check_number("logger.csv.flush_logs_every_n_steps", flush_logs_every_n_steps, "[1, 1000000000]", whole=True)
+        super().__init__(save_dir, name, version, prefix, flush_logs_every_n_steps)
 
     @property
     @rank_zero_experiment

@@ -30,7 +30,7 @@ def without_places(composed: Mapping[str, Any], named: Collection[str]) -> dict[
         named: keys and groups of this command line.
     """
 
-    dropped = []
+    dropped: list[str] = []
 
     def cleaned(value: Any, key: str) -> Any:
         if isinstance(value, list):
