@@ -45,11 +45,18 @@ def missing() -> list[str]:
     return [name for name in PROGRAMS if shutil.which(name) is None] + (["root"] if os.geteuid() else [])
 
 
+class UnavailableError(Exception):
+    """The daemons of SLURM do not run on this machine."""
+
+
 @contextmanager
 def cluster(folder: Path) -> Iterator[dict[str, str]]:
     """Start the daemons; yield the environment in which sbatch, srun and scontrol reach them.
 
     The nodes have names that resolve to this machine, since one of them becomes MASTER_ADDR.
+
+    Raises:
+        UnavailableError: the daemons do not run, e.g. in a container without the needed rights.
     """
     folder.mkdir(parents=True)
     (folder / "state").mkdir()
@@ -74,7 +81,11 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
             with (folder / f"daemon{i}.out").open("wb") as log:
                 started.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
             time.sleep(2)
-        wait_for(lambda: _idle(environment) == 2, "two idle nodes", 60)
+        try:
+            wait_for(lambda: _idle(environment) == 2, "two idle nodes", 60)
+        except RuntimeError as error:
+            logs = "\n".join(path.read_text(errors="replace")[-500:] for path in sorted(folder.glob("daemon*.out")))
+            raise UnavailableError(f"{error}\n{logs}") from None
         yield environment
     finally:
         subprocess.run(["scancel", "--full", "--user=root"], env=environment, check=False, timeout=30)
