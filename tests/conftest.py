@@ -14,8 +14,19 @@ def _each_test() -> None:
     typecheck.begin_test()
 
 
-# Of minutes each: first, so that no worker is left with one of them at the end.
-LONGEST = ("test_readme.py", "test_notebooks.py", "test_every_option.py", "test_recipes.py")
+# First, so that no worker is left with one of them at the end: of the integration tests, then of the unit tests.
+LONGEST = (
+    *("test_readme.py", "test_notebooks.py", "test_every_option.py", "test_recipes.py"),
+    *(
+        "test_contract.py",
+        "test_options.py",
+        "test_optimizers.py",
+        "test_run.py",
+        "test_hostile_files.py",
+        "test_solvers.py",
+    ),
+    *("test_likelihood_ode.py", "test_build.py", "test_refusals.py", "test_plugging_in.py", "test_guidance.py"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
