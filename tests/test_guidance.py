@@ -174,8 +174,8 @@ def guided_score(x: np.ndarray, t: float, s: Schedule, scale: float, k: int) -> 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
 @pytest.mark.parametrize("kind", ["free", "classifier"])
 def test_the_guided_ode_against_scipy(kind: str, scale: float) -> None:
-    """The probability-flow ODE of the tilted score, an independent right-hand side under DOP853."""
-    s, o = VP(), PredV()  # a curve without kinks
+    """SciPy's DOP853 on an independent form of the probability-flow ODE with the guided score."""
+    s, o = VP(), PredV()  # a schedule with smooth coefficients
     x_T = normal((1, 1, 2), seed=0, index=torch.arange(3), dtype=D)
     label, stop = torch.tensor([0, 1, 2]), 0.02
     den = (
@@ -260,14 +260,18 @@ def test_rescale_against_numpy() -> None:
 @pytest.mark.parametrize("value", [0.0, 0.3])
 def test_rescale_leaves_a_constant_output_as_it_is(dtype: torch.dtype, value: float) -> None:
     """The standard deviations of eq. 15 are 0, or rounding errors, for an image of one pixel or of equal pixels: the factor is 1.
-    The conditional output may have a spread: no factor gives a constant one that spread either."""
+    A guided output without spread stays as it is, also if the conditional output has a spread."""
     ramp = torch.linspace(-1, 1, 16, dtype=dtype).reshape(1, 1, 4, 4)
 
     def network(slope: torch.Tensor, x: torch.Tensor, c: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         shade = label.to(x).reshape(-1, 1, 1, 1)
         return x + shade / 7 + (3 + shade / 3) * slope  # label 3 is the null label
 
-    for side, slope in ((1, ramp[..., :1, :1] * 0), (4, ramp * 0), (4, ramp)):  # u + 4 (c − u): the slope 4 + 4 (3 − 4)
+    for side, slope in (
+        (1, ramp[..., :1, :1] * 0),
+        (4, ramp * 0),
+        (4, ramp),
+    ):  # last: u has slope 4, c slope 3, u + 4 (c − u) slope 0
         x = torch.full((1, 1, side, side), value, dtype=dtype)
         plain = Denoiser(functools.partial(network, slope), Cosine(), PredV())
         free, scaled = (ClassifierFree(plain, 4.0, rescale=phi, num_classes=3) for phi in (0.0, 0.7))
@@ -305,7 +309,7 @@ def test_the_interval() -> None:
 
 @pytest.mark.parametrize("head", ["sn", "npr"])
 def test_the_variance_is_that_of_the_conditional_network(head: str) -> None:
-    """A second head predicts the variance around its own ε̂: guided or clipped, it is that of the conditional network."""
+    """Guidance and clipping do not change the variance, which the second head predicts around the ε̂ of the network."""
     s, o = Cosine(), PredV()
     den, t, u = labeled_denoiser(s, o, head), torch.tensor(0.6, dtype=D), torch.tensor(0.5, dtype=D)
     x, variance = states(s, t), {"sn": SN(), "npr": NPR()}[head]
@@ -370,7 +374,7 @@ def test_both_halves_get_the_previous_estimate() -> None:
 @pytest.mark.parametrize("trained_along", ["Cosine", "Linear", "VP", "EDM", "VE"])
 @pytest.mark.parametrize("schedule", ["Cosine", "Linear", "VP", "Flow", "EDM", "VE", "SubVP"])
 def test_a_classifier_works_on_another_curve(trained_along: str, schedule: str) -> None:
-    """The exact classifier along one curve, conditioned by that curve, agrees with the exact one along another."""
+    """A classifier that is exact on one schedule agrees, wrapped by NoisyClassifier, with the exact one of another schedule."""
     mine, other = SCHEDULES[trained_along], SCHEDULES[schedule]
 
     class Classifier(nn.Module):

@@ -1,4 +1,4 @@
-"""docs/theory.md and its Chinese twin say what is true: names resolve, files hold them, tests exist, both say the same."""
+"""docs/theory.md and its translation: names can be imported, files define them, tests exist, both have the same content."""
 
 import ast
 import functools
@@ -15,9 +15,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = {"en": ROOT / "docs" / "theory.md", "zh": ROOT / "docs" / "theory.zh-CN.md"}
 READMES = (ROOT / "README.md", ROOT / "README.zh-CN.md")
-# What a label is called in Chinese; all else in it is numbers and names.
+# Chinese words in the labels of equations. Numbers and names are not translated.
 LABELS = {"算法": "Alg.", "定理": "Theorem", "表": "Table", "附录": "Appendix", "命题": "Prop.", "代码": "code"}
-# Rooms whose every public class has to appear on the page, and of the likelihood its functions.
+# Modules of which every public class must appear on the page; of `likelihood` it is every function.
 CLASSES = ("schedules", "objectives", "weightings", "variances", "samplers", "guidance")
 LINK = re.compile(r"\[`([^`]+)`\]\(([^)]+)\)")
 
@@ -39,7 +39,7 @@ def text(language: str) -> str:
 
 
 def sections(page: str) -> list[list[Row]]:
-    """The rows of each table of three columns; ValueError where one has another form."""
+    """Return the rows of each table of three columns. Raises ValueError: a malformed third column."""
     found: list[list[Row]] = []
     for part in page.split("\n## ")[1:]:
         rows = []
@@ -49,7 +49,7 @@ def sections(page: str) -> list[list[Row]]:
                 continue
             links = LINK.findall(cells[2])
             if "<br>".join(f"[`{name}`]({link})" for name, link in links) != cells[2] and cells[2] != "—":
-                raise ValueError(f"{cells[0]}: write code and tests as [`name`](link), <br> between, or a dash")
+                raise ValueError(f"{cells[0]}: write code and tests as [`name`](link), separated by <br>, or a dash")
             tests = tuple(item for item in links if "::" in item[0])
             code = tuple(item for item in links if "::" not in item[0])
             if bool(code) != bool(tests):
@@ -69,12 +69,12 @@ def formulas(page: str) -> list[str]:
 
 
 def wordless(formula: str) -> str:
-    """Without the words in it, which are translated."""
+    """Return a formula without its text, which is translated."""
     return re.sub(r"\\text\{[^}]*\}", r"\\text", formula)
 
 
 def resolved(name: str) -> Any:
-    """What a dotted name means: the longest part of it that is a module, then its attributes."""
+    """Return the object of a dotted name: an attribute of the longest prefix that is a module."""
     parts = name.split(".")
     for n in range(len(parts), 0, -1):
         try:
@@ -101,7 +101,7 @@ def definitions(path: Path) -> frozenset[str]:
 
 
 def wrong(row: Row, folder: Path) -> list[str]:
-    """What of a row is not true."""
+    """Return a description of each error in a row."""
     found = []
     for name, link in row.code:
         try:
@@ -170,7 +170,7 @@ def test_both_languages_have_the_same_rows() -> None:
 
 
 def public() -> set[object]:
-    """Every public class of the rooms: of a package what it exports, of a module what it defines. And the likelihoods."""
+    """Return the public classes of CLASSES (exported by a package, defined in a module) and the functions of `likelihood`."""
     found: set[object] = set()
     for room in CLASSES:
         module = importlib.import_module(f"diffusion_lab.{room}")
@@ -188,7 +188,7 @@ def _of(cls: type, module: ModuleType) -> bool:
 def test_no_public_class_is_left_out() -> None:
     named = [resolved(name) for row in rows("en") for name, _ in row.code]
     missing = [item for item in public() if item not in named]
-    assert not missing, "give each its equation in docs/theory.md and docs/theory.zh-CN.md"
+    assert not missing, "add a row for each to docs/theory.md and docs/theory.zh-CN.md"
     assert len(public()) > 50
 
 
@@ -200,8 +200,8 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
     assert len(links) > 5
 
 
-# What GitHub's Markdown takes for its own before it looks for mathematics: a backslash before punctuation is an escape, an
-# underscore after punctuation begins emphasis, a bar ends a cell; and what its mathematics does not allow.
+# What GitHub parses as Markdown before it parses formulas (a backslash before punctuation is an escape, an
+# underscore after punctuation begins emphasis, a bar ends a cell), and macros that it does not support.
 PITFALLS = {
     r"\\[^A-Za-z]": "escape",
     r"[^A-Za-z0-9]_": "emphasis",
@@ -215,7 +215,7 @@ def test_formulas_survive_github(language: str) -> None:
     lines = [line for line in text(language).splitlines() if "$" in line]
     assert len(lines) > 100
     for line in lines:
-        assert line.startswith("| "), "formulas stand in tables"
+        assert line.startswith("| "), "formulas are only allowed in tables"
         assert line.count("$") % 2 == 0, line
         for formula in formulas(line):
             assert formula == formula.strip()
@@ -228,7 +228,7 @@ def test_formulas_survive_github(language: str) -> None:
 
 
 def blocks(page: Path) -> list[tuple[str, list[str]]]:
-    """(language, lines without comments) of every code block; Python's docstrings stay, because they are no comments."""
+    """Return (language, lines without comments) of every code block; docstrings are kept."""
     return [
         (kind, [re.sub(r"(^|\s+)#\s.*$", "", line).rstrip() for line in body.splitlines()])
         for kind, body in re.findall(r"```(\w+)\n(.*?)```", page.read_text(), flags=re.DOTALL)
@@ -243,7 +243,7 @@ def test_the_readmes_have_the_same_code() -> None:
 
 
 def test_the_readmes_have_the_same_links() -> None:
-    """Sections, pictures and links, but for those between the languages."""
+    """Return the number of sections, and pictures and links except those between the languages."""
 
     def shape(page: Path) -> tuple[int, list[str]]:
         words = page.read_text()

@@ -174,7 +174,7 @@ class EDM(Objective):
 
 
 class PredMean(Objective):
-    """y = μ̃, the mean of q(x_s | x_t, x_0) at s = t − 1/T, one training step below (Ho et al. 2020, eq. 7, their first option).
+    """y = μ̃, the mean of q(x_s | x_t, x_0) at s = t − 1/T, one training step below (Ho et al. 2020, eq. 7).
 
     Strided sampling uses the same pair (t, s). μ̃ = c_1 x_t + c_0 x_0 gives a = c_0 + c_1 α, b = c_1 σ, D = −σ c_0. 1/c_0 is in
     the thousands near t = 1 and amplifies the network's error by that factor.

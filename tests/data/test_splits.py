@@ -1,4 +1,4 @@
-"""Splits: disjoint, exhaustive, keyed."""
+"""Splits are disjoint, exhaustive and determined by the seed."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""docs/slurm.sbatch and submitit_slurm on a SLURM of two nodes: signals requeue the job, and nothing is lost."""
+"""docs/slurm.sbatch and submitit_slurm on a SLURM of two nodes: a resumed run equals an uninterrupted one."""
 
 import re
 import subprocess
@@ -41,11 +41,11 @@ class Job:
 
     @property
     def log(self) -> str:
-        """Output of all lives."""
+        """Output of the job, including restarts."""
         path = self.folder / f"outputs/slurm/{self.id}.log"
         return path.read_text() if path.is_file() else ""
 
-    def life(self, number: int) -> Path:
+    def run_folder(self, number: int) -> Path:
         """Return the run folder after `number` restarts."""
         return self.folder / f"outputs/slurm/{self.id}/{number}"
 
@@ -132,8 +132,8 @@ def test_a_signal_during_start_up_requeues_the_job_and_each_task_takes_its_cores
 def test_three_lives_train_what_an_uninterrupted_run_trains(tmp_path, environment):
     job = Job(tmp_path / "job", environment, *RUN)
     for number in (0, 1):
-        folder, before = job.life(number), _rows(job.life(number - 1)) if number else 0
-        job.wait(lambda folder=folder, before=before: _rows(folder) > before + 200, f"200 steps of life {number}")
+        folder, before = job.run_folder(number), _rows(job.run_folder(number - 1)) if number else 0
+        job.wait(lambda folder=folder, before=before: _rows(folder) > before + 200, f"200 steps after restart {number}")
         job.signal("USR1")
         job.wait(lambda number=number: job.restarts() == number + 1, f"restart {number + 1}")
     job.wait(job.ended, "end of the job")
@@ -147,7 +147,8 @@ def test_three_lives_train_what_an_uninterrupted_run_trains(tmp_path, environmen
         env={**environment, "OMP_NUM_THREADS": "1"},
     )
     states = [
-        torch.load(folder / "checkpoints/last.ckpt", weights_only=True) for folder in (job.life(2), tmp_path / "single")
+        torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
+        for folder in (job.run_folder(2), tmp_path / "single")
     ]
     assert [state["global_step"] for state in states] == [1200, 1200]
     for name, value in states[0]["state_dict"].items():

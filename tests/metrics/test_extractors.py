@@ -1,4 +1,4 @@
-"""Inception with random weights: shapes, resize, channels; the file of its weights; other modules."""
+"""Inception with random weights (shapes, resize, channels), its file of weights, and other modules as extractors."""
 
 import dataclasses
 
@@ -50,7 +50,7 @@ def test_gray_images_get_three_equal_channels_and_batches_do_not_matter(random, 
 
 
 def test_the_resize_is_the_published_one(random):
-    """TensorFlow 1's: output j reads position j·w/299, without the half pixel and without antialiasing; then (x − 128)/128."""
+    """Images are resized as in TensorFlow 1: pixel j is read at position j·w/299, without half-pixel centers or antialiasing."""
     seen = []
     hook = random.network.Conv2d_1a_3x3.register_forward_hook(lambda module, args, out: seen.append(args[0]))
     ramp = torch.tensor([0, 10, 40, 90, 160, 250, 80, 5], dtype=torch.uint8).expand(1, 3, 8, 8)
@@ -65,7 +65,7 @@ def test_the_resize_is_the_published_one(random):
     want = ((1 - part) * row[low] + part * row[high] - 128) / 128
     assert seen[0].shape == (1, 3, 299, 299)
     assert torch.allclose(seen[0][0, 1, 17].double(), want, atol=1e-5)
-    # Half the size by nothing but interpolation at 2.0067 j: an antialiased resize would average.
+    # Interpolation at 2.0067 j keeps the spread, which an antialiased resize would reduce by averaging.
     assert float(seen[1].std()) > 0.8 * float((large.float() / 128).std()) * (2 / 3)
 
 
@@ -115,7 +115,7 @@ def test_weights_are_checked_before_they_are_read(tmp_path, monkeypatch, random)
 
 
 class Own(nn.Module):
-    """Means of rows; refuses training mode."""
+    """Return the mean of each row; raise an error in training mode."""
 
     def __init__(self):
         super().__init__()
@@ -147,7 +147,10 @@ def test_any_module_is_an_extractor():
             return super().forward(x), x.flatten(1)[:, :3]
 
     both = ModuleExtractor(Classifier(), (1, 8, 8))
-    assert (both.name, both.classes) == ("own_classifier", 3)  # not "classifier", the name of the data set's
+    assert (both.name, both.classes) == (
+        "own_classifier",
+        3,
+    )  # "classifier" is the name of the classifier of the data set
 
 
 def test_a_module_that_gives_no_features_and_an_unknown_name_are_refused():

@@ -128,7 +128,7 @@ def test_round_trip_error_between_noisy_times_is_first_order(schedule: Schedule)
     error = []
     for n in (40, 80, 160):
         latent = DDIM(n)(den, x, start=0.1, stop=0.9).x
-        assert (latent - x).abs().mean() > 0.2, "the latent differs from the data"
+        assert (latent - x).abs().mean() > 0.2, "the latent should differ from the data"
         error.append(float((DDIM(n)(den, latent, start=0.9, stop=0.1).x - x).abs().mean()))
     for coarse, fine in itertools.pairwise(error):
         assert 1.7 < coarse / fine < 2.3, error
@@ -166,7 +166,7 @@ def test_a_split_run_equals_the_whole_run(at: float) -> None:
 
 @pytest.mark.parametrize("stop", [0.5, 0.25])
 def test_the_state_at_stop_has_the_marginal_of_stop(stop: float) -> None:
-    """x_stop ~ N(α m, α²s² + σ²): 20,000 images, 4 standard errors and 0.01 of bias at 100 steps."""
+    """x_stop ~ N(α m, α²s² + σ²). The margin is 4 standard errors of 20,000 images, and 0.01 for the bias of 100 steps."""
     x_T = normal((1, 1, 1), seed=3, index=torch.arange(20000), dtype=D)
     alpha, sigma = (float(v) for v in Cosine().alpha_sigma(torch.tensor(stop, dtype=D)))
     std = (alpha**2 * 0.25 + sigma**2) ** 0.5

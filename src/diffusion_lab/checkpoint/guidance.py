@@ -1,4 +1,4 @@
-"""Build `guidance=`: a run with a guided denoiser."""
+"""Apply the group `guidance` of the configuration to the denoiser of a run."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -28,7 +28,7 @@ def is_guided(node: Node | None) -> bool:
 def guided(node: Node | None, run: Run) -> Run:
     """Return the run with a guided denoiser.
 
-    Call it after clipping and a fitted variance, which replace the denoiser.
+    Call this function after clipping and a fitted variance have been applied, because both replace the denoiser.
 
     Args:
         node: a resolved node of `conf/guidance`. Its key `ckpt`, the file of a classifier, is replaced by the arguments

@@ -1,4 +1,4 @@
-"""Units, means and argument checks shared by the bound and the density."""
+"""Unit conversion, averaging and argument checks of the variational bound and of the ODE likelihood."""
 
 import math
 from dataclasses import replace
@@ -26,14 +26,16 @@ def average(values: Float[Tensor, " n"]) -> tuple[float, float | None]:
 def ready(
     denoiser: Denoiser, x0: Shaped[Tensor, "b c h w"], clip: bool = False
 ) -> tuple[Denoiser, Float[Tensor, "b c h w"]]:
-    """Return the denoiser without its clipping unless `clip`, its guidance kept, and x_0 in float32 at least.
+    """Return the denoiser, without its clipping unless `clip` is true, and x_0 in float32 or a wider type. Guidance is kept.
 
     Raises:
-        ConfigError: a self-conditioning network, transforms `on_x0` (known pixels), or x_0 is not floating point.
+        ConfigError: if the network is self-conditioning, the denoiser has `on_x0` transforms (known pixels), or x_0 is not of a
+            floating-point type.
     """
     if denoiser.self_conditioning:
         raise ConfigError(
-            "a likelihood has no previous estimate for this self-conditioning network: train with model.self_conditioning=false"
+            "a self-conditioning network has no likelihood, since there is no estimate of a previous step: train with "
+            "model.self_conditioning=false"
         )
     if denoiser.on_x0:
         raise ConfigError(
@@ -48,5 +50,5 @@ def ready(
 
 
 def keys(x0: Float[Tensor, "b c h w"], index: Int64[Tensor, " b"] | None) -> Int64[Tensor, " b"]:
-    """Return the index of the image in each row of x0, on its device; default 0 … B − 1."""
+    """Return `index` on the device of x0; 0, …, B − 1 if it is None."""
     return torch.arange(len(x0), device=x0.device) if index is None else index.to(x0.device)

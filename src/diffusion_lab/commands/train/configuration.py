@@ -28,7 +28,7 @@ from diffusion_lab.processes import rank
 from diffusion_lab.samplers.ancestral import is_ancestral
 from diffusion_lab.variances import Learned
 
-BEGIN = ("experiment", "recipe", "sweep")  # overlays, which begin a run
+BEGIN = ("experiment", "recipe", "sweep")  # set keys in several groups, and cannot be combined with ckpt=
 _NOT_FROM_CHECKPOINT = ("ckpt", "init", "overwrite", "trust", "run_dir")
 
 
@@ -72,7 +72,7 @@ class Configuration(NamedTuple):
         resume = _resume(config.ckpt) if config.ckpt else None
         composed, overrides, choices = current, list[str](), dict[str, str]()
         named, trusted = set[str](), set[str]()
-        if HydraConfig.initialized():  # else a further process of a run, whose configuration rank 0 has merged
+        if HydraConfig.initialized():  # else rank 0 has merged the configuration for this process
             overrides, choices = composition.task_overrides(HydraConfig.get()), _choices(HydraConfig.get())
             if resume:
                 named, trusted = _named(composition.parse(overrides))
@@ -85,7 +85,7 @@ class Configuration(NamedTuple):
             refuse_untrusted({k: v for k, v in settings.items() if k not in _NOT_FROM_CHECKPOINT}, trust)
             foreign.refuse_places(settings, named)
             make = functools.partial(_make_untrusted, trust=trust, named=frozenset(named))
-            settings["ckpt"] = str(resume.path.absolute())  # `latest` resolved, for every process
+            settings["ckpt"] = str(resume.path.absolute())  # absolute, so that all processes load the same file
             if settings["init"]:
                 raise ConfigError("ckpt= resumes a run and init= begins one from weights: write one of them")
         usable = _with_usable_variance(composed)  # imports the sampler's class, which is trusted by now
@@ -205,8 +205,8 @@ def _without_replaced(before: Sequence[Override], now: Sequence[Override]) -> li
     """Drop the overrides of the first run that a group chosen by this command line replaces.
 
     These are the keys that the new option's file sets itself: trainer=ddp replaces trainer.devices=1, and keeps
-    trainer.max_steps=. Of a group of another class it is all of its arguments: lr_scheduler=cosine replaces all of
-    lr_scheduler=custom lr_scheduler._target_=… +lr_scheduler.gamma=….
+    trainer.max_steps=. If the first run replaced the `_target_` of the group, its arguments are dropped as well:
+    lr_scheduler=cosine replaces all of lr_scheduler=custom lr_scheduler._target_=… +lr_scheduler.gamma=….
     """
     chosen = {o.key_or_group: str(o.value()) for o in now if composition.is_group(o.key_or_group)}
     own_class = {group for group in chosen if any(o.key_or_group == f"{group}._target_" for o in before)}
