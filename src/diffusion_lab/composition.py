@@ -98,8 +98,10 @@ def composed(name: str, overrides: Sequence[str] = (), config_dir: str | None = 
 
 
 def _check_names(override: Override) -> None:
-    """Raise ConfigError for a choice that is no name, null, a number or a mapping, for which Hydra raises a ValueError."""
+    """Raise ConfigError for a choice that is not a name: null, a number or a mapping, for which Hydra raises a ValueError."""
     group, value = override.key_or_group.split("@")[0], override.value()
+    if isinstance(value, Glob):  # of options that exist
+        return
     chosen = list(override.sweep_iterator()) if override.is_discrete_sweep() else [value]
     names = [name for choice in chosen for name in (choice if isinstance(choice, list) else [choice])]
     if override.is_interval_sweep() or any(not isinstance(name, str | QuotedString) for name in names):

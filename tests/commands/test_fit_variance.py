@@ -138,7 +138,7 @@ def test_a_fit_of_other_weights_and_a_broken_one_are_refused(made, fit, sample):
     kept = ours.read_bytes() if ours.exists() else None
     asked = ("variance=analytic", "sampler.steps=3")
     for content, said in (
-        (theirs.read_bytes(), "was not fitted to the weights"),
+        (theirs.read_bytes(), "was fitted to other weights"),
         (theirs.read_bytes()[:100], "is truncated or not a fit"),
         (b"text", "is truncated or not a fit"),
     ):

@@ -84,7 +84,7 @@ def test_two_processes_have_the_figures_of_one(evaluate, given):
 def test_a_metric_that_fails_on_rank_0_ends_both_processes(evaluate, tmp_path):
     chosen = ("metrics=[]", "+metrics.mine._target_=torchmetrics.image.KernelInceptionDistance")
     line = evaluate(*chosen, "+metrics.mine.feature._target_=own_features.Pooled", "devices=2", code=2)
-    assert "metrics.mine: KernelInceptionDistance refuses" in line
+    assert "metrics.mine: KernelInceptionDistance raised an error" in line
     assert "subset_size" in line
 
 

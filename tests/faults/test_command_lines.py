@@ -64,7 +64,7 @@ def test_what_no_run_can_be_is_refused_before_the_imports(line, remedy, tmp_path
 
 LATE = {
     ("trainer.max_time=5",): "DD:HH:MM:SS",
-    ("+trainer.max_time={}",): "is no time",
+    ("+trainer.max_time={}",): "is not a time",
     ("weighting._target_=diffusion_lab.losses.L2",): "diffusion_lab.weightings.Weighting",
     ("data.source._target_=diffusion_lab.losses.L2",): "diffusion_lab.data.sources.base.Source",
     ("model._target_=builtins.dict",): "torch.nn.modules.module.Module",

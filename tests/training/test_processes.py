@@ -97,7 +97,7 @@ def test_spawned_processes_begin_the_same_run_and_bring_back_how_it_ended(tmp_pa
     """The state of a spawned process is lost when it exits, unless it is in a file or in shared memory."""
     one, lost = tmp_path / "one", tmp_path / "lost"
     train(one, "trainer.max_steps=1", capfd=capfd)
-    spawned = ("trainer=ddp_spawn", "trainer.accelerator=cpu", "optimizer.lr=1e30", "callbacks.ema.decay=0")
+    spawned = ("trainer=ddp_spawn", "trainer.accelerator=cpu", "optimizer.lr=1e9", "callbacks.ema.decay=0")
     ended, out, err = command("train", _short(lost, *spawned), capfd)
     assert ended == 1
     assert "2 processes" in out

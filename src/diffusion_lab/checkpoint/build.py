@@ -31,7 +31,7 @@ def check_kind(node: Any, trust: Collection[str], where: str, kind: Any) -> None
     target = locate(node, where)
     if isinstance(target, type) and isinstance(kind, type) and not issubclass(target, kind):
         raise ConfigError(
-            f"the file names {node['_target_']} as its {where}, which is no {kind.__name__}: take another file"
+            f"the file names {node['_target_']} as its {where}, which is not a {kind.__name__}: take another file"
         )
 
 

@@ -171,7 +171,7 @@ def _check_entries(content: Mapping[str, Any], path: Path) -> None:
         ):
             raise ConfigError(f"{path} has no {name} as src/train.py writes it: {REMEDY}")
     if not all(map(_is_decay, content.get("ema") or {})) or not _is_weights(content.get("weights", "raw")):
-        raise ConfigError(f"{path} has averages whose names are no decays: {REMEDY}")
+        raise ConfigError(f"{path} has averages whose names are not decays: {REMEDY}")
     averages = [tensor for state in (content.get("ema") or {}).values() for tensor in state.values()]
     if not all(isinstance(tensor, Tensor) for tensor in averages) or content["global_step"] < 0:
         raise ConfigError(f"{path} has averages that are not tensors, or a negative step: {REMEDY}")

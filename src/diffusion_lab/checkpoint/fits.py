@@ -157,7 +157,7 @@ def read(run: Run, kind: str) -> dict[str, Any]:
     remedy = f"run {command} overwrite=true"
     fit = archive.read(path, "fit", remedy)
     if fit.get("format") != FORMAT or fit.get("kind") != kind or not _is_complete(fit, kind):
-        raise ConfigError(f"{path} is no fit of variance={kind}: {remedy}")
+        raise ConfigError(f"{path} is not a fit of variance={kind}: {remedy}")
     if fit.get("weights") != fingerprint(run):
         raise ConfigError(f"{path} was fitted to other weights than these ({run.weights}): {remedy}")
     return fit

@@ -166,7 +166,7 @@ def load_checkpoint(path: str | Path, weights: str = "ema", trust: Sequence[str]
     check_kind(config["clip"], trust, "clip", object)
     clip = instantiate_untrusted(config["clip"], trust, "clip")
     if not callable(clip):
-        raise ConfigError(f"{file} has a clip that is no function of an image: take another file")
+        raise ConfigError(f"{file} has a clip that is not a function of an image: take another file")
     denoiser = Denoiser(
         network.eval().requires_grad_(False),
         build(config["schedule"], trust, "schedule", Schedule),

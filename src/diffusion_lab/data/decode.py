@@ -66,7 +66,7 @@ class Files:
         """Return the bytes of a file. Safe to call from several threads.
 
         Raises:
-            ConfigError: it cannot be read, is no regular file, or larger than an image is.
+            ConfigError: it cannot be read, is not a regular file, or is larger than the limit.
         """
         try:
             if self._zip is None:

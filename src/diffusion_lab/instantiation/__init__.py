@@ -122,7 +122,7 @@ def require_kind(found: Any, kind: Any, where: str) -> None:
     cls = found if isinstance(found, type) else type(found)
     if not issubclass(cls, kind):
         raise ConfigError(
-            f"{where}: {cls.__module__}.{cls.__qualname__} is no {kind.__name__}: write {where}._target_= of a class derived "
+            f"{where}: {cls.__module__}.{cls.__qualname__} is not a {kind.__name__}: write {where}._target_= of a class derived "
             f"from {kind.__module__}.{kind.__qualname__}"
         )
 

@@ -11,6 +11,7 @@ from diffusion_lab.errors import ConfigError, UntrustedNode
 
 PACKAGE = "diffusion_lab"
 CONF = Path(__file__).resolve().parents[3] / "conf"
+FORMER_TARGETS = ("pytorch_lightning.loggers.CSVLogger",)  # of conf/ in earlier versions, named by their checkpoints
 
 
 def untrusted(value: Any) -> Any:
@@ -64,10 +65,10 @@ def untrusted_modules(value: Any) -> list[str]:
 
 @functools.cache
 def shipped_targets() -> frozenset[str]:
-    """Return all values of `_target_` in the files of this project's conf/."""
+    """Return all values of `_target_` in the files of this project's conf/, now or in earlier versions."""
     lines = (line for file in CONF.rglob("*.yaml") for line in file.read_text().splitlines())
     matches = (re.match(r"\s*(?:- )?_target_: *([\w.]+)", line) for line in lines)
-    return frozenset(match.group(1) for match in matches if match)
+    return frozenset((*FORMER_TARGETS, *(match.group(1) for match in matches if match)))
 
 
 def _names(trust: Collection[str], target: str) -> bool:

@@ -140,7 +140,7 @@ def read(path: Path, extractor: Extractor, key: Mapping[str, Any] | None = None)
             f"{path.absolute()} contains {', '.join(arrays)}, but not mu and sigma: name an .npz file with mu and sigma"
         )
     if any(arrays[name].dtype.kind not in "fiu" for name in ("mu", "sigma")):
-        raise ConfigError(f"{path.absolute()} holds mu and sigma that are no numbers: write (D,) and (D, D)")
+        raise ConfigError(f"{path.absolute()} holds mu and sigma that are not numbers: write (D,) and (D, D)")
     mean, covariance = np.asarray(arrays["mu"], np.float64).squeeze(), np.asarray(arrays["sigma"], np.float64)
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise ConfigError(
@@ -156,7 +156,7 @@ def read(path: Path, extractor: Extractor, key: Mapping[str, Any] | None = None)
     what = f"the key in {path.absolute()}"
     stored_key = parse_plain(str(arrays["key"]), json.loads, what) if "key" in arrays else None
     if not isinstance(stored_key, dict | None):
-        raise ConfigError(f"{what} is no mapping: leave it out, or name another file")
+        raise ConfigError(f"{what} is not a mapping: leave it out, or name another file")
     if stored_key is not None and key is not None:
         _refuse_other(path, stored_key, key)
     n = arrays.get("n")

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from diffusion_lab.errors import ConfigError, check_number, check_numbers
+from diffusion_lab.errors import ConfigError, check_number, check_numbers, shown
 from diffusion_lab.models.base import UNetBase, initialize
 from diffusion_lab.models.blocks import DOWNSAMPLE, UPSAMPLE, Attention, BlockConfig, ResAttnBlock, Residual
 from diffusion_lab.models.embeddings import Embedding
@@ -91,7 +91,9 @@ class UNet(UNetBase):
         check_number("model.blocks", blocks, "[1, 64]", whole=True)
         check_numbers("model.attention", attention, "[1, 65536]", whole=True)
         if not 1 <= len(multipliers) <= 12:
-            raise ConfigError(f"model.multipliers={list(multipliers)}: write 1 to 12 of them, one for each level")
+            raise ConfigError(
+                f"model.multipliers={shown(list(multipliers))}: write 1 to 12 of them, one for each level"
+            )
         # of each residual block down and up: two 3×3 convolutions
         require_memory(
             sum((2 * blocks + 1) * 18 * (width * m) ** 2 for m in multipliers),

@@ -83,7 +83,7 @@ def _check_flags(node: Config) -> None:
         duration = node["max_time"] if isinstance(node["max_time"], dict) else str(node["max_time"])
         limit = foreign(functools.partial(Timer, duration), "trainer.max_time").time_remaining()
         if limit is not None and not limit > 0:
-            raise ConfigError(f"trainer.max_time={node['max_time']} is no time: write DD:HH:MM:SS, or leave it out")
+            raise ConfigError(f"trainer.max_time={node['max_time']} is not a time: write DD:HH:MM:SS, or leave it out")
     if node.get("barebones"):
         raise ConfigError(
             "trainer.barebones=true is not supported, since it disables loggers, checkpoints and callbacks: write "
