@@ -49,7 +49,7 @@ report: setup ## all runs below outputs, or ARGS=FOLDER, as one HTML page
 # One thread per worker. All tests of a file run in the same worker, in the order of tests/conftest.py.
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test: setup ## the unit tests: about ten minutes on two cores
+test: setup ## the unit tests: about five minutes on two cores
 	$(PYTEST) $(ARGS)
 
 test-integration: setup ## several processes, README commands, notebooks, browser, other packages: under half an hour on two cores

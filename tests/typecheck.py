@@ -41,7 +41,7 @@ CHECKED = (
     "weightings",
 )
 
-CALLS = 8
+CALLS = 3
 _jaxtyped = jaxtyping.jaxtyped
 _calls: dict[Callable[..., Any], int] = {}
 

@@ -1,9 +1,11 @@
 """What a person can mistype is reported early, in one line, with exit code 2; what the files offer composes."""
 
+import itertools
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -114,27 +116,38 @@ def test_help_lists_the_options_of_every_choice(capfd):
 GROUPS = sorted(p.name for p in CONF.iterdir() if p.is_dir() and p.name not in ("hydra", "recipe", "sweep", "base"))
 
 
+# recipe, experiment, sweep and debug are overlays; a data set chooses its recipe and network; quality adds a callback
+OVERLAYS = ("experiment", "debug", "data", "quality")
 COMMAND_OF = {"guidance": "sample", "metrics": "evaluate"}  # groups that train.py has not
 
 
-@pytest.mark.parametrize("group", GROUPS)
-def test_every_option_of_every_group_composes(group):
+@pytest.mark.parametrize("group", [*OVERLAYS, *COMMAND_OF])
+def test_every_option_of_an_overlay_composes(group):
     for option in composition.options(group):
         assert composed(COMMAND_OF.get(group, "train"), f"{group}={option}")["seed"] == 0
 
 
-# recipe, experiment, sweep and debug are overlays; a data set chooses its recipe and network; quality adds a callback
-OVERLAYS = ("recipe", "experiment", "sweep", "debug", "data", "quality")
+def _node(group: str, option: str) -> dict[str, Any]:
+    """The node of an option: the content of its file, or of a composition if the file has a header or recipes set its keys."""
+    text = (CONF / group / f"{option}.yaml").read_text()
+    if "@package" in text or "defaults:" in text or group in ("callbacks", "lr_scheduler", "optimizer"):
+        return unresolved("train", f"{group}={option}")[group]
+    return OmegaConf.to_container(OmegaConf.create(text), resolve=False)
 
 
-@pytest.mark.parametrize("group", [g for g in GROUPS if g not in OVERLAYS])
-def test_a_choice_writes_into_no_other_group(group):
-    name = COMMAND_OF.get(group, "train")
-    default = unresolved(name)
-    for option in composition.options(group):
-        chosen = unresolved(name, f"{group}={option}")
-        assert {k: v for k, v in chosen.items() if k != group} == {k: v for k, v in default.items() if k != group}
-        assert chosen[group] or (group, option) == ("logger", "none"), f"{group}={option} is an empty node"
+# Row i has the i-th option of every group, so that a composition for each row covers all options.
+PLAIN = [group for group in GROUPS if group not in (*OVERLAYS, *COMMAND_OF)]
+ROWS = list(itertools.zip_longest(*([(group, option) for option in composition.options(group)] for group in PLAIN)))
+
+
+@pytest.mark.parametrize("row", ROWS, ids=range(len(ROWS)))
+def test_options_compose_and_write_into_no_other_group(row):
+    choices = dict(choice for choice in row if choice)
+    lines = [f"{group}={option}" for group, option in choices.items()]
+    assert composed("train", *lines)["seed"] == 0
+    chosen, default = unresolved("train", *lines), unresolved("train")
+    assert chosen == {**default, **{group: _node(group, option) for group, option in choices.items()}}
+    assert all(chosen[group] or (group, option) == ("logger", "none") for group, option in choices.items())
 
 
 BUILT = (

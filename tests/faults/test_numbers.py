@@ -16,6 +16,7 @@ from diffusion_lab.errors import SEEDS, ConfigError, check_number, check_numbers
 TESTS = Path(__file__).resolve().parents[1]
 
 
+@pytest.mark.integration
 def test_every_number_of_every_constructor_is_refused_or_works() -> None:
     """In a process without the runtime type checks of the tests (see numbers_walk.py)."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent / "src"), str(TESTS)])}

@@ -11,6 +11,8 @@ from reported import Page, frame_page, open_page, script_result
 from diffusion_lab.reporting import compare
 from diffusion_lab.reporting.read import RunRecord
 
+pytestmark = pytest.mark.integration
+
 # Features without a network to train: the 64 pixels.
 PIXELS = ("metrics=[fd]", "extractor={_target_: torch.nn.Flatten}")
 MEASURED = (*PIXELS, "n=80", "device=cpu")
@@ -160,7 +162,6 @@ def test_values_of_labels_are_short(tmp_path):
     assert len(text) < 60
 
 
-@pytest.mark.integration
 def test_no_number_is_cut_off_at_phone_width(outputs, page, tmp_path):
     copy = tmp_path / "report.html"
     shutil.copy(outputs / "report.html", copy)
