@@ -18,6 +18,8 @@ from diffusion_lab.samplers import DDIM, DDPM
 from diffusion_lab.schedules import Cosine
 from diffusion_lab.training.classifier import train_classifier
 
+pytestmark = pytest.mark.integration  # commands and trainings of seconds
+
 QUICK = ("device=cpu", "sampler.steps=3", "save_images=false")
 COSINE = {"_target_": "diffusion_lab.schedules.Cosine"}
 
@@ -129,7 +131,6 @@ def test_evaluation_says_what_guided(run, judges, cache, tmp_path, capfd):
     assert "write guidance=none" in outcome.err
 
 
-@pytest.mark.integration
 def test_super_resolution_end_to_end(sample, tmp_path, cache, capfd):
     """A condition of data: trained, sampled from full and from small images, evaluated."""
     run = tmp_path / "run"
@@ -153,7 +154,6 @@ def test_super_resolution_end_to_end(sample, tmp_path, cache, capfd):
     assert command("evaluate", [*common, "metrics=[fd_classifier,nll]", "samplers=[ddpm]"], capfd).code == 0
 
 
-@pytest.mark.integration
 def test_tensors_of_ones_own_data_set(tmp_path, capfd, monkeypatch):
     """`Examples.more` reaches a network of one's own by name, in training and from an .npz in sampling."""
     from pathlib import Path
@@ -179,7 +179,6 @@ def test_tensors_of_ones_own_data_set(tmp_path, capfd, monkeypatch):
     assert "condition_data=PATH" in outcome.err
 
 
-@pytest.mark.integration
 def test_attributes_by_their_names(tmp_path, capfd, monkeypatch):
     """The names come with the checkpoint; what is not named is not said; guidance moves away from saying nothing."""
     from pathlib import Path

@@ -21,6 +21,8 @@ from diffusion_lab.denoiser import Prediction
 from diffusion_lab.samplers import DDIM
 from diffusion_lab.schedules import Cosine
 
+pytestmark = pytest.mark.integration  # commands and trainings of seconds
+
 
 def pixels(path):
     """A file's pixels."""
@@ -124,7 +126,6 @@ def test_interpolation_ends_are_equal_bit_for_bit(run, tmp_path, sample):
     assert np.array_equal(path[[0, -1]], levels)
 
 
-@pytest.mark.integration
 def test_the_round_trip_is_reported_and_falls_with_the_steps(sample, given, tmp_path):
     errors = []
     for steps in (4, 16, 64):

@@ -11,6 +11,8 @@ from diffusion_lab.commands.train.configuration import Resume, _merged
 from diffusion_lab.training.loggers import CSVLogger
 from faults.runs import checkpoint, rows
 
+pytestmark = pytest.mark.integration  # commands and trainings of seconds
+
 VALIDATED = ("validation.every=1", "callbacks.ema.decay=0.5")
 
 

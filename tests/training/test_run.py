@@ -20,6 +20,8 @@ from diffusion_lab.noise import normal
 from diffusion_lab.training.callbacks import GracefulStop
 from diffusion_lab.training.callbacks.samples import is_due
 
+pytestmark = pytest.mark.integration  # commands and trainings of seconds
+
 
 def _state(path):
     return torch.load(path / "checkpoints" / "last.ckpt", weights_only=True)
@@ -102,7 +104,6 @@ IMPORTANCE = (
 )
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize(("accumulate", "times"), [(1, ()), (2, IMPORTANCE)])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, capfd, also, accumulate, times):
     """With dropout, validation, accumulation, warm-up and a decaying rate: weights, averages, optimiser, losses, best score,
@@ -155,7 +156,6 @@ def test_a_run_that_a_signal_ends_in_its_first_validation_logs_its_steps(tmp_pat
     assert list(_losses(tmp_path / "run")) == [2]
 
 
-@pytest.mark.integration
 def test_a_resumed_run_may_change_the_memory_format(tmp_path, capfd):
     """Adam's moments are read beside the weights, in the order of memory: they follow the weights' format."""
     half = ("model.channels_last=true", "trainer.max_steps=4")
@@ -168,7 +168,6 @@ def test_a_resumed_run_may_change_the_memory_format(tmp_path, capfd):
     assert other == pytest.approx(same, rel=1e-5)
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize("clip", [0.0, 1.0])
 def test_bf16_trains_near_float32(tmp_path, capfd, clip):
     """With and without clipping, which Lightning refuses a fused optimiser: losses within 2 %, of bf16's 8 bits."""
@@ -317,7 +316,6 @@ def test_sampling_does_not_depend_on_the_batch_size(tmp_path, capfd):
     assert torch.equal(normal((1, 8, 8), seed=3, index=index)[3:5], normal((1, 8, 8), seed=3, index=index[3:5]))
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_prints_the_line_that_resumes(tmp_path, capfd, also, number, code):
     run = tmp_path / "run"
@@ -335,7 +333,6 @@ def test_a_signal_saves_and_prints_the_line_that_resumes(tmp_path, capfd, also, 
     assert _state(again)["global_step"] == step + 1
 
 
-@pytest.mark.integration
 def test_a_time_limit_saves_and_prints_the_line_that_resumes(tmp_path, capfd):
     run = tmp_path / "run"
     outcome = train(run, "trainer.max_steps=100000", "trainer.max_time='00:00:00:02'", capfd=capfd)
@@ -370,7 +367,6 @@ def test_conditional_samples_take_the_labels_asked_for(tmp_path, capfd):
     assert "0 … 9" in bad.err
 
 
-@pytest.mark.integration
 def test_a_sweep_runs_every_combination(tmp_path, capfd):
     sweep = tmp_path / "sweep"
     arguments = ["--multirun", *TINY, "trainer.max_steps=1", "schedule=linear,cosine", "objective=pred_noise,pred_v"]
