@@ -20,7 +20,7 @@ from diffusion_lab.errors import ConfigError
 from diffusion_lab.instantiation import CONF
 
 LISTS = ("logger", "metrics")  # groups of which several options can be selected; each file declares its package
-COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException)
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError)  # ValueError for a key below a list
 
 
 def task_overrides(hydra: Any) -> list[str]:
@@ -118,6 +118,9 @@ def explain(error: Exception, name: str, overrides: Sequence[str], config_dir: s
     if isinstance(error, OverrideParseException):
         return f"cannot read the override {error.override!r} ({line}): write KEY=VALUE"
     parsed = parse(overrides)
+    if not isinstance(error, HydraException | OmegaConfBaseException):
+        below = next((o for o in parsed if repr(o.key_or_group.rsplit(".", 1)[-1]) in line), None)
+        return f"{below.key_or_group if below else line}: there is no such key in a list: write the whole list, KEY=[…]"
     several = next((o for o in parsed if o.is_sweep_override()), None)
     if several is not None and ("--multirun" in str(error) or "Ambiguous" in line):
         return f"{several.input_line} has several values: add --multirun to run each of them, or write [...] for a list"

@@ -116,6 +116,20 @@ class StopSignals:
         if hasattr(signal, "pthread_sigmask"):  # not on Windows
             signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Only record signals in the body, and raise Interrupted after it if one has come.
+
+        For imports: an exception inside the C++ code of an extension module ends the process by std::terminate.
+        """
+        before, self.deferred = self.deferred, True
+        try:
+            yield
+        finally:
+            self.deferred = before
+        if self.received is not None and not before:
+            raise Interrupted(self.received)
+
     def restore(self) -> None:
         """Install the handlers from before `install`, and forget what was received."""
         if threading.current_thread() is threading.main_thread():

@@ -31,6 +31,7 @@ MISTAKES = {
     "data.flip=1": "write true or false",
     "data.batch_size=true": "write an integer",
     "model.multipliers=2": "write a list",
+    "+model.attention.more=1": "model.attention.more: there is no such key in a list",
     "sampler.steps=no": "write an integer",
     "++sampler.steps=[1]": "write an integer or null",
     "schedule=linear,cosine": "add --multirun",

@@ -131,7 +131,7 @@ def _under_hydra(name: str, flags: list[str], overrides: list[str], config_dir: 
         with _hydra_raises():
             command()
     except composition.COMPOSITION_ERRORS as error:
-        if entered:
+        if entered or isinstance(error, ConfigError):
             raise
         raise ConfigError(composition.explain(error, name, overrides, config_dir)) from None
     except OSError as error:  # of the run folder, which Hydra creates
@@ -161,7 +161,8 @@ def _command(name: str, config: Any) -> Result:
     for key in [key for key in config if key in types]:
         if isinstance(config[key], int | float):  # a number becomes text where text is needed, out=2026
             config[key] = coerce(config[key], types[key], str(key))
-    module = importlib.import_module(f"diffusion_lab.commands.{name}")
+    with processes.stop_signals.held():
+        module = importlib.import_module(f"diffusion_lab.commands.{name}")
     if name in CLAIMING:
         folder, key = Path(str(config.get("out") or config.run_dir)), "out" if "out" in config else "hydra.run.dir"
         with claimed_folder(folder, key, OmegaConf.to_yaml(config, resolve=True), bool(config.get("overwrite"))):
