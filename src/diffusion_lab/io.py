@@ -42,16 +42,8 @@ def replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_partials(path.parent)
     partial, lock = _new_partial(path)
-    with lock:
-        try:
-            yield partial
-            with partial.open("rb") as file:  # opened again: the body may have replaced the file
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-    _sync_folder(path.parent)
+    with lock, _renamed(partial, path):
+        yield partial
 
 
 def write_file(path: Path, content: str | bytes) -> None:
@@ -102,15 +94,9 @@ def claimed(path: Path) -> Iterator[BinaryIO | None]:
             if not _same(file, part):  # the previous owner of the lock failed and removed the file: start again
                 continue
             file.truncate(0)
-            try:
+            with _renamed(part, path):
                 yield file
                 file.flush()
-                os.fsync(file.fileno())
-                os.replace(part, path)
-            except BaseException:
-                part.unlink(missing_ok=True)
-                raise
-            _sync_folder(path.parent)
             return
 
 
@@ -149,6 +135,20 @@ def _new_partial(path: Path) -> tuple[Path, BinaryIO]:
         if _same(file, partial):  # else another process removed it before the lock was taken
             return partial, file
         file.close()
+
+
+@contextmanager
+def _renamed(partial: Path, path: Path) -> Iterator[None]:
+    """Sync `partial`, rename it to `path` and sync the folder if the body succeeds; remove it if the body raises."""
+    try:
+        yield
+        with partial.open("rb") as file:  # opened again: the body may have replaced the file
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
 
 
 def _sync_folder(folder: Path) -> None:
