@@ -321,22 +321,19 @@ def limit_threads(env: Any = os.environ) -> None:
         env.setdefault("OMP_NUM_THREADS", env["SLURM_CPUS_PER_TASK"])
 
 
-def requeue(env: Mapping[str, str] = os.environ) -> str | None:
-    """Requeue this SLURM job, which must be submitted with `--requeue`.
-
-    Returns:
-        The id of the job; None outside SLURM.
+def requeue() -> None:
+    """Requeue this SLURM job, which must be submitted with `--requeue`, and print its id. Outside SLURM nothing is done.
 
     Raises:
         subprocess.CalledProcessError: if scontrol fails.
     """
-    if "SLURM_JOB_ID" not in env:
-        return None
-    job = env["SLURM_JOB_ID"]
-    if "SLURM_ARRAY_JOB_ID" in env:
-        job = f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
+    if "SLURM_JOB_ID" not in os.environ:
+        return
+    job = os.environ["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     subprocess.run(["scontrol", "requeue", job], check=True)
-    return job
+    print(f"requeued SLURM's job {job}", flush=True)
 
 
 def ended_by(stop: Interrupted, requeues: bool) -> int:
@@ -349,6 +346,5 @@ def ended_by(stop: Interrupted, requeues: bool) -> int:
         return 128 + stop.number
     if rank() > 0:
         return 0  # with another code, srun --kill-on-bad-exit may end rank 0 before it has requeued the job
-    if job := requeue():
-        print(f"requeued SLURM's job {job}", flush=True)
+    requeue()
     return 128 + stop.number

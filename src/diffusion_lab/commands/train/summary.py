@@ -64,9 +64,7 @@ def requeue(trainer: pl.Trainer, callbacks: Iterable[pl.Callback]) -> None:
     """Requeue a SLURM job that reached its time limit. Call it right after training, since SLURM kills the job soon after."""
     stop = find(callbacks, GracefulStop)
     if stop and stop.received == SIGUSR1 and processes.rank() == 0 and trainer.global_step < trainer.max_steps:
-        job = processes.requeue()
-        if job:
-            print_once(f"requeued SLURM's job {job}")
+        processes.requeue()
 
 
 def report(trainer: pl.Trainer, callbacks: list[pl.Callback], settings: Mapping[str, Any]) -> Result:
