@@ -12,6 +12,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from command import TINY, command, composed, train
+from faults.runs import assert_equal
 from PIL import Image
 
 from diffusion_lab.checkpoint import load_checkpoint
@@ -25,22 +26,6 @@ pytestmark = pytest.mark.integration  # commands and trainings of seconds
 
 def _state(path):
     return torch.load(path / "checkpoints" / "last.ckpt", weights_only=True)
-
-
-def _assert_same(a, b, where=""):
-    assert type(a) is type(b), where
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            _assert_same(a[key], b[key], f"{where}/{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, pair in enumerate(zip(a, b, strict=True)):
-            _assert_same(*pair, f"{where}/{i}")
-    else:
-        assert a == b, where
 
 
 def _losses(path):
@@ -121,7 +106,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, capfd, 
     one, two = _state(whole), _state(second)
     assert one["global_step"] == two["global_step"] == 8
     for key in ("state_dict", "ema", "optimizer_states", "lr_schedulers", "times"):
-        _assert_same(one[key], two[key], key)
+        assert_equal(one[key], two[key], key)
     assert bool(one["times"]) == bool(times)
     if times:
         assert int(one["times"]["counts"].sum()) == 8 * 16
@@ -191,7 +176,7 @@ def test_the_best_checkpoint_is_resumed_as_exactly(tmp_path, capfd):
     train(again, f"ckpt={best}", capfd=capfd)
     one, two = _state(whole), _state(again)
     for key in ("state_dict", "ema", "optimizer_states", "lr_schedulers"):
-        _assert_same(one[key], two[key], key)
+        assert_equal(one[key], two[key], key)
     assert _losses(whole) == _losses(again)
     assert one["callbacks"]["Checkpoints"] == two["callbacks"]["Checkpoints"]
 
@@ -299,8 +284,8 @@ def test_ema_and_best_are_of_the_averaged_weights(tmp_path, capfd):
     assert any(not torch.equal(live[k], v) for k, v in state["ema"]["0.9"].items())
     ema, raw = load_checkpoint(run, weights=0.9), load_checkpoint(run, weights="raw")
     assert (ema.weights, raw.weights) == ("ema 0.9", "raw")
-    _assert_same(dict(ema.denoiser.network.state_dict()), dict(state["ema"]["0.9"]))
-    _assert_same(dict(raw.denoiser.network.state_dict()), live)
+    assert_equal(dict(ema.denoiser.network.state_dict()), dict(state["ema"]["0.9"]))
+    assert_equal(dict(raw.denoiser.network.state_dict()), live)
 
 
 def test_sampling_does_not_depend_on_the_batch_size(tmp_path, capfd):
